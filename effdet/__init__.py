@@ -1,0 +1,1 @@
+"""EfficientDet in PyTorch: models, anchors, loss, post-processing, data and evaluation."""

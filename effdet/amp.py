@@ -1,0 +1,225 @@
+"""Number formats of a training step: float32, autocast, or half-precision weights with float32 masters.
+
+Lives here: what runs in which dtype, loss scaling, and skipping a step whose gradients are not finite, with no wait for the
+device where the optimizer can be told on the device. How a kind of device does autocast and scaling is in device.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from effdet import device as device_layer
+from effdet.optim import clip_gradients
+
+OPT_LEVELS = ("O0", "O1", "O2")
+_HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Precision:
+    """Run training steps in a chosen number format.
+
+    O0 is float32. O1 is autocast: float32 weights, half-precision convolutions. O2 also stores the weights of convolutions and
+    linear layers in half precision (norm layers and the BiFPN's edge weights stay float32), while the optimizer works on
+    float32 masters; autocast stays on, so that both kinds of layer get inputs they accept.
+
+    float16 is used with a loss scale, static or dynamic; both check for overflow and skip the step, a static scale then stays
+    as it is. bfloat16 and float32 have the exponents to do without. Whatever the format, a step with an inf or a NaN in
+    its gradients changes neither weights nor optimizer state, and is counted.
+
+    With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the average
+    inf or NaN on all.
+
+    Args:
+        device: where the model is.
+        enabled: False means float32, whatever the level.
+        opt_level: 'O0', 'O1' or 'O2'.
+        dtype: torch.float16, torch.bfloat16 or the name of one.
+        loss_scale: 'dynamic' or a number above 0. A number is refused where no loss is scaled.
+        init_scale: first value of a dynamic scale.
+
+    Raises:
+        ValueError: a setting is unknown, out of range or would have no effect.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True, opt_level: str = "O1",
+                 dtype: torch.dtype | str = torch.float16, loss_scale: float | str = "dynamic",
+                 init_scale: float = 2.0**16) -> None:
+        if opt_level not in OPT_LEVELS:
+            raise ValueError(f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights with "
+                             "float32 masters.")
+        dtype = _HALF_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in _HALF_DTYPES.values():
+            raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
+        self.device = device
+        self.level = opt_level if enabled else "O0"
+        self.dtype = torch.float32 if self.level == "O0" else dtype
+        self._half_dtype = dtype
+        self._static_scale = _read_loss_scale(loss_scale, self.dtype)
+        self._scaler: torch.amp.GradScaler | None = None
+        if self.dtype == torch.float16:
+            dynamic = self._static_scale is None
+            self._scaler = device_layer.make_grad_scaler(device, init_scale if dynamic else self._static_scale, dynamic)
+        self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
+        self._skipped: Tensor | None = None  # on the device; read by skipped()
+        self._skipped_before = 0
+
+    # -- before training ---------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Convert a float32 model in place for O2; any other level leaves it alone.
+
+        Call it once, when the model is on its device and has its weights, before `master_parameters`, the optimizer and
+        DistributedDataParallel. Make the EMA's copy before it, so that the copy starts from float32.
+
+        Returns:
+            The same model.
+        """
+        if self.level != "O2":
+            return model
+        for module in model.modules():
+            if isinstance(module, (_ConvNd, nn.Linear)):
+                for parameter in module.parameters(recurse=False):
+                    if parameter.dtype == torch.float32:
+                        self._masters[parameter] = parameter.detach().clone().requires_grad_(parameter.requires_grad)
+                        parameter.data = parameter.data.to(self.dtype)
+        return model
+
+    def master_parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what the optimizer must work on, by parameter name: float32 masters, or the parameter where it has none."""
+        return {name: self._masters.get(parameter, parameter) for name, parameter in model.named_parameters()}
+
+    # -- a training step ---------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which to run the model forward; without effect in float32."""
+        return device_layer.autocast(self.device, self._half_dtype, self.level != "O0")
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of the (scaled) loss; several calls before one `step` accumulate."""
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, clip: tuple[float | None, str] | None = None) -> Tensor:
+        """Unscale and clip the gradients and take an optimizer step, unless a gradient is inf or NaN.
+
+        Fused optimizers are told to skip on the device. Any other makes the host wait for the answer, once per step.
+
+        Args:
+            optimizer: built on `master_parameters`. The caller clears the gradients with its `zero_grad()`.
+            clip: value and mode for `clip_gradients`; None clips nothing.
+
+        Returns:
+            The gradient norm before clipping, unscaled, a tensor without dimensions on the device.
+
+        Raises:
+            RuntimeError: no parameter of the optimizer has a gradient.
+        """
+        self._move_gradients_to_masters()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]
+                      if parameter.grad is not None]
+        if not parameters:
+            raise RuntimeError("No parameter has a gradient: call backward() first, on a loss that depends on the model, and "
+                               "build the optimizer from master_parameters().")
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        norm = clip_gradients(parameters, *(clip or (None, "norm")))
+        if self._scaler is not None:
+            found_inf = sum(self._scaler._found_inf_per_device(optimizer).values()).clamp(max=1.0)
+        else:
+            found_inf = torch.isfinite(norm).logical_not().float()
+        self._skipped = found_inf if self._skipped is None else self._skipped + found_inf
+        _step_unless(optimizer, found_inf)
+        if self._scaler is not None:
+            self._scaler.update(self._static_scale)
+        if self._masters:
+            torch._foreach_copy_(list(self._masters), list(self._masters.values()))
+        return norm
+
+    def _move_gradients_to_masters(self) -> None:
+        """Copy half-precision gradients into their masters' float32 ones and clear them, since the optimizer never will."""
+        to, source = [], []
+        for parameter, master in self._masters.items():
+            if parameter.grad is None:
+                master.grad = None
+                continue
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+            to.append(master.grad)
+            source.append(parameter.grad)
+            parameter.grad = None
+        if to:
+            torch._foreach_copy_(to, source)
+
+    # -- for the log and checkpoints ---------------------------------------------------------------------------------
+
+    def skipped(self) -> int:
+        """Return the number of steps skipped so far; it waits for the device, so ask at log time only."""
+        return self._skipped_before + (0 if self._skipped is None else int(self._skipped))
+
+    def loss_scale(self) -> float | None:
+        """Return the present loss scale, None where no loss is scaled; it waits for the device."""
+        return None if self._scaler is None else self._scaler.get_scale()
+
+    def float_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's state dict with the float32 masters in place of half-precision weights."""
+        state = model.state_dict()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in self._masters:
+                state[name] = self._masters[parameter].detach()
+        return state
+
+    def load_float_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Load a float32 state dict into a model that may be prepared already: weights and masters both."""
+        model.load_state_dict(state)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if parameter in self._masters:
+                    self._masters[parameter].copy_(state[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of skipped steps and, of a dynamic scale, its value and progress, as plain numbers."""
+        state: dict[str, Any] = {"skipped": self.skipped()}
+        if self._scaler is not None and self._static_scale is None:
+            scaler = self._scaler.state_dict()
+            state["dynamic_scale"] = {key: scaler[key] for key in ("scale", "_growth_tracker")}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; a static scale, and a dynamic one where none was saved, stay as configured."""
+        self._skipped_before, self._skipped = int(state["skipped"]), None
+        if self._scaler is not None and self._static_scale is None and "dynamic_scale" in state:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), **state["dynamic_scale"]})
+
+
+def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | None:
+    """Return a static scale, or None for a dynamic one."""
+    if loss_scale == "dynamic":
+        return None
+    try:
+        value = float(loss_scale)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"The loss scale must be 'dynamic' or a number above 0, got {loss_scale!r}.")
+    if dtype != torch.float16:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"A loss scale of {value:g} would have no effect: the run is in {name}, whose range needs no scaling. "
+                         "Leave --loss-scale out, or train in float16 (--amp --amp-dtype float16, opt level O1 or O2).")
+    return value
+
+
+def _step_unless(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """Take a step where `found_inf` is 0; where it is 1 leave weights and state as they are."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, found_inf  # torch's contract between scaler and optimizer
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+    elif not bool(found_inf):
+        optimizer.step()

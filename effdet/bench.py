@@ -1,0 +1,118 @@
+"""The model with what a task needs around it: loss for training, post-processing for prediction."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchors import AnchorLabeler, Anchors
+from .loss import DetectionLoss
+from .nms import make_detections, select_candidates
+
+
+class _DetBench(nn.Module):
+    """A model and its anchors; what the two benches share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.config = config
+        self.num_levels = config.num_levels
+        self.num_classes = config.num_classes
+        self.anchors = Anchors.from_config(config)
+        self.max_detection_points = config.max_detection_points
+        self.max_det_per_image = config.max_det_per_image
+        self.soft_nms = config.soft_nms
+
+    def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
+                     img_size: Tensor | None) -> Tensor:
+        """Turn head outputs into detections [B, max_det, 6]; see nms.make_detections. Runs in fp32 inside autocast."""
+        with torch.autocast(cls_outputs[0].device.type, enabled=False):
+            logits, codes, indices, classes = select_candidates(
+                cls_outputs, box_outputs, self.num_classes, self.max_detection_points)
+            return make_detections(logits, codes, self.anchors.boxes[indices], classes, img_scale, img_size,
+                                   self.max_det_per_image, self.soft_nms)
+
+
+class DetBenchPredict(_DetBench):
+    """Model and post-processing: images to detections."""
+
+    def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Detect objects.
+
+        Args:
+            x: float [B, 3, H, W], normalised.
+            img_info: {'img_scale': [B] original pixels per input pixel, 'img_size': [B, 2] original (width, height)};
+                without it boxes are in input pixels and not clipped.
+
+        Returns:
+            float32 [B, max_det_per_image, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
+        """
+        info = img_info or {}
+        return self.post_process(*self.model(x), info.get("img_scale"), info.get("img_size"))
+
+
+class DetBenchTrain(_DetBench):
+    """Model, labels and loss: images and ground truth to losses, with detections in eval mode."""
+
+    def __init__(self, model: nn.Module, create_labeler: bool = True) -> None:
+        """Wrap a model.
+
+        Args:
+            model: an EfficientDet.
+            create_labeler: make anchor labels here from boxes; otherwise the loader has put them into the target.
+        """
+        super().__init__(model)
+        self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
+        self.loss_fn = DetectionLoss(model.config)
+
+    def forward(self, x: Tensor, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the loss of a batch.
+
+        Args:
+            x: float [B, 3, H, W], normalised.
+            target: 'bbox' float [B, M, 4] yxyx in input pixels and 'cls' [B, M] (1..K, -1 padding); or, without a
+                labeler, 'label_cls_L', 'label_bbox_L' of each level and 'label_num_positives'. In eval mode also
+                'img_scale' [B] and 'img_size' [B, 2]; without them boxes stay in input pixels.
+
+        Returns:
+            'loss', 'class_loss', 'box_loss': scalars; in eval mode also 'detections' [B, max_det_per_image, 6].
+
+        Raises:
+            ValueError: the target lacks what is needed.
+        """
+        class_targets, box_targets, num_positives = self._labels(target)
+        cls_outputs, box_outputs = self.model(x)
+        loss, class_loss, box_loss = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)
+        output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
+        if not self.training:
+            output["detections"] = self.post_process(
+                cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
+        return output
+
+    def _labels(self, target: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        if self.anchor_labeler is not None:
+            if "bbox" not in target or "cls" not in target:
+                raise ValueError(f"The target needs 'bbox' and 'cls'; it has {sorted(target)}.")
+            with torch.no_grad():
+                return self.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
+        if "label_num_positives" not in target:
+            raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build the "
+                             "bench with create_labeler=True, or the loader with an anchor_labeler.")
+        levels = range(self.num_levels)
+        return ([target[f"label_cls_{level}"] for level in levels], [target[f"label_bbox_{level}"] for level in levels],
+                target["label_num_positives"])
+
+
+def unwrap_bench(model: Any) -> nn.Module:
+    """Return the network inside a bench, an EMA or a DistributedDataParallel wrapper."""
+    while True:
+        if hasattr(model, "module"):
+            model = model.module
+        elif hasattr(model, "model"):
+            model = model.model
+        else:
+            return model

@@ -1,0 +1,119 @@
+"""Boxes as tensors: areas, intersections, IoU, clipping, and the code of a box relative to an anchor.
+
+Pure functions of tensors in either `_yxyx` (y_min, x_min, y_max, x_max) or `_xyxy` order; the order is in the name
+where it matters. Coordinates are pixels, continuous: a box's width is x_max - x_min. No models, no I/O.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# A decoded side is at most this many times its anchor's: exp() of an untrained network's output would overflow.
+# The limit is detectron2's, box_regression.py: exp(x) <= 1000 / 16.
+MAX_LOG_SIDE_RATIO = math.log(1000.0 / 16.0)
+
+# Keeps the logarithm of a degenerate box finite. Source: google/automl, object_detection/faster_rcnn_box_coder.py,
+# with the value of rwightman/efficientdet-pytorch.
+ENCODE_EPSILON = 1e-7
+
+
+def swap_xy(boxes: Tensor) -> Tensor:
+    """Turn yxyx boxes into xyxy boxes, or the other way.
+
+    Args:
+        boxes: float [..., 4].
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    a, b, c, d = boxes.unbind(-1)
+    return torch.stack((b, a, d, c), -1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Return the areas [...] of boxes [..., 4] in either order; negative sides are not corrected."""
+    a_min, b_min, a_max, b_max = boxes.unbind(-1)
+    return (a_max - a_min) * (b_max - b_min)
+
+
+def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Compute the IoU of each pair of boxes; both sets are in the same order, yxyx or xyxy.
+
+    Args:
+        boxes1: float [..., N, 4].
+        boxes2: float [..., M, 4].
+
+    Returns:
+        [..., N, M] in 0..1; 0 where the boxes do not overlap, degenerate boxes included.
+    """
+    first, second = boxes1.unsqueeze(-2), boxes2.unsqueeze(-3)
+    sides = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(min=0)
+    intersection = sides[..., 0] * sides[..., 1]
+    union = box_area(boxes1).unsqueeze(-1) + box_area(boxes2).unsqueeze(-2) - intersection
+    return torch.where(intersection > 0, intersection / union, torch.zeros_like(intersection))
+
+
+def clip_boxes_xyxy(boxes: Tensor, size: Tensor) -> Tensor:
+    """Clip xyxy boxes to an image.
+
+    Args:
+        boxes: float [N, 4] (or [B, N, 4]).
+        size: float [2] (or [B, 2]): width, height in pixels.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    limit = torch.cat((size, size), -1)
+    if boxes.dim() == limit.dim() + 1:
+        limit = limit.unsqueeze(-2)
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Code boxes relative to anchors, coordinate by coordinate.
+
+    Args:
+        boxes_yxyx: four broadcastable float tensors y_min, x_min, y_max, x_max.
+        anchors_yxyx: the same for the anchors.
+
+    Returns:
+        ty, tx, th, tw: the offset of the centres in anchor sides, and the logarithm of the ratio of the sides.
+
+    Source:
+        R-CNN, https://arxiv.org/abs/1311.2524, appendix C.
+    """
+    y_min, x_min, y_max, x_max = boxes_yxyx
+    anchor_y_min, anchor_x_min, anchor_y_max, anchor_x_max = anchors_yxyx
+    height, width = y_max - y_min, x_max - x_min
+    anchor_height, anchor_width = anchor_y_max - anchor_y_min, anchor_x_max - anchor_x_min
+    y_shift = (y_min + height / 2) - (anchor_y_min + anchor_height / 2)
+    x_shift = (x_min + width / 2) - (anchor_x_min + anchor_width / 2)
+    height, width = height + ENCODE_EPSILON, width + ENCODE_EPSILON
+    anchor_height, anchor_width = anchor_height + ENCODE_EPSILON, anchor_width + ENCODE_EPSILON
+    return (y_shift / anchor_height, x_shift / anchor_width,
+            torch.log(height / anchor_height), torch.log(width / anchor_width))
+
+
+def decode_boxes(codes: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False) -> Tensor:
+    """Turn codes relative to anchors back into boxes, the inverse of `encode_boxes`.
+
+    Args:
+        codes: float [..., 4]: ty, tx, th, tw; th and tw are clamped to MAX_LOG_SIDE_RATIO.
+        anchors_yxyx: float [..., 4], pixels.
+        output_xyxy: return xyxy instead of yxyx.
+
+    Returns:
+        [..., 4], pixels.
+    """
+    anchor_y_min, anchor_x_min, anchor_y_max, anchor_x_max = anchors_yxyx.unbind(-1)
+    anchor_height, anchor_width = anchor_y_max - anchor_y_min, anchor_x_max - anchor_x_min
+    ty, tx, th, tw = codes.unbind(-1)
+    y_centre = ty * anchor_height + (anchor_y_min + anchor_y_max) / 2
+    x_centre = tx * anchor_width + (anchor_x_min + anchor_x_max) / 2
+    half_height = torch.exp(th.clamp(max=MAX_LOG_SIDE_RATIO)) * anchor_height / 2
+    half_width = torch.exp(tw.clamp(max=MAX_LOG_SIDE_RATIO)) * anchor_width / 2
+    y_min, x_min = y_centre - half_height, x_centre - half_width
+    y_max, x_max = y_centre + half_height, x_centre + half_width
+    return torch.stack((x_min, y_min, x_max, y_max) if output_xyxy else (y_min, x_min, y_max, x_max), -1)

@@ -1,0 +1,276 @@
+"""Say what a checkpoint holds, keep the best ones of a run, find the newest one, capture the random state.
+
+Lives here: the format (below), which files a run keeps, the state of random generators; plus, by re-export, the two
+parts underneath: `effdet/checkpoint_io.py` (files) and `effdet/weights.py` (fitting weights to a model).
+Must not live here: building models (`effdet.factory`), a device's random generator (`effdet.device`).
+
+A checkpoint is one file written by `torch.save` that holds a dict of tensors and plain types only (None, bool, int,
+float, str, bytes, list, tuple, dict), so `torch.load(path, weights_only=True)` reads it without this package. The
+trainer's has these keys; readers treat all but `state_dict` as optional:
+
+    version         int, the format: CHECKPOINT_VERSION
+    arch            str, the model's name, such as "tf_efficientdet_d0"
+    state_dict      dict, name -> tensor: the trained weights, named as in the bare model
+    state_dict_ema  dict, name -> tensor: the averaged weights; absent when none are kept
+    ema             dict, the averager's counters
+    optimizer, schedule, scaler   dict, their `state_dict()`
+    rng             dict, `rng_state()`; the caller may add a device's generator
+    epoch           int, the last epoch that is complete in this file, from 0; training goes on at epoch + 1
+    step            int, optimiser steps done so far
+    metric          float or None, that epoch's ranking metric
+    best            dict, `CheckpointManager.state_dict()` including that epoch
+    config          dict, the resolved training configuration
+    model_config    dict, the model's configuration (classes, padding, anchors, ...)
+    category_map    dict, the data set's category ids and names, in class order
+    image_size      list of two int, height and width of the network's input in pixels
+"""
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effdet.checkpoint_io import (
+    CHECKPOINT_NAME,
+    CheckpointError,
+    CheckpointNotFoundError,
+    load_checkpoint_file,
+    replacing,
+    save_checkpoint,
+)
+from effdet.weights import KeyReport, extract_state_dict, load_state_dict_report
+
+__all__ = [
+    "CHECKPOINT_VERSION",
+    "CheckpointError",
+    "CheckpointManager",
+    "CheckpointNotFoundError",
+    "KeyReport",
+    "extract_state_dict",
+    "find_newest_checkpoint",
+    "load_checkpoint_file",
+    "load_state_dict_report",
+    "restore_rng_state",
+    "rng_state",
+    "save_checkpoint",
+]
+
+_logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 1
+LAST_NAME = "last.pth.tar"
+BEST_NAME = "model_best.pth.tar"
+
+
+class CheckpointManager:
+    """Keep a run's checkpoints: the last, the best k, every n-th, and a name for the very best.
+
+    Each epoch is written once; further names are hard links to it (copies where the file system has no links), and each
+    name changes atomically. `last.pth.tar` changes last: a run killed in between resumes from the previous epoch with a
+    record that agrees with it.
+
+    Args:
+        output_dir: the run's folder; made at the first save.
+        keep_best: how many of the best epochs stay as `checkpoint-EPOCH.pth.tar`; 0 keeps none.
+        save_every: also keep every epoch for which epoch + 1 is a multiple of this; 0 for none.
+        higher_is_better: the direction of the metric.
+    Raises:
+        ValueError: a negative count.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        keep_best: int = 10,
+        save_every: int = 0,
+        higher_is_better: bool = True,
+    ) -> None:
+        if keep_best < 0 or save_every < 0:
+            raise ValueError(f"keep_best={keep_best} and save_every={save_every} must be 0 (none) or more.")
+        self.output_dir = Path(output_dir)
+        self.keep_best = keep_best
+        self.save_every = save_every
+        self.higher_is_better = higher_is_better
+        self._best: tuple[float, int] | None = None  # stays when its epoch's own file goes: model_best remains
+        self._ranking: list[tuple[float, int]] = []  # best first; (metric, epoch) of the files kept for their metric
+
+    @property
+    def best(self) -> tuple[float | None, int | None]:
+        """Return the best (metric, epoch) so far; (None, None) before the first metric."""
+        return self._best or (None, None)
+
+    def path_of(self, epoch: int) -> Path:
+        """Return the name under which an epoch is kept, whether it is or not."""
+        return self.output_dir / f"checkpoint-{epoch}.pth.tar"
+
+    def save(
+        self, payload: Mapping[str, Any], epoch: int, metric: float | None = None
+    ) -> tuple[float | None, int | None]:
+        """Write the epoch's checkpoint under the names it earns and remove those that fell out of the best.
+
+        Only files of this manager's own ranking are ever removed.
+
+        Args:
+            payload: as in the module's docstring; `epoch`, `metric` and `best` are filled in here.
+            epoch: the epoch just completed, from 0.
+            metric: its ranking metric; None when there was no evaluation. A NaN or an infinity is never among the best.
+        Returns:
+            The best (metric, epoch) including this one; (None, None) while there was no metric yet.
+        Raises:
+            TypeError, OSError: as `save_checkpoint`; the record of the best is then as before.
+        """
+        metric = None if metric is None else float(metric)
+        ranked = metric is not None and math.isfinite(metric)
+        if metric is not None and not ranked:
+            _logger.warning("epoch %d has the metric %s: saved, but not ranked among the best", epoch, metric)
+
+        ranking = [(m, e) for m, e in self._ranking if e != epoch and self.path_of(e).exists()]
+        if ranked:
+            ranking.append((metric, epoch))
+            # A stable sort with the newest last: of two equal epochs the earlier stays ahead.
+            ranking.sort(key=lambda entry: -entry[0] if self.higher_is_better else entry[0])
+        ranking, dropped = ranking[: self.keep_best], ranking[self.keep_best :]
+        is_best = ranked and (self._best is None or self._is_better(metric, self._best[0]))
+        best = (metric, epoch) if is_best else self._best
+        keep = self._is_regular(epoch) or any(e == epoch for _, e in ranking)
+
+        record = self._record(best, ranking)
+        first = self.path_of(epoch) if keep else self.output_dir / (BEST_NAME if is_best else LAST_NAME)
+        save_checkpoint(first, {**payload, "epoch": epoch, "metric": metric, "best": record})
+        for name, wanted in ((BEST_NAME, is_best), (LAST_NAME, True)):
+            if wanted and first.name != name:
+                _link(first, self.output_dir / name)
+
+        stale = {e for _, e in dropped} | ({epoch} if any(e == epoch for _, e in self._ranking) and not keep else set())
+        self._best, self._ranking = best, ranking
+        for old in stale:
+            if not self._is_regular(old):
+                with contextlib.suppress(OSError):
+                    self.path_of(old).unlink()
+        return self.best
+
+    def _is_better(self, metric: float, than: float) -> bool:
+        return metric > than if self.higher_is_better else metric < than
+
+    def _is_regular(self, epoch: int) -> bool:
+        return self.save_every > 0 and (epoch + 1) % self.save_every == 0
+
+    def _record(self, best: tuple[float, int] | None, ranking: list[tuple[float, int]]) -> dict[str, Any]:
+        return {
+            "best": None if best is None else list(best),
+            "ranking": [list(entry) for entry in ranking],
+            "higher_is_better": self.higher_is_better,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the record of the best as plain types, to be kept in the checkpoint as `best`."""
+        return self._record(self._best, self._ranking)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the record of the best of the run that is resumed.
+
+        Files that are gone, or in another folder, drop out of the ranking at the next save; the best metric stays.
+
+        Args:
+            state: what `state_dict` returned.
+        Raises:
+            CheckpointError: not such a record, or one ranked in the other direction.
+        """
+        try:
+            best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
+            ranking = [(float(metric), int(epoch)) for metric, epoch in state["ranking"]]
+            direction = bool(state["higher_is_better"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"The checkpoint's record of the best epochs is unusable ({error!r}); resume from another checkpoint."
+            ) from error
+        if direction != self.higher_is_better:
+            raise CheckpointError(
+                f"The checkpoint ranked its metric with higher_is_better={direction}, this run with "
+                f"{self.higher_is_better}; resume with the evaluation metric of that run."
+            )
+        self._best, self._ranking = best, ranking
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` another name of `source`, or a copy where links are not supported, replacing it atomically."""
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with open(source, "rb") as reader, open(temporary, "xb") as writer:
+                shutil.copyfileobj(reader, writer)
+                writer.flush()
+                os.fsync(writer.fileno())
+
+
+def find_newest_checkpoint(dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
+    """Find the newest readable checkpoint with weights under the folders, at any depth.
+
+    Args:
+        dirs: one folder or several; those that do not exist are passed over.
+    Returns:
+        The path with the latest modification time; where one file has several names, model_best before last before any
+        other. None when there is no such file.
+    """
+    folders = [dirs] if isinstance(dirs, (str, os.PathLike)) else dirs
+    preference = {BEST_NAME: 0, LAST_NAME: 1}
+    found = []
+    for path in {p for folder in folders for p in Path(folder).rglob("*") if CHECKPOINT_NAME.search(p.name)}:
+        with contextlib.suppress(OSError):  # removed meanwhile, or a dangling link
+            found.append((-path.stat().st_mtime_ns, preference.get(path.name, 2), path))
+    for _, _, path in sorted(found):
+        try:
+            extract_state_dict(load_checkpoint_file(path), use_ema=None)
+        except CheckpointError as error:
+            _logger.warning("passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def rng_state() -> dict[str, Any]:
+    """Capture the random generators of Python, numpy (the global one) and torch's CPU as plain types and a tensor.
+
+    Returns:
+        The keys `python`, `numpy` and `torch`, for `restore_rng_state`.
+    """
+    version, words, gauss = random.getstate()
+    name, key, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, key.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Put back the generators captured by `rng_state`; those whose key is absent are left alone.
+
+    Args:
+        state: what `rng_state` returned, also after a checkpoint was loaded.
+    Raises:
+        CheckpointError: a state that a generator does not take.
+    """
+    try:
+        if "python" in state:
+            version, words, gauss = state["python"]
+            random.setstate((version, tuple(words), gauss))
+        if "numpy" in state:
+            name, key, position, has_gauss, cached = state["numpy"]
+            np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, cached))
+        if "torch" in state:
+            torch.set_rng_state(state["torch"].cpu())
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"The checkpoint's random state is unusable ({error}); resume from another checkpoint or start anew."
+        ) from error

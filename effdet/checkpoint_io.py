@@ -1,0 +1,211 @@
+"""Write checkpoint files atomically and read them, also those of other trainers, without running code from them.
+
+Lives here: bytes on disk. What the keys mean and which files are kept is in `effdet/checkpoint.py`, fitting weights to
+a model in `effdet/weights.py`.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+CHECKPOINT_NAME = re.compile(r"^[^.].*\.(pth\.tar|pth|pt|safetensors)$")
+_LEFTOVER_AGE_S = 3600.0  # a temporary file this old belongs to a process that was killed, not to one that is writing
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, does not fit, or lacks what was asked for; the text says what to do."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No file at the given path."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` that takes its place if the block ends well and vanishes if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        # Also after success: renaming a file onto another hard link of itself does nothing and leaves the old name.
+        temporary.unlink(missing_ok=True)
+    if os.name != "nt":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that at every moment `path` holds either the whole old file or the whole new one.
+
+    Tensors are moved to the CPU first, so the file loads on a host without the training device.
+
+    Args:
+        path: the file; its folder is made if absent.
+        payload: keys as in the docstring of `effdet.checkpoint`; tensors and plain types only, nested freely.
+    Raises:
+        TypeError: for any other type in the payload, with the path of keys to it; nothing is written.
+        OSError: when the disk does not take it; the old file is untouched.
+    """
+    path = Path(path)
+    tree = _plain(dict(payload), "payload")
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "xb") as file:
+                torch.save(tree, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
+            raise OSError(
+                f"Could not write {path} ({error}); the old file, if any, is untouched. Check the disk's free space."
+            ) from error
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+                leftover.unlink()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return `value` with its tensors on the CPU, or raise a TypeError that names the first part of another type.
+
+    Types are compared exactly: numpy's float64 is a float to isinstance, but pickles as a numpy object.
+    """
+    kind = type(value)
+    if kind in (torch.Tensor, nn.Parameter):
+        return value.detach().cpu()
+    if value is None or kind in (bool, int, float, str, bytes):
+        return value
+    if kind in (list, tuple):
+        return kind(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind in (dict, OrderedDict):
+        for key in value:
+            if type(key) not in (str, int, float, bool):
+                raise TypeError(f"{where} has the key {key!r} of type {_type_name(key)}; keys must be str or numbers.")
+        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    raise TypeError(
+        f"{where} is a {_type_name(value)}; a checkpoint holds tensors and plain types only (None, bool, int, float, "
+        "str, bytes, list, tuple, dict). Convert it first, for example with float(), list(), vars() or .state_dict()."
+    )
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Reads this package's files, those of effdet and timm, plain state dicts and .safetensors.
+
+    Args:
+        path: the file; one named *.safetensors is read with that package, any other by `torch.load(weights_only=True)`.
+        map_location: where tensors go, as in `torch.load`.
+    Returns:
+        The file's dict. Parsed arguments come as dicts and numpy scalars as Python numbers, whoever wrote them.
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CheckpointError: a folder, or an empty, truncated, foreign or unsafe file.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            payload = _load_safetensors(path, map_location)
+        else:
+            with torch.serialization.safe_globals(_allowed_globals()):
+                payload = torch.load(path, map_location=map_location, weights_only=True)
+        payload = _from_old_types(payload)
+    except (CheckpointError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read by this user; change its permissions.") from error
+    except Exception as error:  # what damaged bytes raise depends on where the damage is
+        raise CheckpointError(_explain_load_failure(path, str(error))) from error
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{path} holds a {_type_name(payload)}, not a dict of weights; use another file.")
+    return payload
+
+
+def _allowed_globals() -> list[Any]:
+    """List what older trainers' files need besides torch's own safe types: parsed arguments and numpy's numbers.
+
+    None of these runs code from the file: a Namespace is a bag of attributes, numpy's rebuild a number or an array from
+    bytes. numpy 2 moved its functions, so each is allowed under both module paths, whichever numpy wrote the file.
+    """
+    core = np._core if hasattr(np, "_core") else np.core
+    functions = (core.multiarray.scalar, core.multiarray._reconstruct)
+    both_paths = [(f, f"numpy.{folder}.multiarray.{f.__name__}") for f in functions for folder in ("core", "_core")]
+    number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}  # numbers only: objects could be anything
+    return [argparse.Namespace, np.ndarray, np.dtype, *number_types, *both_paths]
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a checkpoint; name a file in it{_checkpoints_in(path)}.")
+    if not path.exists():
+        raise CheckpointNotFoundError(f"No checkpoint at {path}; check the path{_checkpoints_in(path.parent)}.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes), as a broken copy leaves it; copy it again or use another.")
+
+
+def _checkpoints_in(folder: Path) -> str:
+    """Return " (there: ...)" naming up to five checkpoints in the folder, or nothing."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if CHECKPOINT_NAME.search(entry.name))
+    except OSError:
+        return ""
+    return f" (there: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+
+
+def _load_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs a package; install it with: pip install safetensors") from error
+    return load_file(path, device=str(map_location))
+
+
+def _from_old_types(value: Any) -> Any:
+    """Return `value` with argparse.Namespace as dict and numpy scalars as Python numbers, at any depth."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, OrderedDict):
+        return {_from_old_types(key): _from_old_types(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_from_old_types(item) for item in value)
+    return value
+
+
+def _explain_load_failure(path: Path, reason: str) -> str:
+    """Word the failure of a file that torch or safetensors would not read."""
+    refused = re.search(r"GLOBAL ([\w.]+)", reason)
+    if refused:
+        return (
+            f"{path} holds Python objects ({refused[1].rstrip('.')}) whose loading could run code, so it was refused; if "
+            "you trust its source, re-save only the weights where it was made: torch.save(model.state_dict(), FILE)."
+        )
+    if "TorchScript" in reason:
+        return f"{path} is an exported TorchScript model, not a checkpoint; give the checkpoint it was exported from."
+    with open(path, "rb") as file:
+        damaged = file.read(4) == b"PK\x03\x04"  # what torch.save's archives start with
+    what = "is truncated or damaged" if damaged else "is damaged, or not a checkpoint (torch.save's or .safetensors)"
+    return f"{path} ({path.stat().st_size} bytes) {what}; check the path, copy it again or use another checkpoint."

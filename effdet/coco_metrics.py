@@ -1,0 +1,215 @@
+"""COCO's box metric: ground truth and result rows in, the 12 numbers and the per-class table out.
+
+What lives here: everything that knows pycocotools, on plain COCO dictionaries in one process. What must not: tensors,
+datasets, processes (evaluator.py). Boxes are xywh.
+
+Source: pycocotools' COCOeval does the matching; the numbers are those of cocodataset.org/#detection-eval.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'score_rows', 'write_json']
+
+_logger = logging.getLogger(__name__)
+
+
+class _Stat(NamedTuple):
+    name: str
+    table: str  # of COCOeval's results: 'precision' [T, R, K, A, M] or 'recall' [T, K, A, M]
+    iou: float | None  # None: mean over .50:.95
+    area: str
+    limit: int  # index into max_dets
+
+
+_STATS = (
+    _Stat('AP', 'precision', None, 'all', 2),
+    _Stat('AP50', 'precision', 0.5, 'all', 2),
+    _Stat('AP75', 'precision', 0.75, 'all', 2),
+    _Stat('AP_small', 'precision', None, 'small', 2),
+    _Stat('AP_medium', 'precision', None, 'medium', 2),
+    _Stat('AP_large', 'precision', None, 'large', 2),
+    _Stat('AR1', 'recall', None, 'all', 0),
+    _Stat('AR10', 'recall', None, 'all', 1),
+    _Stat('AR100', 'recall', None, 'all', 2),
+    _Stat('AR_small', 'recall', None, 'small', 2),
+    _Stat('AR_medium', 'recall', None, 'medium', 2),
+    _Stat('AR_large', 'recall', None, 'large', 2),
+)
+
+
+class ClassMetrics(NamedTuple):
+    """One line of the per-class table; AP and AP50 are NaN for a class without ground truth."""
+
+    category_id: int
+    name: str
+    AP: float
+    AP50: float
+    count: int  # ground-truth boxes that are not crowd regions
+
+
+@dataclass(frozen=True)
+class CocoScores:
+    """The numbers of one evaluation, in plain types that travel between processes.
+
+    Args:
+        stats: the 12 COCO numbers by name; NaN where there is no ground truth (pycocotools says -1).
+        per_class: one line per category, by ascending id.
+        image_count: images that counted.
+        max_dets: the three limits on the best detections per image and class; the last one is 100 or more.
+    """
+
+    stats: dict[str, float]
+    per_class: list[ClassMetrics]
+    image_count: int
+    max_dets: tuple[int, int, int]
+
+    def table(self) -> str:
+        """Return the 12 numbers as a text table of 12 lines."""
+        return '\n'.join(
+            f'{stat.name:<9}  IoU {"0.50:0.95" if stat.iou is None else f"{stat.iou:.2f}":<9}  area {stat.area:<6}  '
+            f'best {self.max_dets[stat.limit]:>3}  {self.stats[stat.name]:6.3f}' for stat in _STATS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as json values; undefined numbers are None."""
+        def number(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        return {
+            'stats': {name: number(value) for name, value in self.stats.items()},
+            'per_class': [{**row._asdict(), 'AP': number(row.AP), 'AP50': number(row.AP50)} for row in self.per_class],
+            'image_count': self.image_count,
+            'max_dets': list(self.max_dets),
+        }
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a json file that is either complete or not there, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'w', encoding='utf-8') as file:
+            json.dump(content, file, allow_nan=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Swallow what pycocotools prints; the log has our own text."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _index_coco(images: Sequence[Any], categories: Sequence[Any], annotations: list[dict[str, Any]]) -> COCO:
+    coco = COCO()
+    coco.dataset = {'images': list(images), 'categories': list(categories), 'annotations': annotations}
+    with _silent():
+        coco.createIndex()
+    return coco
+
+
+def index_ground_truth(source: Mapping[str, Any]) -> COCO:
+    """Build the pycocotools index of a parsed COCO json, on copies of its annotations.
+
+    Annotations are numbered anew from 1: COCOeval takes the id 0 for "no match" and mixes up annotations that share
+    an id, so such a file would score too low. Those without a usable bbox are left out, with their count in the log.
+
+    Args:
+        source: the parsed json; missing lists count as empty, a missing area as width times height.
+
+    Returns:
+        The index; without images or annotations where the json has none.
+    """
+    annotations: list[dict[str, Any]] = []
+    unusable = []
+    for annotation in source.get('annotations', ()):
+        box_xywh = annotation.get('bbox') or ()
+        if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
+            unusable.append(annotation.get('id'))
+            continue
+        annotations.append({
+            'id': len(annotations) + 1, 'image_id': annotation['image_id'], 'category_id': annotation['category_id'],
+            'bbox': list(box_xywh), 'area': annotation.get('area', box_xywh[2] * box_xywh[3]),
+            'iscrowd': int(annotation.get('iscrowd', 0))})
+    if unusable:
+        _logger.warning('%d ground-truth annotations without four finite bbox numbers are left out of the evaluation: '
+                        'ids %s%s', len(unusable), unusable[:5], ' ...' if len(unusable) > 5 else '')
+    return _index_coco(source.get('images', ()), source.get('categories', ()), annotations)
+
+
+def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], max_det: int) -> CocoScores:
+    """Compute COCO's numbers for result rows.
+
+    Args:
+        truth: from `index_ground_truth`.
+        rows: COCO results: image_id, category_id, bbox (xywh), score; may be empty.
+        img_ids: the images that count; rows and ground truth of others do not.
+        max_det: best detections per image and class that count; below 100 COCO's 100 stays.
+
+    Returns:
+        The numbers; all NaN when the images have no ground truth, precision and recall 0 when there are no rows.
+
+    Raises:
+        ValueError: a row's image is not in the ground truth.
+    """
+    strangers = {row['image_id'] for row in rows} - set(truth.getImgIds())
+    if strangers:
+        raise ValueError(f'{len(strangers)} predicted images are not in the ground truth, e.g. image id '
+                         f'{min(strangers)}: dataset.parser.img_ids must come from the same json')
+    boxes = [{**row, 'id': number, 'area': row['bbox'][2] * row['bbox'][3], 'iscrowd': 0}
+             for number, row in enumerate(rows, start=1)]
+    run = COCOeval(truth, _index_coco(truth.dataset['images'], truth.dataset['categories'], boxes), 'bbox')
+    run.params.imgIds = sorted(img_ids)
+    run.params.maxDets = [1, 10, max(100, max_det)]
+    with _silent():
+        run.evaluate()
+        run.accumulate()
+    counts = Counter(a['category_id'] for a in truth.dataset['annotations']
+                     if a['image_id'] in img_ids and not a['iscrowd'])
+    return CocoScores(_stats_of(run), _classes_of(run, counts), len(img_ids), tuple(run.params.maxDets))
+
+
+def _mean_defined(values: np.ndarray) -> float:
+    """Average what COCOeval has filled in (it marks absent classes by -1); NaN when nothing is."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _stats_of(run: COCOeval) -> dict[str, float]:
+    """Average COCOeval's tables into the 12 numbers; its own summarize can do so for a last maximum of 100 only."""
+    stats = {}
+    for stat in _STATS:
+        table = run.eval[stat.table]
+        if stat.iou is not None:
+            table = table[np.isclose(run.params.iouThrs, stat.iou)]
+        stats[stat.name] = _mean_defined(table[..., run.params.areaRngLbl.index(stat.area), stat.limit])
+    return stats
+
+
+def _classes_of(run: COCOeval, counts: Mapping[Any, int]) -> list[ClassMetrics]:
+    """Read each category's AP off COCOeval's precision table."""
+    precision = run.eval['precision'][..., run.params.areaRngLbl.index('all'), -1]  # [T, R, K]
+    at_50 = precision[np.isclose(run.params.iouThrs, 0.5)]
+    # COCOeval passes its ids through numpy; ours are plain again.
+    ids = [k.item() if isinstance(k, np.generic) else k for k in run.params.catIds]
+    return [
+        ClassMetrics(category_id, str(run.cocoGt.cats[category_id].get('name', category_id)),
+                     _mean_defined(precision[:, :, k]), _mean_defined(at_50[:, :, k]), counts.get(category_id, 0))
+        for k, category_id in enumerate(ids)]

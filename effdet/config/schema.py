@@ -1,0 +1,456 @@
+"""Every setting of a run, declared once: name, type, default, unit and range, flag, help text.
+
+`RunConfig` belongs to train.py, `ValidateConfig` to validate.py, `DemoConfig` to demo.py. The flags, their help and the
+range checks are all read from the fields here. Merging YAML, flags and dotted overrides is done in load.py; no
+argument parsing, no file access and no torch belongs here.
+"""
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_logger = logging.getLogger(__name__)
+_ConfigT = TypeVar("_ConfigT")
+
+
+class ConfigError(ValueError):
+    """Tell the user which setting is wrong, what was got and what is allowed."""
+
+
+def setting(
+    default: Any, text: str, *, flags: tuple[str, ...] | None = None, off: tuple[str, ...] = (), none: str = "none",
+    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None,
+    choices: tuple[str, ...] = (), bare: str | None = None, metavar: str | None = None,
+) -> Any:
+    """Declare one field of a section.
+
+    Args:
+        default: value when nobody sets the field; a list is copied for every instance.
+        text: help text: what it is, with its unit; default and range are appended by load.py.
+        flags: spellings on the command line, the first is the one shown in messages; None: `--` and the field's name;
+            empty: no flag, only YAML and `section.field=value`.
+        off: extra spellings that switch a boolean off, beside `--no-...` of each spelling in `flags`.
+        none: what the value None stands for, shown as the default in the help.
+        low, high: inclusive bounds. above, below: exclusive bounds. They hold for each element of a list.
+        choices: the allowed words.
+        bare: value meant by the flag without an argument; None: the flag needs its argument.
+        metavar: placeholder of the value in the help.
+    """
+    meta = {"text": text, "flags": flags, "off": off, "none": none, "low": low, "high": high, "above": above,
+            "below": below, "choices": choices, "bare": bare, "metavar": metavar}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+# ---- sections; a base class holds what more than one script uses; the docstring heads the section in --help ----
+
+@dataclass
+class PostProcessConfig:
+    """Set the input size and what becomes of the network's outputs."""
+
+    name: str | None = setting(None, "model name", flags=("--model",), none="from the checkpoint")
+    image_size: list[int] | None = setting(
+        None, "network input as height and width in pixels; one value: square", low=32, metavar="H [W]",
+        none="from the checkpoint or the model table", flags=("--image-size", "--img-size"))
+    soft_nms: bool | None = setting(None, "soft-NMS instead of NMS", none="from the model table")
+    max_det: int | None = setting(None, "detections kept per image", low=1, none="from the model table")
+    max_detection_points: int | None = setting(
+        None, "candidates per image that reach NMS", low=1, none="from the model table")
+
+
+@dataclass
+class _BaseModelConfig(PostProcessConfig):
+    """Add what training and evaluation need to build the network."""
+
+    num_classes: int | None = setting(
+        None, "object classes; must agree with the annotation file", low=1,
+        none="from the checkpoint or the annotation file")
+    pretrained: str = setting(
+        "", "start from published weights: alone or 'url' downloads the model's own, a PATH loads every tensor of that "
+        "file that fits and stays offline", bare="url", metavar="PATH")
+    pad_type: str | None = setting(
+        None, "padding of strided layers: as in TensorFlow, or symmetric for checkpoints of the original Ascend port",
+        choices=("same", "symmetric"), none="from the model table")
+    redundant_bias: bool | None = setting(
+        None, "biases before batch norm, as the published tf_ weights have", none="from the model table")
+
+
+@dataclass
+class ModelConfig(_BaseModelConfig):
+    """Choose the network and the weights it starts from."""
+
+    name: str = setting("tf_efficientdet_d0", "model name", flags=("--model",))
+    initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
+    anchor_scale: float | None = setting(
+        None, "anchor size in multiples of a level's stride", above=0, none="from the model table")
+    aspect_ratios: list[float] | None = setting(
+        None, "width / height of the anchors; published weights need three", above=0, none="from the model table",
+        metavar="R,R,R")
+    drop_path: float | None = setting(
+        None, "stochastic depth rate of the backbone", low=0, below=1, none="from the model table")
+    freeze_backbone: bool = setting(False, "do not train the backbone")
+    freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
+    bn_momentum: float | None = setting(
+        None, "weight of a new batch in the batch-norm statistics", above=0, high=1, none="from the model table")
+
+
+@dataclass
+class EvalModelConfig(_BaseModelConfig):
+    """Choose the network to evaluate."""
+
+    name: str | None = setting(
+        None, "model name", flags=("--model",), none="from the checkpoint, else tf_efficientdet_d0")
+
+
+@dataclass
+class DemoModelConfig(PostProcessConfig):
+    """Choose the network to show."""
+
+    name: str | None = setting(None, "model name, for weight files that do not carry one", flags=("--model",),
+                               none="from the checkpoint")
+
+
+@dataclass
+class EvalDataConfig:
+    """Name the pictures to evaluate and how they are resized."""
+
+    root: str = setting(
+        "", "data folder in COCO layout (annotations/, train2017/, val2017/)", flags=("--root",), metavar="DIR")
+    val_images: str = setting("", "folder of the validation pictures, instead of the one in --root", metavar="DIR")
+    val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
+    workers: int | None = setting(
+        None, "loader processes over all devices; 0: load in the main process", flags=("-j", "--workers"), low=0,
+        none="up to 4 per device")
+    interpolation: str = setting("bilinear", "resampling in evaluation", choices=("bilinear", "bicubic"))
+    fill_color: str = setting(
+        "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR")
+
+
+@dataclass
+class DataConfig(EvalDataConfig):
+    """Name the pictures and how they are augmented."""
+
+    train_images: str = setting("", "folder of the training pictures, instead of the one in --root", metavar="DIR")
+    train_ann: str = setting("", "training annotations in COCO format, instead of those in --root", metavar="JSON")
+    train_interpolation: str = setting(
+        "random", "resampling in training; 'random' draws one per picture", choices=("random", "bilinear", "bicubic"))
+    scale_min: float = setting(0.1, "smallest factor of the random resize", above=0)
+    scale_max: float = setting(2.0, "largest factor of the random resize", above=0)
+    hflip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    reprob: float = setting(0.0, "probability of random erasing", low=0, high=1)
+    remode: str = setting("pixel", "what fills an erased area", choices=("const", "rand", "pixel"))
+    recount: int = setting(1, "erased areas per picture", low=1)
+    crowd: str = setting(
+        "drop", "crowd boxes: 'drop' them from the targets or 'ignore' their area in the loss",
+        choices=("drop", "ignore"))
+
+
+@dataclass
+class LossConfig:
+    """Override the loss of the model table."""
+
+    label_smoothing: float | None = setting(
+        None, "label smoothing of the focal loss", flags=("--smoothing",), low=0, below=1, none="from the model table")
+    legacy_focal: bool | None = setting(None, "the older focal loss formula", none="from the model table")
+    alpha: float | None = setting(None, "focal loss: weight of the positives", flags=(), low=0, high=1,
+                                  none="from the model table")
+    gamma: float | None = setting(None, "focal loss: focusing exponent", flags=(), low=0, none="from the model table")
+    delta: float | None = setting(None, "Huber loss: where it turns linear, in anchor units", flags=(), above=0,
+                                  none="from the model table")
+    box_loss_weight: float | None = setting(None, "factor of the box loss in the sum", flags=(), low=0,
+                                            none="from the model table")
+
+
+@dataclass
+class OptimConfig:
+    """Choose the optimiser and the clipping of gradients."""
+
+    opt: str = setting(
+        "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead")
+    lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
+    momentum: float = setting(0.9, "momentum", low=0, below=1)
+    weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
+    opt_eps: float = setting(1e-3, "epsilon of the optimisers that have one", above=0)
+    clip_grad: float = setting(10.0, "gradient clipping threshold; 0: off", low=0)
+    clip_mode: str = setting("norm", "what is clipped: the global norm, each value, or adaptively per unit",
+                             choices=("norm", "value", "agc"))
+    grad_accum: int = setting(1, "batches whose gradients make one update", low=1)
+
+
+@dataclass
+class SchedConfig:
+    """Choose the learning-rate schedule and the length of the run."""
+
+    sched: str = setting("cosine", "learning-rate schedule",
+                         choices=("cosine", "tanh", "step", "plateau", "poly", "none"))
+    epochs: int = setting(300, "epochs to train, without the cooldown", flags=("--epochs", "--epoch"), low=1)
+    start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
+    warmup_epochs: int = setting(5, "epochs of linear warm-up", low=0)
+    warmup_lr: float = setting(1e-4, "learning rate at the start of the warm-up", low=0)
+    min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)
+    cooldown_epochs: int = setting(10, "epochs at min_lr after the schedule", low=0)
+    lr_noise: list[float] | None = setting(
+        None, "noise on the learning rate: the fraction of the epochs where it starts and, optionally, where it ends",
+        low=0, high=1, none="off", metavar="ON [OFF]")
+    lr_noise_pct: float = setting(0.67, "limit of the noise as a fraction of the learning rate", above=0)
+    lr_noise_std: float = setting(1.0, "standard deviation of the noise", above=0)
+    lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
+    lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
+    decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
+    decay_rate: float = setting(0.1, "factor of a decay (step, plateau) or exponent (poly)",
+                                flags=("--decay-rate", "--dr"), above=0)
+    patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
+
+
+@dataclass
+class EmaConfig:
+    """Keep an exponential moving average (EMA) of the weights."""
+
+    enabled: bool = setting(True, "keep an exponential moving average of the weights; it is what is ranked",
+                            flags=("--model-ema",))
+    decay: float = setting(0.9999, "weight of the past in the average", flags=("--model-ema-decay",), low=0, below=1)
+    warmup: bool = setting(True, "let the decay grow to its value over the first updates",
+                           flags=("--model-ema-warmup",))
+
+
+@dataclass
+class EvalAmpConfig:
+    """Choose the precision of the arithmetic."""
+
+    enabled: bool = setting(False, "mixed precision", flags=("--amp",))
+    opt_level: str = setting(
+        "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", flags=("--opt-level",),
+        choices=("O0", "O1", "O2"))
+    dtype: str = setting("float16", "half-precision type", flags=("--amp-dtype",), choices=("float16", "bfloat16"))
+
+
+@dataclass
+class AmpConfig(EvalAmpConfig):
+    """Choose the precision of the arithmetic and the loss scale."""
+
+    loss_scale: float | str = setting("dynamic", "'dynamic' or one fixed factor", metavar="N")
+
+
+@dataclass
+class EvalDistConfig:
+    """Run on several devices."""
+
+    device_list: list[int] = setting([], "device numbers, one process each, as in 0,1,2,3", low=0, metavar="N,N")
+    addr: str = setting("127.0.0.1", "address of the host that coordinates the processes", metavar="HOST")
+    master_port: int = setting(29688, "port on that host", low=1, high=65535)
+
+
+@dataclass
+class DistConfig(EvalDistConfig):
+    """Run on several devices."""
+
+    sync_bn: bool = setting(False, "batch-norm statistics over all devices")
+    dist_bn: str = setting("", "after each epoch, average the batch-norm statistics of the devices ('reduce'), send "
+                           "those of the first to all ('broadcast'), or neither ('')",
+                           choices=("", "reduce", "broadcast"))
+
+
+@dataclass
+class _BaseRunConfig:
+    """Say where every script runs."""
+
+    device: str = setting("auto", "kind of device: auto, cpu, or another name the device layer knows")
+    batch_size: int = setting(32, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
+
+
+@dataclass
+class RunSectionConfig(_BaseRunConfig):
+    """Say where the run takes place, how long, and what it keeps."""
+
+    batch_size: int = setting(256, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
+    seed: int = setting(42, "seed of every random generator; each process adds its rank", low=0)
+    log_interval: int = setting(50, "steps between two log lines", low=1)
+    output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
+    experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
+    resume: str = setting("", "continue the run of this checkpoint", metavar="PATH")
+    eval_only: bool = setting(False, "evaluate the given weights and stop, without training")
+    val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
+    val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
+    save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
+    keep_best: int = setting(10, "best checkpoints to keep", low=1)
+    channels_last: bool = setting(False, "channels-last memory layout")
+    max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
+
+
+@dataclass
+class EvalRunSectionConfig(_BaseRunConfig):
+    """Say what is evaluated, where, and what is written."""
+
+    checkpoint: str = setting("", "weights to evaluate", metavar="PATH")
+    use_ema: bool | None = setting(None, "evaluate the averaged weights", off=("--no-ema",),
+                                   none="when the checkpoint has them")
+    val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
+    log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
+    results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
+    metrics: str = setting("", "write the metrics to this file", metavar="JSON")
+
+
+@dataclass
+class DemoRunSectionConfig(_BaseRunConfig):
+    """Say what is shown, where, and what is written."""
+
+    batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
+    images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
+                                flags=())
+    checkpoint: str = setting("", "weights to use; empty: the newest under output/", metavar="PATH")
+    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
+                                   none="when the checkpoint has them")
+    score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
+    output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
+
+
+# ---- one root per script ----
+
+@dataclass
+class RunConfig:
+    """Everything a training run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+    run: RunSectionConfig = field(default_factory=RunSectionConfig)
+
+
+@dataclass
+class ValidateConfig:
+    """Everything an evaluation depends on."""
+
+    model: EvalModelConfig = field(default_factory=EvalModelConfig)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    amp: EvalAmpConfig = field(default_factory=EvalAmpConfig)
+    dist: EvalDistConfig = field(default_factory=EvalDistConfig)
+    run: EvalRunSectionConfig = field(default_factory=EvalRunSectionConfig)
+
+
+@dataclass
+class DemoConfig:
+    """Everything a demo depends on."""
+
+    model: DemoModelConfig = field(default_factory=DemoModelConfig)
+    run: DemoRunSectionConfig = field(default_factory=DemoRunSectionConfig)
+
+
+# ---- checks ----
+
+def flags_of(item: dataclasses.Field) -> tuple[str, ...]:
+    """Return the spellings of a field on the command line, the one for messages first; empty: it has no flag."""
+    flags = item.metadata["flags"]
+    spellings = ("--" + item.name.replace("_", "-"),) if flags is None else flags
+    return tuple(sorted(spellings, key=lambda spelling: not spelling.startswith("--")))
+
+
+def range_text(item: dataclasses.Field) -> str:
+    """Return the allowed values of a field in words; empty when its type is the only limit."""
+    meta = item.metadata
+    if meta["choices"]:
+        return "one of " + ", ".join(repr(word) for word in meta["choices"])
+    bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"]), ("<", meta["below"])]
+    return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+def _in_range(value: Any, meta: Any) -> bool:
+    """Return True when one value (a list's element or a scalar) lies within the declared bounds and choices."""
+    if meta["choices"] and value not in meta["choices"]:
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return not (meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]
+                or meta["above"] is not None and value <= meta["above"]
+                or meta["below"] is not None and value >= meta["below"])
+
+
+def check_config(cfg: _ConfigT) -> _ConfigT:
+    """Check the ranges of every field and the fields against each other; make a single image size square.
+
+    Args:
+        cfg: a RunConfig, ValidateConfig or DemoConfig whose types are right (load.py sees to that).
+
+    Returns:
+        `cfg` itself.
+
+    Raises:
+        ConfigError: a value is out of its range, or two settings contradict each other.
+    """
+    for section in dataclasses.fields(cfg):
+        part = getattr(cfg, section.name)
+        for item in dataclasses.fields(part):
+            value = getattr(part, item.name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(_in_range(one, item.metadata) for one in values):
+                flags = flags_of(item)
+                name = f"{section.name}.{item.name}" + (f" ({flags[0]})" if flags else "")
+                raise ConfigError(f"{name}: got {value!r}, must be {range_text(item) or 'a finite number'}")
+    for rule in (_check_shapes, _check_eval, _check_train):
+        rule(cfg)
+    return cfg
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_shapes(cfg: Any) -> None:
+    """Check what every script has: the image size."""
+    size = cfg.model.image_size
+    if size is not None:
+        _require(len(size) in (1, 2), f"model.image_size (--image-size): got {size}, must be one value (square) or "
+                                      "height and width")
+        cfg.model.image_size = list(size) * 2 if len(size) == 1 else list(size)
+
+
+def _check_eval(cfg: Any) -> None:
+    """Check what training and evaluation share: data, precision, devices."""
+    if isinstance(cfg, DemoConfig):
+        return
+    color, devices = cfg.data.fill_color, cfg.dist.device_list
+    _require(color == "mean" or color.isdecimal() and int(color) <= 255,
+             f"data.fill_color (--fill-color): got {color!r}, must be 'mean' or a whole number 0..255")
+    for split in ("train", "val"):
+        images, ann = getattr(cfg.data, f"{split}_images", ""), getattr(cfg.data, f"{split}_ann", "")
+        _require(bool(cfg.data.root) or bool(images) == bool(ann),
+                 f"--{split}-images and --{split}-ann go together: give both, or --root as well")
+    _require(len(set(devices)) == len(devices),
+             f"dist.device_list (--device-list): got {devices}, a device may be named once")
+    _require(cfg.amp.enabled or cfg.amp.opt_level != "O2", "--opt-level O2 needs --amp: give both, or leave O2 out")
+    _require(cfg.amp.enabled or cfg.amp.dtype == "float16",
+             f"--amp-dtype {cfg.amp.dtype} needs --amp: give both, or leave the type out")
+
+
+def _check_train(cfg: Any) -> None:
+    """Check what only training has: schedule, augmentation, loss scale, starting weights."""
+    if not isinstance(cfg, RunConfig):
+        return
+    data, sched, scale = cfg.data, cfg.sched, cfg.amp.loss_scale
+    _require(data.scale_min <= data.scale_max,
+             f"data.scale_min ({data.scale_min}) is larger than data.scale_max ({data.scale_max})")
+    _require(scale == "dynamic" or not isinstance(scale, str) and math.isfinite(scale) and scale > 0,
+             f"amp.loss_scale (--loss-scale): got {scale!r}, must be 'dynamic' or a number above 0")
+    ratios = cfg.model.aspect_ratios
+    _require(ratios is None or len(ratios) > 0, "model.aspect_ratios (--aspect-ratios): got none, give at least one")
+    noise = sched.lr_noise
+    _require(noise is None or len(noise) == 1 or len(noise) == 2 and noise[0] < noise[1],
+             f"sched.lr_noise (--lr-noise): got {noise}, must be the fraction of the epochs where the noise starts "
+             "and, optionally, a larger one where it ends")
+    last = sched.epochs + sched.cooldown_epochs
+    _require(sched.start_epoch is None or sched.start_epoch < last,
+             f"sched.start_epoch (--start-epoch): got {sched.start_epoch}, but epochs and cooldown end at {last}")
+    _require(not (cfg.model.pretrained and cfg.model.initial_checkpoint),
+             "--pretrained and --initial-checkpoint both name the weights to start from: give one")
+    _require(not cfg.run.eval_only or bool(cfg.run.resume or cfg.model.initial_checkpoint or cfg.model.pretrained),
+             "--eval-only needs weights: give --resume, --initial-checkpoint or --pretrained")
+    if sched.warmup_epochs >= sched.epochs and not cfg.run.eval_only:
+        _logger.warning("warmup_epochs (%d) is not below epochs (%d): the learning rate never reaches %g. "
+                        "Lower --warmup-epochs.", sched.warmup_epochs, sched.epochs, cfg.optim.lr)

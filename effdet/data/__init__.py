@@ -1,0 +1,63 @@
+"""Data: annotation files, pictures, transforms and loaders."""
+
+from .categories import CategoryMap, resolve_category_map
+from .coco import CocoParser, coco_paths
+from .coco_check import DatasetError, DatasetReport
+from .dataset import DetectionDatset, SkipSubset
+from .dataset_factory import create_dataset, open_coco
+from .input_config import resolve_input_config
+from .loader import create_loader
+from .parsers import CocoParserCfg, create_parser
+from .pictures import PictureError
+from .transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    Compose,
+    ImageToNumpy,
+    ImageToTensor,
+    Normalize,
+    RandomFlip,
+    RandomResizePad,
+    ResizePad,
+    clip_boxes,
+    clip_boxes_,
+    resolve_fill_color,
+    transforms_coco_eval,
+    transforms_coco_train,
+)
+
+__all__ = [
+    "CategoryMap",
+    "CocoParser",
+    "CocoParserCfg",
+    "Compose",
+    "DatasetError",
+    "DatasetReport",
+    "DetectionDatset",
+    "IMAGENET_DEFAULT_MEAN",
+    "IMAGENET_DEFAULT_STD",
+    "IMAGENET_INCEPTION_MEAN",
+    "IMAGENET_INCEPTION_STD",
+    "ImageToNumpy",
+    "ImageToTensor",
+    "Normalize",
+    "PictureError",
+    "RandomFlip",
+    "RandomResizePad",
+    "ResizePad",
+    "SkipSubset",
+    "clip_boxes",
+    "clip_boxes_",
+    "coco_paths",
+    "create_dataset",
+    "create_loader",
+    "create_parser",
+    "open_coco",
+    "resolve_category_map",
+    "resolve_fill_color",
+    "resolve_input_config",
+    "transforms_coco_eval",
+    "transforms_coco_train",
+]

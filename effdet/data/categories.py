@@ -1,0 +1,188 @@
+"""Category ids of a dataset <-> class indices of a model.
+
+`category_id` is COCO's number for a class: any integers, with gaps. `class_idx` is the model's: 0..C-1. This file
+holds the map between the two and the rule that picks it. What the annotations look like is `coco.py`'s business, not
+this file's.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+_logger = logging.getLogger(__name__)
+
+
+def _short(values: Iterable, limit: int = 12) -> str:
+    values = list(values)
+    more = f", ... ({len(values)} in all)" if len(values) > limit else ""
+    return ", ".join(str(v) for v in values[:limit]) + more
+
+
+@dataclass(frozen=True)
+class CategoryMap:
+    """Map category ids to class indices and back.
+
+    Args:
+        ids: the category ids in ascending order, without repeats.
+        names: one name for each id.
+        num_classes: size of the class axis. Equals len(ids) for a dense map (the k-th id is class k); an id-indexed
+            map (class_idx = id - 1, the numbering of the published 90-class COCO weights) may have classes without a
+            category.
+        id_indexed: which of the two kinds it is.
+
+    Raises:
+        ValueError: the fields do not fit together.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    num_classes: int
+    id_indexed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
+        object.__setattr__(self, "names", tuple(str(n) for n in self.names))
+        object.__setattr__(self, "num_classes", int(self.num_classes))
+        object.__setattr__(self, "id_indexed", bool(self.id_indexed))
+        if not self.ids:
+            raise ValueError("a category map needs at least one category, got none")
+        if list(self.ids) != sorted(set(self.ids)):
+            raise ValueError(f"category ids must be ascending without repeats, got {_short(self.ids)}")
+        if len(self.ids) != len(self.names):
+            raise ValueError(f"{len(self.ids)} category ids but {len(self.names)} names: give one name for each id")
+        if self.id_indexed and (self.ids[0] < 1 or self.ids[-1] > self.num_classes):
+            raise ValueError(
+                f"an id-indexed map with {self.num_classes} classes holds ids 1..{self.num_classes}, "
+                f"got {self.ids[0]}..{self.ids[-1]}"
+            )
+        if not self.id_indexed and self.num_classes != len(self.ids):
+            raise ValueError(
+                f"a dense map has one class for each id: {len(self.ids)} ids but num_classes={self.num_classes}"
+            )
+
+    @classmethod
+    def from_categories(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | None = None) -> "CategoryMap":
+        """Make a map from the `categories` list of a COCO json: dense, or id-indexed with `num_classes` classes when
+        that is given."""
+        rows = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in categories)
+        ids, names = tuple(i for i, _ in rows), tuple(n for _, n in rows)
+        return cls(ids, names, len(ids) if num_classes is None else num_classes, id_indexed=num_classes is not None)
+
+    @cached_property
+    def idx_to_id(self) -> np.ndarray:
+        """int64 [C]: the category id of each class index (a class without a category in an id-indexed map has id idx
+        + 1)."""
+        return np.arange(1, self.num_classes + 1) if self.id_indexed else np.array(self.ids, dtype=np.int64)
+
+    @cached_property
+    def id_to_idx(self) -> dict[int, int]:
+        """The class index of each category id. A dict, because ids may be huge; `to_idx` does whole arrays."""
+        return {i: i - 1 if self.id_indexed else k for k, i in enumerate(self.ids)}
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """One name for each class index; 'id N' where an id-indexed map has no category N."""
+        known = {self.id_to_idx[i]: name for i, name in zip(self.ids, self.names, strict=True)}
+        return tuple(known.get(k, f"id {k + 1}") for k in range(self.num_classes))
+
+    def to_idx(self, category_ids: np.ndarray) -> np.ndarray:
+        """Turn category ids [n] into class indices, int64 [n]; -1 for an id that is not in the map."""
+        category_ids = np.asarray(category_ids, dtype=np.int64)
+        known = np.array(self.ids, dtype=np.int64)
+        at = np.minimum(np.searchsorted(known, category_ids), len(known) - 1)
+        return np.where(known[at] == category_ids, category_ids - 1 if self.id_indexed else at, -1).astype(np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the map as plain types, for a checkpoint."""
+        return {
+            "ids": list(self.ids),
+            "names": list(self.names),
+            "num_classes": self.num_classes,
+            "id_indexed": self.id_indexed,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "CategoryMap":
+        """Rebuild a map from `to_dict`'s result."""
+        missing = [k for k in ("ids", "names", "num_classes") if k not in state]
+        if missing:
+            raise ValueError(f"not a stored category map: {missing} missing, keys are {sorted(state)}")
+        return cls(tuple(state["ids"]), tuple(state["names"]), state["num_classes"], state.get("id_indexed", False))
+
+    def __str__(self) -> str:
+        kind = "id-indexed" if self.id_indexed else "dense"
+        return f"{self.num_classes} classes, {kind}, category ids {_short(self.ids)}"
+
+
+def resolve_category_map(
+    categories: Iterable[Mapping[str, Any]],
+    num_classes: int | None = None,
+    stored: CategoryMap | Mapping[str, Any] | None = None,
+) -> CategoryMap:
+    """Pick the category map of a run from the json, the class count asked for and the map in a checkpoint.
+
+    Args:
+        categories: the `categories` list of the COCO json.
+        num_classes: class count given by the user or by the model; None takes it from the json.
+        stored: the map of the checkpoint (a `CategoryMap` or its dict). Wins when the json's ids are all in it.
+
+    Returns:
+        The map to use: `stored`, else dense when `num_classes` is None or the number of categories, else id-indexed.
+
+    Raises:
+        ValueError: the sides contradict each other; the text says both and what to do.
+    """
+    dense = CategoryMap.from_categories(categories)
+    if stored is not None:
+        stored = stored if isinstance(stored, CategoryMap) else CategoryMap.from_dict(stored)
+        return _agree_with_stored(dense, num_classes, stored)
+    if num_classes is None or num_classes == dense.num_classes:
+        return dense
+    low, high = dense.ids[0], dense.ids[-1]
+    if low >= 1 and num_classes >= high:
+        _logger.info(
+            "%d classes for %d categories with ids %d..%d: class index = category id - 1, the numbering of published COCO weights",
+            num_classes,
+            dense.num_classes,
+            low,
+            high,
+        )
+        return CategoryMap(dense.ids, dense.names, num_classes, id_indexed=True)
+    also = (
+        f", or at least {high} to number the classes by category id (as published COCO weights do)" if low >= 1 else ""
+    )
+    raise ValueError(
+        f"num_classes is {num_classes}, but the json has {dense.num_classes} categories with ids {_short(dense.ids)}. "
+        f"Leave num_classes out, or set it to {dense.num_classes}{also}."
+    )
+
+
+def _agree_with_stored(json_map: CategoryMap, num_classes: int | None, stored: CategoryMap) -> CategoryMap:
+    if num_classes is not None and num_classes != stored.num_classes:
+        raise ValueError(
+            f"num_classes is {num_classes}, but the checkpoint was trained with {stored.num_classes} classes "
+            f"({_short(stored.names)}). Leave num_classes out, or start from the weights with a new head."
+        )
+    unknown = sorted(set(json_map.ids) - set(stored.ids))
+    if unknown:
+        raise ValueError(
+            f"the json has category ids {_short(json_map.ids)}, the checkpoint was trained with {_short(stored.ids)}; "
+            f"the checkpoint does not know {_short(unknown)}. Use the json the checkpoint was trained for, renumber its "
+            "categories, or start from the weights with a new head."
+        )
+    theirs = dict(zip(stored.ids, stored.names, strict=True))
+    renamed = [
+        f"{i}: json {n!r}, checkpoint {theirs[i]!r}"
+        for i, n in zip(json_map.ids, json_map.names, strict=True)
+        if n != theirs[i]
+    ]
+    if renamed:
+        _logger.warning(
+            "category names differ between json and checkpoint (ids agree, going on with the checkpoint's): %s",
+            _short(renamed),
+        )
+    return stored

@@ -1,0 +1,289 @@
+"""Read COCO annotation files and serve one image's boxes at a time.
+
+COCO's `bbox` (x, y, width, height in pixels) and `category_id` end here: past this file boxes are float32 yxyx and
+labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business, pictures are `dataset.py`'s.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .categories import CategoryMap, resolve_category_map
+from .coco_check import CocoArrays, DatasetError, DatasetReport, check_coco, check_files, four_numbers
+
+__all__ = [
+    "CategoryMap",
+    "CocoParser",
+    "CocoParserCfg",
+    "DatasetError",
+    "DatasetReport",
+    "IGNORE_CLS",
+    "coco_paths",
+    "resolve_category_map",
+]
+
+_logger = logging.getLogger(__name__)
+
+IGNORE_CLS = -2  # target label of an ignore region; padding is -1
+
+# Where COCO keeps each split, below its root: (image directory, annotation file). {year} is 2017 or 2014.
+_LAYOUT = {
+    "train": ("train{year}", "annotations/instances_train{year}.json"),
+    "val": ("val{year}", "annotations/instances_val{year}.json"),
+    "test": ("test{year}", "annotations/image_info_test{year}.json"),
+    "testdev": ("test{year}", "annotations/image_info_test-dev{year}.json"),
+}
+UNLABELED_SPLITS = ("test", "testdev")
+
+
+def coco_paths(root: str | Path, split: str, year: str = "2017") -> tuple[Path, Path]:
+    """Find a split in COCO's directory layout.
+
+    Args:
+        root: the directory that holds annotations/ and train2017/ etc.
+        split: train, val, test or testdev.
+        year: 2017 or 2014.
+
+    Returns:
+        (image directory, annotation file), both existing.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: something is absent; the text says what is expected where.
+    """
+    if split not in _LAYOUT:
+        raise ValueError(f"split {split!r} is unknown, choose one of {', '.join(_LAYOUT)}")
+    root = Path(root)
+    img_dir, ann_path = (root / part.format(year=year) for part in _LAYOUT[split])
+    absent = [f"{p}{'/' if p is img_dir else ''}" for p in (img_dir, ann_path) if not p.exists()]
+    if absent:
+        there = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "no such directory"
+        raise FileNotFoundError(
+            f"COCO's layout expects {img_dir}/ and {ann_path} for the split {split!r}; {' and '.join(absent)} absent. "
+            f"{root} holds: {there}. For another layout name the image directory and the json themselves."
+        )
+    return img_dir, ann_path
+
+
+def _read_json(path: str | Path) -> Any:
+    """Parse a json without the polygons, which are most of its size and which box detection does not use."""
+
+    def slim(obj: dict) -> dict:
+        obj.pop("segmentation", None)
+        return obj
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"annotation file {path} does not exist")
+    try:
+        return json.loads(path.read_bytes(), object_hook=slim)
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
+        raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
+
+
+@dataclass
+class CocoParserCfg:
+    """How to read one COCO annotation file.
+
+    Args:
+        ann_filename: path of the json.
+        include_masks: not supported; anything but False is refused.
+        include_bboxes_ignore: keep crowd regions as ignore regions; the same as crowd='ignore'.
+        has_labels: False for a file that lists images only.
+        bbox_yxyx: boxes as yxyx, which every transform here expects; False gives xyxy.
+        min_img_size: leave out images with a side shorter than this, in pixels; 0 keeps all, which evaluation needs.
+        ignore_empty_gt: leave out images without objects.
+        crowd: 'drop' leaves crowd regions out of the targets, 'ignore' adds them as rows with cls -2.
+        img_dir: where the pictures are: checks that they exist and reads sizes the json does not give.
+        category_map: the map to label with; None makes a dense one from the json.
+    """
+
+    ann_filename: str
+    include_masks: bool = False
+    include_bboxes_ignore: bool = False
+    has_labels: bool = True
+    bbox_yxyx: bool = True
+    min_img_size: int = 32
+    ignore_empty_gt: bool = False
+    crowd: str = "drop"
+    img_dir: str | Path | None = None
+    category_map: CategoryMap | None = None
+
+
+class CocoParser:
+    """Hold one annotation file as plain arrays.
+
+    Attributes:
+        img_ids: image id by dataset index, ascending.
+        img_infos: {'id', 'file_name', 'width', 'height'} by dataset index.
+        img_ids_invalid: ids of images left out (too small, or empty when that was asked for).
+        categories: the json's categories as {'id', 'name'}, by ascending id.
+        report: what the check found (`DatasetReport`).
+        has_labels, ann_path: as configured.
+
+    Raises:
+        FileNotFoundError: no such json or image directory.
+        DatasetError: errors in the data, all kinds at once.
+    """
+
+    def __init__(self, cfg: CocoParserCfg) -> None:
+        if cfg.include_masks:
+            raise ValueError("include_masks is not supported: only boxes are read")
+        if cfg.crowd not in ("drop", "ignore"):
+            raise ValueError(f"crowd {cfg.crowd!r} is unknown, choose 'drop' or 'ignore'")
+        self.ann_path = Path(cfg.ann_filename)
+        self.has_labels = cfg.has_labels
+        self.yxyx = cfg.bbox_yxyx
+        keep_crowd = cfg.crowd == "ignore" or cfg.include_bboxes_ignore
+        img_dir = None if cfg.img_dir is None else Path(cfg.img_dir)
+        if img_dir is not None and not img_dir.is_dir():
+            raise FileNotFoundError(f"image directory {img_dir} does not exist")
+        arrays, self.report = check_coco(
+            _read_json(self.ann_path), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
+        )
+        self.report.raise_if_errors()
+        self._files_checked = img_dir is not None
+        self._coco = None
+        self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
+        self._category_map = None
+        if cfg.category_map is not None:
+            self.category_map = cfg.category_map
+        elif self.categories:
+            self.category_map = CategoryMap.from_categories(self.categories)
+
+    def _load(self, arrays: CocoArrays, min_img_size: int, skip_empty: bool) -> None:
+        self.categories = arrays.categories
+        self._offsets, self._boxes_yxyx = arrays.offsets, arrays.boxes_yxyx
+        self._category_ids, self._is_crowd = arrays.category_ids, arrays.is_crowd
+        self.img_ids, self.img_infos, self.img_ids_invalid = [], [], []
+        rows = []
+        for k, info in enumerate(arrays.img_infos):
+            no_objects = bool(self._is_crowd[self._offsets[k] : self._offsets[k + 1]].all())
+            if min(info["width"], info["height"]) < min_img_size:
+                self.report.add("small_image", f"image {info['id']} {info['width']}x{info['height']}")
+            elif skip_empty and no_objects:
+                self.report.add("empty_image", f"image {info['id']}")
+            else:
+                self.img_ids.append(info["id"])
+                self.img_infos.append(info)
+                rows.append(k)
+                continue
+            self.img_ids_invalid.append(info["id"])
+        self._rows = np.array(rows, dtype=np.int64)
+
+    @property
+    def category_map(self) -> CategoryMap | None:
+        """The category map in force; None for a json without categories. Setting another one relabels."""
+        return self._category_map
+
+    @category_map.setter
+    def category_map(self, category_map: CategoryMap) -> None:
+        unknown = sorted(set(self.cat_ids) - set(category_map.ids))
+        if unknown:
+            raise ValueError(
+                f"{self.ann_path} has category ids {unknown[:8]} that the map does not know (it has: {category_map})"
+            )
+        self._category_map = category_map
+
+    @property
+    def cat_ids(self) -> list[int]:
+        """The json's category ids, ascending."""
+        return [c["id"] for c in self.categories]
+
+    @property
+    def cat_names(self) -> list[str]:
+        """The json's category names, by ascending id."""
+        return [c["name"] for c in self.categories]
+
+    @property
+    def cat_id_to_label(self) -> dict[int, int]:
+        """The target label (class_idx + 1) of each category id of the map."""
+        return {} if self.category_map is None else {i: k + 1 for i, k in self.category_map.id_to_idx.items()}
+
+    @property
+    def cat_dicts(self) -> list[dict[str, Any]]:
+        """[{'name', 'id'}] with the target label as id, for evaluators in the style of TF models."""
+        return [{"name": c["name"], "id": self.cat_id_to_label[c["id"]]} for c in self.categories]
+
+    @property
+    def max_label(self) -> int:
+        """The highest target label that occurs: the least number of classes a model needs. 0 without categories."""
+        return max(self.cat_id_to_label.values(), default=0)
+
+    def get_ann_info(self, idx: int) -> dict[str, np.ndarray]:
+        """Give the boxes of the image at a dataset index.
+
+        Returns:
+            'bbox' float32 [n, 4] yxyx in pixels of the original and 'cls' int64 [n], class_idx + 1 or -2 for an
+            ignore region; n may be 0.
+        """
+        row = self._rows[idx]
+        span = slice(self._offsets[row], self._offsets[row + 1])
+        bbox = self._boxes_yxyx[span].copy()
+        if not self.yxyx:
+            bbox = bbox[:, [1, 0, 3, 2]]
+        if not len(bbox):
+            return {"bbox": bbox, "cls": np.zeros(0, dtype=np.int64)}
+        cls = self.category_map.to_idx(self._category_ids[span]) + 1
+        cls[self._is_crowd[span]] = IGNORE_CLS
+        return {"bbox": bbox, "cls": cls}
+
+    def check_files(self, img_dir: str | Path) -> None:
+        """Check once that every image is in `img_dir`, unless that was done when the json was read. Raises
+        DatasetError."""
+        if not self._files_checked:
+            check_files(self.img_infos, Path(img_dir), self.report)
+            self.report.raise_if_errors()
+            self._files_checked = True
+
+    def coco_dict(self) -> dict[str, Any]:
+        """Read the json again, for the evaluator, in a form pycocotools takes.
+
+        Annotations without a finite box go; a missing `iscrowd` becomes 0 and a missing `area` the box's; when
+        annotation ids are repeated, missing or 0 (which pycocotools takes for "unmatched") all are renumbered from 1.
+        Polygons are left out. Anything else stays.
+
+        Returns:
+            {'images', 'annotations', 'categories', ...}; 'annotations' is empty for a file without labels.
+        """
+        data = _read_json(self.ann_path)
+        rows = [
+            a
+            for a in data.get("annotations", [])
+            if isinstance(a, dict) and four_numbers(a.get("bbox")) and all(math.isfinite(v) for v in a["bbox"])
+        ]
+        for ann in rows:
+            ann.setdefault("iscrowd", 0)
+            ann.setdefault("area", ann["bbox"][2] * ann["bbox"][3])
+        ids = {a.get("id") for a in rows}
+        if len(ids) < len(rows) or None in ids or 0 in ids:
+            for number, ann in enumerate(rows, start=1):
+                ann["id"] = number
+        data["annotations"] = rows
+        data.setdefault("categories", [])
+        sizes = {info["id"]: info for info in self.img_infos}
+        for img in data["images"]:
+            if img["id"] in sizes:
+                img.update(width=sizes[img["id"]]["width"], height=sizes[img["id"]]["height"])
+        return data
+
+    @property
+    def coco(self) -> Any:
+        """The file as a pycocotools COCO object, polygons included; read on first use and not carried to other
+        processes."""
+        if self._coco is None:
+            from pycocotools.coco import COCO
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._coco = COCO(str(self.ann_path))
+        return self._coco
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _coco=None)

@@ -1,0 +1,371 @@
+"""Check a COCO json before anything is trained on it, and report what was found.
+
+`check_coco` turns the parsed json into plain arrays, sorts every defect into "dropped", "noted" or "error" and counts
+it with a few examples. Defects never stop it half way: the caller raises once, with all of them. Reading files and
+serving items is `coco.py`'s job.
+"""
+
+import math
+import os
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .pictures import PictureError, read_size
+
+_EXAMPLES = 3
+MIN_BOX_PX = 1.0  # the published recipe trains on no box narrower or lower than this
+
+# kind: (what the log says, what happens or what to do). The dict a kind is in says what it means.
+DROPPED = {
+    "no_bbox": ("annotations without a bbox of four numbers", "dropped"),
+    "bad_bbox": ("boxes with NaN or infinite numbers", "dropped"),
+    "empty_bbox": ("boxes with zero or negative width or height", "dropped"),
+    "outside_bbox": ("boxes entirely outside their image", "dropped"),
+    "tiny_bbox": (f"boxes under {MIN_BOX_PX:g} px wide or high inside their image", "dropped"),
+    "crowd": (
+        "crowd regions (iscrowd or ignore set)",
+        "dropped from the targets; crowd='ignore' keeps them as ignore regions",
+    ),
+    "small_image": ("images smaller than min_img_size", "left out of training"),
+    "empty_image": ("images without objects", "left out because ignore_empty_gt is set"),
+}
+NOTED = {
+    "clipped_bbox": ("boxes partly outside their image", "clipped to it"),
+    "crowd_ignored": ("crowd regions (iscrowd or ignore set)", "ignored in the loss"),
+    "size_from_file": ("images without a valid width and height", "size read from the files"),
+    "duplicate_annotation_id": ("annotation ids used twice or missing", "boxes kept; renumbered for the evaluation"),
+}
+ERRORS = {
+    "category_fields": ("categories without an integer id", "give each category an integer id"),
+    "duplicate_category_id": ("category ids used twice", "give each category its own id"),
+    "no_categories": ("the list of categories is empty", 'list the classes under "categories"'),
+    "image_fields": ("images without an id or file_name", "give each image both"),
+    "duplicate_image_id": (
+        "image ids used twice",
+        "give each image its own id (after merging files, renumber one of them)",
+    ),
+    "escaping_file_name": (
+        "file names that leave the image directory",
+        'use names relative to the image directory, without ".."',
+    ),
+    "missing_image": (
+        "images that are not in the image directory",
+        "add the files, take the images out of the json, or correct the image directory",
+    ),
+    "no_size": (
+        "images without a valid width and height",
+        "add them to the json, or name the image directory so that they can be read",
+    ),
+    "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
+    "unknown_category": (
+        'annotations with a category_id that is not in "categories"',
+        "add the category or remove the annotations",
+    ),
+    "orphan_annotation": (
+        'annotations of an image_id that is not in "images"',
+        "add the images or remove the annotations",
+    ),
+}
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be used as it is. The text lists every kind of error found."""
+
+
+@dataclass
+class DatasetReport:
+    """What the check of one annotation file found.
+
+    `dropped`, `noted` and `errors` map a kind (a key of DROPPED, NOTED, ERRORS) to its count; `examples` to its first
+    few cases.
+    """
+
+    source: str = ""
+    num_images: int = 0
+    num_annotations: int = 0
+    num_boxes: int = 0
+    num_images_without_boxes: int = 0
+    num_categories: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count one case (or `count`) of a kind."""
+        counter = self.dropped if kind in DROPPED else self.noted if kind in NOTED else self.errors
+        if kind not in DROPPED and kind not in NOTED and kind not in ERRORS:
+            raise KeyError(kind)
+        counter[kind] = counter.get(kind, 0) + count
+        shown = self.examples.setdefault(kind, [])
+        if example and len(shown) < _EXAMPLES:
+            shown.append(example)
+
+    def _line(self, kind: str, count: int, what: str, action: str) -> str:
+        shown = ", ".join(self.examples.get(kind, ()))
+        more = ", ..." if count > len(self.examples.get(kind, ())) and shown else ""
+        return f"{count} {what}" + (f" ({shown}{more})" if shown else "") + f": {action}"
+
+    def lines(self) -> list[str]:
+        """Give the report as lines for the log: the totals, then one line for each kind found."""
+        out = [
+            f"{self.source}: {self.num_images} images ({self.num_images_without_boxes} without objects), {self.num_annotations} annotations, "
+            f"{self.num_boxes} boxes used, {self.num_categories} categories"
+        ]
+        out += ["  " + self._line(k, n, *DROPPED[k]) for k, n in self.dropped.items()]
+        out += ["  " + self._line(k, n, *NOTED[k]) for k, n in self.noted.items()]
+        out += ["  error: " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items()]
+        return out
+
+    def raise_if_errors(self) -> None:
+        """Raise DatasetError naming every kind of error found; do nothing when there is none."""
+        if self.errors:
+            found = "\n".join("  " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items())
+            raise DatasetError(f"{self.source} cannot be used:\n{found}")
+
+
+@dataclass
+class CocoArrays:
+    """The used part of an annotation file, images sorted by id.
+
+    `boxes_yxyx` float32 [n, 4], `category_ids` int64 [n] and `is_crowd` bool [n] hold the rows of image k at
+    offsets[k]:offsets[k + 1].
+    """
+
+    categories: list[dict[str, Any]]
+    img_infos: list[dict[str, Any]]
+    offsets: np.ndarray
+    boxes_yxyx: np.ndarray
+    category_ids: np.ndarray
+    is_crowd: np.ndarray
+
+
+def check_coco(
+    data: Any, source: str, img_dir: Path | None, has_labels: bool, keep_crowd: bool
+) -> tuple[CocoArrays, DatasetReport]:
+    """Check a parsed COCO json and pack its boxes into arrays.
+
+    Args:
+        data: the parsed json.
+        source: its name, for messages.
+        img_dir: where the pictures are; None skips the checks that need files.
+        has_labels: False for a file that lists images only.
+        keep_crowd: keep crowd regions as rows with is_crowd set, instead of dropping them.
+
+    Returns:
+        The arrays (not usable when the report has errors) and the report.
+
+    Raises:
+        DatasetError: the json is not in COCO's form at all.
+    """
+    lists = ("images", "annotations", "categories") if has_labels else ("images",)
+    absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
+    if absent:
+        got = f"keys {sorted(map(str, data))[:8]}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise DatasetError(
+            f"{source} is not a COCO annotation file: it needs the lists {', '.join(lists)}; {', '.join(absent)} missing, "
+            f"found {got}"
+        )
+    report = DatasetReport(source=source)
+    categories = _check_categories(data.get("categories") or [], report, has_labels)
+    infos = _check_images(data["images"], report, img_dir)
+    annotations = data["annotations"] if has_labels else []
+    packed = _pack_annotations(annotations, categories, infos, report, keep_crowd)
+    arrays = CocoArrays(categories, infos, *packed)
+    report.num_images, report.num_annotations, report.num_categories = len(infos), len(annotations), len(categories)
+    report.num_boxes = int((~arrays.is_crowd).sum())
+    report.num_images_without_boxes = len(infos) - len(np.unique(_row_images(arrays)[~arrays.is_crowd]))
+    return arrays, report
+
+
+def _row_images(arrays: CocoArrays) -> np.ndarray:
+    return np.repeat(np.arange(len(arrays.img_infos)), np.diff(arrays.offsets))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_categories(rows: list, report: DatasetReport, has_labels: bool) -> list[dict[str, Any]]:
+    if has_labels and not rows:
+        report.add("no_categories", "")
+    seen: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        cat_id = row.get("id") if isinstance(row, dict) else None
+        if not _is_int(cat_id):
+            report.add("category_fields", repr(row)[:60])
+        elif cat_id in seen:
+            report.add("duplicate_category_id", f"id {cat_id}: {seen[cat_id]['name']!r} and {row.get('name')!r}")
+        else:
+            seen[cat_id] = {"id": cat_id, "name": str(row.get("name", cat_id))}
+    return [seen[k] for k in sorted(seen)]
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
+
+
+def _check_images(rows: list, report: DatasetReport, img_dir: Path | None) -> list[dict[str, Any]]:
+    infos: dict[Any, dict[str, Any]] = {}
+    sizeless = []
+    for row in rows:
+        img_id, name = (row.get("id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
+        if not (_is_int(img_id) or isinstance(img_id, str)) or not isinstance(name, str) or not name:
+            report.add("image_fields", repr(row)[:60])
+            continue
+        if img_id in infos:
+            report.add("duplicate_image_id", f"id {img_id}: {infos[img_id]['file_name']} and {name}")
+            continue
+        if _escapes(name):
+            report.add("escaping_file_name", f"{name!r} of image {img_id}")
+            continue
+        info = {"id": img_id, "file_name": name, "width": row.get("width"), "height": row.get("height")}
+        infos[img_id] = info
+        if _is_side(info["width"]) and _is_side(info["height"]):
+            info["width"], info["height"] = int(info["width"]), int(info["height"])
+        else:
+            info["width"], info["height"] = 0, 0
+            sizeless.append(info)
+    missing = check_files(infos.values(), img_dir, report) if img_dir is not None else set()
+    for info in sizeless:
+        if info["id"] not in missing:
+            _fill_size(info, img_dir, report)
+    return [infos[k] for k in sorted(infos, key=lambda k: (isinstance(k, str), k))]
+
+
+def _escapes(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return parts[0] == "" or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":")
+
+
+def _fill_size(info: dict[str, Any], img_dir: Path | None, report: DatasetReport) -> None:
+    example = f"image {info['id']} {info['file_name']}"
+    if img_dir is None:
+        report.add("no_size", example)
+        return
+    try:
+        info["width"], info["height"] = read_size(img_dir / info["file_name"])
+    except PictureError:
+        report.add("unreadable_image", example)
+    else:
+        report.add("size_from_file", example)
+
+
+def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetReport) -> set:
+    """Look for every image's file, listing each directory once, and add those missing to the report. Returns the ids
+    of the missing."""
+    listings: dict[str, set[str]] = {}
+    missing = set()
+    for info in infos:
+        folder, base = posixpath.split(posixpath.normpath(info["file_name"]))
+        if folder not in listings:
+            try:
+                with os.scandir(img_dir / folder) as entries:
+                    listings[folder] = {e.name for e in entries}
+            except OSError:
+                listings[folder] = set()
+        if base not in listings[folder]:
+            missing.add(info["id"])
+            report.add("missing_image", f"image {info['id']} {info['file_name']}")
+    return missing
+
+
+def four_numbers(value: Any) -> bool:
+    """Tell whether a json value is a list of four numbers (NaN and infinity count as numbers)."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    )
+
+
+def _pack_annotations(
+    rows: list, categories: list[dict[str, Any]], infos: list[dict[str, Any]], report: DatasetReport, keep_crowd: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (offsets, boxes_yxyx, category_ids, is_crowd) of CocoArrays."""
+    image_at = {info["id"]: k for k, info in enumerate(infos)}
+    cat_ids = {c["id"] for c in categories}
+    seen_ids: set = set()
+    images, cats, boxes, crowd, labels = [], [], [], [], []
+    for row in rows:
+        if not isinstance(row, dict):
+            report.add("no_bbox", repr(row)[:60])
+            continue
+        ann_id, img_id, cat_id, box = row.get("id"), row.get("image_id"), row.get("category_id"), row.get("bbox")
+        if not (_is_int(ann_id) or isinstance(ann_id, str)) or ann_id in seen_ids:
+            report.add("duplicate_annotation_id", f"id {ann_id}")
+        else:
+            seen_ids.add(ann_id)
+        at = image_at.get(img_id) if isinstance(img_id, (int, str)) else None
+        where = f"annotation {ann_id} of image {img_id}"
+        if at is None:
+            report.add("orphan_annotation", where)
+        elif not _is_int(cat_id) or cat_id not in cat_ids:
+            report.add("unknown_category", f"{where}: category {cat_id}")
+        elif not four_numbers(box):
+            report.add("no_bbox", where)
+        else:
+            images.append(at)
+            cats.append(cat_id)
+            boxes.append(box)
+            crowd.append(bool(row.get("iscrowd") or row.get("ignore")))
+            labels.append(ann_id)
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    image, is_crowd = np.array(images, dtype=np.int64), np.array(crowd, dtype=bool)
+    yxyx, keep = _check_boxes(xywh, image, is_crowd, infos, labels, report, keep_crowd)
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(image[order], kind="stable")]
+    offsets = np.zeros(len(infos) + 1, dtype=np.int64)
+    np.cumsum(np.bincount(image[order], minlength=len(infos)), out=offsets[1:])
+    return offsets, yxyx[order].astype(np.float32), np.array(cats, dtype=np.int64)[order], is_crowd[order]
+
+
+def _check_boxes(
+    xywh: np.ndarray,
+    image: np.ndarray,
+    is_crowd: np.ndarray,
+    infos: list[dict[str, Any]],
+    labels: list,
+    report: DatasetReport,
+    keep_crowd: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the boxes [n, 4] into kinds, each into the first that fits. Returns them clipped, yxyx, and which ones to
+    keep."""
+    sizes = np.array([(i["width"], i["height"]) for i in infos], dtype=np.float64).reshape(-1, 2)
+    width, height = sizes[image].T if len(image) else (np.zeros(0), np.zeros(0))
+    with np.errstate(invalid="ignore", over="ignore"):
+        x0, y0, w, h = xywh.T
+        x1, y1 = x0 + w, y0 + h
+        finite = np.isfinite(xywh).all(axis=1) & np.isfinite(x1) & np.isfinite(y1)
+        in_x0, in_x1 = np.clip(x0, 0, width), np.clip(x1, 0, width)
+        in_y0, in_y1 = np.clip(y0, 0, height), np.clip(y1, 0, height)
+        empty = (w <= 0) | (h <= 0)
+        outside = (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height)
+        tiny = (in_x1 - in_x0 < MIN_BOX_PX) | (in_y1 - in_y0 < MIN_BOX_PX)
+        partly = (
+            np.maximum.reduce([-x0, -y0, x1 - width, y1 - height]) > 1e-3 if len(image) else np.zeros(0, dtype=bool)
+        )
+
+    left = np.ones(len(image), dtype=bool)
+    steps = [("bad_bbox", ~finite), ("empty_bbox", empty), ("outside_bbox", outside), ("tiny_bbox", tiny)]
+    for kind, mask in steps + ([] if keep_crowd else [("crowd", is_crowd)]):
+        _add_rows(report, kind, left & mask, labels, image, infos)
+        left &= ~mask
+    if keep_crowd:
+        _add_rows(report, "crowd_ignored", left & is_crowd, labels, image, infos)
+    _add_rows(report, "clipped_bbox", left & partly, labels, image, infos)
+    return np.stack([in_y0, in_x0, in_y1, in_x1], axis=1), left
+
+
+def _add_rows(
+    report: DatasetReport, kind: str, mask: np.ndarray, labels: list, image: np.ndarray, infos: list[dict[str, Any]]
+) -> None:
+    rows = np.flatnonzero(mask)
+    for n, k in enumerate(rows[:_EXAMPLES]):
+        last = n == min(_EXAMPLES, len(rows)) - 1
+        report.add(kind, f"annotation {labels[k]} of image {infos[image[k]]['id']}", len(rows) - n if last else 1)

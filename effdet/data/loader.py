@@ -1,0 +1,353 @@
+"""Batches: collate pictures and targets, move them to the device, normalise there.
+
+What happens inside one picture is `transforms.py`'s business, the order of pictures `samplers.py`'s.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from effdet.device import pick_device, supports_pinning, to_device
+
+from .random_erasing import RandomErasing
+from .samplers import EvalSampler, TrainSampler
+from .transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    transforms_coco_eval,
+    transforms_coco_train,
+)
+
+__all__ = [
+    "DetectionFastCollate",
+    "IMAGENET_DEFAULT_MEAN",
+    "IMAGENET_DEFAULT_STD",
+    "IMAGENET_INCEPTION_MEAN",
+    "IMAGENET_INCEPTION_STD",
+    "MAX_NUM_INSTANCES",
+    "PrefetchLoader",
+    "create_loader",
+    "padded_instances",
+]
+
+_logger = logging.getLogger(__name__)
+
+MAX_NUM_INSTANCES = 100  # what effdet padded to; give it as max_instances for its shapes
+
+_PAD_STEP = 128
+
+
+def padded_instances(most: int) -> int:
+    """Choose the number of target slots for a batch whose fullest image has `most` boxes: 32, 64, 128, 256, 384, ...
+
+    Few steps, because compiled graphs and graph capture pay for every new shape.
+    """
+    return next((m for m in (32, 64) if most <= m), -(-most // _PAD_STEP) * _PAD_STEP)
+
+
+class DetectionFastCollate:
+    """Put samples (picture [3, H, W], target dict) together into a batch.
+
+    Per-box entries (`instance_keys`) are padded to M slots; others are stacked: numbers to [B], sequences to [B, n],
+    arrays as they are.
+
+    Args:
+        instance_keys: names of per-box entries; default bbox, bbox_ignore, cls.
+        instance_shapes: their shapes (M, ...); the default takes M from `max_instances` and the rest from the data.
+        instance_fill: value of unused slots.
+        max_instances: M. None takes it from the batch in steps (`padded_instances`); no box is ever cut off.
+        anchor_labeler: computes the anchor targets here, in the worker, with its `batch_label_anchors(gt_boxes [B, M,
+            4], gt_classes [B, M])`. They go into label_cls_L, label_bbox_L (L counts the levels from 0) and
+            label_num_positives; boxes and classes are left out.
+    """
+
+    def __init__(
+        self,
+        instance_keys: set[str] | None = None,
+        instance_shapes: dict[str, tuple[int, ...]] | None = None,
+        instance_fill: float = -1,
+        max_instances: int | None = None,
+        anchor_labeler: Any = None,
+    ) -> None:
+        self.instance_keys = set(instance_keys or ("bbox", "bbox_ignore", "cls"))
+        self.instance_shapes = dict(instance_shapes or {})
+        self.instance_fill = instance_fill
+        self.max_instances = max_instances
+        self.anchor_labeler = anchor_labeler
+
+    def __call__(self, batch: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = _stack_images([torch.as_tensor(sample[0]) for sample in batch])
+        target = {}
+        for key in batch[0][1]:
+            values = [sample[1][key] for sample in batch]
+            target[key] = self._pad(key, values) if key in self.instance_keys else _stack(key, values)
+        if self.anchor_labeler is not None:
+            boxes, classes = target.pop("bbox"), target.pop("cls")
+            target.pop("bbox_ignore", None)
+            cls_targets, box_targets, num_positives = self.anchor_labeler.batch_label_anchors(boxes, classes)
+            for level, (cls_target, box_target) in enumerate(zip(cls_targets, box_targets, strict=True)):
+                target[f"label_cls_{level}"] = cls_target
+                target[f"label_bbox_{level}"] = box_target
+            target["label_num_positives"] = num_positives
+        return images, target
+
+    def _pad(self, key: str, values: list) -> torch.Tensor:
+        rows = [torch.as_tensor(v) for v in values]
+        most = max(len(r) for r in rows)
+        shape = self.instance_shapes.get(key)
+        limit = shape[0] if shape else self.max_instances
+        if limit is not None and most > limit:
+            raise ValueError(
+                f"an image of the batch has {most} boxes, more than max_instances={limit}. "
+                "Raise it, or leave it out to pad to what each batch needs."
+            )
+        # Integer labels stay exact; everything else is float32, whatever the transform made of it.
+        dtype = torch.int64 if key == "cls" else torch.float32
+        tail = tuple(shape[1:]) if shape else tuple(rows[0].shape[1:])
+        padded = torch.full(
+            (len(rows), padded_instances(most) if limit is None else limit, *tail), self.instance_fill, dtype=dtype
+        )
+        for slot, row in zip(padded, rows, strict=True):
+            slot[: len(row)] = row
+        return padded
+
+
+def _stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    shapes = {tuple(i.shape) for i in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"pictures of one batch have different shapes {sorted(shapes)}; the transform must give all the same size"
+        )
+    return torch.stack(images)
+
+
+def _stack(key: str, values: list) -> torch.Tensor:
+    try:
+        stacked = torch.as_tensor(np.stack([np.asarray(v) for v in values]))
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"target entry {key!r} cannot be batched: numbers, sequences of numbers and arrays of one shape can. "
+            "Name per-box entries in instance_keys."
+        ) from e
+    if stacked.is_floating_point() or key == "img_size":
+        return stacked.float()
+    return stacked.long()
+
+
+class PrefetchLoader:
+    """Move the batches of a loader to a device and normalise them there.
+
+    Copies do not wait where the host memory is pinned, so the host collects the next batch while the device still
+    computes.
+
+    Args:
+        loader: gives (images uint8 [B, 3, H, W], target dict of tensors).
+        mean, std: per channel, in units of 255.
+        re_prob, re_mode, re_count: random erasing, see `RandomErasing`; re_prob 0 turns it off.
+        device: where batches go; default is the best there is.
+        channels_last: memory format of the images.
+        dtype: type of the images; normalisation itself is done in float32.
+
+    Yields:
+        (images [B, 3, H, W] of `dtype`, target), on the device; nothing for an empty loader.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        re_prob: float = 0.0,
+        re_mode: str = "pixel",
+        re_count: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.loader = loader
+        self.device = pick_device() if device is None else torch.device(device)
+        self.mean = torch.tensor([x * 255 for x in mean], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
+        self.std = torch.tensor([x * 255 for x in std], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
+        self.random_erasing = (
+            RandomErasing(probability=re_prob, mode=re_mode, max_count=re_count) if re_prob > 0 else None
+        )
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.dtype = dtype
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        for host_images, host_target in self.loader:
+            images = to_device(host_images, self.device).contiguous(memory_format=self.memory_format)
+            images = images.to(torch.float32).sub(self.mean).div_(self.std)
+            if self.random_erasing is not None:
+                images = self.random_erasing(images, host_target)
+            yield images.to(self.dtype), to_device(host_target, self.device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def sampler(self) -> Any:
+        """The inner loader's sampler; `set_epoch` on a training one chooses the epoch."""
+        return self.loader.sampler
+
+    @property
+    def dataset(self) -> Any:
+        """The data set."""
+        return self.loader.dataset
+
+
+def _start_worker(worker_id: int) -> None:
+    # Workers share the processors; a thread pool in each of them would only make them wait for each other.
+    torch.set_num_threads(1)
+
+
+def _make_transform(input_size: Any, is_training: bool, **options: Any) -> Callable:
+    # (3, height, width), (height, width) or one number; a list or a config node as well as a tuple.
+    size = input_size if isinstance(input_size, (int, np.integer)) else tuple(input_size)[-2:]
+    return (transforms_coco_train if is_training else transforms_coco_eval)(size, **options)
+
+
+def _ranks(distributed: bool, rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"give rank and world_size together, got rank={rank}, world_size={world_size}")
+    if rank is not None:
+        return rank, world_size
+    if not distributed:
+        return 0, 1
+    from effdet import distributed as processes
+
+    return processes.rank(), processes.world_size()
+
+
+def create_loader(
+    dataset: Any,
+    input_size: int | Sequence[int],
+    batch_size: int,
+    is_training: bool = False,
+    use_prefetcher: bool = True,
+    re_prob: float = 0.0,
+    re_mode: str = "pixel",
+    re_count: int = 1,
+    interpolation: str = "bilinear",
+    fill_color: Any = "mean",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    num_workers: int = 1,
+    distributed: bool = False,
+    pin_mem: bool = False,
+    anchor_labeler: Any = None,
+    transform_fn: Callable | None = None,
+    collate_fn: Callable | None = None,
+    *,
+    device: torch.device | str | None = None,
+    drop_last: bool | None = None,
+    persistent_workers: bool | None = None,
+    seed: int | None = 0,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+    sampler: Any = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    max_instances: int | None = None,
+    multiprocessing_context: Any = None,
+) -> Any:
+    """Make a loader that gives (images [B, 3, H, W], target).
+
+    Sets the data set's transform. Training shuffles; the sampler's `set_epoch`, or else each pass, moves to the next
+    epoch. Evaluation goes through the data set in order; over several processes each image comes exactly once.
+
+    Args:
+        dataset: gives (picture, target), as `DetectionDatset` does.
+        input_size: (3, height, width), (height, width) or one number, in pixels.
+        batch_size: of this process.
+        is_training: training transform, shuffling and equal shares for all processes.
+        use_prefetcher: True: batches arrive on `device`, normalised there. False: on the host, as the transform and
+            collate made them; the default transforms then normalise in the workers.
+        re_prob, re_mode, re_count: random erasing in training, with the prefetcher.
+        interpolation, fill_color, mean, std: for the default transforms and the normalisation.
+        num_workers: loading processes; 0 loads in this one.
+        distributed: take rank and world size from the process group.
+        pin_mem: page-lock host batches, where the device gains from it.
+        anchor_labeler: compute anchor targets in the workers, see `DetectionFastCollate`.
+        transform_fn: callable (picture, target) -> (picture, target) instead of the default transforms; the default
+            collate takes pictures as arrays or tensors [3, H, W], and the prefetcher values of 0..255.
+        collate_fn: instead of `DetectionFastCollate`.
+        device: for the prefetcher; default is the best there is.
+        drop_last: leave out an incomplete last batch; default in training, so that shapes are fixed.
+        persistent_workers: keep workers between passes; default when there are any.
+        seed: of the shuffling and of the augmentations, the same on all ranks; None leaves augmentations to the
+            global generators.
+        channels_last, dtype: of the images, with the prefetcher.
+        sampler: instead of ours; it alone then decides order and shares.
+        rank, world_size: instead of the process group's.
+        max_instances: fixed number of target slots, see `DetectionFastCollate`.
+        multiprocessing_context: how workers start: 'fork', 'spawn', 'forkserver' or None for the default.
+
+    Returns:
+        A `PrefetchLoader`, or a torch DataLoader without the prefetcher.
+
+    Raises:
+        ValueError: a training set smaller than one global batch, or arguments that contradict each other.
+    """
+    dataset.transform = transform_fn or _make_transform(
+        input_size,
+        is_training,
+        interpolation=interpolation,
+        use_prefetcher=use_prefetcher,
+        fill_color=fill_color,
+        mean=mean,
+        std=std,
+    )
+    if hasattr(dataset, "seed"):
+        dataset.seed = seed
+    drop_last = is_training if drop_last is None else drop_last
+    if sampler is None:
+        sampler = _make_sampler(
+            dataset, batch_size, is_training, drop_last, seed or 0, *_ranks(distributed, rank, world_size)
+        )
+    if collate_fn is not None and (anchor_labeler is not None or max_instances is not None):
+        raise ValueError(
+            "anchor_labeler and max_instances belong to the default collate; with a collate_fn of your own do it there"
+        )
+    if use_prefetcher:
+        device = pick_device() if device is None else torch.device(device)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        sampler=sampler,
+        pin_memory=pin_mem and (not use_prefetcher or supports_pinning(device)),
+        collate_fn=collate_fn or DetectionFastCollate(max_instances=max_instances, anchor_labeler=anchor_labeler),
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
+        worker_init_fn=_start_worker,
+        # A generator of its own: drawing the workers' seeds leaves the training's random numbers alone.
+        generator=torch.Generator().manual_seed(seed or 0),
+        multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
+    )
+    if not use_prefetcher:
+        return loader
+    erasing = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count} if is_training else {}
+    return PrefetchLoader(
+        loader, mean=mean, std=std, **erasing, device=device, channels_last=channels_last, dtype=dtype
+    )
+
+
+def _make_sampler(
+    dataset: Any, batch_size: int, is_training: bool, drop_last: bool, seed: int, rank: int, world_size: int
+) -> TrainSampler | EvalSampler:
+    if not is_training:
+        return EvalSampler(dataset, rank, world_size)
+    if drop_last and len(dataset) < batch_size * world_size:
+        raise ValueError(
+            f"the training set has {len(dataset)} images, fewer than one global batch of {batch_size * world_size} "
+            f"({world_size} x {batch_size}). Use a smaller batch, or more images."
+        )
+    return TrainSampler(dataset, rank, world_size, seed, drop_last)

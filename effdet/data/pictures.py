@@ -1,0 +1,85 @@
+"""Read one picture file of any kind as 8-bit RGB.
+
+What a picture's pixels mean is settled here (gray, palette, CMYK, 16 bit, EXIF); nothing here knows about boxes or
+about datasets.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be used. The text names the file."""
+
+
+def read_picture(path: str | Path, width: int | None = None, height: int | None = None) -> Image.Image:
+    """Read a picture as RGB, in the orientation the annotations were made in.
+
+    The camera's EXIF rotation is applied only when the stored pixels do not have the expected size and the rotated
+    ones do: annotation tools disagree about EXIF, and the json's size is what tells which of the two the boxes belong
+    to. Transparency is dropped, not blended.
+
+    Args:
+        path: the file.
+        width, height: the size the json gives, in pixels; None skips the check.
+
+    Returns:
+        A loaded Pillow picture in mode RGB.
+
+    Raises:
+        PictureError: unreadable file, a pixel format without a known 8-bit meaning, or a size other than expected.
+    """
+    try:
+        with Image.open(path) as img:
+            img.load()
+            img = _orient(img, width, height)
+            rgb = _to_rgb(img)
+    except FileNotFoundError as e:
+        raise PictureError(f"{path}: no such file") from e
+    except PictureError as e:
+        raise PictureError(f"{path}: {e}") from e
+    # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, IndexError,
+    # struct.error, a bomb warning's error.
+    except Exception as e:
+        raise PictureError(
+            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace the file or take it out of the json."
+        ) from e
+    return rgb
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Read (width, height) in pixels from a picture's header, as stored, without EXIF rotation. Raises PictureError."""
+    try:
+        with Image.open(path) as img:
+            return img.size
+    except Exception as e:
+        raise PictureError(f"{path}: cannot be read as a picture ({type(e).__name__}: {e})") from e
+
+
+def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Image:
+    if width is None or height is None or img.size == (width, height):
+        return img
+    if img.size == (height, width) and img.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+        return ImageOps.exif_transpose(img)
+    raise PictureError(
+        f"is {img.size[0]}x{img.size[1]} pixels (width x height), the json says {width}x{height}. "
+        "Correct the json, or put the picture its boxes were drawn on."
+    )
+
+
+def _to_rgb(img: Image.Image) -> Image.Image:
+    if img.mode == "RGB":
+        return img
+    if img.mode.startswith("I"):
+        # 16-bit gray. Pillow's own conversion clips at 255, which turns such pictures white.
+        wide = np.clip(np.asarray(img).astype(np.int64), 0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if img.mode == "F":
+        raise PictureError("has floating point pixels, whose range is unknown. Save it with 8 bits per channel.")
+    if img.mode in ("P", "PA"):
+        img = img.convert("RGBA")  # a palette with transparency loses its colours (with a warning) on the direct way
+    return img.convert("RGB")

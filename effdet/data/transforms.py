@@ -1,0 +1,267 @@
+"""Picture and target together: resize, pad, crop, flip, and to numpy.
+
+Every transform is a callable (Pillow picture, target dict) -> (picture, target dict). Boxes are `bbox` float32 [n, 4]
+yxyx in pixels with labels `cls` int64 [n]; both stay aligned and a target's arrays are replaced, never written into.
+Random ones draw from the standard `random` module: the dataset seeds it per picture (see `dataset.py`), which makes
+users' own transforms repeatable in the same way. Source: recipe and constants of rwightman/efficientdet-pytorch,
+itself after google/automl efficientdet's dataloader.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
+IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
+IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
+
+_RANDOM_INTERPOLATION = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+_INTERPOLATION = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+Target = dict[str, Any]
+
+
+def _pil_interp(method: str) -> Image.Resampling:
+    if method not in _INTERPOLATION:
+        raise ValueError(
+            f"interpolation {method!r} is unknown, choose one of {', '.join(_INTERPOLATION)} or random (training)"
+        )
+    return _INTERPOLATION[method]
+
+
+def _size_tuple(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
+    if len(pair) != 2 or any(int(s) != s or s < 1 for s in pair):
+        raise ValueError(f"image size {size!r} is neither a positive int nor a pair (height, width) of them")
+    return int(pair[0]), int(pair[1])
+
+
+def clip_boxes_(boxes: np.ndarray, img_size: Sequence[float]) -> None:
+    """Clip boxes [n, 4] yxyx to a picture of `img_size` (height, width), in place."""
+    height, width = img_size
+    np.clip(boxes, 0, np.array([height, width, height, width], dtype=boxes.dtype), out=boxes)
+
+
+def clip_boxes(boxes: np.ndarray, img_size: Sequence[float]) -> np.ndarray:
+    """Clip boxes [n, 4] yxyx to a picture of `img_size` (height, width); the argument stays as it is."""
+    clipped = boxes.copy()
+    clip_boxes_(clipped, img_size)
+    return clipped
+
+
+def resolve_fill_color(fill_color: Any, img_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN) -> tuple[int, int, int]:
+    """Turn 'mean', one number (also as text) or three numbers, in 0..255, into an RGB colour.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(fill_color, str) and fill_color == "mean":
+        return tuple(int(round(255 * x)) for x in img_mean)
+    try:
+        rgb = (int(fill_color),) * 3 if isinstance(fill_color, (int, float, str)) else tuple(int(c) for c in fill_color)
+    except (TypeError, ValueError):
+        rgb = ()
+    if len(rgb) != 3 or not all(0 <= c <= 255 for c in rgb):
+        raise ValueError(f"fill_color {fill_color!r} is not 'mean', a number 0..255 or three of them")
+    return rgb
+
+
+def _move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_hw: tuple[int, int]) -> Target:
+    """Scale, shift and clip the boxes; rows that clipping leaves without an area go, with their labels."""
+    target = dict(target, img_scale=1.0 / scale)
+    if "bbox" in target:
+        bbox = target["bbox"] * np.float32(scale)
+        bbox -= np.array(offset_yx * 2, dtype=np.float32)
+        clip_boxes_(bbox, bound_hw)
+        keep = (bbox[:, :2] < bbox[:, 2:4]).all(axis=1)
+        target["bbox"], target["cls"] = bbox[keep], target["cls"][keep]
+    return target
+
+
+def _scaled_size(img: Image.Image, scale: float) -> tuple[int, int]:
+    """(height, width) after scaling; a side never becomes 0, whatever the aspect ratio."""
+    width, height = img.size
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+class ResizePad:
+    """Letterbox: scale to fit, put the picture at the top left, fill the rest.
+
+    Sets target['img_scale'], original pixels per output pixel.
+
+    Args:
+        target_size: output size in pixels, an int or (height, width).
+        interpolation: bilinear, bicubic, lanczos or hamming; 'random' means bilinear here, because evaluation has to
+            repeat.
+        fill_color: RGB, 0..255.
+    """
+
+    def __init__(self, target_size: int, interpolation: str = "bilinear", fill_color: tuple = (0, 0, 0)) -> None:
+        self.target_size = _size_tuple(target_size)
+        self.interpolation = "bilinear" if interpolation == "random" else interpolation
+        self.fill_color = tuple(fill_color)
+        _pil_interp(self.interpolation)
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        width, height = img.size
+        scale = min(self.target_size[0] / height, self.target_size[1] / width)
+        scaled_h, scaled_w = _scaled_size(img, scale)
+        out = Image.new("RGB", (self.target_size[1], self.target_size[0]), color=self.fill_color)
+        out.paste(img.resize((scaled_w, scaled_h), _pil_interp(self.interpolation)), (0, 0))
+        return out, _move_boxes(target, scale, (0, 0), (scaled_h, scaled_w))
+
+
+class RandomResizePad:
+    """Scale jitter: resize to a random fraction of the letterbox size, then crop at random or fill to the target size.
+
+    Args:
+        target_size: output size in pixels, an int or (height, width).
+        scale: range of the size relative to the letterbox fit.
+        interpolation: as ResizePad's, or 'random' for bilinear or bicubic with equal chance.
+        fill_color: RGB, 0..255.
+    """
+
+    def __init__(
+        self, target_size: int, scale: tuple = (0.1, 2.0), interpolation: str = "random", fill_color: tuple = (0, 0, 0)
+    ) -> None:
+        self.target_size = _size_tuple(target_size)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale {scale!r} is not a range (low, high) with 0 < low <= high")
+        self.scale = tuple(scale)
+        self.interpolation = _RANDOM_INTERPOLATION if interpolation == "random" else (_pil_interp(interpolation),)
+        self.fill_color = tuple(fill_color)
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        width, height = img.size
+        target_h, target_w = self.target_size
+        factor = random.uniform(*self.scale)
+        scale = min(factor * target_h / height, factor * target_w / width)
+        scaled_h, scaled_w = _scaled_size(img, scale)
+        top = int(max(0, scaled_h - target_h) * random.uniform(0, 1))
+        left = int(max(0, scaled_w - target_w) * random.uniform(0, 1))
+        bottom, right = min(scaled_h, top + target_h), min(scaled_w, left + target_w)
+        interpolation = random.choice(self.interpolation) if len(self.interpolation) > 1 else self.interpolation[0]
+
+        out = Image.new("RGB", (target_w, target_h), color=self.fill_color)
+        out.paste(img.resize((scaled_w, scaled_h), interpolation).crop((left, top, right, bottom)), (0, 0))
+        return out, _move_boxes(target, scale, (top, left), (bottom - top, right - left))
+
+
+class RandomFlip:
+    """Mirror the picture, each enabled direction on its own with probability `prob`."""
+
+    def __init__(self, horizontal: bool = True, vertical: bool = False, prob: float = 0.5) -> None:
+        self.horizontal = horizontal
+        self.vertical = vertical
+        self.prob = prob
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        flip_x = self.horizontal and random.random() < self.prob
+        flip_y = self.vertical and random.random() < self.prob
+        width, height = img.size
+        if flip_x:
+            img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if flip_y:
+            img = img.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        if "bbox" in target and (flip_x or flip_y):
+            y0, x0, y1, x1 = target["bbox"].T
+            if flip_x:
+                x0, x1 = width - x1, width - x0
+            if flip_y:
+                y0, y1 = height - y1, height - y0
+            target = dict(target, bbox=np.stack([y0, x0, y1, x1], axis=1))
+        return img, target
+
+
+class ImageToNumpy:
+    """Turn the picture into uint8 numpy [C, H, W]."""
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
+        pixels = np.array(img, dtype=np.uint8)
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), target
+
+
+class ImageToTensor:
+    """Turn the picture into a tensor [C, H, W] of `dtype` with values 0..255."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[torch.Tensor, Target]:
+        pixels, target = ImageToNumpy()(img, target)
+        return torch.from_numpy(pixels).to(self.dtype), target
+
+
+class Normalize:
+    """Turn a tensor [3, H, W] with values 0..255 into (x - 255 mean) / (255 std), float32."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor([255 * x for x in mean], dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor([255 * x for x in std], dtype=torch.float32).view(-1, 1, 1)
+
+    def __call__(self, img: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
+        return img.float().sub(self.mean).div(self.std), target
+
+
+class Compose:
+    """Run transforms one after the other."""
+
+    def __init__(self, transforms: list) -> None:
+        self.transforms = transforms
+
+    def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
+        for transform in self.transforms:
+            img, target = transform(img, target)
+        return img, target
+
+
+def _to_output(use_prefetcher: bool, mean: Sequence[float], std: Sequence[float]) -> list[Callable]:
+    """The last steps: uint8 where the prefetcher normalises on the device, else normalised floats."""
+    return [ImageToNumpy()] if use_prefetcher else [ImageToTensor(), Normalize(mean, std)]
+
+
+def transforms_coco_eval(
+    img_size: int = 224,
+    interpolation: str = "bilinear",
+    use_prefetcher: bool = False,
+    fill_color: Any = "mean",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Compose:
+    """Make the evaluation transform: letterbox.
+
+    Args:
+        img_size: output size in pixels, an int or (height, width).
+        use_prefetcher: True ends in uint8 numpy [3, H, W]; False in a normalised float32 tensor.
+
+    Returns:
+        A callable (picture, target) -> (picture, target).
+    """
+    pad = ResizePad(img_size, interpolation=interpolation, fill_color=resolve_fill_color(fill_color, mean))
+    return Compose([pad, *_to_output(use_prefetcher, mean, std)])
+
+
+def transforms_coco_train(
+    img_size: int = 224,
+    interpolation: str = "random",
+    use_prefetcher: bool = False,
+    fill_color: Any = "mean",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Compose:
+    """Make the training transform: horizontal flip, then scale jitter 0.1..2.0 with a random crop. Arguments as
+    transforms_coco_eval's."""
+    pad = RandomResizePad(img_size, interpolation=interpolation, fill_color=resolve_fill_color(fill_color, mean))
+    return Compose([RandomFlip(horizontal=True, prob=0.5), pad, *_to_output(use_prefetcher, mean, std)])

@@ -1,0 +1,368 @@
+"""Thin layer over torch.distributed: who am I, reduce, gather, broadcast, start processes.
+
+Every function does nothing (or the obvious) when there is one process, so that callers need no `if distributed`.
+Python objects and CPU tensors always travel over gloo, whatever moves the gradients: a rank that waits for a minute of
+evaluation on rank 0 then waits on a socket, not inside an accelerator collective with its own, shorter, time-out.
+
+What must not live here: choosing a device or a backend (device.py), wrapping a model for data-parallel training.
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
+
+__all__ = [
+    'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'barrier', 'broadcast_object',
+    'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
+    'is_primary', 'launch', 'local_rank', 'primary_first', 'rank', 'run_on_primary', 'shutdown', 'world_size',
+]
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar('_T')
+
+# Long enough for rank 0 to evaluate a large data set or to build a cache while the others wait.
+DEFAULT_TIMEOUT_S = 3600.0
+
+# The gloo group beside an accelerator backend, with the world it was made for (a new world needs a new one).
+_host_group: tuple[Any, Any] | None = None
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number in the running group, 0 without one."""
+    return dist.get_rank() if _is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes in the running group, 1 without one."""
+    return dist.get_world_size() if _is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine: `LOCAL_RANK` as the launcher sets it, else the global rank.
+
+    Unlike `rank()` it is right before the group runs, because the device is chosen by it.
+    """
+    return int(os.environ.get('LOCAL_RANK', rank()))
+
+
+def is_distributed() -> bool:
+    """Tell whether a group of more than one process is running."""
+    return world_size() > 1
+
+
+def is_primary() -> bool:
+    """Tell whether this process is rank 0 (true without a group)."""
+    return rank() == 0
+
+
+def is_launched() -> bool:
+    """Tell whether a launcher (torchrun or `launch`) started this process: RANK and WORLD_SIZE are set."""
+    return 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+
+
+def init_process_group(backend: str, device: torch.device | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+    """Join the process group described by the launcher's environment variables.
+
+    Args:
+        backend: name of the torch.distributed backend that fits the device, 'gloo' for the CPU.
+        device: this process's device; nccl binds to it at once instead of guessing it from the rank.
+        timeout_s: seconds a collective may wait for the slowest rank, > 0.
+
+    Returns:
+        True when a group runs (also when somebody else had started it), False when nothing was launched.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE are set without MASTER_ADDR or MASTER_PORT.
+    """
+    if _is_initialized():
+        return True
+    if not is_launched():
+        return False
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f'RANK={os.environ["RANK"]} and WORLD_SIZE={os.environ["WORLD_SIZE"]} are set but {" and ".join(missing)} '
+            'not: start the processes with torchrun, or unset RANK and WORLD_SIZE to run one process')
+    options: dict[str, Any] = {}
+    if backend == 'nccl' and device is not None and device.index is not None:
+        options['device_id'] = device
+    dist.init_process_group(backend, init_method='env://', timeout=datetime.timedelta(seconds=timeout_s), **options)
+    _get_host_group(timeout_s)
+    return True
+
+
+def shutdown() -> None:
+    """Leave the process group; does nothing when there is none."""
+    global _host_group
+    _host_group = None
+    if _is_initialized():
+        dist.destroy_process_group()
+
+
+def _get_host_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:
+    """Return a group for objects and CPU tensors: the world where that is gloo, else a gloo group beside it.
+
+    Making it is a collective, so it is made by `init_process_group`, or at the first collective of a world that
+    somebody else (Lightning, a notebook) has started.
+    """
+    global _host_group
+    world = dist.group.WORLD
+    if _host_group is None or _host_group[0] is not world:
+        group = world
+        if dist.get_backend() != 'gloo' and dist.is_gloo_available():
+            group = dist.new_group(backend='gloo', timeout=datetime.timedelta(seconds=timeout_s))
+        _host_group = (world, group)
+    return _host_group[1]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        dist.barrier(group=_get_host_group())
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the ranks.
+
+    Args:
+        tensor: any shape, same on every rank.
+
+    Returns:
+        A new tensor on the same device: integers keep their type, every float is float32 (float64 is not available
+        on all accelerators, and half precision overflows in sums).
+    """
+    total = tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+    if is_distributed():
+        dist.all_reduce(total, group=_get_host_group() if total.device.type == 'cpu' else None)
+    return total
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Average a tensor over the ranks.
+
+    Args:
+        tensor: any shape, same on every rank; integers are averaged as floats.
+
+    Returns:
+        A new float32 tensor on the same device.
+    """
+    return all_reduce_sum(tensor.to(torch.float32)) / world_size()
+
+
+def broadcast_object(obj: _T, src: int = 0) -> _T:
+    """Send a picklable object from rank `src` to all ranks.
+
+    Args:
+        obj: what to send; ignored on the other ranks.
+        src: global rank of the sender.
+
+    Returns:
+        The sender's object on every rank.
+    """
+    if not is_distributed():
+        return obj
+    holder = [obj if rank() == src else None]
+    dist.broadcast_object_list(holder, src=src, group=_get_host_group())
+    return holder[0]
+
+
+def all_gather_object(obj: _T) -> list[_T]:
+    """Collect one picklable object of every rank on all ranks; returns them in rank order."""
+    if not is_distributed():
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj, group=_get_host_group())
+    return gathered
+
+
+def gather_object(obj: _T, dst: int = 0) -> list[_T] | None:
+    """Collect one picklable object of every rank on rank `dst`.
+
+    Returns:
+        The objects in rank order on rank `dst`, None on the others.
+    """
+    if not is_distributed():
+        return [obj]
+    gathered: list[Any] | None = [None] * world_size() if rank() == dst else None
+    dist.gather_object(obj, gathered, dst=dst, group=_get_host_group())
+    return gathered
+
+
+def _failure_text(error: BaseException) -> str:
+    summary = ''.join(traceback.format_exception_only(error)).strip()
+    where = ''.join(traceback.format_tb(error.__traceback__)[-3:])
+    return f'rank 0 failed: {summary}\n{where}'.rstrip()
+
+
+def run_on_primary(fn: Callable[[], _T]) -> _T:
+    """Run a function on rank 0 and hand its result, or its failure, to every rank.
+
+    Args:
+        fn: called on rank 0 only; its result must be picklable when there are several ranks.
+
+    Returns:
+        The result, equal on all ranks (a copy on all but rank 0).
+
+    Raises:
+        RuntimeError: on the other ranks, with rank 0's error text; rank 0 raises its own error. A failure therefore
+            ends every rank at once instead of leaving the others waiting in a collective.
+    """
+    if not is_distributed():
+        return fn()
+    if not is_primary():
+        payload = broadcast_object(None)
+        if isinstance(payload, str):
+            raise RuntimeError(payload)
+        return pickle.loads(payload)
+    try:
+        result = fn()
+        payload = pickle.dumps(result)  # here, so that an unpicklable result is a failure of fn and reaches all ranks
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt: the others must not wait for them
+        broadcast_object(_failure_text(error))
+        raise
+    broadcast_object(payload)
+    return result
+
+
+@contextlib.contextmanager
+def primary_first() -> Iterator[None]:
+    """Let rank 0 run the block first (make a data set, fill a cache); the others run it once it has succeeded.
+
+    Raises:
+        RuntimeError: on the other ranks, before their block starts, when rank 0's block failed.
+    """
+    if not is_primary():
+        failure = broadcast_object(None)
+        if failure is not None:
+            raise RuntimeError(failure)
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        broadcast_object(_failure_text(error))
+        raise
+    broadcast_object(None)
+
+
+@torch.no_grad()
+def distribute_bn(model: torch.nn.Module, mode: str = 'reduce') -> None:
+    """Make batch-norm running statistics equal on all ranks, in one collective per dtype.
+
+    `num_batches_tracked` is left alone: it is the same everywhere, and averaging an integer would not be.
+
+    Args:
+        model: plain or wrapped model, same on every rank; its running_mean and running_var are changed in place.
+        mode: 'reduce' takes the mean over the ranks, 'broadcast' takes rank 0's, '' does nothing.
+
+    Raises:
+        ValueError: any other mode.
+    """
+    if mode not in ('reduce', 'broadcast', ''):
+        raise ValueError(f"distribute_bn mode {mode!r}: must be 'reduce', 'broadcast' or '' (off)")
+    if not mode or not is_distributed():
+        return
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for name, buffer in model.named_buffers():
+        if name.rpartition('.')[2] in ('running_mean', 'running_var'):
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        group = _get_host_group() if flat.device.type == 'cpu' else None
+        if mode == 'reduce':
+            flat /= world_size()  # before the sum: half precision must not overflow
+            dist.all_reduce(flat, group=group)
+        else:
+            dist.broadcast(flat, src=0, group=group)
+        for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('', 0))
+        return probe.getsockname()[1]
+
+
+def _core_count() -> int:
+    # Containers and taskset restrict the process to fewer cores than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def launch(
+        script_argv: Sequence[str],
+        num_processes: int,
+        master_addr: str = '127.0.0.1',
+        master_port: int | None = None,
+) -> int:
+    """Run a script in several processes of this machine under torch.distributed's elastic launcher, and wait.
+
+    Each child runs the same interpreter and script with the same arguments, and learns its place from the variables
+    that torchrun sets (`is_launched()` is then true). Unless the user has set OMP_NUM_THREADS, the cores are shared
+    out evenly. Call it before anything touches an accelerator: the parent only waits.
+
+    Args:
+        script_argv: path of the script, then its arguments (`sys.argv` of the caller).
+        num_processes: processes to start, >= 1, one a device.
+        master_addr: address of this machine where the processes meet.
+        master_port: its TCP port; None picks a free one.
+
+    Returns:
+        0 when all processes succeeded, else a non-zero exit code: the first failed process's own, or 128 + the
+        signal's number (shell convention) when a signal ended it or this launcher. The other processes are stopped.
+
+    Raises:
+        ValueError: no script, fewer than one process, or called in a process that was launched itself.
+        FileNotFoundError: the script does not exist.
+    """
+    if num_processes < 1:
+        raise ValueError(f'num_processes is {num_processes}: must be at least 1, one per device')
+    if not script_argv:
+        raise ValueError('script_argv is empty: pass the path of the script to run, then its arguments')
+    if is_launched():
+        raise ValueError(
+            f'this process is rank {os.environ["RANK"]} of a launched group already: join it with '
+            'init_process_group instead of launching again')
+    if not Path(script_argv[0]).is_file():
+        raise FileNotFoundError(f'script to launch not found: {script_argv[0]} (in {Path.cwd()})')
+    from torch.distributed import run as torchrun  # heavy, and needed in the launching parent only
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = torchrun.get_args_parser().parse_args([
+        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}',
+        f'--master-port={_free_port() if master_port is None else master_port}', *script_argv])
+    inherited = os.environ.get('OMP_NUM_THREADS')
+    if inherited is None:
+        os.environ['OMP_NUM_THREADS'] = str(max(1, _core_count() // num_processes))
+    try:
+        torchrun.run(arguments)
+    except ChildFailedError as error:
+        failed_rank, failure = error.get_first_failure()
+        _logger.error('process of rank %d ended with exit code %d; its own output says why', failed_rank,
+                      failure.exitcode)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        _logger.error('stopped by %s', error.sigval.name)
+        return 128 + error.sigval.value
+    finally:
+        if inherited is None:
+            os.environ.pop('OMP_NUM_THREADS', None)
+    return 0

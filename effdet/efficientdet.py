@@ -1,0 +1,138 @@
+"""EfficientDet: a timm backbone, a feature pyramid and two heads.
+
+Anchors, loss and post-processing are not part of the model: bench.py adds them.
+
+Source: EfficientDet, https://arxiv.org/abs/1911.09070.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
+from timm import create_model
+from torch import Tensor, nn
+
+from .anchors import check_image_size
+from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
+from .config import set_config_readonly, set_config_writeable
+from .heads import HeadNet
+from .layers import (
+    ConvBnAct2d,
+    Interpolate2d,
+    ResampleFeatureMap,
+    SeparableConv2d,
+    init_weight,
+    init_weight_alt,
+)
+
+
+def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:
+    """Return {'num_chs', 'reduction'} of each feature map of a timm features_only backbone, finest first."""
+    return backbone.feature_info.get_dicts(keys=["num_chs", "reduction"])
+
+
+def _create_backbone(config: Any, pretrained: bool) -> nn.Module:
+    options = dict(config.backbone_args or {})
+    try:
+        return create_model(config.backbone_name, features_only=True, pretrained=pretrained,
+                            out_indices=tuple(config.backbone_indices or (2, 3, 4)), **options)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"The ImageNet weights of the backbone '{config.backbone_name}' could not be fetched: {error}. Pass "
+            "pretrained_backbone=False (train.py does by default), or a checkpoint of the whole model.") from error
+
+
+class EfficientDet(nn.Module):
+    """The network: images to class logits and box codes for each anchor of each level."""
+
+    def __init__(self, config: Any, pretrained_backbone: bool = True, alternate_init: bool = False) -> None:
+        """Build the network of a model config.
+
+        Args:
+            config: a node of `get_efficientdet_config`; it is made read-only.
+            pretrained_backbone: start from timm's ImageNet weights, fetched when not in the cache.
+            alternate_init: initialise FPN and heads as EfficientNet does instead of as the original.
+
+        Raises:
+            ValueError: the image size does not fit the network's stride, or the backbone's maps are not those of the
+                levels asked for.
+            RuntimeError: the backbone's weights cannot be fetched.
+        """
+        super().__init__()
+        check_image_size(config.image_size)
+        self.config = config
+        set_config_readonly(self.config)
+        self.backbone = _create_backbone(config, pretrained_backbone)
+        feature_info = get_feature_info(self.backbone)
+        reductions = [entry["reduction"] for entry in feature_info]
+        expected = [2 ** (config.min_level + index) for index in range(len(reductions))]
+        if reductions != expected:
+            raise ValueError(f"Backbone '{config.backbone_name}' has feature maps at strides {reductions}; levels from "
+                             f"{config.min_level} need {expected}: set backbone_indices to the maps at these strides.")
+        self.fpn = BiFpn(config, feature_info)
+        self.class_net = HeadNet(config, num_outputs=config.num_classes)
+        self.box_net = HeadNet(config, num_outputs=4)
+        for part in ("fpn", "class_net", "box_net"):
+            self._init_part(part, alternate_init)
+
+    def _init_part(self, part: str, alternate_init: bool) -> None:
+        init = init_weight_alt if alternate_init else init_weight
+        for name, module in getattr(self, part).named_modules(prefix=part):
+            init(module, name)
+
+    def reset_head(self, num_classes: int | None = None, aspect_ratios: Sequence[Any] | None = None,
+                   num_scales: int | None = None, alternate_init: bool = False) -> None:
+        """Replace heads by newly initialised ones.
+
+        Args:
+            num_classes: a new class head with this many classes.
+            aspect_ratios: new anchor shapes; both heads are replaced, as both have an output for each anchor.
+            num_scales: new number of anchor sizes; both heads are replaced.
+            alternate_init: see the constructor.
+        """
+        set_config_writeable(self.config)
+        if num_classes is not None:
+            self.config.num_classes = num_classes
+        if aspect_ratios is not None:
+            self.config.aspect_ratios = aspect_ratios
+        if num_scales is not None:
+            self.config.num_scales = num_scales
+        set_config_readonly(self.config)
+        new_anchors = aspect_ratios is not None or num_scales is not None
+        device = next(self.parameters()).device
+        if num_classes is not None or new_anchors:
+            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device)
+            self._init_part("class_net", alternate_init)
+        if new_anchors:
+            self.box_net = HeadNet(self.config, num_outputs=4).to(device)
+            self._init_part("box_net", alternate_init)
+
+    def toggle_head_bn_level_first(self) -> None:
+        """Change the state dict's order of the heads' batch norms; the function computed stays the same."""
+        self.class_net.toggle_bn_level_first()
+        self.box_net.toggle_bn_level_first()
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute the heads' outputs.
+
+        Args:
+            x: float [B, 3, H, W], normalised; (H, W) is the config's image_size.
+
+        Returns:
+            class logits [B, A * K, h, w] and box codes [B, A * 4, h, w], a list over levels for each, finest first.
+
+        Raises:
+            ValueError: another height or width than the config's.
+        """
+        if tuple(x.shape[-2:]) != tuple(self.config.image_size):
+            raise ValueError(f"This model was built for images of {tuple(self.config.image_size)} (height, width) and got "
+                             f"{tuple(x.shape[-2:])}: resize the images, or set config.image_size before building it.")
+        features = self.fpn(self.backbone(x))
+        return self.class_net(features), self.box_net(features)
+
+
+__all__ = ["BiFpn", "BiFpnLayer", "ConvBnAct2d", "EfficientDet", "Fnode", "FpnCombine", "HeadNet", "Interpolate2d",
+           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info"]

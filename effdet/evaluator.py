@@ -1,0 +1,377 @@
+"""Evaluation of detections, exact on any number of processes: collect per batch, gather on rank 0, score, broadcast.
+
+What lives here: batches of predictions -> COCO result rows (category ids, xywh boxes), and who computes on which rank.
+What must not: the metric itself (coco_metrics.py), the model, post-processing, reading of images.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+
+from .coco_metrics import ClassMetrics, CocoScores, index_ground_truth, score_rows, write_json
+from .distributed import gather_object, is_distributed, is_primary, run_on_primary
+
+__all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'create_evaluator']
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar('_T')
+
+# Image indices ride in the float32 tensor of the detections; above this a float32 skips integers.
+_MAX_EXACT_INDEX = 2 ** 24
+# A thousandth of a pixel: what float32 holds in pictures of up to 8000 px, and what COCO files are written with.
+_BOX_DECIMALS = 3
+
+
+def _find_parser(dataset: Any) -> Any:
+    """Return the annotation parser of a dataset, looking through subset wrappers."""
+    layer = dataset
+    while layer is not None:
+        if getattr(layer, 'parser', None) is not None:
+            return layer.parser
+        layer = getattr(layer, 'dataset', None)
+    raise ValueError(
+        f'{type(dataset).__name__} has no `parser`: the evaluator needs dataset.parser with `img_ids` (image id of '
+        'each img_idx) and the ground truth as `coco_dict()`, `coco` or `ann_path`')
+
+
+def _covered_img_ids(dataset: Any, parser: Any) -> list[Any] | None:
+    """Return the image ids a subset (SkipSubset, torch's Subset, nested) holds, None for a whole dataset."""
+    own_ids = getattr(dataset, 'img_ids', None)
+    if own_ids is not None:
+        return list(own_ids)
+    indices: list[int] | None = None
+    while hasattr(dataset, 'indices') and hasattr(dataset, 'dataset'):
+        layer = list(dataset.indices)
+        indices = layer if indices is None else [layer[i] for i in indices]
+        dataset = dataset.dataset
+    return None if indices is None else [parser.img_ids[i] for i in indices]
+
+
+def _plain(value: Any) -> Any:
+    """Turn a numpy or torch scalar (an id, usually) into the Python value that json can write."""
+    return value.item() if isinstance(value, (np.generic, torch.Tensor)) else value
+
+
+def _load_ground_truth(parser: Any) -> Mapping[str, Any]:
+    """Return the parsed COCO json behind a parser, from whichever of its attributes has it."""
+    if callable(getattr(parser, 'coco_dict', None)):
+        return parser.coco_dict()
+    if getattr(parser, 'coco', None) is not None:
+        return parser.coco.dataset
+    if getattr(parser, 'ann_path', None):
+        with open(parser.ann_path, encoding='utf-8') as file:
+            return json.load(file)
+    raise ValueError(
+        f'{type(parser).__name__} has no ground truth: give it `coco_dict()` (the parsed COCO json), `coco` '
+        '(a pycocotools COCO object) or `ann_path` (path of the json)')
+
+
+class Evaluator:
+    """Collect predictions batch by batch, and gather them on rank 0.
+
+    `evaluate` and `save` of a distributed evaluator are collectives: call them on every rank.
+
+    Args:
+        distributed: whether the batches are spread over the ranks of the running process group. Ranks may hold
+            any number of images, also none; an image that several ranks predicted counts once.
+        pred_yxyx: whether predicted boxes are y_min, x_min, y_max, x_max instead of x first.
+    """
+
+    def __init__(self, distributed: bool = False, pred_yxyx: bool = False) -> None:
+        self.distributed = distributed
+        self.pred_yxyx = pred_yxyx
+        self.img_indices: list[int] = []
+        self.predictions: list[np.ndarray] = []  # per image: float32 [n, 6] x_min, y_min, x_max, y_max, score, class
+
+    def reset(self) -> None:
+        """Forget the collected predictions; the numbers of the last evaluation stay readable."""
+        self.img_indices = []
+        self.predictions = []
+
+    def add_predictions(self, detections: torch.Tensor, target: Mapping[str, Any]) -> None:
+        """Add one batch, with one copy from the device to the host and no communication.
+
+        Args:
+            detections: [B, D, 6] rows of box (pixels of the original image), score, class (1-based); rows with a
+                score of 0 are padding and dropped here, rows that are not finite are dropped with a warning.
+            target: has 'img_idx', [B] integers: each image's place in `dataset.parser.img_ids`.
+
+        Raises:
+            ValueError: shapes that do not fit the above.
+        """
+        if detections.dim() != 3 or detections.size(2) != 6:
+            raise ValueError(f'detections have shape {list(detections.shape)}: must be [batch, detections, 6] with '
+                             'rows x_min, y_min, x_max, y_max, score, class')
+        indices = torch.as_tensor(target['img_idx']).reshape(-1)
+        if len(indices) != len(detections):
+            raise ValueError(f"target['img_idx'] has {len(indices)} entries for {len(detections)} images of "
+                             'detections: must be one per image')
+        flat = detections.detach().flatten(1).to(torch.float32)
+        if indices.device == flat.device:
+            packed = torch.cat([flat, indices.to(torch.float32)[:, None]], dim=1).cpu().numpy()
+            flat, indices = packed[:, :-1], packed[:, -1].astype(np.int64)
+        else:  # a loader that leaves its targets on the host: nothing to copy for them
+            flat, indices = flat.cpu().numpy(), indices.numpy()
+        self._check_indices(indices)
+        bad = 0
+        for index, rows in zip(indices.tolist(), flat.reshape(len(flat), -1, 6), strict=True):
+            finite = np.isfinite(rows).all(axis=1)
+            bad += int(len(rows) - finite.sum())
+            rows = rows[finite & (rows[:, 4] > 0)]
+            if self.pred_yxyx:
+                rows[:, :4] = rows[:, [1, 0, 3, 2]]
+            self.img_indices.append(index)
+            self.predictions.append(rows)
+        if bad:
+            _logger.warning('%d predicted rows are NaN or infinite and were dropped: check the weights', bad)
+
+    def evaluate(self, output_result_file: str | os.PathLike[str] = '') -> float:
+        """Compute the metric over all that was added since the last call."""
+        raise NotImplementedError(f'{type(self).__name__} must define evaluate')
+
+    def save(self, result_file: str | os.PathLike[str]) -> None:
+        """Write the collected predictions to a file."""
+        raise NotImplementedError(f'{type(self).__name__} must define save')
+
+    def _check_indices(self, indices: np.ndarray) -> None:
+        """Refuse image indices that no dataset can have; a subclass knows the dataset and checks more."""
+        if len(indices) and (indices.min() < 0 or indices.max() >= _MAX_EXACT_INDEX):
+            raise ValueError(f"target['img_idx'] spans {indices.min()}..{indices.max()}: must be within "
+                             f'0..{_MAX_EXACT_INDEX - 1}')
+
+    def _image_id(self, index: int) -> Any:
+        """Return what tells one image from another; a subclass that knows the dataset returns its image id."""
+        return index
+
+    def _gather(self) -> list[Any]:
+        """Collect (img_indices, predictions) of every rank on rank 0, in rank order; empty on the others."""
+        shard = (self.img_indices, self.predictions)
+        return (gather_object(shard) or []) if self._spread else [shard]
+
+    def _merge(self, shards: list[Any]) -> dict[Any, np.ndarray]:
+        """Return the predictions by image id, each image once."""
+        merged: dict[Any, np.ndarray] = {}
+        for indices, predictions in shards:
+            for index, rows in zip(indices, predictions, strict=True):
+                merged.setdefault(self._image_id(index), rows)
+        repeats = sum(len(indices) for indices, _ in shards) - len(merged)
+        if repeats:
+            _logger.info('%d images were predicted more than once; their first prediction counts', repeats)
+        return merged
+
+    @property
+    def _spread(self) -> bool:
+        return self.distributed and is_distributed()
+
+    def _on_primary(self, fn: Callable[[], _T]) -> _T:
+        return run_on_primary(fn) if self._spread else fn()
+
+
+class CocoEvaluator(Evaluator):
+    """Evaluate boxes by COCO's metric against the json of a dataset.
+
+    Which images count: all of the json's, so an image that was never predicted counts as missed objects. For a subset
+    of a dataset (anything with `.indices` over `.dataset`, such as SkipSubset, or with an `img_ids` of its own) only
+    the subset's.
+
+    Classes become category ids by `parser.category_map.idx_to_id`; a dataset of one's own without it needs
+    `parser.cat_ids`, taken in ascending order (or as the labels themselves, where the parser says
+    `cat_ids_as_labels`). A predicted class without a category in the json is dropped and counted in the log: weights
+    with 90 outputs for COCO's 80 classes have such.
+
+    `stats` holds the last evaluation: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small,
+    AR_medium, AR_large. A number is NaN where there is no ground truth for it (pycocotools says -1). It is empty
+    before the first evaluation.
+
+    Args:
+        dataset: has `.parser` (see above) with `img_ids` and the ground truth as `coco_dict()`, `coco` or `ann_path`.
+        distributed, pred_yxyx: see Evaluator.
+        max_det: best detections per image and class that count. Above 100 it takes the place of COCO's 100 in all
+            numbers, AR100 included, though that keeps its name; below, COCO's 100 stays.
+    """
+
+    def __init__(self, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> None:
+        super().__init__(distributed, pred_yxyx)
+        self.max_det = max_det
+        self._parser = _find_parser(dataset)
+        self._covered = _covered_img_ids(dataset, self._parser)
+        self._scores: CocoScores | None = None
+        self._truth: COCO | None = None  # rank 0 only, at the first evaluation
+        self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The 12 COCO numbers of the last evaluation by name, empty before the first."""
+        return dict(self._scores.stats) if self._scores else {}
+
+    def evaluate(self, output_result_file: str | os.PathLike[str] = '') -> float:
+        """Score everything added since the last call, and start anew.
+
+        Args:
+            output_result_file: where to write the predictions as COCO result json; '' for nowhere.
+
+        Returns:
+            AP over IoU .50:.95 as a float in [0, 1], the same on all ranks. Without predictions it is 0.0; without any
+            ground truth it is 0.0 too and all of `stats` is NaN; both are logged as warnings.
+
+        Raises:
+            ValueError: ground truth or category ids are not to be had from the dataset's parser, or a predicted
+                image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
+        """
+        shards = self._gather()
+        self._scores = self._on_primary(lambda: self._score(shards, output_result_file))
+        self.reset()
+        ap = self._scores.stats['AP']
+        return 0.0 if math.isnan(ap) else ap
+
+    def save(self, result_file: str | os.PathLike[str]) -> None:
+        """Write the predictions as a COCO result json: those not evaluated yet, else those of the last evaluation.
+
+        Args:
+            result_file: path, written by rank 0; its folder is made. Without predictions it holds an empty list.
+        """
+        shards = self._gather()
+        self._on_primary(lambda: write_json(result_file, self._result_rows(self._merge(shards) or self._last)))
+
+    def summary(self) -> str:
+        """Return the 12 COCO numbers of the last evaluation as a text table of 12 lines.
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        return self._evaluated().table()
+
+    def per_class(self) -> list[ClassMetrics]:
+        """Return category id, name, AP, AP50 and count of ground-truth boxes per category, by ascending id.
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        return list(self._evaluated().per_class)
+
+    def write_metrics(self, path: str | os.PathLike[str]) -> None:
+        """Write the last evaluation's numbers as json, undefined ones as null; rank 0 writes, the others do nothing.
+
+        Args:
+            path: its folder is made.
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        content = self._evaluated().to_json()
+        if not self._spread or is_primary():
+            write_json(path, content)
+
+    def _evaluated(self) -> CocoScores:
+        if self._scores is None:
+            raise RuntimeError('there are no numbers yet: call evaluate() first')
+        return self._scores
+
+    def _image_id(self, index: int) -> Any:
+        return _plain(self._parser.img_ids[index])
+
+    def _check_indices(self, indices: np.ndarray) -> None:
+        super()._check_indices(indices)
+        image_count = len(self._parser.img_ids)
+        if len(indices) and indices.max() >= image_count:
+            raise ValueError(f"target['img_idx'] has {indices.max()}, but the dataset's parser has {image_count} "
+                             'images: must be below that; was the evaluator made for another dataset?')
+
+    def _ground_truth(self) -> COCO:
+        if self._truth is None:
+            self._truth = index_ground_truth(_load_ground_truth(self._parser))
+        return self._truth
+
+    def _idx_to_id(self) -> np.ndarray:
+        """Return the category id of each class_idx as an integer array."""
+        category_map = getattr(self._parser, 'category_map', None)
+        if category_map is not None:
+            return np.asarray(category_map.idx_to_id)
+        cat_ids = getattr(self._parser, 'cat_ids', None)
+        if cat_ids is None:
+            raise ValueError(f'{type(self._parser).__name__} has neither `category_map` nor `cat_ids`: the evaluator '
+                             'cannot tell the category ids of the predicted classes')
+        if getattr(self._parser, 'cat_ids_as_labels', False):
+            return np.arange(1, max(cat_ids, default=0) + 1)
+        return np.array(sorted(cat_ids), dtype=np.int64)
+
+    def _result_rows(self, images: Mapping[Any, np.ndarray]) -> list[dict[str, Any]]:
+        """Turn predictions by image id into COCO result rows of plain Python values."""
+        idx_to_id = self._idx_to_id()
+        known_ids = self._ground_truth().getCatIds()
+        has_category = np.isin(idx_to_id, known_ids)
+        rows: list[dict[str, Any]] = []
+        dropped: Counter[int] = Counter()
+        for image_id, detections in images.items():
+            class_idx = detections[:, 5].astype(np.int64) - 1
+            keep = (class_idx >= 0) & (class_idx < len(idx_to_id))
+            keep[keep] = has_category[class_idx[keep]]
+            dropped.update((class_idx[~keep] + 1).tolist())
+            box_xywh = detections[keep, :4].astype(np.float64)
+            box_xywh[:, 2:] -= box_xywh[:, :2]
+            # The shortest decimal that is the same float32: no tie is made or broken, no digits are invented.
+            scores = detections[keep, 4].astype(str).astype(np.float64)
+            rows.extend(
+                {'image_id': image_id, 'category_id': category_id, 'bbox': box, 'score': score}
+                for category_id, box, score in zip(
+                    idx_to_id[class_idx[keep]].tolist(), box_xywh.round(_BOX_DECIMALS).tolist(), scores.tolist(),
+                    strict=True))
+        if dropped:
+            _logger.warning('%d predictions are of classes without a category in the ground truth and were dropped: %s',
+                            sum(dropped.values()), ', '.join(f'class {c}: {n}' for c, n in sorted(dropped.items())))
+        return rows
+
+    def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores:
+        """Compute all numbers from the gathered predictions; runs on rank 0 only."""
+        images = self._last = self._merge(shards)
+        truth = self._ground_truth()
+        rows = self._result_rows(images)
+        if output_result_file:
+            write_json(output_result_file, rows)
+        covered = set(truth.getImgIds())
+        if self._covered is not None:
+            covered &= {_plain(image_id) for image_id in self._covered}
+        scores = score_rows(truth, rows, covered, self.max_det)
+        if not any(line.count for line in scores.per_class):
+            _logger.warning('the ground truth of these %d images has no boxes: nothing can be scored; AP is reported '
+                            'as 0.0, and undefined (NaN) in the statistics', len(covered))
+        elif not rows:
+            _logger.warning('no predictions to evaluate: AP is 0.0. A model that has barely learned, or an EMA that '
+                            'has barely moved, predicts nothing')
+        elif covered - images.keys():
+            _logger.warning('%d of %d images were not predicted; their objects count as missed',
+                            len(covered - images.keys()), len(covered))
+        _logger.info('COCO evaluation of %d boxes in %d images\n%s', len(rows), len(covered), scores.table())
+        return scores
+
+
+_EVALUATORS = {'coco': CocoEvaluator}
+
+
+def create_evaluator(
+        name: str, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> Evaluator:
+    """Build the evaluator that fits a dataset's name.
+
+    Args:
+        name: name of the dataset, 'coco' or one that contains it, as 'coco2017'.
+        dataset, distributed, pred_yxyx, max_det: see CocoEvaluator.
+
+    Returns:
+        A fresh evaluator.
+
+    Raises:
+        ValueError: there is no evaluator for the name.
+    """
+    for key, evaluator in _EVALUATORS.items():
+        if key in name.lower():
+            return evaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx, max_det=max_det)
+    raise ValueError(f'no evaluator for {name!r}: available are names that contain {", ".join(_EVALUATORS)}')

@@ -1,0 +1,69 @@
+"""The prediction heads: convolutions shared by all levels, with batch norms of their own for each level."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import ConvBnAct2d, SeparableConv2d, get_activation, get_norm_layer
+
+
+class HeadNet(nn.Module):
+    """Map each level's features to `num_outputs` values for each anchor.
+
+    `model.class_net = HeadNet(config, num_outputs=K)` gives a model another number of classes; `config.num_classes`
+    must be set to K too. The state dict orders the batch norms by repeat, then level, or with `head_bn_level_first` by
+    level, then repeat.
+    """
+
+    def __init__(self, config: Any, num_outputs: int) -> None:
+        """Build a head from a model config.
+
+        Args:
+            config: the model config.
+            num_outputs: values for each anchor: K for classes, 4 for boxes.
+        """
+        super().__init__()
+        self.num_levels = config.num_levels
+        self.bn_level_first = bool(config.get("head_bn_level_first", False))
+        norm_layer = get_norm_layer(config)
+        channels, repeats = config.fpn_channels, config.box_class_repeats
+        conv = SeparableConv2d if config.separable_conv else ConvBnAct2d
+        options = {"kernel_size": 3, "padding": config.pad_type, "norm_layer": None, "act_layer": None}
+        self.conv_rep = nn.ModuleList(
+            conv(channels, channels, bias=config.redundant_bias, **options) for _ in range(repeats))
+        if self.bn_level_first:
+            self.bn_rep = nn.ModuleList(nn.ModuleList(norm_layer(channels) for _ in range(repeats))
+                                        for _ in range(self.num_levels))
+        else:
+            self.bn_rep = nn.ModuleList(nn.ModuleList(_named_bn(norm_layer(channels)) for _ in range(self.num_levels))
+                                        for _ in range(repeats))
+        self.act = get_activation(config.get("head_act_type") or config.act_type)(inplace=True)
+        num_anchors = len(config.aspect_ratios) * config.num_scales
+        self.predict = conv(channels, num_outputs * num_anchors, bias=True, **options)
+
+    def toggle_bn_level_first(self) -> None:
+        """Change the state dict's order of batch norms to the other one; the function computed stays the same."""
+        flipped = nn.ModuleList()
+        for second in range(len(self.bn_rep[0])):
+            column = [row[second] for row in self.bn_rep]
+            flipped.append(nn.ModuleList(_named_bn(bn) if self.bn_level_first else bn.bn for bn in column))
+        self.bn_level_first = not self.bn_level_first
+        self.bn_rep = flipped
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """Map [B, C, H, W] of each level to [B, A * num_outputs, H, W] of each level."""
+        outputs = []
+        for level in range(self.num_levels):
+            features = x[level]
+            for repeat, conv in enumerate(self.conv_rep):
+                bn = self.bn_rep[level][repeat] if self.bn_level_first else self.bn_rep[repeat][level]
+                features = self.act(bn(conv(features)))
+            outputs.append(self.predict(features))
+        return outputs
+
+
+def _named_bn(bn: nn.Module) -> nn.Sequential:
+    """Wrap a batch norm as the repeat-first state dicts have it: under the name 'bn'."""
+    return nn.Sequential(OrderedDict([("bn", bn)]))

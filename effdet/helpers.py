@@ -1,0 +1,125 @@
+"""Load weights under the names the public package effdet has for it.
+
+Lives here: `load_pretrained` (an address or a path) and `load_checkpoint`, thin. The work is in `effdet.checkpoint`.
+"""
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import torch
+from torch import nn
+
+from effdet.checkpoint import (
+    CheckpointError,
+    KeyReport,
+    extract_state_dict,
+    load_checkpoint_file,
+    load_state_dict_report,
+)
+
+_logger = logging.getLogger(__name__)
+
+# Source: torch.hub's naming, NAME-HASH.EXT, where HASH is the start of the file's SHA-256.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
+
+StateDict = dict[str, torch.Tensor]
+
+
+def load_pretrained(
+    model: nn.Module,
+    url: str | os.PathLike[str],
+    filter_fn: Callable[[StateDict], StateDict] | None = None,
+    strict: bool = True,
+) -> KeyReport | None:
+    """Load published weights into a model, from an address or from a file; a path never touches the network.
+
+    Averaged (EMA) weights are preferred where the file has them.
+
+    Args:
+        model: the model; changed in place.
+        url: an http(s) address, kept in torch.hub's cache and checked against the hash in its name, or a local path.
+        filter_fn: changes the state dict before it is fitted, for example to drop a head.
+        strict: refuse weights that do not fit in every name and shape; otherwise load those that do and log the others.
+    Returns:
+        What was loaded and what was not; None for an empty `url` (no published weights), which is logged as a warning.
+    Raises:
+        CheckpointError: not downloadable, damaged, or not fitting; the text names the place to put the file by hand.
+    """
+    if not url:
+        _logger.warning("no published weights are known for this model: it keeps its initial weights")
+        return None
+    address = os.fspath(url)
+    parts = urlsplit(address)
+    if parts.scheme in ("http", "https"):
+        path = _fetch(address)
+    else:
+        path = Path(unquote(parts.path)) if parts.scheme == "file" else Path(address).expanduser()
+    state_dict = extract_state_dict(load_checkpoint_file(path), use_ema=None)
+    if filter_fn is not None:
+        state_dict = filter_fn(state_dict)
+    report = load_state_dict_report(model, state_dict, strict=strict)
+    _log_report(path, report)
+    return report
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint_path: str | os.PathLike[str], use_ema: bool | None = False, strict: bool = True
+) -> KeyReport:
+    """Load a checkpoint's weights into a model.
+
+    Args:
+        model: the model, bare or wrapped; changed in place.
+        checkpoint_path: the file.
+        use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
+        strict: as in `load_pretrained`.
+    Returns:
+        What was loaded and what was not.
+    Raises:
+        CheckpointError: unreadable, without the weights asked for, or not fitting.
+    """
+    state_dict = extract_state_dict(load_checkpoint_file(checkpoint_path), use_ema=use_ema)
+    report = load_state_dict_report(model, state_dict, strict=strict)
+    _log_report(checkpoint_path, report)
+    return report
+
+
+def _log_report(path: str | os.PathLike[str], report: KeyReport) -> None:
+    level = logging.INFO if report.complete else logging.WARNING
+    for line in report.lines():
+        _logger.log(level, "%s: %s", path, line)
+
+
+def _fetch(url: str) -> Path:
+    """Return the cached file of an address, downloading it first where it is not there."""
+    name = os.path.basename(unquote(urlsplit(url).path))
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    match = _HASH_IN_NAME.search(name)
+    if path.is_file():
+        if match and not _sha256(path).startswith(match[1]):  # put there by hand, or an interrupted copy
+            raise CheckpointError(f"{path} does not have the SHA-256 its name promises; delete it and try again.")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _logger.info("downloading %s to %s", url, path)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=match[1] if match else None, progress=False)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, HTTP error; wrong hash
+        raise CheckpointError(
+            f"Could not download {url} ({error}). On a machine without network, download it elsewhere and put it at "
+            f"{path}, or give the path of a local file instead."
+        ) from error
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

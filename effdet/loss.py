@@ -1,0 +1,247 @@
+"""Detection loss: focal loss for classes, Huber loss for boxes.
+
+The focal loss is one pass with its gradient in closed form: every logit is treated as background, and the few at an
+anchor's own class are corrected afterwards, so no one-hot target exists. All arithmetic is fp32, whatever the logits'
+dtype and also inside autocast.
+
+Source: RetinaNet, https://arxiv.org/abs/1708.02002 (focal loss); google/automl, efficientdet/det_model_fn.py (label
+smoothing, masking, normalisers).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_IGNORED_LOGIT = -1e4  # probability, loss and gradient are exactly 0 there
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """Return base**exponent for base in 0..1; the exponents in use are cheaper without pow()."""
+    if exponent == 1.5:
+        return base * base.sqrt()
+    if exponent == 2.0:
+        return base * base
+    return base.pow(exponent)
+
+
+def _background_terms(logits: Tensor, gamma: float, smoothing: float, with_gradient: bool
+                      ) -> tuple[Tensor, Tensor | None]:
+    """Return loss and gradient of each logit for target 0, without the factor 1 - alpha.
+
+    With p = sigmoid(x) and t = smoothing / 2: p^gamma * (softplus(x) - t x), whose derivative is
+    p^gamma * (gamma (1 - p) (softplus(x) - t x) + p - t), as dp/dx = p (1 - p).
+    """
+    p = logits.sigmoid()
+    ce = F.softplus(logits)
+    if smoothing:
+        ce = ce - 0.5 * smoothing * logits
+    modulator = _power(p, gamma)
+    if not with_gradient:
+        return ce.mul_(modulator), None
+    loss = modulator * ce
+    gradient = ce.mul_(gamma).mul_(1 - p).add_(p)
+    if smoothing:
+        gradient.sub_(0.5 * smoothing)
+    return loss, gradient.mul_(modulator)
+
+
+def _foreground_terms(logits: Tensor, gamma: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of each logit for target 1, without the factor alpha: the mirror of the background's."""
+    loss, gradient = _background_terms(-logits, gamma, smoothing, with_gradient=True)
+    return loss, -gradient
+
+
+class _FocalLossSum(torch.autograd.Function):
+    """Sum of the focal loss over one level; the gradient is computed with the loss, in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
+                smoothing: float) -> Tensor:
+        """Return the sum as a scalar.
+
+        Args:
+            ctx: autograd's.
+            logits: [B, A * K, height, width], any float dtype and memory layout.
+            class_targets: int64 [B, A, height, width]: 0..K-1, -1 background, -2 ignore.
+            num_classes: K.
+            alpha: weight of the foreground; the background's is 1 - alpha.
+            gamma: focusing exponent.
+            smoothing: label smoothing in 0..1.
+        """
+        with_gradient = ctx.needs_input_grad[0]
+        x = logits.float().unflatten(1, (-1, num_classes))  # [B, A, K, height, width]
+        targets = class_targets.unsqueeze(2)
+        x = x.masked_fill(targets == -2, _IGNORED_LOGIT)
+        loss, gradient = _background_terms(x, gamma, smoothing, with_gradient)
+        total = loss.sum() * (1 - alpha)
+
+        positive = targets >= 0
+        index = targets.clamp(min=0)
+        own = x.gather(2, index)  # [B, A, 1, height, width]
+        foreground_loss, foreground_gradient = _foreground_terms(own, gamma, smoothing)
+        correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
+        total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
+
+        if with_gradient:
+            gradient.mul_(1 - alpha)
+            correction = alpha * foreground_gradient - gradient.gather(2, index)
+            gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
+            gradient = gradient.flatten(1, 2)
+            # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
+            ctx.save_for_backward(gradient if logits.dtype == torch.float16 else gradient.to(logits.dtype))
+            ctx.logits_dtype = logits.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output.to(gradient.dtype)).to(ctx.logits_dtype), None, None, None, None, None
+
+
+def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
+                   label_smoothing: float = 0.0) -> Tensor:
+    """Sum the focal loss over one level.
+
+    Args:
+        logits: [B, A * K, height, width].
+        class_targets: int64 [B, height, width, A]: 0..K-1, -1 background, -2 left out.
+        num_classes: K.
+        alpha: weight of the foreground in 0..1.
+        gamma: focusing exponent, >= 0.
+        label_smoothing: in 0..1.
+
+    Returns:
+        A float32 scalar, not normalised; finite for any finite logits.
+    """
+    return _FocalLossSum.apply(logits, class_targets.permute(0, 3, 1, 2), num_classes, alpha, gamma, label_smoothing)
+
+
+def huber_loss(input: Tensor, target: Tensor, delta: float = 1.0, weights: Tensor | None = None,
+               size_average: bool = True) -> Tensor:
+    """Compute the Huber loss: quadratic up to `delta`, linear beyond.
+
+    Args:
+        input: float [...].
+        target: the same shape.
+        delta: where the slope stops growing, > 0.
+        weights: multiplied in, broadcastable to [...].
+        size_average: return the mean instead of the sum.
+
+    Returns:
+        A scalar.
+    """
+    error = (input - target).abs()
+    quadratic = error.clamp(max=delta)
+    loss = 0.5 * quadratic.square() + delta * (error - quadratic)
+    if weights is not None:
+        loss = loss * weights
+    return loss.mean() if size_average else loss.sum()
+
+
+def smooth_l1_loss(input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights: Tensor | None = None,
+                   size_average: bool = True) -> Tensor:
+    """Compute the smooth L1 loss: Huber's with `delta` = `beta`, divided by it; below 1e-5 it is the L1 loss.
+
+    Arguments and result as `huber_loss`.
+    """
+    if beta >= 1e-5:
+        return huber_loss(input, target, beta, weights, size_average) / beta
+    loss = (input - target).abs()
+    if weights is not None:
+        loss = loss * weights
+    return loss.mean() if size_average else loss.sum()
+
+
+def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
+            box_targets: Sequence[Tensor], num_positives: Tensor, num_classes: int, alpha: float, gamma: float,
+            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the detection loss of a batch.
+
+    Args:
+        cls_outputs: logits [B, A * K, height, width] of each level.
+        box_outputs: codes [B, A * 4, height, width] of each level.
+        cls_targets: int64 [B, height, width, A] of each level: 0..K-1, -1 background, -2 left out.
+        box_targets: float [B, height, width, A * 4] of each level; exact zeros are left out.
+        num_positives: positive anchors of each image [B].
+        num_classes: K.
+        alpha: weight of the foreground in 0..1.
+        gamma: focusing exponent.
+        delta: Huber's delta.
+        box_loss_weight: weight of the box loss in the total.
+        label_smoothing: in 0..1.
+        legacy_focal: the form without label smoothing; otherwise the same function.
+
+    Returns:
+        total, class and box loss: float32 scalars, normalised by the batch's positive anchors + 1, so a batch of
+        background only is finite.
+    """
+    with torch.autocast(cls_outputs[0].device.type, enabled=False):
+        normalizer = num_positives.sum().float() + 1.0
+        smoothing = 0.0 if legacy_focal else label_smoothing
+        cls_loss = torch.stack([
+            focal_loss_sum(logits, targets, num_classes, alpha, gamma, smoothing)
+            for logits, targets in zip(cls_outputs, cls_targets, strict=True)]).sum() / normalizer
+        box_loss = torch.stack([
+            huber_loss(codes.permute(0, 2, 3, 1).float(), targets.float(), delta, targets != 0, size_average=False)
+            for codes, targets in zip(box_outputs, box_targets, strict=True)]).sum() / (normalizer * 4.0)
+        return cls_loss + box_loss_weight * box_loss, cls_loss, box_loss
+
+
+class DetectionLoss(nn.Module):
+    """`loss_fn` with the constants of a model config."""
+
+    def __init__(self, config: Any) -> None:
+        """Read num_classes, alpha, gamma, delta, box_loss_weight, label_smoothing and legacy_focal from `config`."""
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.alpha = config.alpha
+        self.gamma = config.gamma
+        self.delta = config.delta
+        self.box_loss_weight = config.box_loss_weight
+        self.label_smoothing = config.label_smoothing
+        self.legacy_focal = config.legacy_focal
+
+    def forward(self, cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
+                box_targets: Sequence[Tensor], num_positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute total, class and box loss; see `loss_fn`."""
+        return loss_fn(cls_outputs, box_outputs, cls_targets, box_targets, num_positives, self.num_classes, self.alpha,
+                       self.gamma, self.delta, self.box_loss_weight, self.label_smoothing, self.legacy_focal)
+
+
+def one_hot(x: Tensor, num_classes: int) -> Tensor:
+    """Return float32 [..., K] with a 1 at each index of x; negative indices give zeros only."""
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device, dtype=x.dtype)).float()
+
+
+def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float,
+                   label_smoothing: float = 0.01) -> Tensor:
+    """Compute the focal loss elementwise for dense targets in {0, 1}; for callers that want the map, not the sum.
+
+    Args:
+        logits: float [...].
+        targets: the same shape, 0 or 1.
+        alpha: weight of the foreground.
+        gamma: focusing exponent.
+        normalizer: the loss is divided by it.
+        label_smoothing: in 0..1.
+
+    Returns:
+        [...], differentiable by autograd.
+    """
+    targets = targets.to(logits.dtype)
+    signed = torch.where(targets == 1, -logits, logits)  # logit of the wrong answer
+    cross_entropy = F.softplus(signed) - 0.5 * label_smoothing * signed
+    weight = targets * alpha + (1 - targets) * (1 - alpha)
+    return weight * signed.sigmoid().pow(gamma) * cross_entropy / normalizer
+
+
+def focal_loss_legacy(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float
+                      ) -> Tensor:
+    """Compute the focal loss elementwise without label smoothing; see `new_focal_loss`."""
+    return new_focal_loss(logits, targets, alpha, gamma, normalizer, label_smoothing=0.0)

@@ -1,0 +1,199 @@
+"""From head outputs to detections: candidate selection, exact class-aware NMS, soft-NMS; batched, fixed shapes.
+
+Nothing here waits for the device or loops over images or classes. The greedy loop runs `max_det` times, once for each
+detection kept, so its cost does not depend on what the network predicts.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .boxes import clip_boxes_xyxy, decode_boxes
+
+# Post-processing constants of the reference (google/automl, efficientdet/nms_np.py and rwightman/efficientdet-pytorch).
+IOU_THRESHOLD = 0.5
+SOFT_NMS_SIGMA = 0.5
+SOFT_NMS_MIN_SCORE = 0.001
+
+_SUPPRESSED = -1.0  # below any score
+
+
+def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int,
+                      max_detection_points: int = 5000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the (anchor, class) pairs with the largest logits.
+
+    Args:
+        cls_outputs: logits [B, A * K, height, width] of each level, finest first.
+        box_outputs: codes [B, A * 4, height, width] of each level.
+        num_classes: K.
+        max_detection_points: number of pairs to keep; fewer when there are fewer.
+
+    Returns:
+        logits [B, k], codes [B, k, 4], anchor index int64 [B, k], class_idx int64 [B, k]; by falling logit.
+    """
+    batch = cls_outputs[0].shape[0]
+    logits, indices, codes = [], [], []
+    offset = 0
+    for level_cls, level_box in zip(cls_outputs, box_outputs, strict=True):
+        flat = level_cls.permute(0, 2, 3, 1).reshape(batch, -1)
+        level_logits, level_indices = flat.topk(min(max_detection_points, flat.shape[1]), dim=1)
+        logits.append(level_logits)
+        indices.append(level_indices + offset)
+        offset += flat.shape[1]
+        codes.append(level_box.permute(0, 2, 3, 1).reshape(batch, -1, 4))
+    all_logits, all_indices = torch.cat(logits, 1), torch.cat(indices, 1)
+    top_logits, order = all_logits.topk(min(max_detection_points, all_logits.shape[1]), dim=1)
+    top_indices = all_indices.gather(1, order)
+    anchors = torch.div(top_indices, num_classes, rounding_mode="floor")
+    classes = top_indices - anchors * num_classes
+    top_codes = torch.cat(codes, 1).gather(1, anchors.unsqueeze(2).expand(-1, -1, 4))
+    return top_logits, top_codes, anchors, classes
+
+
+def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100,
+                iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor]:
+    """Keep the best boxes, dropping those that overlap a better one of their class by more than `iou_threshold`.
+
+    Args:
+        boxes_xyxy: float [B, k, 4].
+        scores: float [B, k], at least 0.
+        classes: [B, k]; boxes of different classes never suppress each other.
+        max_det: number of boxes to keep at most.
+        iou_threshold: in 0..1.
+
+    Returns:
+        index of the kept boxes int64 [B, min(max_det, k)], by falling score, and their scores; where fewer boxes were
+        left the score is -1 and the index means nothing. Ties go to the first box.
+    """
+    x_min, y_min, x_max, y_max = boxes_xyxy.unbind(-1)
+    areas = (x_max - x_min) * (y_max - y_min)
+    positions = torch.arange(scores.shape[1], device=scores.device)
+    planes = torch.stack((x_min, y_min, x_max, y_max, areas, classes.to(areas.dtype)), 1)  # [B, 6, k]
+    alive = scores
+    kept_indices, kept_scores = [], []
+    for _ in range(min(max_det, scores.shape[1])):
+        score, index = alive.max(1, keepdim=True)
+        kept_indices.append(index)
+        kept_scores.append(score)
+        best = planes.gather(2, index.unsqueeze(1).expand(-1, 6, 1))  # [B, 6, 1]
+        width = torch.minimum(x_max, best[:, 2]) - torch.maximum(x_min, best[:, 0])
+        height = torch.minimum(y_max, best[:, 3]) - torch.maximum(y_min, best[:, 1])
+        intersection = width.clamp_(min=0) * height.clamp_(min=0)
+        iou = intersection / (areas + best[:, 4] - intersection)
+        # Two empty boxes give 0 / 0: the comparison is false and neither suppresses the other.
+        suppressed = ((iou > iou_threshold) & (planes[:, 5] == best[:, 5])) | (positions == index)
+        alive = alive.masked_fill(suppressed, _SUPPRESSED)
+    return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
+
+
+def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100,
+                     sigma: float = SOFT_NMS_SIGMA, score_threshold: float = SOFT_NMS_MIN_SCORE,
+                     method_gaussian: bool = True, iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor]:
+    """Keep the best boxes, lowering the scores of those that overlap a better one of their class.
+
+    Arguments and results are those of `batched_nms`; the scores returned are the lowered ones.
+
+    Args:
+        boxes_xyxy: float [B, k, 4].
+        scores: float [B, k].
+        classes: [B, k].
+        max_det: number of boxes to keep at most.
+        sigma: width of the Gaussian exp(-iou^2 / sigma).
+        score_threshold: boxes whose score falls to this or below are dropped, from the second box on.
+        method_gaussian: use the Gaussian; otherwise scores with an IoU above the threshold are multiplied by 1 - iou.
+        iou_threshold: of the linear method.
+
+    Source:
+        Soft-NMS, https://arxiv.org/abs/1704.04503. Classes are kept apart by moving each class's boxes by its own
+        offset, as in the reference, so that the numbers agree with it.
+    """
+    batch, count = scores.shape
+    offsets = classes.to(boxes_xyxy.dtype) * (boxes_xyxy.reshape(batch, -1).amax(1, keepdim=True) + 1)
+    x_min, y_min, x_max, y_max = (boxes_xyxy + offsets.unsqueeze(-1)).unbind(-1)
+    areas = (x_max - x_min) * (y_max - y_min)
+    planes = torch.stack((x_min, y_min, x_max, y_max, areas), 1)
+    positions = torch.arange(count, device=scores.device)
+    alive = scores
+    kept_indices, kept_scores = [], []
+    for _ in range(min(max_det, count)):
+        score, index = alive.max(1, keepdim=True)
+        kept_indices.append(index)
+        kept_scores.append(score)
+        best = planes.gather(2, index.unsqueeze(1).expand(-1, 5, 1))
+        width = torch.minimum(x_max, best[:, 2]) - torch.maximum(x_min, best[:, 0])
+        height = torch.minimum(y_max, best[:, 3]) - torch.maximum(y_min, best[:, 1])
+        intersection = width.clamp_(min=0) * height.clamp_(min=0)
+        union = areas + best[:, 4] - intersection
+        iou = torch.where(intersection > 0, intersection / union, torch.zeros_like(union))
+        if method_gaussian:
+            decay = torch.exp(-iou.square() / sigma)
+        else:
+            decay = torch.where(iou > iou_threshold, 1 - iou, torch.ones_like(iou))
+        lowered = alive * decay
+        dropped = (lowered <= score_threshold) | (positions == index) | (alive < 0)
+        alive = lowered.masked_fill(dropped, _SUPPRESSED)
+    return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
+
+
+def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes: Tensor,
+                    img_scale: Tensor | None = None, img_size: Tensor | None = None, max_det: int = 100,
+                    soft_nms: bool = False) -> Tensor:
+    """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
+
+    Args:
+        logits: [B, k], by falling logit.
+        codes: [B, k, 4].
+        anchors_yxyx: float [B, k, 4], the anchors of the candidates.
+        classes: class_idx [B, k].
+        img_scale: [B] original pixels per input pixel; boxes are returned in original pixels when given.
+        img_size: [B, 2] original width and height; boxes are clipped when given together with `img_scale`.
+        max_det: rows for each image.
+        soft_nms: use soft-NMS.
+
+    Returns:
+        float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
+    """
+    boxes = decode_boxes(codes.float(), anchors_yxyx, output_xyxy=True)
+    if img_scale is not None:
+        img_scale = img_scale.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 1)
+        if img_size is not None:
+            boxes = clip_boxes_xyxy(boxes, img_size.to(device=boxes.device, dtype=boxes.dtype) / img_scale)
+    suppress = batched_soft_nms if soft_nms else batched_nms
+    index, scores = suppress(boxes, logits.float().sigmoid(), classes, max_det)
+    boxes = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    if img_scale is not None:
+        boxes = boxes * img_scale.unsqueeze(-1)
+    numbers = (classes.gather(1, index) + 1).to(boxes.dtype)
+    rows = torch.cat((boxes, scores.unsqueeze(-1), numbers.unsqueeze(-1)), -1)
+    rows = torch.where(scores.unsqueeze(-1) >= 0, rows, torch.zeros_like(rows))
+    missing = max_det - rows.shape[1]
+    return torch.cat((rows, rows.new_zeros((rows.shape[0], missing, 6))), 1) if missing > 0 else rows
+
+
+def generate_detections(cls_outputs: Tensor, box_outputs: Tensor, anchor_boxes: Tensor, indices: Tensor,
+                        classes: Tensor, img_scale: Tensor | None, img_size: Tensor | None,
+                        max_det_per_image: int = 100, soft_nms: bool = False) -> Tensor:
+    """Make the detections of one image: effdet's form of `make_detections`.
+
+    Args:
+        cls_outputs: logits [k, 1].
+        box_outputs: codes [k, 4].
+        anchor_boxes: all anchors [N, 4] yxyx.
+        indices: anchor of each candidate [k].
+        classes: class_idx of each candidate [k].
+        img_scale: scalar, or None.
+        img_size: [2] original width and height, or None.
+        max_det_per_image: rows of the result.
+        soft_nms: use soft-NMS.
+
+    Returns:
+        float32 [max_det_per_image, 6], as `make_detections`.
+    """
+    logits, order = cls_outputs.reshape(1, -1).sort(dim=1, descending=True, stable=True)
+    order = order[0]
+    return make_detections(
+        logits, box_outputs[order].unsqueeze(0), anchor_boxes[indices[order]].unsqueeze(0), classes[order].unsqueeze(0),
+        None if img_scale is None else img_scale.reshape(1), None if img_size is None else img_size.reshape(1, 2),
+        max_det_per_image, soft_nms)[0]

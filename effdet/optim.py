@@ -1,0 +1,207 @@
+"""Optimizer, gradient clipping and frozen parts.
+
+Lives here: which parameters are decayed or left out, how gradients are clipped, how parts of a model are frozen. Which class an
+optimizer's name stands for on which device is in timm_patches/optim_factory.py; skipping a step on overflow is in amp.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from timm_patches.optim_factory import create_optimizer
+
+CLIP_MODES = ("norm", "value", "agc")
+_NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Tensor] | None = None) -> list[dict]:
+    """Split the trainable parameters into those with and those without weight decay.
+
+    Not decayed: biases, parameters of norm layers, everything with fewer than two dimensions, and the BiFPN's edge weights.
+
+    Args:
+        model: the model; parameters with requires_grad False are left out.
+        weight_decay: L2 penalty of the decayed group, >= 0.
+        masters: the tensor to optimize in place of the model's parameter, by its name in `model`; None takes the
+            parameters themselves.
+
+    Returns:
+        One or two groups {'params', 'weight_decay'}, the decayed one first; a group without parameters is left out.
+
+    Raises:
+        ValueError: nothing is trainable, or weight_decay is negative.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}.")
+    of_norms = {id(parameter) for module in model.modules() if isinstance(module, _NORM_LAYERS)
+                for parameter in module.parameters(recurse=False)}
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        last = name.rpartition(".")[2]
+        exempt = parameter.ndim < 2 or id(parameter) in of_norms or last in ("bias", "edge_weights")
+        (plain if exempt else decayed).append(parameter if masters is None else masters[name])
+    if not decayed and not plain:
+        raise ValueError("The model has no trainable parameter: every one has requires_grad=False. "
+                         "Freeze less (see --freeze-backbone, --freeze-bn).")
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, opt: str, lr: float, momentum: float = 0.9, weight_decay: float = 4e-5,
+                    eps: float | None = None, betas: tuple[float, float] | None = None,
+                    masters: Mapping[str, Tensor] | None = None) -> torch.optim.Optimizer:
+    """Build the optimizer of a model, already on its device; frozen parameters are left out.
+
+    Args:
+        model: the model to train.
+        opt: 'fusedmomentum', 'momentum', 'sgd', 'adamw', 'lookahead_...': see timm_patches.optim_factory.create_optimizer.
+        lr: learning rate at the top of the schedule, > 0.
+        momentum: used by the optimizers that have one.
+        weight_decay: see `param_groups` for what is exempt.
+        eps: None keeps the optimizer's own.
+        betas: None keeps the optimizer's own.
+        masters: `Precision.master_parameters(model)`; needed for O2, where float32 copies are optimized.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: unknown name, nothing to train, or a setting out of range or without effect.
+    """
+    if not lr > 0:
+        raise ValueError(f"lr must be above 0, got {lr}.")
+    groups = param_groups(model, weight_decay, masters)
+    return create_optimizer(groups, opt, lr, momentum=momentum, eps=eps, betas=betas)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str = "norm") -> Tensor:
+    """Limit the gradients in place, without waiting for the device.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        value: the largest norm over all gradients ('norm'), the largest magnitude of an element ('value'), or the largest
+            ratio of a unit's gradient norm to its weight norm ('agc'); None leaves the gradients as they are.
+        mode: 'norm', 'value' or 'agc'.
+
+    Returns:
+        The norm over all gradients before clipping, a tensor without dimensions; 0 when there is no gradient. It is inf or
+        NaN exactly where a gradient is, or where its square overflows.
+
+    Raises:
+        ValueError: unknown mode, or value not above 0.
+
+    Source: 'agc': Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", section 4.1.
+    """
+    if mode not in CLIP_MODES:
+        raise ValueError(f"Unknown clip mode '{mode}': choose from {', '.join(CLIP_MODES)}.")
+    if value is not None and not value > 0:
+        raise ValueError(f"The clip value must be above 0, got {value}; leave it out to clip nothing.")
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if value is None or not parameters:
+        return norm
+    if mode == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, value, norm)
+    elif mode == "value":
+        nn.utils.clip_grad_value_(parameters, value)
+    else:
+        _clip_adaptively(parameters, value)
+    return norm
+
+
+def _clip_adaptively(parameters: list[Tensor], factor: float, smallest_weight_norm: float = 1e-3) -> None:
+    """Scale each output unit's gradient down to `factor` times the norm of its weights."""
+    for parameter in parameters:
+        dims = tuple(range(1, parameter.ndim)) or None  # a unit is one output channel; a vector is one unit
+        limit = torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).clamp_(min=smallest_weight_norm) * factor
+        norm = torch.linalg.vector_norm(parameter.grad, dim=dims, keepdim=True).clamp_(min=1e-6)
+        parameter.grad.mul_((limit / norm).clamp_(max=1.0))
+
+
+class Frozen(NamedTuple):
+    """What a freeze call fixed, counted in tensors and layers."""
+
+    parameters: int
+    norm_layers: int
+
+
+class _StaysInEval:
+    """Mixed into a frozen module's class: `train()` on it or on any parent leaves it in eval mode."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+_eval_classes: dict[type, type] = {}
+
+
+def freeze_backbone(model: nn.Module) -> Frozen:
+    """Fix the whole backbone: no gradients, and eval mode for good (norm statistics, dropout and drop path off).
+
+    Call it after a conversion to sync-BN and before the optimizer and DistributedDataParallel are built.
+
+    Args:
+        model: an EfficientDet, or a bench that holds one as `.model`.
+
+    Returns:
+        The number of parameters fixed by this call (tensors) and of norm layers with statistics inside.
+
+    Raises:
+        ValueError: there is no backbone.
+    """
+    if not hasattr(model, "backbone") and hasattr(model, "model"):
+        return freeze_backbone(model.model)
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        raise ValueError(f"{type(model).__name__} has no `backbone` to freeze; pass the detection model or its bench.")
+    frozen = _stop_gradients(backbone.parameters())
+    _keep_in_eval(backbone)
+    norms = sum(isinstance(module, _NormBase) for module in backbone.modules())
+    return Frozen(frozen, norms)
+
+
+def freeze_bn(model: nn.Module) -> Frozen:
+    """Fix every batch norm: statistics and affine parameters, also after later `train()` calls.
+
+    The affine parameters are fixed too: with batches too small for good statistics their gradients are as noisy, and a fixed
+    norm layer is one constant scale and shift. Call it after a conversion to sync-BN and before the optimizer and
+    DistributedDataParallel are built.
+
+    Returns:
+        The number of parameters fixed by this call (tensors) and of norm layers kept in eval mode.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    frozen = 0
+    for layer in layers:
+        frozen += _stop_gradients(layer.parameters(recurse=False))
+        _keep_in_eval(layer)
+    return Frozen(frozen, len(layers))
+
+
+def _stop_gradients(parameters: Iterable[Tensor]) -> int:
+    """Turn requires_grad off; return how many tensors still had it on."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return len(trainable)
+
+
+def _keep_in_eval(module: nn.Module) -> None:
+    """Put a module into eval mode and make that last; a second call changes nothing.
+
+    Its class is replaced by a subclass rather than its `train` by a closure, which deepcopy would bind to the original.
+    """
+    cls = type(module)
+    if not issubclass(cls, _StaysInEval):
+        if cls not in _eval_classes:
+            _eval_classes[cls] = type(f"Frozen{cls.__name__}", (_StaysInEval, cls), {})
+        module.__class__ = _eval_classes[cls]
+    module.eval()
