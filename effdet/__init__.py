@@ -1,1 +1,14 @@
 """EfficientDet in PyTorch: models, anchors, loss, post-processing, data and evaluation."""
+from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
+from .config import default_detection_model_configs, get_efficientdet_config
+from .data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
+from .efficientdet import EfficientDet
+from .evaluator import CocoEvaluator, create_evaluator
+from .factory import create_model, create_model_from_config
+from .helpers import load_checkpoint, load_pretrained
+from .version import __version__
+
+__all__ = ["CocoEvaluator", "DetBenchPredict", "DetBenchTrain", "DetectionDatset", "EfficientDet", "SkipSubset",
+           "__version__", "create_dataset", "create_evaluator", "create_loader", "create_model",
+           "create_model_from_config", "create_parser", "default_detection_model_configs", "get_efficientdet_config",
+           "load_checkpoint", "load_pretrained", "unwrap_bench"]

@@ -1,7 +1,8 @@
 """Number formats of a training step: float32, autocast, or half-precision weights with float32 masters.
 
-Lives here: what runs in which dtype, loss scaling, and skipping a step whose gradients are not finite, with no wait for the
-device where the optimizer can be told on the device. How a kind of device does autocast and scaling is in device.py.
+Lives here: what runs in which dtype, loss scaling, and skipping a step whose gradients are not finite, with no wait for
+the device where the optimizer can be told on the device. How a kind of device does autocast and scaling is in
+device.py.
 """
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ _HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class Precision:
     """Run training steps in a chosen number format.
 
-    O0 is float32. O1 is autocast: float32 weights, half-precision convolutions. O2 also stores the weights of convolutions and
-    linear layers in half precision (norm layers and the BiFPN's edge weights stay float32), while the optimizer works on
-    float32 masters; autocast stays on, so that both kinds of layer get inputs they accept.
+    O0 is float32. O1 is autocast: float32 weights, half-precision convolutions. O2 also stores the weights of
+    convolutions and linear layers in half precision (norm layers and the BiFPN's edge weights stay float32), while the
+    optimizer works on float32 masters; autocast stays on, so that both kinds of layer get inputs they accept.
 
-    float16 is used with a loss scale, static or dynamic; both check for overflow and skip the step, a static scale then stays
-    as it is. bfloat16 and float32 have the exponents to do without. Whatever the format, a step with an inf or a NaN in
-    its gradients changes neither weights nor optimizer state, and is counted.
+    float16 is used with a loss scale, static or dynamic; both check for overflow and skip the step, a static scale then
+    stays as it is. bfloat16 and float32 have the exponents to do without. Whatever the format, a step with an inf or a
+    NaN in its gradients changes neither weights nor optimizer state, and is counted.
 
-    With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the average
-    inf or NaN on all.
+    With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the
+    average inf or NaN on all.
 
     Args:
         device: where the model is.
@@ -50,8 +51,8 @@ class Precision:
                  dtype: torch.dtype | str = torch.float16, loss_scale: float | str = "dynamic",
                  init_scale: float = 2.0**16) -> None:
         if opt_level not in OPT_LEVELS:
-            raise ValueError(f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights with "
-                             "float32 masters.")
+            raise ValueError(f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
+                             "with float32 masters.")
         dtype = _HALF_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype not in _HALF_DTYPES.values():
             raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
@@ -90,7 +91,7 @@ class Precision:
         return model
 
     def master_parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what the optimizer must work on, by parameter name: float32 masters, or the parameter where it has none."""
+        """Return what the optimizer must work on, by parameter name: the float32 master, or else the parameter."""
         return {name: self._masters.get(parameter, parameter) for name, parameter in model.named_parameters()}
 
     # -- a training step ---------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class Precision:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]
                       if parameter.grad is not None]
         if not parameters:
-            raise RuntimeError("No parameter has a gradient: call backward() first, on a loss that depends on the model, and "
+            raise RuntimeError("No parameter has a gradient: call backward() first, on a loss of the model, and "
                                "build the optimizer from master_parameters().")
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
@@ -141,7 +142,7 @@ class Precision:
         return norm
 
     def _move_gradients_to_masters(self) -> None:
-        """Copy half-precision gradients into their masters' float32 ones and clear them, since the optimizer never will."""
+        """Copy half-precision gradients to the float32 masters and clear them, since the optimizer never will."""
         to, source = [], []
         for parameter, master in self._masters.items():
             if parameter.grad is None:
@@ -190,7 +191,7 @@ class Precision:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; a static scale, and a dynamic one where none was saved, stay as configured."""
+        """Restore what `state_dict` returned; a static scale, or a dynamic one not saved, stays as configured."""
         self._skipped_before, self._skipped = int(state["skipped"]), None
         if self._scaler is not None and self._static_scale is None and "dynamic_scale" in state:
             self._scaler.load_state_dict({**self._scaler.state_dict(), **state["dynamic_scale"]})
@@ -208,7 +209,7 @@ def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | Non
         raise ValueError(f"The loss scale must be 'dynamic' or a number above 0, got {loss_scale!r}.")
     if dtype != torch.float16:
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"A loss scale of {value:g} would have no effect: the run is in {name}, whose range needs no scaling. "
+        raise ValueError(f"A loss scale of {value:g} would have no effect: {name} has the range to do without. "
                          "Leave --loss-scale out, or train in float16 (--amp --amp-dtype float16, opt level O1 or O2).")
     return value
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import AnchorLabeler, Anchors
+from .distributed import all_reduce_sum, world_size
 from .loss import DetectionLoss
 from .nms import make_detections, select_candidates
 
@@ -64,10 +65,14 @@ class DetBenchTrain(_DetBench):
         Args:
             model: an EfficientDet.
             create_labeler: make anchor labels here from boxes; otherwise the loader has put them into the target.
+
+        Set `normalize_over_ranks` in distributed training: the loss is then normalised by the positive anchors of all
+        ranks, so that averaged gradients are those of one process with the whole batch.
         """
         super().__init__(model)
         self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         self.loss_fn = DetectionLoss(model.config)
+        self.normalize_over_ranks = False
 
     def forward(self, x: Tensor, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss of a batch.
@@ -85,6 +90,10 @@ class DetBenchTrain(_DetBench):
             ValueError: the target lacks what is needed.
         """
         class_targets, box_targets, num_positives = self._labels(target)
+        if self.normalize_over_ranks:
+            # The loss adds 1 to the sum; ranks average their gradients, so each divides by its share of (total + 1).
+            total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
+            num_positives = (total + 1) / world_size() - 1
         cls_outputs, box_outputs = self.model(x)
         loss, class_loss, box_loss = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)
         output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}

@@ -232,7 +232,7 @@ def find_newest_checkpoint(dirs: str | os.PathLike[str] | Iterable[str | os.Path
         try:
             extract_state_dict(load_checkpoint_file(path), use_ema=None)
         except CheckpointError as error:
-            _logger.warning("passed over: %s", error)
+            _logger.warning("passed over %s: %s", path, error)
         else:
             return path
     return None
@@ -270,7 +270,7 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
             np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, cached))
         if "torch" in state:
             torch.set_rng_state(state["torch"].cpu())
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"The checkpoint's random state is unusable ({error}); resume from another checkpoint or start anew."
         ) from error

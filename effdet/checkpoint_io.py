@@ -200,8 +200,8 @@ def _explain_load_failure(path: Path, reason: str) -> str:
     refused = re.search(r"GLOBAL ([\w.]+)", reason)
     if refused:
         return (
-            f"{path} holds Python objects ({refused[1].rstrip('.')}) whose loading could run code, so it was refused; if "
-            "you trust its source, re-save only the weights where it was made: torch.save(model.state_dict(), FILE)."
+            f"{path} holds Python objects ({refused[1].rstrip('.')}) whose loading could run code, so it was refused; "
+            "if you trust its source, re-save only the weights where it was made: torch.save(model.state_dict(), FILE)."
         )
     if "TorchScript" in reason:
         return f"{path} is an exported TorchScript model, not a checkpoint; give the checkpoint it was exported from."

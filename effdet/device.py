@@ -6,7 +6,6 @@ Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. No model code and no training log
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -191,18 +190,3 @@ def tune(device: torch.device, image_size_is_fixed: bool = True) -> list[str]:
         torch.backends.cudnn.benchmark = True
         return ["cudnn.benchmark=True: shapes are fixed, the fastest kernel is searched once"]
     return []
-
-
-def visible_devices_variable(device_type: str) -> str | None:
-    """Return the environment variable that hides devices of a kind from a process; None for the CPU."""
-    return {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}.get(device_type)
-
-
-def restrict_visible_devices(device_type: str, indices: Sequence[int]) -> None:
-    """Let child processes see only some devices, in ascending order; they are renumbered from 0 there.
-
-    ASCEND_RT_VISIBLE_DEVICES takes ascending numbers only, so the list is sorted for every kind.
-    """
-    variable = visible_devices_variable(device_type)
-    if variable is not None:
-        os.environ[variable] = ",".join(str(index) for index in sorted(indices))

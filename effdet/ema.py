@@ -1,7 +1,7 @@
 """A running average of a model's weights.
 
-Lives here: the average, its warm-up and how much of it is still the initial weights. Choosing which weights are evaluated or
-saved is the engine's business.
+Lives here: the average, its warm-up and how much of it is still the initial weights. Choosing which weights are
+evaluated or saved is the engine's business.
 """
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ class ModelEma:
         """Move the average towards the model's weights, with one multi-tensor call and no wait for the device.
 
         Args:
-            model: the model, wrapped or not, in any float dtype; or its weights by name, as `Precision.float_state_dict`
-                gives them where the model itself is half precision (O2). Integer buffers are copied.
+            model: the model, wrapped or not, in any float dtype; or its weights by name, as
+                `Precision.float_state_dict` gives them where the model itself is half precision (O2). Integer buffers
+                are copied.
         """
         weights = model if isinstance(model, Mapping) else _named_tensors(unwrap_model(model), False)
         decay = self.decay_now

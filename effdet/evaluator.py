@@ -119,11 +119,11 @@ class Evaluator:
         if indices.device == flat.device:
             packed = torch.cat([flat, indices.to(torch.float32)[:, None]], dim=1).cpu().numpy()
             flat, indices = packed[:, :-1], packed[:, -1].astype(np.int64)
-        else:  # a loader that leaves its targets on the host: nothing to copy for them
-            flat, indices = flat.cpu().numpy(), indices.numpy()
+        else:  # one of the two is on the host already
+            flat, indices = flat.cpu().numpy(), indices.cpu().numpy()
         self._check_indices(indices)
         bad = 0
-        for index, rows in zip(indices.tolist(), flat.reshape(len(flat), -1, 6), strict=True):
+        for index, rows in zip(indices.tolist(), flat.reshape(detections.shape), strict=True):
             finite = np.isfinite(rows).all(axis=1)
             bad += int(len(rows) - finite.sum())
             rows = rows[finite & (rows[:, 4] > 0)]

@@ -61,12 +61,7 @@ def load_pretrained(
         path = _fetch(address)
     else:
         path = Path(unquote(parts.path)) if parts.scheme == "file" else Path(address).expanduser()
-    state_dict = extract_state_dict(load_checkpoint_file(path), use_ema=None)
-    if filter_fn is not None:
-        state_dict = filter_fn(state_dict)
-    report = load_state_dict_report(model, state_dict, strict=strict)
-    _log_report(path, report)
-    return report
+    return _load_into(model, path, use_ema=None, strict=strict, filter_fn=filter_fn)
 
 
 def load_checkpoint(
@@ -84,16 +79,29 @@ def load_checkpoint(
     Raises:
         CheckpointError: unreadable, without the weights asked for, or not fitting.
     """
-    state_dict = extract_state_dict(load_checkpoint_file(checkpoint_path), use_ema=use_ema)
-    report = load_state_dict_report(model, state_dict, strict=strict)
-    _log_report(checkpoint_path, report)
-    return report
+    return _load_into(model, Path(checkpoint_path), use_ema=use_ema, strict=strict)
 
 
-def _log_report(path: str | os.PathLike[str], report: KeyReport) -> None:
+def _load_into(
+    model: nn.Module,
+    path: Path,
+    use_ema: bool | None,
+    strict: bool,
+    filter_fn: Callable[[StateDict], StateDict] | None = None,
+) -> KeyReport:
+    """Load a file's weights into a model, log what fitted, and name the file in every error."""
+    payload = load_checkpoint_file(path)
+    try:
+        state_dict = extract_state_dict(payload, use_ema=use_ema)
+        if filter_fn is not None:
+            state_dict = filter_fn(state_dict)
+        report = load_state_dict_report(model, state_dict, strict=strict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     level = logging.INFO if report.complete else logging.WARNING
     for line in report.lines():
         _logger.log(level, "%s: %s", path, line)
+    return report
 
 
 def _fetch(url: str) -> Path:

@@ -1,7 +1,8 @@
 """Optimizer, gradient clipping and frozen parts.
 
-Lives here: which parameters are decayed or left out, how gradients are clipped, how parts of a model are frozen. Which class an
-optimizer's name stands for on which device is in timm_patches/optim_factory.py; skipping a step on overflow is in amp.py.
+Lives here: which parameters are decayed or left out, how gradients are clipped, how parts of a model are frozen. Which
+class an optimizer's name stands for on which device is in timm_patches/optim_factory.py; skipping a step on overflow is
+in amp.py.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Tensor] | None = None) -> list[dict]:
     """Split the trainable parameters into those with and those without weight decay.
 
-    Not decayed: biases, parameters of norm layers, everything with fewer than two dimensions, and the BiFPN's edge weights.
+    Not decayed: biases, parameters of norm layers, everything with fewer than two dimensions, and the BiFPN's edge
+    weights.
 
     Args:
         model: the model; parameters with requires_grad False are left out.
@@ -60,7 +62,8 @@ def build_optimizer(model: nn.Module, opt: str, lr: float, momentum: float = 0.9
 
     Args:
         model: the model to train.
-        opt: 'fusedmomentum', 'momentum', 'sgd', 'adamw', 'lookahead_...': see timm_patches.optim_factory.create_optimizer.
+        opt: 'fusedmomentum', 'momentum', 'sgd', 'adamw', 'lookahead_...': see
+            timm_patches.optim_factory.create_optimizer.
         lr: learning rate at the top of the schedule, > 0.
         momentum: used by the optimizers that have one.
         weight_decay: see `param_groups` for what is exempt.
@@ -86,18 +89,18 @@ def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str 
 
     Args:
         parameters: those without a gradient are passed over.
-        value: the largest norm over all gradients ('norm'), the largest magnitude of an element ('value'), or the largest
-            ratio of a unit's gradient norm to its weight norm ('agc'); None leaves the gradients as they are.
+        value: the largest norm over all gradients ('norm'), the largest magnitude of an element ('value'), or the
+            largest ratio of a unit's gradient norm to its weight norm ('agc'); None leaves the gradients as they are.
         mode: 'norm', 'value' or 'agc'.
 
     Returns:
-        The norm over all gradients before clipping, a tensor without dimensions; 0 when there is no gradient. It is inf or
-        NaN exactly where a gradient is, or where its square overflows.
+        The norm over all gradients before clipping, a tensor without dimensions; 0 when there is no gradient. It is inf
+        or NaN exactly where a gradient is, or where its square overflows.
 
     Raises:
         ValueError: unknown mode, or value not above 0.
 
-    Source: 'agc': Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", section 4.1.
+    Source: 'agc': Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", section 4.
     """
     if mode not in CLIP_MODES:
         raise ValueError(f"Unknown clip mode '{mode}': choose from {', '.join(CLIP_MODES)}.")
@@ -170,8 +173,8 @@ def freeze_backbone(model: nn.Module) -> Frozen:
 def freeze_bn(model: nn.Module) -> Frozen:
     """Fix every batch norm: statistics and affine parameters, also after later `train()` calls.
 
-    The affine parameters are fixed too: with batches too small for good statistics their gradients are as noisy, and a fixed
-    norm layer is one constant scale and shift. Call it after a conversion to sync-BN and before the optimizer and
+    The affine parameters are fixed too: with batches too small for good statistics their gradients are as noisy, and a
+    fixed norm layer is one constant scale and shift. Call it after a conversion to sync-BN and before the optimizer and
     DistributedDataParallel are built.
 
     Returns:

@@ -1,7 +1,8 @@
 """The learning rate over a run.
 
-Lives here: the schedule's shape (timm's classes), warm-up, noise, and what of it survives a restart. Everything is stepped by
-optimizer updates, so that runs of a few epochs warm up smoothly; timm's own default changes the rate once per epoch.
+Lives here: the schedule's shape (timm's classes), warm-up, noise, and what of it survives a restart. Everything is
+stepped by optimizer updates, so that runs of a few epochs warm up smoothly; timm's own default changes the rate once
+per epoch.
 
 Source: timm.scheduler, whose formulas, noise and meaning of the arguments are kept.
 """
@@ -11,7 +12,7 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from timm.scheduler.scheduler import Scheduler as TimmScheduler
 
 _logger = logging.getLogger(__name__)
 
-# Name -> the schedule of timm's that gives its shape. 'none' and 'plateau' are constant to timm: warm-up, then the full rate.
+# Name -> the schedule of timm's that gives its shape. 'none' and 'plateau' are constant to timm: warm-up, then the full
+# rate.
 _SHAPES = {"cosine": "cosine", "tanh": "tanh", "step": "step", "multistep": "multistep",
            "plateau": "step", "constant": "step", "none": "step"}
 SCHEDULES = tuple(_SHAPES)
@@ -33,14 +35,11 @@ class Noise:
     Source: timm.scheduler.scheduler.Scheduler (the same numbers from the same seed).
     """
 
-    first_epoch: float
-    """The noise is on in epochs e with first_epoch <= e < last_epoch."""
+    first_epoch: float  # on in epochs e with first_epoch <= e < last_epoch
     last_epoch: float
-    limit: float
-    """Draws whose magnitude is not below this are drawn again."""
+    limit: float  # draws whose magnitude is not below this are drawn again
     std: float
-    seed: int
-    """The run's seed, without the rank."""
+    seed: int  # the run's, without the rank
 
     def at(self, epoch: int) -> float:
         """Return the relative change in an epoch: 0.25 means a quarter more, 0.0 outside the span."""
@@ -66,7 +65,7 @@ class Plateau:
     maximize: bool = True
     best: float | None = None
     bad_epochs: int = 0
-    reductions: int = field(default=0)
+    reductions: int = 0
 
     def observe(self, metric: float) -> None:
         """Take one epoch's metric into account; a NaN counts as no improvement."""
@@ -92,8 +91,8 @@ class Plateau:
 class Schedule:
     """Set the learning rate of all parameter groups; made by `build_schedule`.
 
-    The rate is a function of the number of updates done (and, for 'plateau', of the metrics seen), so a resumed run needs no
-    more than `load_state_dict`, and a run resumed with more epochs follows the longer schedule.
+    The rate is a function of the number of updates done (and, for 'plateau', of the metrics seen), so a resumed run
+    needs no more than `load_state_dict`, and a run resumed with more epochs follows the longer schedule.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, shape: TimmScheduler, updates_per_epoch: int,
@@ -228,9 +227,9 @@ def build_schedule(
     )
     noise = None if lr_noise is None else _build_noise(lr_noise, epochs, lr_noise_pct, lr_noise_std, seed)
     plateau = Plateau(decay_rate, patience, min_lr, maximize) if sched == "plateau" else None
-    if warmup_epochs >= total_epochs:
-        _logger.warning("The warm-up of %g epochs is as long as the whole run of %d: the learning rate never reaches %g. "
-                        "Set a shorter --warmup-epochs (0.5 is allowed).", warmup_epochs, total_epochs, base_lr)
+    if warmup_epochs >= epochs:
+        _logger.warning("The warm-up of %g epochs takes the whole schedule of %d: the learning rate never reaches %g. "
+                        "Set a shorter --warmup-epochs (0.5 is allowed).", warmup_epochs, epochs, base_lr)
     return Schedule(optimizer, shape, updates_per_epoch, warmup_epochs, noise, plateau), int(total_epochs)
 
 
@@ -238,7 +237,8 @@ def _build_noise(span: float | Sequence[float], epochs: int, limit: float, std: 
     """Turn fractions of the run into epochs."""
     ends = [float(span)] if isinstance(span, (int, float)) else [float(end) for end in span]
     if len(ends) not in (1, 2) or ends != sorted(ends) or ends[0] < 0 or ends[-1] > 1:
-        raise ValueError(f"lr_noise must be one or two fractions of the run in ascending order, such as 0.4 0.9; got {span}.")
+        raise ValueError("lr_noise must be one or two fractions of the run in ascending order, such as 0.4 0.9; "
+                         f"got {span}.")
     if not limit > 0 or not std >= 0:
         raise ValueError(f"lr_noise_pct must be above 0 and lr_noise_std at least 0; got {limit} and {std}.")
     return Noise(ends[0] * epochs, ends[1] * epochs if len(ends) == 2 else math.inf, limit, std, seed)
@@ -252,13 +252,13 @@ def _check(sched: str, epochs: int, updates_per_epoch: int, warmup_epochs: float
         raise ValueError(f"Unknown schedule '{sched}'{f', did you mean {near[0]}' if near else ''}? "
                          f"Choose from {', '.join(SCHEDULES)}.")
     if epochs < 1 or updates_per_epoch < 1:
-        raise ValueError(f"A schedule needs at least 1 epoch of 1 update, got {epochs} epochs of {updates_per_epoch} updates: "
-                         "check --epochs, and that the data set fills one batch.")
+        raise ValueError(f"A schedule needs at least 1 epoch of 1 update, got {epochs} epochs of {updates_per_epoch} "
+                         "updates: check --epochs, and that the data set fills one batch.")
     if warmup_epochs < 0 or warmup_lr < 0 or min_lr < 0:
         raise ValueError("warmup_epochs, warmup_lr and min_lr must be 0 or more, got "
                          f"{warmup_epochs}, {warmup_lr} and {min_lr}.")
     for name, value, used in (("min_lr", min_lr, sched in ("cosine", "tanh", "plateau")),
                               ("warmup_lr", warmup_lr, warmup_epochs > 0)):
         if used and value > base_lr:
-            raise ValueError(f"{name} {value:g} is above the learning rate {base_lr:g}, so the rate would move the wrong way. "
+            raise ValueError(f"{name} {value:g} is above the rate {base_lr:g}: the rate would go the wrong way. "
                              f"Set --{name.replace('_', '-')} to at most {base_lr:g}.")

@@ -51,7 +51,7 @@ def extract_state_dict(payload: Mapping[str, Any], use_ema: bool | None = False)
     if raw is None and ema is None and _is_weights(payload):
         if use_ema:
             raise CheckpointError(
-                f"The file is a plain set of {len(payload)} weights without averaged (EMA) ones; load it without use_ema."
+                f"The file is a plain set of {len(payload)} weights without averaged (EMA) ones; load without use_ema."
             )
         return _unwrapped(payload)[0]
     chosen = (ema or raw) if use_ema is None else ema if use_ema else raw

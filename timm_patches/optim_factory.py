@@ -1,7 +1,8 @@
 """Build optimizers by name: the fused SGD of each device, and everything timm offers.
 
-Lives here: which class serves a name on which device, and the work-arounds those classes need. Imports torch and timm only
-(and torch_npu where the parameters are on an NPU), never effdet. What is decayed and what is frozen is decided by the caller.
+Lives here: which class serves a name on which device, and the work-arounds those classes need. Imports torch and timm
+only (and torch_npu where the parameters are on an NPU), never effdet. What is decayed and what is frozen is decided by
+the caller.
 """
 from __future__ import annotations
 
@@ -33,11 +34,13 @@ def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_de
     """Build the SGD with momentum that updates all parameters in few kernels on the given kind of device.
 
     Args:
-        params: parameters, or groups of them, already on their device (NpuFusedSGD and the momentum buffers live there).
+        params: parameters, or groups of them, already on their device (NpuFusedSGD and the momentum buffers live
+            there).
         lr: learning rate, > 0.
         momentum: 0 to 1.
         weight_decay: L2 penalty of groups that name none.
-        device_type: 'npu' takes torch_npu's NpuFusedSGD, any other torch.optim.SGD, fused where the device has the kernel.
+        device_type: 'npu' takes torch_npu's NpuFusedSGD, any other torch.optim.SGD, fused where the device has the
+            kernel.
         nesterov: Nesterov's momentum instead of the classical one.
 
     Returns:
@@ -50,7 +53,7 @@ def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_de
     fused = True if device_type in _FUSED_DEVICES else None
     optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
                                 fused=fused)
-    _start_momentum_at_zero(optimizer)
+    _settle(optimizer)
     return optimizer
 
 
@@ -73,8 +76,8 @@ def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, m
         The optimizer; torch's own SGD, Adam and AdamW are fused on devices that have the kernels.
 
     Raises:
-        ValueError: the name is unknown (the text names the nearest), needs a package that is not there, or does not take
-            `eps` or `betas`.
+        ValueError: the name is unknown (the text names the nearest), needs a package that is not there, or does not
+            take `eps` or `betas`.
     """
     prefix, _, name = opt.lower().rpartition("_")
     known = sorted({*_FUSED_SGD_NAMES, *list_optimizers()})
@@ -100,7 +103,7 @@ def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, m
         except (ImportError, AssertionError) as error:  # timm's answer for apex and bitsandbytes classes
             raise ValueError(f"Optimizer '{opt}' cannot be built here: {error}. "
                              "'fusedmomentum' and 'adamw' are fused without another package.") from error
-        _start_momentum_at_zero(optimizer)
+        _settle(optimizer)
     return Lookahead(optimizer) if prefix else optimizer
 
 
@@ -125,17 +128,36 @@ def _device_type(groups: list) -> str:
     return "cpu"
 
 
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    """Make a new optimizer safe to step and to load a checkpoint of another device into.
+
+    A checkpoint's groups also hold which implementation wrote them. That is this machine's choice, not the
+    checkpoint's: torch would run an NPU's or an older run's state with fused=False while still announcing that it can
+    skip on the device.
+    """
+    _start_momentum_at_zero(optimizer)
+    chosen = {key: optimizer.defaults[key] for key in ("fused", "foreach") if key in optimizer.defaults}
+
+    def after_load(loaded: torch.optim.Optimizer) -> None:
+        for group in loaded.param_groups:
+            group.update(chosen)
+        _start_momentum_at_zero(loaded)
+
+    optimizer.register_load_state_dict_post_hook(after_load)
+
+
 def _start_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Give fused SGD its momentum buffers before the first step; zeros give the same first step as none.
+    """Give fused SGD the momentum buffers it lacks before its first step; zeros give the same first step as none.
 
     Symptom: when the very first step is skipped through `found_inf` (a loss scale that overflows at once), torch leaves
-    the buffers it has just allocated unwritten and reads that garbage as momentum in the second step. Seen in torch 2.13.0.
-    It can go when test_optim.py's first-step test passes without it.
+    the buffers it has just allocated unwritten and reads that garbage as momentum in the second step. Seen in torch
+    2.13.0. It can go when test_optim.py's first-step test passes without it.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
     for group in optimizer.param_groups:
         if group["fused"] and group["momentum"] != 0:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(
-                    parameter, memory_format=torch.preserve_format)
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

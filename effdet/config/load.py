@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .schema import ConfigError, DemoConfig, RunConfig, ValidateConfig, check_config, flags_of, range_text
 
@@ -39,8 +39,8 @@ REFUSED: dict[str, str] = {
     "--native-amp": _AMP,
     "--pin-mem": "host memory is pinned whenever the device gains from it; drop it",
     "--no-prefetcher": "pictures always travel as uint8 and are normalised on the device; drop it",
-    "--bench-labeler": "targets are always labelled beside the model; drop it",
-    "--no-bench-labeler": "targets are always labelled beside the model; drop it",
+    "--bench-labeler": "targets are labelled on the device in every run; drop it",
+    "--no-bench-labeler": "targets are labelled on the device in every run; drop it",
     "--no-pretrained-backbone": "the backbone starts from random weights unless --pretrained is given; drop it",
     "--no-resume-opt": "use --initial-checkpoint FILE, which takes the weights and nothing else",
     "--mean": "mean and standard deviation come from the model table; drop it",
@@ -85,9 +85,10 @@ class _Option:
 
     @property
     def type_name(self) -> str:
+        if self.is_list:
+            return {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}[self.kinds[0]]
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        name = " or ".join(words[kind] for kind in self.kinds)
-        return f"a list, each {name}" if self.is_list else name
+        return " or ".join(words[kind] for kind in self.kinds)
 
     @property
     def default(self) -> Any:
@@ -162,7 +163,7 @@ def _help_text(option: _Option) -> str:
     else:
         shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default) or "none"
     limits = "" if meta["choices"] else range_text(option.item)
-    return f"{meta['text']}{', ' + limits if limits else ''} (default: {shown})".replace("%", "%%")
+    return f"{meta['text']}{f' [{limits}]' if limits else ''} (default: {shown})".replace("%", "%%")
 
 
 def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
@@ -181,6 +182,9 @@ def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
             section_type = typing.get_type_hints(root)[section]
             groups[section] = parser.add_argument_group(section, section_type.__doc__)
         flags, meta = list(flags_of(option.item)), option.item.metadata
+        if positional and key == "run.images":
+            parser.description += f" The arguments: {meta['text']}."
+            continue
         if not flags:
             plain.setdefault(section, []).append(f"{key}: {_help_text(option)}")
             continue
@@ -336,9 +340,10 @@ def _apply(node: Any, options: dict[str, _Option], key: str, value: Any, source:
         OmegaConf.update(node, key, _convert(option, value))
         OmegaConf.to_container(OmegaConf.select(node, key.partition(".")[0]), resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, InterpolationResolutionError):
+            raise ConfigError(f"{source}: cannot resolve {value!r}: {str(error).splitlines()[0]}") from error
         allowed = option.type_name + (" or null" if option.optional else "")
-        detail = f" ({str(error).splitlines()[0]})" if "nterpolation" in type(error).__name__ else ""
-        raise ConfigError(f"{source}: got {value!r}, must be {allowed}{detail}") from error
+        raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
 def _read_yaml(path: str | Path) -> Any:
@@ -464,6 +469,6 @@ def workers_per_device(workers: int | None, devices: int) -> int:
         ConfigError: the count cannot be split evenly.
     """
     if workers is None:
-        return max(1, min(4, len(os.sched_getaffinity(0)) // devices if hasattr(os, "sched_getaffinity")
-                          else (os.cpu_count() or 1) // devices))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(4, cores // devices))
     return split_over_devices(workers, devices, "workers", zero_ok=True)

@@ -3,6 +3,7 @@
 Sources: EfficientDet, https://arxiv.org/abs/1911.09070, table 1 (sizes, channels, repeats); google/automl (the tf_
 models); the release page of rwightman/efficientdet-pytorch (weights, and the models that exist only there).
 """
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -194,4 +195,16 @@ def get_efficientdet_config(model_name: str = "tf_efficientdet_d1") -> DictConfi
     config = default_detection_model_configs()
     config.update(deepcopy(efficientdet_model_param_dict[model_name]))
     config.num_levels = config.max_level - config.min_level + 1
+    return config
+
+
+def model_config_to_plain(config: DictConfig) -> dict[str, Any]:
+    """Return a model config as plain dicts, lists and numbers, for a checkpoint."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def model_config_from_plain(plain: Mapping[str, Any]) -> DictConfig:
+    """Return a writeable model config from `model_config_to_plain`'s result; fields it lacks keep their defaults."""
+    config = default_detection_model_configs()
+    config.update(deepcopy(dict(plain)))
     return config

@@ -5,12 +5,10 @@ range checks are all read from the fields here. Merging YAML, flags and dotted o
 argument parsing, no file access and no torch belongs here.
 """
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-_logger = logging.getLogger(__name__)
 _ConfigT = TypeVar("_ConfigT")
 
 
@@ -90,6 +88,7 @@ class ModelConfig(_BaseModelConfig):
         metavar="R,R,R")
     drop_path: float | None = setting(
         None, "stochastic depth rate of the backbone", low=0, below=1, none="from the model table")
+    pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
     bn_momentum: float | None = setting(
@@ -172,7 +171,8 @@ class OptimConfig:
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
-    opt_eps: float = setting(1e-3, "epsilon of the optimisers that have one", above=0)
+    opt_eps: float | None = setting(
+        None, "epsilon of the optimisers that have one", above=0, none="the optimiser's own")
     clip_grad: float = setting(10.0, "gradient clipping threshold; 0: off", low=0)
     clip_mode: str = setting("norm", "what is clipped: the global norm, each value, or adaptively per unit",
                              choices=("norm", "value", "agc"))
@@ -184,10 +184,10 @@ class SchedConfig:
     """Choose the learning-rate schedule and the length of the run."""
 
     sched: str = setting("cosine", "learning-rate schedule",
-                         choices=("cosine", "tanh", "step", "plateau", "poly", "none"))
+                         choices=("cosine", "tanh", "step", "plateau", "constant", "none"))
     epochs: int = setting(300, "epochs to train, without the cooldown", flags=("--epochs", "--epoch"), low=1)
     start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
-    warmup_epochs: int = setting(5, "epochs of linear warm-up", low=0)
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up, a fraction is allowed", low=0)
     warmup_lr: float = setting(1e-4, "learning rate at the start of the warm-up", low=0)
     min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)
     cooldown_epochs: int = setting(10, "epochs at min_lr after the schedule", low=0)
@@ -196,11 +196,10 @@ class SchedConfig:
         low=0, high=1, none="off", metavar="ON [OFF]")
     lr_noise_pct: float = setting(0.67, "limit of the noise as a fraction of the learning rate", above=0)
     lr_noise_std: float = setting(1.0, "standard deviation of the noise", above=0)
-    lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
-    lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
+    lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh)", above=0)
+    lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh)", low=1)
     decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
-    decay_rate: float = setting(0.1, "factor of a decay (step, plateau) or exponent (poly)",
-                                flags=("--decay-rate", "--dr"), above=0)
+    decay_rate: float = setting(0.1, "factor of a decay (step, plateau)", flags=("--decay-rate", "--dr"), above=0)
     patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
 
 
@@ -230,7 +229,7 @@ class EvalAmpConfig:
 class AmpConfig(EvalAmpConfig):
     """Choose the precision of the arithmetic and the loss scale."""
 
-    loss_scale: float | str = setting("dynamic", "'dynamic' or one fixed factor", metavar="N")
+    loss_scale: float | str = setting("dynamic", "with --amp in float16: 'dynamic' or one fixed factor", metavar="N")
 
 
 @dataclass
@@ -239,7 +238,7 @@ class EvalDistConfig:
 
     device_list: list[int] = setting([], "device numbers, one process each, as in 0,1,2,3", low=0, metavar="N,N")
     addr: str = setting("127.0.0.1", "address of the host that coordinates the processes", metavar="HOST")
-    master_port: int = setting(29688, "port on that host", low=1, high=65535)
+    master_port: int | None = setting(None, "port on that host", low=1, high=65535, none="a free one")
 
 
 @dataclass
@@ -247,7 +246,7 @@ class DistConfig(EvalDistConfig):
     """Run on several devices."""
 
     sync_bn: bool = setting(False, "batch-norm statistics over all devices")
-    dist_bn: str = setting("", "after each epoch, average the batch-norm statistics of the devices ('reduce'), send "
+    dist_bn: str = setting("reduce", "after each epoch, average the batch-norm statistics of the devices ('reduce'), send "
                            "those of the first to all ('broadcast'), or neither ('')",
                            choices=("", "reduce", "broadcast"))
 
@@ -438,6 +437,9 @@ def _check_train(cfg: Any) -> None:
              f"data.scale_min ({data.scale_min}) is larger than data.scale_max ({data.scale_max})")
     _require(scale == "dynamic" or not isinstance(scale, str) and math.isfinite(scale) and scale > 0,
              f"amp.loss_scale (--loss-scale): got {scale!r}, must be 'dynamic' or a number above 0")
+    half = cfg.amp.enabled and cfg.amp.opt_level != "O0" and cfg.amp.dtype == "float16"
+    _require(scale == "dynamic" or half,
+             f"--loss-scale {scale} acts in float16 only: give --amp with --opt-level O1 or O2, or leave it out")
     ratios = cfg.model.aspect_ratios
     _require(ratios is None or len(ratios) > 0, "model.aspect_ratios (--aspect-ratios): got none, give at least one")
     noise = sched.lr_noise
@@ -451,6 +453,3 @@ def _check_train(cfg: Any) -> None:
              "--pretrained and --initial-checkpoint both name the weights to start from: give one")
     _require(not cfg.run.eval_only or bool(cfg.run.resume or cfg.model.initial_checkpoint or cfg.model.pretrained),
              "--eval-only needs weights: give --resume, --initial-checkpoint or --pretrained")
-    if sched.warmup_epochs >= sched.epochs and not cfg.run.eval_only:
-        _logger.warning("warmup_epochs (%d) is not below epochs (%d): the learning rate never reaches %g. "
-                        "Lower --warmup-epochs.", sched.warmup_epochs, sched.epochs, cfg.optim.lr)

@@ -2,9 +2,9 @@
 
 from .categories import CategoryMap, resolve_category_map
 from .coco import CocoParser, coco_paths
-from .coco_check import DatasetError, DatasetReport
 from .dataset import DetectionDatset, SkipSubset
 from .dataset_factory import create_dataset, open_coco
+from .dataset_report import DatasetError, DatasetReport
 from .input_config import resolve_input_config
 from .loader import create_loader
 from .parsers import CocoParserCfg, create_parser

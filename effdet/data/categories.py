@@ -145,7 +145,7 @@ def resolve_category_map(
     low, high = dense.ids[0], dense.ids[-1]
     if low >= 1 and num_classes >= high:
         _logger.info(
-            "%d classes for %d categories with ids %d..%d: class index = category id - 1, the numbering of published COCO weights",
+            "%d classes for %d categories with ids %d..%d: class index = category id - 1, as in published COCO weights",
             num_classes,
             dense.num_classes,
             low,
@@ -171,7 +171,7 @@ def _agree_with_stored(json_map: CategoryMap, num_classes: int | None, stored: C
     if unknown:
         raise ValueError(
             f"the json has category ids {_short(json_map.ids)}, the checkpoint was trained with {_short(stored.ids)}; "
-            f"the checkpoint does not know {_short(unknown)}. Use the json the checkpoint was trained for, renumber its "
+            f"the checkpoint does not know {_short(unknown)}. Use the json it was trained for, renumber its "
             "categories, or start from the weights with a new head."
         )
     theirs = dict(zip(stored.ids, stored.names, strict=True))

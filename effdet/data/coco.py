@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from .categories import CategoryMap, resolve_category_map
-from .coco_check import CocoArrays, DatasetError, DatasetReport, check_coco, check_files, four_numbers
+from .coco_check import CocoArrays, check_coco, check_files, four_numbers
+from .dataset_report import DatasetError, DatasetReport
 
 __all__ = [
     "CategoryMap",

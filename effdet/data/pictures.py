@@ -46,7 +46,7 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
     # struct.error, a bomb warning's error.
     except Exception as e:
         raise PictureError(
-            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace the file or take it out of the json."
+            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace it or take it out of the json."
         ) from e
     return rgb
 

@@ -260,8 +260,16 @@ def transforms_coco_train(
     fill_color: Any = "mean",
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    *,
+    scale: tuple[float, float] = (0.1, 2.0),
+    hflip: float = 0.5,
 ) -> Compose:
-    """Make the training transform: horizontal flip, then scale jitter 0.1..2.0 with a random crop. Arguments as
-    transforms_coco_eval's."""
-    pad = RandomResizePad(img_size, interpolation=interpolation, fill_color=resolve_fill_color(fill_color, mean))
-    return Compose([RandomFlip(horizontal=True, prob=0.5), pad, *_to_output(use_prefetcher, mean, std)])
+    """Make the training transform: horizontal flip, then scale jitter with a random crop. The first arguments are
+    transforms_coco_eval's.
+
+    Args:
+        scale: range of the scale jitter relative to the letterbox fit.
+        hflip: probability of the flip.
+    """
+    pad = RandomResizePad(img_size, scale, interpolation, resolve_fill_color(fill_color, mean))
+    return Compose([RandomFlip(horizontal=True, prob=hflip), pad, *_to_output(use_prefetcher, mean, std)])

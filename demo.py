@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Detect objects in pictures and draw them. Without arguments: the newest checkpoint on the default data set."""
+from __future__ import annotations
+
+import glob
+import logging
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from effdet.build import load_detector
+from effdet.checkpoint import find_newest_checkpoint
+from effdet.coco_metrics import write_json
+from effdet.config.load import parse_demo_args
+from effdet.config.schema import DemoConfig
+from effdet.data.pictures import read_picture
+from effdet.device import pick_device
+from effdet.draw import draw_detections, make_class_colors
+from effdet.log import setup_logging
+from effdet.predictor import Predictor
+from effdet.processes import one_line_errors
+
+_logger = logging.getLogger("effdet.demo")
+
+DEFAULT_DATA = Path("data/synthetic")
+DEFAULT_PICTURES = 12
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse_demo_args(argv)
+    setup_logging(None)
+    with one_line_errors("demo.py"):
+        paths = find_pictures(cfg.run.images)
+        detector = load_detector(find_checkpoint(cfg), cfg.model, cfg.run.use_ema)
+        predictor = Predictor(detector.model, pick_device(cfg.run.device), detector.category_map, cfg.run.batch_size)
+        output_dir = Path(cfg.run.output)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _logger.info("%s", detector.source)
+        results = []
+        for start in range(0, len(paths), cfg.run.batch_size):
+            batch = paths[start:start + cfg.run.batch_size]
+            pictures = [read_picture(path) for path in batch]
+            for path, picture, rows in zip(batch, pictures, predictor.predict(pictures, cfg.run.score_thr), strict=True):
+                results.append(write_picture(path, picture, rows, predictor, output_dir))
+        write_json(output_dir / "detections.json", results)
+    _logger.info("%d picture(s) drawn into %s, numbers in %s", len(results), output_dir, output_dir / "detections.json")
+    return 0
+
+
+def find_pictures(names: list[str]) -> list[Path]:
+    """Return the picture files that the arguments name: files, folders (searched, not deeply) and glob patterns."""
+    if not names:
+        from effdet.data.synthetic import make_synthetic_dataset
+        folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
+        return sorted(folder.iterdir())[:DEFAULT_PICTURES]
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            inside = [path]
+        else:
+            inside = [Path(match) for match in sorted(glob.glob(name)) if Path(match).is_file()]
+        if not inside:
+            raise FileNotFoundError(f"no picture found for '{name}': give an existing file, a folder with pictures "
+                                    f"({', '.join(sorted(SUFFIXES))}) or a glob pattern in quotes")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def find_checkpoint(cfg: DemoConfig) -> str:
+    """Return the checkpoint asked for, else the newest one of `make train` or train.py."""
+    if cfg.run.checkpoint:
+        return cfg.run.checkpoint
+    newest = find_newest_checkpoint(["runs", "output"])
+    if newest is None:
+        raise FileNotFoundError("no checkpoint under runs/ or output/: train one with `make train`, or name one with "
+                                "--checkpoint FILE")
+    return str(newest)
+
+
+def write_picture(path: Path, picture: Image.Image, rows, predictor: Predictor, output_dir: Path) -> dict:
+    """Draw one picture's detections, print them, and return them for the json."""
+    names = [predictor.name_of(int(idx)) for idx in rows[:, 5]]
+    colors = make_class_colors(predictor.category_map.class_names) if predictor.category_map else None
+    target = output_dir / f"{path.stem}.png"
+    if target.resolve() == path.resolve():
+        raise ValueError(f"the drawn picture would replace {path}: choose another --output")
+    draw_detections(picture, rows[:, :4], names, rows[:, 4].tolist(), colors).save(target)
+    _logger.info("%s: %d object(s)", path, len(rows))
+    objects = []
+    for name, row in zip(names, rows.tolist(), strict=True):
+        _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, row[4], row[0], row[2], row[1], row[3])
+        objects.append({"category_id": predictor.category_id_of(int(row[5])), "name": name, "score": row[4],
+                        "bbox": [row[0], row[1], row[2] - row[0], row[3] - row[1]]})
+    return {"file": str(path), "width": picture.width, "height": picture.height, "drawn": str(target),
+            "objects": objects}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""From a resolved config to objects: data sets, loaders, the model. What train.py, validate.py and demo.py share."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
+from .config import get_efficientdet_config
+from .config.model_config import model_config_from_plain
+from .config.schema import DataConfig, EvalDataConfig, LossConfig, ModelConfig
+from .data import SkipSubset, create_loader, resolve_input_config
+from .data.categories import CategoryMap
+from .data.dataset_factory import open_coco
+from .data.transforms import transforms_coco_train
+from .factory import create_model_from_config, set_pad_type
+
+_logger = logging.getLogger(__name__)
+
+
+def build_dataset(data: EvalDataConfig, split: str, num_classes: int | None = None,
+                  stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
+    """Open the training or the validation split that the config names.
+
+    Args:
+        data: the data section.
+        split: 'train' or 'val'.
+        num_classes: class count asked for, checked against the json.
+        stored: category map of a checkpoint, checked against the json.
+        crowd: 'drop' or 'ignore'.
+        seed: of the augmentations.
+
+    Raises:
+        ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
+    """
+    images, ann = getattr(data, f"{split}_images"), getattr(data, f"{split}_ann")
+    if images:
+        return open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
+                         seed=seed)
+    if not data.root:
+        raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
+                         f"--{split}-images DIR --{split}-ann FILE")
+    return open_coco(data.root, split, num_classes=num_classes, stored=stored, crowd=crowd, seed=seed)
+
+
+def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
+                       device: torch.device, seed: int, channels_last: bool) -> Any:
+    """Make the loader of the augmented training split; sizes are those of this process."""
+    inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
+    transform = transforms_coco_train(
+        inputs["input_size"][1:], data.train_interpolation, True, inputs["fill_color"], inputs["mean"], inputs["std"],
+        scale=(data.scale_min, data.scale_max), hflip=data.hflip)
+    return create_loader(
+        dataset, inputs["input_size"], batch_size, is_training=True, re_prob=data.reprob, re_mode=data.remode,
+        re_count=data.recount, mean=inputs["mean"], std=inputs["std"], num_workers=num_workers, distributed=True,
+        pin_mem=True, transform_fn=transform, device=device, seed=seed, channels_last=channels_last)
+
+
+def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,
+                      device: torch.device, val_skip: int = 0, channels_last: bool = False) -> Any:
+    """Make the loader of the validation split: letterboxed, in order, every image once over all processes."""
+    inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
+    if val_skip > 1:
+        dataset = SkipSubset(dataset, val_skip)
+    return create_loader(
+        dataset, inputs["input_size"], batch_size, interpolation=inputs["interpolation"],
+        fill_color=inputs["fill_color"], mean=inputs["mean"], std=inputs["std"], num_workers=num_workers,
+        distributed=True, pin_mem=True, device=device, channels_last=channels_last)
+
+
+def _fill_color(data: EvalDataConfig) -> Any:
+    """Return the padding colour asked for, None to leave it to the model."""
+    if data.fill_color == "mean":
+        return None
+    return (int(data.fill_color),) * 3
+
+
+def _apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = None) -> None:
+    """Write the settings that a run gives (not None) over the model table's."""
+    size = None if model.image_size is None else tuple(model.image_size)
+    same_name = {"image_size": size, "soft_nms": model.soft_nms, "max_det_per_image": model.max_det,
+                 "max_detection_points": model.max_detection_points}
+    for key in ("redundant_bias", "anchor_scale", "aspect_ratios"):
+        same_name[key] = getattr(model, key, None)
+    for key in ("label_smoothing", "legacy_focal", "alpha", "gamma", "delta", "box_loss_weight"):
+        same_name[key] = getattr(loss, key, None)
+    for key, value in same_name.items():
+        if value is not None:
+            config[key] = value
+    if getattr(model, "drop_path", None) is not None:
+        config.backbone_args = {**(config.backbone_args or {}), "drop_path_rate": model.drop_path}
+
+
+def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Module:
+    """Build the network of a training run with the weights it starts from.
+
+    Args:
+        model: the model section.
+        loss: the loss section.
+        num_classes: K, from the data.
+
+    Returns:
+        The network on the CPU.
+
+    Raises:
+        ValueError: a setting or a weight file does not fit the model.
+    """
+    config = get_efficientdet_config(model.name)
+    _apply_model_overrides(config, model, loss)
+    network = create_model_from_config(
+        config, num_classes=num_classes, pretrained=True if model.pretrained == "url" else model.pretrained,
+        pretrained_backbone=model.pretrained_backbone, pad_type=model.pad_type)
+    if model.initial_checkpoint:
+        state = extract_state_dict(load_checkpoint_file(model.initial_checkpoint), use_ema=None)
+        load_state_dict_report(network, state, strict=True)
+        _logger.info("weights of %s loaded", model.initial_checkpoint)
+    if model.bn_momentum is not None:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = model.bn_momentum
+    return network
+
+
+@dataclass
+class Detector:
+    """A network with weights, and what its checkpoint says about it."""
+
+    model: nn.Module
+    category_map: CategoryMap | None  # None for files that hold weights only
+    source: str  # one line for the log
+
+
+def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classes: int | None = None) -> Detector:
+    """Build the network of a checkpoint and load its weights.
+
+    Args:
+        path: a checkpoint of train.py, which says all there is to know; or any file with weights of a known model, such
+            as the published ones, for which `model.name` is needed.
+        model: the model section of a script; what it sets goes before the checkpoint.
+        use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
+        num_classes: class count asked for.
+
+    Returns:
+        The network in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: the file is unusable, does not say which model it is, or contradicts what was asked for.
+    """
+    payload = load_checkpoint_file(path)
+    state = extract_state_dict(payload, use_ema)
+    name = model.name or payload.get("arch")
+    if isinstance(payload.get("model_config"), Mapping):
+        config = model_config_from_plain(payload["model_config"])
+        if model.name and config.name != model.name:
+            raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: leave "
+                                  "--model out.")
+    elif name:
+        config = get_efficientdet_config(name)
+        config.num_classes = _count_classes(state, config)
+    else:
+        raise CheckpointError(f"{path} holds weights only and does not say of which model: give --model NAME.")
+    if num_classes is not None and num_classes != config.num_classes:
+        raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked for: "
+                              "leave --num-classes out, or train a new head with --pretrained.")
+    _apply_model_overrides(config, model)
+    if getattr(model, "pad_type", None) is not None:
+        set_pad_type(config, model.pad_type)
+    network = create_model_from_config(config, pretrained_backbone=False)
+    load_state_dict_report(network, state, strict=True)
+    stored = payload.get("category_map")
+    averaged = use_ema is not False and "state_dict_ema" in payload
+    source = (f"{config.name}, {config.num_classes} classes, {config.image_size[0]}x{config.image_size[1]}, "
+              f"{'EMA' if averaged else 'trained'} weights of {path}")
+    if payload.get("epoch") is not None:
+        source += f", epoch {payload['epoch']}"
+    return Detector(network.eval(), CategoryMap.from_dict(stored) if stored else None, source)
+
+
+def _count_classes(state: Mapping[str, torch.Tensor], config: Any) -> int:
+    """Return how many classes a state dict's class head has."""
+    for key in ("class_net.predict.conv_pw.bias", "class_net.predict.conv.bias"):
+        if key in state:
+            return state[key].numel() // (len(config.aspect_ratios) * config.num_scales)
+    raise CheckpointError(f"the weights have no class head of a {config.name}: their first keys are "
+                          f"{', '.join(list(state)[:3])}. Is it another model?")
+
+
+def load_published(model: Any) -> Detector:
+    """Build a model with the published weights, or with a local file of them.
+
+    Args:
+        model: the model section; `pretrained` is 'url' or a path.
+    """
+    config = get_efficientdet_config(model.name or "tf_efficientdet_d0")
+    _apply_model_overrides(config, model)
+    network = create_model_from_config(config, num_classes=model.num_classes, pad_type=model.pad_type,
+                                       pretrained=True if model.pretrained == "url" else model.pretrained)
+    return Detector(network.eval(), None, f"{config.name}, {config.num_classes} classes, weights {model.pretrained}")

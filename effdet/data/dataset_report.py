@@ -1,0 +1,117 @@
+"""The findings of a data set check: the kinds of defects, what happens to each, and the report that counts them.
+
+Finding them is `coco_check.py`'s job.
+"""
+
+from dataclasses import dataclass, field
+
+MAX_EXAMPLES = 3  # cases shown of each kind
+MIN_BOX_PX = 1.0  # the published recipe trains on no box narrower or lower than this
+
+# kind: (what the log says, what happens or what to do). The dict a kind is in says what it means.
+DROPPED = {
+    "no_bbox": ("annotations without a bbox of four numbers", "dropped"),
+    "bad_bbox": ("boxes with NaN or infinite numbers", "dropped"),
+    "empty_bbox": ("boxes with zero or negative width or height", "dropped"),
+    "outside_bbox": ("boxes entirely outside their image", "dropped"),
+    "tiny_bbox": (f"boxes under {MIN_BOX_PX:g} px wide or high inside their image", "dropped"),
+    "crowd": (
+        "crowd regions (iscrowd or ignore set)",
+        "dropped from the targets; crowd='ignore' keeps them as ignore regions",
+    ),
+    "small_image": ("images smaller than min_img_size", "left out of training"),
+    "empty_image": ("images without objects", "left out because ignore_empty_gt is set"),
+}
+NOTED = {
+    "clipped_bbox": ("boxes partly outside their image", "clipped to it"),
+    "crowd_ignored": ("crowd regions (iscrowd or ignore set)", "ignored in the loss"),
+    "size_from_file": ("images without a valid width and height", "size read from the files"),
+    "duplicate_annotation_id": ("annotation ids used twice or missing", "boxes kept; renumbered for the evaluation"),
+}
+ERRORS = {
+    "category_fields": ("categories without an integer id", "give each category an integer id"),
+    "duplicate_category_id": ("category ids used twice", "give each category its own id"),
+    "no_categories": ("the list of categories is empty", 'list the classes under "categories"'),
+    "image_fields": ("images without an id or file_name", "give each image both"),
+    "duplicate_image_id": (
+        "image ids used twice",
+        "give each image its own id (after merging files, renumber one of them)",
+    ),
+    "escaping_file_name": (
+        "file names that leave the image directory",
+        'use names relative to the image directory, without ".."',
+    ),
+    "missing_image": (
+        "images that are not in the image directory",
+        "add the files, take the images out of the json, or correct the image directory",
+    ),
+    "no_size": (
+        "images without a valid width and height",
+        "add them to the json, or name the image directory so that they can be read",
+    ),
+    "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
+    "unknown_category": (
+        'annotations with a category_id that is not in "categories"',
+        "add the category or remove the annotations",
+    ),
+    "orphan_annotation": (
+        'annotations of an image_id that is not in "images"',
+        "add the images or remove the annotations",
+    ),
+}
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be used as it is. The text lists every kind of error found."""
+
+
+@dataclass
+class DatasetReport:
+    """What the check of one annotation file found.
+
+    `dropped`, `noted` and `errors` map a kind (a key of DROPPED, NOTED, ERRORS) to its count; `examples` to its first
+    few cases.
+    """
+
+    source: str = ""
+    num_images: int = 0
+    num_annotations: int = 0
+    num_boxes: int = 0
+    num_images_without_boxes: int = 0
+    num_categories: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count one case (or `count`) of a kind."""
+        counter = self.dropped if kind in DROPPED else self.noted if kind in NOTED else self.errors
+        if kind not in DROPPED and kind not in NOTED and kind not in ERRORS:
+            raise KeyError(kind)
+        counter[kind] = counter.get(kind, 0) + count
+        shown = self.examples.setdefault(kind, [])
+        if example and len(shown) < MAX_EXAMPLES:
+            shown.append(example)
+
+    def _line(self, kind: str, count: int, what: str, action: str) -> str:
+        shown = ", ".join(self.examples.get(kind, ()))
+        more = ", ..." if count > len(self.examples.get(kind, ())) and shown else ""
+        return f"{count} {what}" + (f" ({shown}{more})" if shown else "") + f": {action}"
+
+    def lines(self) -> list[str]:
+        """Give the report as lines for the log: the totals, then one line for each kind found."""
+        out = [
+            f"{self.source}: {self.num_images} images ({self.num_images_without_boxes} without objects), "
+            f"{self.num_annotations} annotations, {self.num_boxes} boxes used, {self.num_categories} categories"
+        ]
+        out += ["  " + self._line(k, n, *DROPPED[k]) for k, n in self.dropped.items()]
+        out += ["  " + self._line(k, n, *NOTED[k]) for k, n in self.noted.items()]
+        out += ["  error: " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items()]
+        return out
+
+    def raise_if_errors(self) -> None:
+        """Raise DatasetError naming every kind of error found; do nothing when there is none."""
+        if self.errors:
+            found = "\n".join("  " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items())
+            raise DatasetError(f"{self.source} cannot be used:\n{found}")

@@ -1,0 +1,218 @@
+"""The two loops: one epoch of training, one evaluation.
+
+They take built objects (build.py) and know nothing of flags, files or checkpoints. Between two log lines nothing here
+reads a value from the device.
+"""
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .amp import Precision
+from .device import peak_memory_bytes, synchronize
+from .distributed import all_reduce_mean, barrier, world_size
+from .ema import ModelEma
+from .evaluator import Evaluator
+from .log import ThroughputMeter, format_interval_line
+from .schedule import Schedule
+
+_logger = logging.getLogger(__name__)
+
+_LOSSES = ("loss", "class_loss", "box_loss")
+
+
+@dataclass
+class Training:
+    """Everything one training run consists of, and how far it has come."""
+
+    bench: nn.Module  # DetBenchTrain, wrapped in DistributedDataParallel where there are several processes
+    model: nn.Module  # the network inside it
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    precision: Precision
+    device: torch.device
+    ema: ModelEma | None = None
+    clip: tuple[float | None, str] = (None, "norm")
+    grad_accum: int = 1
+    log_interval: int = 50
+    total_steps: int = 0  # batches in the whole run, for the ETA
+    max_steps: int = 0  # stop after this many batches; 0: never
+    updates: int = 0  # optimizer updates done
+    steps: int = 0  # batches done
+    throughput: ThroughputMeter = field(default_factory=ThroughputMeter)
+
+    @property
+    def is_finished(self) -> bool:
+        """True once `max_steps` batches are done."""
+        return self.max_steps > 0 and self.steps >= self.max_steps
+
+
+@dataclass
+class EpochStats:
+    """What one epoch of training came to; losses are means over its batches and over all processes."""
+
+    loss: float
+    class_loss: float
+    box_loss: float
+    lr: float
+    fps: float
+    skipped: int
+    peak_memory_mib: float
+
+
+def train_one_epoch(run: Training, loader: Any, epoch: int) -> EpochStats:
+    """Train on every batch of `loader` once, logging as it goes.
+
+    Args:
+        run: what to train; its counters are advanced.
+        loader: gives (images [B, 3, H, W], target) on the device; its sampler is told the epoch.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        The epoch's means; a batch that `max_steps` cuts off does not count.
+
+    Raises:
+        RuntimeError: the loader gave no batch.
+    """
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    run.bench.train()
+    clock = _Clock(run, len(loader), epoch)
+    run.optimizer.zero_grad()
+    num_batches = len(loader)
+    clock.start()
+    for index, (images, target) in enumerate(loader):
+        clock.data_ready()
+        is_last = index + 1 == num_batches or (run.max_steps > 0 and run.steps + 1 >= run.max_steps)
+        updates_now = (index + 1) % run.grad_accum == 0 or is_last
+        with _no_gradient_sync(run.bench, wanted=not updates_now):
+            with run.precision.autocast():
+                output = run.bench(images, target)
+            run.precision.backward(output["loss"] / run.grad_accum)
+        if updates_now:
+            _update(run)
+        run.steps += 1
+        clock.step_done(output, images.shape[0], is_last)
+        if is_last:
+            break
+    if clock.batches == 0:
+        raise RuntimeError("The training loader gave no batch: the data set is smaller than one batch.")
+    return clock.finish()
+
+
+def _update(run: Training) -> None:
+    """Take one optimizer step and move everything that follows the number of updates."""
+    run.precision.step(run.optimizer, run.clip)
+    run.optimizer.zero_grad()
+    run.updates += 1
+    if run.ema is not None:
+        run.ema.update(run.precision.float_state_dict(run.model))
+    run.schedule.step_update(run.updates)
+
+
+def _no_gradient_sync(bench: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Keep DistributedDataParallel from exchanging gradients that are not complete yet."""
+    if wanted and isinstance(bench, DistributedDataParallel):
+        return bench.no_sync()
+    return contextlib.nullcontext()
+
+
+class _Clock:
+    """Sums losses on the device, and times; reads the device only when a line is due."""
+
+    def __init__(self, run: Training, num_batches: int, epoch: int) -> None:
+        self.run, self.num_batches, self.epoch = run, num_batches, epoch
+        self.batches = self.images = 0
+        self.totals: Tensor | None = None
+        self.data_s = self.interval_data_s = 0.0
+        self.interval_batches = self.interval_images = 0
+
+    def start(self) -> None:
+        self.started = self.interval_started = self.waiting_since = time.perf_counter()
+
+    def data_ready(self) -> None:
+        waited = time.perf_counter() - self.waiting_since
+        self.data_s += waited
+        self.interval_data_s += waited
+
+    def step_done(self, output: dict[str, Tensor], images: int, is_last: bool) -> None:
+        losses = torch.stack([output[key].detach().float() for key in _LOSSES])
+        self.totals = losses if self.totals is None else self.totals + losses
+        count = images * world_size()
+        self.batches += 1
+        self.interval_batches += 1
+        self.images += count
+        self.interval_images += count
+        if self.batches % self.run.log_interval == 0 or is_last:
+            self._log(losses)
+        self.waiting_since = time.perf_counter()
+
+    def _log(self, losses: Tensor) -> None:
+        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches))).tolist()
+        now = time.perf_counter()
+        interval_s, elapsed_s = max(now - self.interval_started, 1e-9), max(now - self.started, 1e-9)
+        run = self.run
+        fps = run.throughput.add(self.interval_images, interval_s)
+        step_average_s = elapsed_s / self.batches
+        end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
+        _logger.info(format_interval_line(
+            epoch=self.epoch, step=self.batches, steps=self.num_batches, loss=values[0], loss_average=values[3],
+            class_loss=values[1], box_loss=values[2], step_s=interval_s / self.interval_batches,
+            step_average_s=step_average_s, fps=fps, fps_average=self.images / elapsed_s, lr=run.schedule.lr,
+            data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / self.batches,
+            eta_s=max(0, end - run.steps) * step_average_s))
+        self.interval_started = now
+        self.interval_batches = self.interval_images = 0
+        self.interval_data_s = 0.0
+
+    def finish(self) -> EpochStats:
+        synchronize(self.run.device)
+        elapsed_s = time.perf_counter() - self.started
+        loss, class_loss, box_loss = all_reduce_mean(self.totals / self.batches).tolist()
+        return EpochStats(loss, class_loss, box_loss, self.run.schedule.lr, self.images / elapsed_s,
+                          self.run.precision.skipped(), peak_memory_bytes(self.run.device) / 2**20)
+
+
+@torch.no_grad()
+def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
+             autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+             log_interval: int = 0) -> tuple[float, float | None]:
+    """Predict every batch of `loader` and score the predictions.
+
+    Args:
+        bench: a DetBenchPredict, or a DetBenchTrain, which adds the loss; put into eval mode.
+        loader: gives (images, target) on the device, this process's share of the data set.
+        evaluator: collects the predictions of all processes.
+        autocast: makes the context to predict in.
+        log_interval: batches between two progress lines; 0: none.
+
+    Returns:
+        The evaluator's metric, the same on all processes, and the mean loss of this process's batches (None without
+        one).
+    """
+    bench.eval()
+    total: Any = None
+    batches = 0
+    started = time.perf_counter()
+    for images, target in loader:
+        with autocast():
+            output = bench(images, target)
+        if isinstance(output, dict):
+            total = output["loss"] if total is None else total + output["loss"]
+            output = output["detections"]
+        evaluator.add_predictions(output, target)
+        batches += 1
+        if log_interval and batches % log_interval == 0:
+            number = f"/{len(loader)}" if isinstance(loader, Sized) else ""
+            _logger.info("Eval: [%d%s]  %.2f s per batch", batches, number, (time.perf_counter() - started) / batches)
+    barrier()
+    metric = evaluator.evaluate()
+    return metric, None if total is None else float(total / batches)

@@ -1,0 +1,53 @@
+"""Pictures of a data set with the truth beside what a model predicts."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .data.pictures import read_picture
+from .draw import draw_comparison, make_class_colors, make_contact_sheet
+from .predictor import Predictor
+
+
+def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path, num_pictures: int = 12,
+                      score_threshold: float = 0.3) -> Path:
+    """Draw truth and predictions side by side for some pictures of a data set, evenly spread over it.
+
+    Args:
+        model: an EfficientDet with weights.
+        dataset: a DetectionDatset.
+        device: where to predict.
+        output_dir: folder for the drawn pictures, made if need be.
+        num_pictures: how many.
+        score_threshold: predictions below are not drawn.
+
+    Returns:
+        The path of a sheet with all of them; beside it each one in its own file. The folder itself when the data set
+        is empty.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    parser = dataset.parser
+    predictor = Predictor(model, device, parser.category_map)
+    colors = make_class_colors(parser.category_map.class_names)
+    count = min(num_pictures, len(dataset))
+    drawn = []
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []:
+        info = parser.img_infos[index]
+        picture = read_picture(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
+        truth = parser.get_ann_info(index)
+        objects = truth["cls"] > 0
+        (rows,) = predictor.predict([picture], score_threshold)
+        drawn.append(draw_comparison(
+            picture, truth["bbox"][objects][:, [1, 0, 3, 2]],
+            [predictor.name_of(int(label) - 1) for label in truth["cls"][objects]],
+            rows[:, :4], [predictor.name_of(int(idx)) for idx in rows[:, 5]], rows[:, 4].tolist(), colors))
+        drawn[-1].save(output_dir / f"{Path(info['file_name']).stem}.jpg", quality=92)
+    if not drawn:
+        return output_dir
+    sheet = output_dir / "sheet.jpg"
+    make_contact_sheet(drawn, columns=3, cell_px=(640, 320)).save(sheet, quality=92)
+    return sheet

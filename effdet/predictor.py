@@ -1,0 +1,78 @@
+"""Detect objects in pictures: a network, the preprocessing it was trained with, and names for its classes."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .bench import DetBenchPredict
+from .data import ResizePad, resolve_fill_color, resolve_input_config
+from .data.categories import CategoryMap
+from .device import to_device
+
+
+class Predictor:
+    """Run a network on pictures of any size; the same pictures in the same order give the same result, bit for bit."""
+
+    def __init__(self, model: nn.Module, device: torch.device, category_map: CategoryMap | None = None,
+                 batch_size: int = 1, interpolation: str = "bilinear") -> None:
+        """Prepare a network for prediction.
+
+        Args:
+            model: an EfficientDet with weights; moved to the device and put into eval mode.
+            device: where to run.
+            category_map: names and category ids of the classes; without it a class is called by its number.
+            batch_size: pictures predicted together.
+            interpolation: of the resize, 'bilinear' or 'bicubic'.
+        """
+        self.device = device
+        self.batch_size = batch_size
+        self.category_map = category_map
+        self.bench = DetBenchPredict(model).to(device).eval()
+        inputs = resolve_input_config({"interpolation": interpolation}, model.config)
+        self._resize = ResizePad(inputs["input_size"][1:], inputs["interpolation"],
+                                 resolve_fill_color(inputs["fill_color"], inputs["mean"]))
+        self._mean = torch.tensor([255 * value for value in inputs["mean"]], device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor([255 * value for value in inputs["std"]], device=device).view(1, 3, 1, 1)
+
+    def name_of(self, class_idx: int) -> str:
+        """Return the name of a class, or 'class N' (from 1) when the weights came without names."""
+        return f"class {class_idx + 1}" if self.category_map is None else self.category_map.class_names[class_idx]
+
+    def category_id_of(self, class_idx: int) -> int:
+        """Return the category id of a class, or its number from 1 when the weights came without names."""
+        return class_idx + 1 if self.category_map is None else int(self.category_map.idx_to_id[class_idx])
+
+    @torch.no_grad()
+    def predict(self, pictures: Sequence[Image.Image], score_threshold: float = 0.0) -> list[np.ndarray]:
+        """Detect objects.
+
+        Args:
+            pictures: RGB pictures of any size.
+            score_threshold: detections below are left out.
+
+        Returns:
+            For each picture float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
+            class_idx from 0; [0, 6] when nothing was found.
+        """
+        results = []
+        for start in range(0, len(pictures), self.batch_size):
+            batch = pictures[start:start + self.batch_size]
+            arrays, info = [], {"img_scale": [], "img_size": []}
+            for picture in batch:
+                target: dict[str, Any] = {}
+                resized, target = self._resize(picture.convert("RGB"), target)
+                arrays.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+                info["img_scale"].append(float(target["img_scale"]))
+                info["img_size"].append([float(side) for side in picture.size])
+            images = to_device(torch.stack(arrays), self.device).float().sub(self._mean).div_(self._std)
+            img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
+            for rows in self.bench(images, img_info).cpu().numpy():
+                rows = rows[(rows[:, 4] > 0) & (rows[:, 4] >= score_threshold)]
+                rows[:, 5] -= 1
+                results.append(rows)
+        return results

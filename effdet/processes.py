@@ -1,0 +1,75 @@
+"""What a script does before and around its work: start one process for each device, pick the device, report errors."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from . import device as device_layer
+from . import distributed
+
+_logger = logging.getLogger(__name__)
+
+
+def needs_launch(device_list: Sequence[int]) -> bool:
+    """Tell whether this process should start one process for each of several devices, instead of working itself."""
+    return len(device_list) > 1 and not distributed.is_launched()
+
+
+def launch(script: str, argv: Sequence[str] | None, device_list: Sequence[int], addr: str, port: int | None) -> int:
+    """Run a script once for each device and wait.
+
+    Args:
+        script: path of the script.
+        argv: its arguments; None for those of this process.
+        device_list: device numbers, one process each.
+        addr: address of this host for the processes to meet at.
+        port: TCP port there; None for a free one.
+
+    Returns:
+        The exit code: 0 when all processes succeeded.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return distributed.launch([os.path.abspath(script), *arguments], len(device_list), addr, port)
+
+
+def start(device_name: str, device_list: Sequence[int]) -> torch.device:
+    """Pick this process's device, make it current, and join the process group if there is one.
+
+    Args:
+        device_name: 'auto' or a kind of device.
+        device_list: device numbers by local rank; empty for the local rank itself.
+
+    Raises:
+        ValueError, RuntimeError: no such device, or another number of processes than devices.
+    """
+    launched = distributed.is_launched()
+    local_rank = distributed.local_rank() if launched else 0
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
+    if device_list and launched and len(device_list) != local_world:
+        raise ValueError(f"--device-list names {len(device_list)} devices, but {local_world} processes were started on "
+                         "this machine: start as many as there are devices, or leave --device-list out.")
+    index = device_list[local_rank] if device_list else local_rank if launched else None
+    device = device_layer.pick_device(device_name, index)
+    device_layer.set_device(device)
+    distributed.init_process_group(device_layer.backend_for(device), device)
+    return device
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """End the process with one line and status 1 when the input is at fault; other exceptions keep their traceback.
+
+    Input errors are ValueError, OSError (a file) and RuntimeError raised while a run is set up, so use it around
+    the set-up only.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        _logger.debug("the error came from here", exc_info=True)
+        sys.stdout.flush()
+        sys.exit(f"{program}: error: {error}")

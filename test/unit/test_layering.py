@@ -1,0 +1,273 @@
+"""The rules of the house that a reader of imports and names can check: layers, words, where other packages may appear.
+
+Each rule is a function from a repository's root to a list of violations, one readable line each. It is held against
+this repository, and against small wrong ones made for the purpose, so that a rule that sees nothing is noticed.
+"""
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGES = ("effdet", "timm_patches")
+
+# Top to bottom. A module imports only from rows below its own. A name that ends in ".*" stands for every module of that
+# folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("train", "validate", "demo"),
+    ("effdet.engine", "effdet.build", "effdet.report", "effdet.export", "effdet.gallery"),
+    ("effdet.factory", "effdet.predictor"),
+    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
+    ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.coco_metrics", "effdet.amp", "effdet.draw"),
+    ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
+    ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes"),
+    ("effdet.nms", "effdet.checkpoint_io", "effdet.distributed"),
+    ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm"),
+    ("timm_patches", "timm_patches.*"),
+)
+SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: who imports what, where."""
+
+    importer: str
+    imported: str
+    place: str
+    inside_function: bool
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Return dotted name -> file of every module of the packages and every script beside them."""
+    files = [*root.glob("*.py"), *(file for package in PACKAGES for file in (root / package).rglob("*.py"))]
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def trees_of(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
+    for name, file in sorted(modules_of(root).items()):
+        yield name, file.relative_to(root), ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def imports_of(root: Path) -> list[Import]:
+    """Return every import, also those inside functions, each resolved to the deepest module of ours it names."""
+    modules = modules_of(root)
+    found = []
+    for name, file, tree in trees_of(root):
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        deferred = {id(child) for function in functions for child in ast.walk(function)}
+        for node in ast.walk(tree):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+                submodules = [f"{base}.{alias.name}" for alias in node.names]
+                targets = [s if s in modules else base for s in submodules]
+            for target in dict.fromkeys(targets):
+                found.append(Import(name, target, f"{file}:{node.lineno}", id(node) in deferred))
+    return found
+
+
+def row_of(module: str) -> int | None:
+    """Return the module's row in LAYERS, by its own name or else by its folder's; None when it has none."""
+    for wanted in (module, f"{module.rpartition('.')[0]}.*"):
+        for row, names in enumerate(LAYERS):
+            if wanted in names:
+                return row
+    return None
+
+
+def same_folder(a: str, b: str) -> bool:
+    return any((a == f or a.startswith(f + ".")) and (b == f or b.startswith(f + ".")) for f in SHARED_FOLDERS)
+
+
+def upward_imports(root: Path) -> list[str]:
+    modules, wrong = modules_of(root), []
+    for name, file in sorted(modules.items()):
+        if name != "effdet" and row_of(name) is None:
+            wrong.append(f"{file.relative_to(root)}: no row in LAYERS of test_layering.py; give it the lowest one")
+    for item in imports_of(root):
+        if item.imported not in modules or item.importer == "effdet" or item.importer == item.imported:
+            continue  # the package's front door names everything; other people's packages have rules of their own
+        if item.imported == "effdet":
+            if "." in item.importer:
+                wrong.append(f"{item.place}: {item.importer} imports the front door 'effdet'; import the module itself")
+            continue
+        upper, lower = row_of(item.importer), row_of(item.imported)
+        if upper is None or lower is None or upper < lower:
+            continue
+        if not same_folder(item.importer, item.imported):
+            how = "beside" if upper == lower else "above"
+            wrong.append(f"{item.place}: {item.importer} imports {item.imported}, which is {how} it, not below")
+        elif item.imported in SHARED_FOLDERS and "." in item.importer and not item.place.startswith(item.imported):
+            wrong.append(f"{item.place}: {item.importer} imports its folder's front door {item.imported}")
+    return wrong
+
+
+def circles(root: Path) -> list[str]:
+    """Return the modules that import each other in a circle, found by peeling off those that import no other."""
+    modules = modules_of(root)
+    edges: dict[str, set[str]] = {name: set() for name in modules}
+    for item in imports_of(root):
+        inside_own_door = item.importer.startswith(item.imported + ".")  # `from folder import part` inside the folder
+        if item.imported in modules and item.imported != item.importer and not inside_own_door:
+            edges[item.importer].add(item.imported)
+    while free := [name for name, targets in edges.items() if not targets]:
+        for name in free:
+            del edges[name]
+        for targets in edges.values():
+            targets.difference_update(free)
+    while free := [name for name in edges if not any(name in targets for targets in edges.values())]:
+        for name in free:  # those that only lead into a circle
+            del edges[name]
+    return [f"these import each other in a circle: {', '.join(sorted(edges))}"] if edges else []
+
+
+def foreign_packages(root: Path) -> list[str]:
+    """Return imports of packages that have a place of their own, outside of it."""
+    wrong = []
+    for item in imports_of(root):
+        top = item.imported.partition(".")[0]
+        own = item.importer.partition(".")[0]
+        if top == "torchvision" and item.importer != "timm_patches.torchvision_ops":
+            wrong.append(f"{item.place}: {item.importer} imports torchvision; nothing here uses it")
+        if top == "omegaconf" and not (item.importer + ".").startswith("effdet.config."):
+            wrong.append(f"{item.place}: {item.importer} imports omegaconf; it stays inside effdet/config")
+        if top == "torch_npu" and own == "timm_patches" and item.inside_function:
+            continue  # torch's plug-in for the device, fetched only where a caller asked for that device
+        if own == "timm_patches" and top not in {"torch", "timm", "timm_patches", *sys.stdlib_module_names}:
+            wrong.append(f"{item.place}: {item.importer} imports {top}; timm_patches imports torch and timm only")
+    return wrong
+
+
+# A vendor's word by itself or in an identifier. Names that begin with npu_ are operators, such as npu_batch_nms.
+_VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)
+
+
+def vendor_words(root: Path) -> list[str]:
+    """Return identifiers and strings of effdet that name a vendor's device, docstrings and comments aside."""
+    wrong = []
+    for name, file, tree in trees_of(root):
+        if not name.startswith("effdet") or name == "effdet.device":
+            continue
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            fields = [value for key, value in ast.iter_fields(node) if isinstance(value, str) and key != "type_comment"]
+            for text in fields if id(node) not in prose else ():
+                if match := _VENDOR.search(text):
+                    line = getattr(node, "lineno", "?")
+                    wrong.append(f"{file}:{line}: {match[0]!r} in {text[:60]!r}; only effdet/device.py names devices")
+    return wrong
+
+
+def prints_and_exits(root: Path) -> list[str]:
+    """Return calls that print or end the process in the packages, outside of `main` functions and `__main__` blocks."""
+    wrong = []
+    for name, file, tree in trees_of(root):
+        if name.partition(".")[0] not in PACKAGES:
+            continue
+        allowed: set[int] = set()
+        for node in ast.walk(tree):
+            is_main = isinstance(node, ast.FunctionDef) and node.name == "main"
+            is_main |= isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+            if is_main:
+                allowed |= {id(child) for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Raise) and node.exc is not None and "SystemExit" in ast.unparse(node.exc):
+                call = "raise SystemExit"
+            known = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "raise SystemExit")
+            if call in known and call != "SystemExit" and id(node) not in allowed:
+                wrong.append(f"{file}:{node.lineno}: {call} in a package; raise an error or use logging")
+    return wrong
+
+
+RULES = (upward_imports, circles, foreign_packages, vendor_words, prints_and_exits)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_this_repository_keeps(rule: Callable[[Path], list[str]]):
+    assert len(modules_of(REPO)) > 10, "found no modules to check"
+    violations = rule(REPO)
+    assert not violations, "\n" + "\n".join(violations)
+
+
+def make_repository(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+WRONG = [
+    (upward_imports, {"effdet/boxes.py": "from effdet.nms import f"}, "effdet/boxes.py:1: effdet.boxes imports"),
+    (upward_imports, {"effdet/boxes.py": "def f():\n    from .nms import g"}, "effdet/boxes.py:2"),
+    (upward_imports, {"effdet/boxes.py": "from . import nms"}, "effdet.boxes imports effdet.nms, which is above"),
+    (upward_imports, {"effdet/nms.py": "import effdet.distributed", "effdet/distributed.py": ""}, "is beside it"),
+    (upward_imports, {"effdet/nms.py": "from effdet import create_model"}, "the front door 'effdet'"),
+    (upward_imports, {"effdet/data/coco.py": "from effdet.data import create_loader"}, "its folder's front door"),
+    (upward_imports, {"effdet/data/coco.py": "from ..factory import f", "effdet/factory.py": ""}, "effdet.factory"),
+    (upward_imports, {"effdet/nms.py": "from train import main", "train.py": ""}, "effdet.nms imports train"),
+    (upward_imports, {"timm_patches/a.py": "from effdet import boxes", "effdet/boxes.py": ""}, "effdet.boxes"),
+    (upward_imports, {"effdet/utils.py": ""}, "effdet/utils.py: no row"),
+    (
+        circles,
+        {"effdet/data/a.py": "from . import b", "effdet/data/b.py": "from .a import x", "effdet/nms.py": ""},
+        "effdet.data.a, effdet.data.b",
+    ),
+    (foreign_packages, {"effdet/nms.py": "from torchvision.ops import nms"}, "imports torchvision"),
+    (foreign_packages, {"effdet/nms.py": "def f():\n    import omegaconf"}, "effdet/nms.py:2: effdet.nms imports"),
+    (foreign_packages, {"timm_patches/a.py": "import effdet"}, "timm_patches.a imports effdet"),
+    (foreign_packages, {"timm_patches/a.py": "import numpy as np"}, "timm_patches.a imports numpy"),
+    (foreign_packages, {"timm_patches/a.py": "import torch_npu"}, "timm_patches.a imports torch_npu"),
+    (vendor_words, {"effdet/nms.py": "import torch\ntorch.cuda.synchronize()"}, "effdet/nms.py:2: 'cuda'"),
+    (vendor_words, {"effdet/nms.py": "import torch_npu"}, "torch_npu"),
+    (vendor_words, {"effdet/nms.py": "x = tensor.is_cuda"}, "is_cuda"),
+    (vendor_words, {"effdet/nms.py": "device = 'npu:0'"}, "npu:0"),
+    (vendor_words, {"effdet/nms.py": "def f(use_npu=True): pass"}, "use_npu"),
+    (vendor_words, {"effdet/nms.py": "x = f'{a} on CUDA'"}, "CUDA"),
+    (prints_and_exits, {"effdet/nms.py": "def f():\n    print(1)"}, "effdet/nms.py:2: print"),
+    (prints_and_exits, {"timm_patches/a.py": "import sys\nsys.exit(1)"}, "timm_patches/a.py:2: sys.exit"),
+    (prints_and_exits, {"effdet/nms.py": "raise SystemExit('no')"}, "raise SystemExit"),
+]
+
+
+@pytest.mark.parametrize(("rule", "files", "message"), WRONG, ids=lambda value: getattr(value, "__name__", None))
+def test_a_violation_is_seen(tmp_path, rule, files, message):
+    common = {"effdet/__init__.py": "", "effdet/data/__init__.py": "", "effdet/nms.py": ""}
+    root = make_repository(tmp_path, {**common, **files})
+    violations = rule(root)
+    assert len(violations) == 1 and message in violations[0]
+
+
+def test_what_is_right_is_let_through(tmp_path):
+    root = make_repository(
+        tmp_path,
+        {
+            "effdet/__init__.py": "from .factory import create_model\nfrom .data import create_loader",
+            "effdet/factory.py": "import torch\nfrom . import nms\nfrom effdet.boxes import clip\nimport timm_patches",
+            "effdet/nms.py": '"""Runs on CUDA."""\nfrom .boxes import clip\nout = ops.npu_batch_nms  # on the NPU',
+            "effdet/boxes.py": "def clip(): pass",
+            "effdet/device.py": "import torch_npu\ntorch.cuda.empty_cache()",
+            "effdet/config/__init__.py": "from .load import load\nimport omegaconf",
+            "effdet/config/load.py": "from .schema import Config\nfrom omegaconf import OmegaConf",
+            "effdet/config/schema.py": "class Config:\n    lr = 1\n    '''Rate, on cuda too.'''",
+            "effdet/data/__init__.py": "from .loader import create_loader\nfrom .coco import read",
+            "effdet/data/loader.py": "from . import coco\nfrom ..device import pick",
+            "effdet/data/coco.py": "from effdet.data.pictures import open_picture",
+            "effdet/data/pictures.py": "def main():\n    print(1)\nif __name__ == '__main__':\n    raise SystemExit(1)",
+            "timm_patches/__init__.py": "from timm_patches import torchvision_ops",
+            "timm_patches/torchvision_ops.py": "import os, torch, timm\ndef f():\n    import torch_npu",
+            "train.py": "import sys\nfrom effdet import create_model\nprint(1)\nsys.exit(0)",
+        },
+    )
+    assert {rule.__name__: rule(root) for rule in RULES} == {rule.__name__: [] for rule in RULES}

@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""Train EfficientDet on data in COCO format, on one device or several. `python train.py --help` lists the settings."""
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from effdet import device as device_layer
+from effdet import distributed
+from effdet.amp import Precision
+from effdet.bench import DetBenchPredict, DetBenchTrain
+from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader
+from effdet.checkpoint import CHECKPOINT_VERSION, CheckpointManager, load_checkpoint_file, restore_rng_state, rng_state
+from effdet.config.load import (
+    dump_yaml,
+    parse_train_args,
+    split_over_devices,
+    to_plain,
+    workers_per_device,
+)
+from effdet.config.model_config import model_config_to_plain
+from effdet.config.schema import RunConfig
+from effdet.ema import ModelEma
+from effdet.engine import EpochStats, Training, evaluate, train_one_epoch
+from effdet.evaluator import CocoEvaluator
+from effdet.gallery import write_comparisons
+from effdet.log import CsvLog, format_best_metric, format_duration, format_train_avg_fps, setup_logging
+from effdet.optim import build_optimizer, freeze_backbone, freeze_bn
+from effdet.processes import launch, needs_launch, one_line_errors, start
+from effdet.schedule import build_schedule
+from effdet.weights import load_state_dict_report
+
+_logger = logging.getLogger("effdet.train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse_train_args(argv)
+    with one_line_errors("train.py"):
+        if needs_launch(cfg.dist.device_list):
+            return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
+        device = start(cfg.run.device, cfg.dist.device_list)
+    try:
+        with one_line_errors("train.py"):
+            payload = load_checkpoint_file(cfg.run.resume) if cfg.run.resume else {}
+            output_dir = choose_output_dir(cfg, resumed=bool(payload))
+            setup_logging(output_dir, distributed.rank())
+            session = Session(cfg, device, output_dir, payload)
+        session.run()
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def choose_output_dir(cfg: RunConfig, resumed: bool) -> Path:
+    """Return the run's folder, the same on all ranks: the resumed run's own, or a new one, which is made."""
+    def choose() -> str:
+        if resumed and not cfg.run.experiment:
+            return str(Path(cfg.run.resume).resolve().parent)
+        size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
+        name = cfg.run.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
+        path = Path(cfg.run.output) / name
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+    return Path(distributed.run_on_primary(choose))
+
+
+class Session:
+    """One run: its objects, built in order, and the loop over epochs."""
+
+    def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any]) -> None:
+        self.cfg, self.device, self.output_dir = cfg, device, output_dir
+        self.started = time.time()
+        self.world = distributed.world_size()
+        self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
+        self.workers = workers_per_device(cfg.data.workers, self.world)
+        self.log_start()
+        device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+        self.build_data(payload.get("category_map"))
+        self.build_training(payload)
+        device_layer.seed_everything(cfg.run.seed + distributed.rank())
+        self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
+        self.summary = CsvLog(output_dir / "summary.csv")
+        self.first_epoch = cfg.sched.start_epoch or 0
+        if payload:
+            self.resume(payload)
+
+    def log_start(self) -> None:
+        for line in device_layer.tune(self.device):
+            _logger.info("setting: %s", line)
+        _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
+                     self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
+                     self.batch_size, self.workers, self.output_dir)
+        if distributed.is_primary():
+            (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
+
+    def build_data(self, stored: dict[str, Any] | None) -> None:
+        cfg = self.cfg
+        self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
+        self.categories = self.train_set.parser.category_map
+        self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
+        _logger.info("data: %d training and %d validation pictures, %s", len(self.train_set), len(self.val_set),
+                     self.categories)
+
+    def build_training(self, payload: dict[str, Any]) -> None:
+        cfg, device = self.cfg, self.device
+        model = build_model(cfg.model, cfg.loss, self.categories.num_classes)
+        if cfg.dist.sync_bn and self.world > 1:
+            model = distributed.convert_sync_batchnorm(model)
+        if cfg.model.freeze_backbone:
+            _logger.info("backbone frozen: %s", freeze_backbone(model))
+        if cfg.model.freeze_bn:
+            _logger.info("batch norms frozen: %s", freeze_bn(model))
+        model.to(device, memory_format=torch.channels_last if cfg.run.channels_last else torch.preserve_format)
+        if payload:
+            load_state_dict_report(model, payload["state_dict"], strict=True)
+        ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
+        precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
+        precision.prepare_model(model)
+        optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
+                                    cfg.optim.opt_eps, masters=precision.master_parameters(model))
+        bench = DetBenchTrain(model, create_labeler=True).to(device)
+        bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+        bench.normalize_over_ranks = self.world > 1
+        self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
+        self.build_loaders(model.config)
+        steps_per_epoch = len(self.train_loader)
+        schedule, self.epochs = build_schedule(
+            optimizer, cfg.sched.sched, cfg.sched.epochs, cfg.sched.warmup_epochs, cfg.sched.warmup_lr,
+            cfg.sched.min_lr, cfg.sched.cooldown_epochs, cfg.sched.lr_noise, cfg.sched.lr_noise_pct,
+            cfg.sched.lr_noise_std, cycle_mul=cfg.sched.lr_cycle_mul, cycle_limit=cfg.sched.lr_cycle_limit,
+            decay_epochs=cfg.sched.decay_epochs, decay_rate=cfg.sched.decay_rate, patience=cfg.sched.patience_epochs,
+            seed=cfg.run.seed, updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
+        if self.world > 1:
+            ids = None if device.type == "cpu" else [device.index]
+            bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
+        self.training = Training(
+            bench, model, optimizer, schedule, precision, device, ema, (cfg.optim.clip_grad or None, cfg.optim.clip_mode),
+            cfg.optim.grad_accum, cfg.run.log_interval, steps_per_epoch * self.epochs, cfg.run.max_steps)
+        _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
+                     sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
+                     *model.config.image_size, precision.level if precision.level == "O0" else
+                     f"{precision.level} {cfg.amp.dtype}")
+
+    def build_loaders(self, model_config: Any) -> None:
+        cfg = self.cfg
+        self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
+                                               self.device, cfg.run.seed, cfg.run.channels_last)
+        self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,
+                                            self.device, cfg.run.val_skip, cfg.run.channels_last)
+        self.evaluator = CocoEvaluator(self.val_loader.dataset, distributed=True,
+                                       max_det=max(100, model_config.max_det_per_image))
+
+    def resume(self, payload: dict[str, Any]) -> None:
+        """Continue where a checkpoint stands; the model's weights are in place already."""
+        training = self.training
+        training.precision.load_float_state_dict(training.model, payload["state_dict"])
+        if "optimizer" in payload:
+            training.optimizer.load_state_dict(payload["optimizer"])
+        if training.ema is not None and "state_dict_ema" in payload:
+            training.ema.load_state_dict({**payload["ema"], "module": payload["state_dict_ema"]})
+        if "scaler" in payload:
+            training.precision.load_state_dict(payload["scaler"])
+        training.steps, training.updates = payload.get("step", 0), payload.get("schedule", {}).get("updates", 0)
+        if "schedule" in payload:
+            training.schedule.load_state_dict(payload["schedule"])
+        if "best" in payload:
+            self.manager.load_state_dict(payload["best"])
+        if "rng" in payload and distributed.is_primary():
+            restore_rng_state(payload["rng"])
+        if self.cfg.sched.start_epoch is None:
+            self.first_epoch = payload.get("epoch", -1) + 1
+        _logger.info("resumed %s: continuing with epoch %d", self.cfg.run.resume, self.first_epoch)
+
+    def run(self) -> None:
+        """Train and evaluate epoch by epoch, then say where everything is."""
+        if self.cfg.run.eval_only:
+            self.evaluate(max(0, self.first_epoch - 1))
+            _logger.info("%s", self.evaluator.summary())
+            return
+        for epoch in range(self.first_epoch, self.epochs):
+            self.train_set.set_epoch(epoch)
+            stats = train_one_epoch(self.training, self.train_loader, epoch)
+            last = epoch + 1 == self.epochs or self.training.is_finished
+            metric = None
+            if last or (epoch + 1) % self.cfg.run.val_interval == 0:
+                metric = self.evaluate(epoch)
+            self.training.schedule.step(epoch + 1, metric)
+            self.finish_epoch(epoch, stats, metric)
+            if self.training.is_finished:
+                break
+        self.finish()
+
+    def evaluate(self, epoch: int) -> float:
+        training = self.training
+        if self.world > 1 and not self.cfg.dist.sync_bn:
+            for model in (training.model, training.ema.module if training.ema else None):
+                if model is not None:
+                    distributed.distribute_bn(model, self.cfg.dist.dist_bn)
+        if training.ema is not None and training.ema.is_cold():
+            _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low until "
+                            "more steps are done (--no-model-ema or a smaller --model-ema-decay for short runs)",
+                            100 * training.ema.share_of_init())
+        metric, _ = evaluate(self.eval_bench, self.val_loader, self.evaluator, training.precision.autocast)
+        stats = self.evaluator.stats
+        _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, metric, stats["AP50"],
+                     stats["AP75"], "EMA" if training.ema else "trained")
+        return metric
+
+    def finish_epoch(self, epoch: int, stats: EpochStats, metric: float | None) -> None:
+        """Write summary.csv and the checkpoints of an epoch."""
+        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)", epoch, stats.loss,
+                     stats.fps, stats.peak_memory_mib, stats.skipped)
+
+        def write() -> tuple[float | None, int | None]:
+            best = self.manager.save(self.payload(), epoch, metric)
+            row = {"epoch": epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
+                   "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.fps, "skipped": stats.skipped,
+                   "AP": metric, "AP50": self.evaluator.stats.get("AP50") if metric is not None else None}
+            self.summary.append(row)
+            return best
+        best_metric, best_epoch = distributed.run_on_primary(write)
+        if metric is not None:
+            _logger.info("%s", format_best_metric(best_metric, best_epoch))
+
+    def payload(self) -> dict[str, Any]:
+        """Return what a checkpoint holds; see effdet/checkpoint.py."""
+        training, config = self.training, self.training.model.config
+        content = {
+            "version": CHECKPOINT_VERSION, "arch": config.name,
+            "state_dict": training.precision.float_state_dict(training.model),
+            "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
+            "scaler": training.precision.state_dict(), "rng": rng_state(), "step": training.steps,
+            "config": to_plain(self.cfg), "model_config": model_config_to_plain(config),
+            "category_map": self.categories.to_dict(), "image_size": list(config.image_size)}
+        if training.ema is not None:
+            state = training.ema.state_dict()
+            content["state_dict_ema"] = state.pop("module")
+            content["ema"] = state
+        return content
+
+    def finish(self) -> None:
+        """Draw predictions, and say what came out and where it is."""
+        metric, epoch = self.manager.best
+        if distributed.is_primary():
+            pictures = write_comparisons(self.eval_bench.model, self.val_set, self.device, self.output_dir / "pictures")
+            self.evaluator.write_metrics(self.output_dir / "metrics.json")
+            stats = self.evaluator.stats
+            _logger.info("%s", format_train_avg_fps(self.training.throughput))
+            _logger.info("%s", format_best_metric(metric, epoch))
+            _logger.info("AP %.4f  AP50 %.4f  (last epoch, %s)", stats["AP"], stats["AP50"],
+                         format_duration(time.time() - self.started))
+            _logger.info("checkpoint: %s", self.output_dir / "model_best.pth.tar")
+            _logger.info("pictures: %s", pictures)
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

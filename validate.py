@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Evaluate a checkpoint on data in COCO format, on one device or several. `python validate.py --help` lists the settings."""
+from __future__ import annotations
+
+import logging
+import math
+import sys
+
+import torch
+
+from effdet import device as device_layer
+from effdet import distributed
+from effdet.amp import Precision
+from effdet.bench import DetBenchPredict
+from effdet.build import Detector, build_dataset, build_eval_loader, load_detector, load_published
+from effdet.config.load import parse_validate_args, split_over_devices, workers_per_device
+from effdet.config.schema import ValidateConfig
+from effdet.engine import evaluate
+from effdet.evaluator import CocoEvaluator
+from effdet.log import setup_logging
+from effdet.processes import launch, needs_launch, one_line_errors, start
+
+_logger = logging.getLogger("effdet.validate")
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse_validate_args(argv)
+    with one_line_errors("validate.py"):
+        if needs_launch(cfg.dist.device_list):
+            return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
+        device = start(cfg.run.device, cfg.dist.device_list)
+    try:
+        setup_logging(None, distributed.rank())
+        with one_line_errors("validate.py"):
+            detector = find_detector(cfg)
+            dataset = open_dataset(cfg, detector)
+            world = distributed.world_size()
+            loader = build_eval_loader(dataset, cfg.data, detector.model.config,
+                                       split_over_devices(cfg.run.batch_size, world),
+                                       workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip)
+            precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
+        run(cfg, detector, loader, device, precision)
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def find_detector(cfg: ValidateConfig) -> Detector:
+    """Load the weights that the flags name."""
+    if cfg.run.checkpoint:
+        return load_detector(cfg.run.checkpoint, cfg.model, cfg.run.use_ema, cfg.model.num_classes)
+    if cfg.model.pretrained:
+        return load_published(cfg.model)
+    raise ValueError("no weights given: name a file with --checkpoint FILE, or use --pretrained for the published weights")
+
+
+def open_dataset(cfg: ValidateConfig, detector: Detector):
+    """Open the validation split with the class numbers of the detector, or check that its class count fits."""
+    if detector.category_map is not None:
+        return build_dataset(cfg.data, "val", stored=detector.category_map.to_dict())
+    return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
+
+
+def run(cfg: ValidateConfig, detector: Detector, loader, device: torch.device, precision: Precision) -> None:
+    """Evaluate, print the numbers and write the files asked for."""
+    for line in device_layer.tune(device):
+        _logger.info("setting: %s", line)
+    _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))
+    if len(loader.dataset) == 0:
+        _logger.warning("the validation split has no pictures: there is nothing to evaluate")
+    evaluator = CocoEvaluator(loader.dataset, distributed=True,
+                              max_det=max(100, detector.model.config.max_det_per_image))
+    bench = DetBenchPredict(precision.prepare_model(detector.model.to(device)))
+    metric, _ = evaluate(bench, loader, evaluator, precision.autocast, cfg.run.log_interval)
+    if cfg.run.results:
+        evaluator.save(cfg.run.results)
+        _logger.info("results: %s", cfg.run.results)
+    if cfg.run.metrics:
+        evaluator.write_metrics(cfg.run.metrics)
+        _logger.info("metrics: %s", cfg.run.metrics)
+    for row in evaluator.per_class():
+        ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
+        _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
+    _logger.info("%s", evaluator.summary())
+    _logger.info("AP %.5f  AP50 %.5f", metric, evaluator.stats["AP50"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
