@@ -80,6 +80,8 @@ class Session:
         self.world = distributed.world_size()
         self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
         self.workers = workers_per_device(cfg.data.workers, self.world)
+        self.channels_last = (device_layer.prefers_channels_last(device) if cfg.run.channels_last is None
+                              else cfg.run.channels_last)
         self.log_start()
         device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
@@ -117,7 +119,7 @@ class Session:
             _logger.info("backbone frozen: %s", freeze_backbone(model))
         if cfg.model.freeze_bn:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
-        model.to(device, memory_format=torch.channels_last if cfg.run.channels_last else torch.preserve_format)
+        model.to(device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
         if payload:
             load_state_dict_report(model, payload["state_dict"], strict=True)
         ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
@@ -151,9 +153,9 @@ class Session:
     def build_loaders(self, model_config: Any) -> None:
         cfg = self.cfg
         self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
-                                               self.device, cfg.run.seed, cfg.run.channels_last)
+                                               self.device, cfg.run.seed, self.channels_last)
         self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,
-                                            self.device, cfg.run.val_skip, cfg.run.channels_last)
+                                            self.device, cfg.run.val_skip, self.channels_last)
         self.evaluator = CocoEvaluator(self.val_loader.dataset, distributed=True,
                                        max_det=max(100, model_config.max_det_per_image))
 

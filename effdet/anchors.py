@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,31 +28,41 @@ _MAX_OVERLAP_ELEMENTS = 1 << 24
 IMAGE_STRIDE = 32  # the coarsest feature map of the backbones
 
 
-def get_feat_sizes(image_size: Sequence[int], max_level: int) -> list[tuple[int, int]]:
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width); one number, as in older code for effdet, is a square."""
+    sides = [image_size, image_size] if isinstance(image_size, Integral) else list(image_size)
+    if len(sides) != 2 or min(sides) <= 0:
+        raise ValueError("image_size must be (height, width), two positive numbers of pixels, or one for a square; got "
+                         f"{image_size}.")
+    return int(sides[0]), int(sides[1])
+
+
+def get_feat_sizes(image_size: int | Sequence[int], max_level: int) -> list[tuple[int, int]]:
     """Return (height, width) of the feature map at each level 0..max_level; each halves the one before, rounding up."""
-    sizes = [(int(image_size[0]), int(image_size[1]))]
+    sizes = [_height_width(image_size)]
     for _ in range(max_level):
         height, width = sizes[-1]
         sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
     return sizes
 
 
-def check_image_size(image_size: Sequence[int]) -> tuple[int, int]:
+def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) of a network input after checking that it fits the backbone's stride.
+
+    Args:
+        image_size: (height, width) in pixels, or one number for a square.
 
     Raises:
         ValueError: not two positive integers, or a side that is not a multiple of IMAGE_STRIDE; the nearest valid
             sizes are named.
     """
-    sides = [int(side) for side in image_size]
-    if len(sides) != 2 or min(sides) <= 0:
-        raise ValueError(f"image_size must be (height, width), two positive numbers of pixels; got {tuple(image_size)}.")
+    sides = _height_width(image_size)
     if any(side % IMAGE_STRIDE for side in sides):
         lower = tuple(max(IMAGE_STRIDE, side // IMAGE_STRIDE * IMAGE_STRIDE) for side in sides)
         upper = tuple(math.ceil(side / IMAGE_STRIDE) * IMAGE_STRIDE for side in sides)
-        raise ValueError(f"image_size {tuple(sides)} (height, width) does not fit the network's stride: each side must "
+        raise ValueError(f"image_size {sides} (height, width) does not fit the network's stride: each side must "
                          f"be a multiple of {IMAGE_STRIDE}. The nearest valid sizes are {lower} and {upper}.")
-    return sides[0], sides[1]
+    return sides
 
 
 class Anchors(nn.Module):
@@ -66,7 +77,7 @@ class Anchors(nn.Module):
     """
 
     def __init__(self, min_level: int, max_level: int, num_scales: int, aspect_ratios: Sequence[Any],
-                 anchor_scale: float | Sequence[float], image_size: Sequence[int]) -> None:
+                 anchor_scale: float | Sequence[float], image_size: int | Sequence[int]) -> None:
         """Make the grid.
 
         Args:
@@ -75,10 +86,10 @@ class Anchors(nn.Module):
             num_scales: sizes per level, at 2**(i / num_scales) times the first one.
             aspect_ratios: pairs (w, h) of side factors, or numbers r read as (sqrt(r), 1 / sqrt(r)).
             anchor_scale: side of the first size in strides; one number, or one for each level.
-            image_size: (height, width) of the network input in pixels.
+            image_size: (height, width) of the network input in pixels, or one number for a square.
 
         Raises:
-            ValueError: `anchor_scale` is a sequence of the wrong length.
+            ValueError: `anchor_scale` is a sequence of the wrong length, or `image_size` is no size.
         """
         super().__init__()
         num_levels = max_level - min_level + 1
@@ -90,7 +101,7 @@ class Anchors(nn.Module):
         if len(self.anchor_scales) != num_levels:
             raise ValueError(f"anchor_scale has {len(self.anchor_scales)} values for the {num_levels} levels "
                              f"{min_level}..{max_level}: give one number, or one for each level.")
-        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.image_size = _height_width(image_size)
         self.feat_sizes = get_feat_sizes(self.image_size, max_level)
         self.register_buffer("boxes", self._make_boxes())
         self.boxes: Tensor
@@ -171,7 +182,7 @@ class AnchorLabeler:
         anchors = self.anchors.boxes
         if gt_boxes_yxyx.shape[1] == 0:  # one padding row keeps the reductions below defined
             gt_boxes_yxyx = gt_boxes_yxyx.new_zeros((gt_boxes_yxyx.shape[0], 1, 4))
-            gt_classes = gt_classes.new_full((gt_classes.shape[0], 1), BACKGROUND)
+            gt_classes = gt_classes.new_full((gt_classes.shape[0], 1), IGNORE)  # left out also without filter_valid
         boxes = gt_boxes_yxyx.to(device=anchors.device, dtype=torch.float32)
         classes = gt_classes.to(device=anchors.device, dtype=torch.int64)
         valid = classes > BACKGROUND if filter_valid else classes != IGNORE
@@ -246,14 +257,24 @@ class AnchorLabeler:
         return [part.reshape(flat.shape[0], height, width, -1)
                 for part, (height, width) in zip(parts, sizes, strict=True)]
 
-    def batch_label_anchors(self, gt_boxes: Tensor, gt_classes: Tensor, filter_valid: bool = True
-                            ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Make the targets of a batch, one tensor for each level; arguments as in `assign`.
+    def batch_label_anchors(self, gt_boxes: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any],
+                            filter_valid: bool = True) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Make the targets of a batch, one tensor for each level.
+
+        Args:
+            gt_boxes: float [B, M, 4] as in `assign`, or for each image its own boxes [n_i, 4], n_i from 0 on.
+            gt_classes: [B, M] as in `assign`, or for each image its own classes [n_i].
+            filter_valid: as in `assign`.
 
         Returns:
             class targets int64 [B, height, width, A] for each level, box codes [B, height, width, A * 4] for each
             level, number of positive anchors float32 [B].
+
+        Raises:
+            ValueError: boxes and classes of different numbers of images, or of objects in an image.
         """
+        if not (isinstance(gt_boxes, Tensor) and isinstance(gt_classes, Tensor)):
+            gt_boxes, gt_classes = _pad_objects(gt_boxes, gt_classes, self.anchors.boxes.device)
         class_targets, box_targets, num_positives = self.assign(gt_boxes, gt_classes, filter_valid)
         return self.split_levels(class_targets), self.split_levels(box_targets), num_positives
 
@@ -272,6 +293,19 @@ class AnchorLabeler:
         classes, codes, num_positives = self.batch_label_anchors(
             gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid)
         return [level[0] for level in classes], [level[0] for level in codes], num_positives[0]
+
+
+def _pad_objects(gt_boxes: Sequence[Any], gt_classes: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack each image's boxes [n_i, 4] and classes [n_i] to float32 [B, M, 4] and int64 [B, M], M the largest n_i."""
+    boxes = [torch.as_tensor(rows, dtype=torch.float32, device=device).reshape(-1, 4) for rows in gt_boxes]
+    classes = [torch.as_tensor(row, device=device).reshape(-1).long() for row in gt_classes]
+    counts = [len(rows) for rows in boxes], [len(row) for row in classes]
+    if counts[0] != counts[1] or not counts[0]:
+        raise ValueError(f"The images have {counts[0]} boxes and {counts[1]} classes: give as many classes as boxes "
+                         "for each image, and at least one image.")
+    # An ignore region without an area touches nothing, and unlike -1 it is left out whatever filter_valid says.
+    return (nn.utils.rnn.pad_sequence(boxes, batch_first=True),
+            nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=IGNORE))
 
 
 def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = False) -> Tensor:

@@ -24,9 +24,24 @@ class _DetBench(nn.Module):
         self.num_levels = config.num_levels
         self.num_classes = config.num_classes
         self.anchors = Anchors.from_config(config)
+        built_for = getattr(model, "image_size", self.anchors.image_size)
+        if built_for != self.anchors.image_size:
+            raise ValueError(f"config.image_size is {self.anchors.image_size}, but the network was built for images of "
+                             f"{built_for} (height, width): set image_size before building the network.")
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
         self.soft_nms = config.soft_nms
+
+    def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the model; ValueError when its class head has another number of classes than the config said."""
+        cls_outputs, box_outputs = self.model(x)
+        channels, per_cell = cls_outputs[0].shape[1], self.anchors.get_anchors_per_location()
+        if channels != per_cell * self.num_classes:
+            raise ValueError(f"The class head gives {channels} values for each cell, but {per_cell} anchors with the "
+                             f"config's {self.num_classes} classes need {per_cell * self.num_classes}: before making "
+                             "the bench call model.reset_head(num_classes=...), or set config.num_classes (after "
+                             "set_config_writeable) when replacing class_net.")
+        return cls_outputs, box_outputs
 
     def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
                      img_size: Tensor | None) -> Tensor:
@@ -41,6 +56,17 @@ class _DetBench(nn.Module):
 class DetBenchPredict(_DetBench):
     """Model and post-processing: images to detections."""
 
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap a model.
+
+        Args:
+            model: an EfficientDet.
+
+        Raises:
+            ValueError: the config's image_size was changed after the network was built.
+        """
+        super().__init__(model)
+
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
         """Detect objects.
 
@@ -51,9 +77,12 @@ class DetBenchPredict(_DetBench):
 
         Returns:
             float32 [B, max_det_per_image, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
+
+        Raises:
+            ValueError: the class head does not have the config's number of classes.
         """
         info = img_info or {}
-        return self.post_process(*self.model(x), info.get("img_scale"), info.get("img_size"))
+        return self.post_process(*self.head_outputs(x), info.get("img_scale"), info.get("img_size"))
 
 
 class DetBenchTrain(_DetBench):
@@ -68,33 +97,37 @@ class DetBenchTrain(_DetBench):
 
         Set `normalize_over_ranks` in distributed training: the loss is then normalised by the positive anchors of all
         ranks, so that averaged gradients are those of one process with the whole batch.
+
+        Raises:
+            ValueError: the config's image_size was changed after the network was built.
         """
         super().__init__(model)
         self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         self.loss_fn = DetectionLoss(model.config)
         self.normalize_over_ranks = False
 
-    def forward(self, x: Tensor, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
         Args:
             x: float [B, 3, H, W], normalised.
-            target: 'bbox' float [B, M, 4] yxyx in input pixels and 'cls' [B, M] (1..K, -1 padding); or, without a
-                labeler, 'label_cls_L', 'label_bbox_L' of each level and 'label_num_positives'. In eval mode also
-                'img_scale' [B] and 'img_size' [B, 2]; without them boxes stay in input pixels.
+            target: 'bbox' float [B, M, 4] yxyx in input pixels and 'cls' [B, M] (1..K, -1 padding), or lists of each
+                image's own boxes [n_i, 4] and classes [n_i]; or, without a labeler, 'label_cls_L', 'label_bbox_L' of
+                each level and 'label_num_positives'. In eval mode also 'img_scale' [B] and 'img_size' [B, 2]; without
+                them boxes stay in input pixels.
 
         Returns:
             'loss', 'class_loss', 'box_loss': scalars; in eval mode also 'detections' [B, max_det_per_image, 6].
 
         Raises:
-            ValueError: the target lacks what is needed.
+            ValueError: the target lacks what is needed, or the class head does not have the config's number of classes.
         """
         class_targets, box_targets, num_positives = self._labels(target)
         if self.normalize_over_ranks:
             # The loss adds 1 to the sum; ranks average their gradients, so each divides by its share of (total + 1).
             total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
             num_positives = (total + 1) / world_size() - 1
-        cls_outputs, box_outputs = self.model(x)
+        cls_outputs, box_outputs = self.head_outputs(x)
         loss, class_loss, box_loss = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)
         output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
         if not self.training:
@@ -102,15 +135,15 @@ class DetBenchTrain(_DetBench):
                 cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
         return output
 
-    def _labels(self, target: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _labels(self, target: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         if self.anchor_labeler is not None:
             if "bbox" not in target or "cls" not in target:
                 raise ValueError(f"The target needs 'bbox' and 'cls'; it has {sorted(target)}.")
             with torch.no_grad():
                 return self.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
         if "label_num_positives" not in target:
-            raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build the "
-                             "bench with create_labeler=True, or the loader with an anchor_labeler.")
+            raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
+                             "the bench with create_labeler=True, or the loader with an anchor_labeler.")
         levels = range(self.num_levels)
         return ([target[f"label_cls_{level}"] for level in levels], [target[f"label_bbox_{level}"] for level in levels],
                 target["label_num_positives"])

@@ -127,6 +127,15 @@ def supports_pinning(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def prefers_channels_last(device: torch.device) -> bool:
+    """Return True where convolutions are faster in the channels-last layout.
+
+    Measured on the CPU only: a D0 training step at 256 px takes about 0.7 times as long (benchmarks/). torch_npu does not
+    support the layout.
+    """
+    return device.type == "cpu"
+
+
 def autocast(device: torch.device, dtype: torch.dtype = torch.float16, enabled: bool = True) -> torch.autocast:
     """Return the autocast context of a device."""
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)

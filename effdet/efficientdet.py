@@ -7,6 +7,7 @@ Source: EfficientDet, https://arxiv.org/abs/1911.09070.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
@@ -52,7 +53,8 @@ class EfficientDet(nn.Module):
         """Build the network of a model config.
 
         Args:
-            config: a node of `get_efficientdet_config`; it is made read-only.
+            config: a node of `get_efficientdet_config`; it is made read-only, and an `image_size` of one number is
+                made the square it stands for.
             pretrained_backbone: start from timm's ImageNet weights, fetched when not in the cache.
             alternate_init: initialise FPN and heads as EfficientNet does instead of as the original.
 
@@ -62,8 +64,11 @@ class EfficientDet(nn.Module):
             RuntimeError: the backbone's weights cannot be fetched.
         """
         super().__init__()
-        check_image_size(config.image_size)
+        self.image_size = check_image_size(config.image_size)
         self.config = config
+        if isinstance(config.image_size, Integral):
+            set_config_writeable(config)
+            config.image_size = self.image_size
         set_config_readonly(self.config)
         self.backbone = _create_backbone(config, pretrained_backbone)
         feature_info = get_feature_info(self.backbone)
@@ -119,16 +124,16 @@ class EfficientDet(nn.Module):
         """Compute the heads' outputs.
 
         Args:
-            x: float [B, 3, H, W], normalised; (H, W) is the config's image_size.
+            x: float [B, 3, H, W], normalised; (H, W) is the image_size the network was built for.
 
         Returns:
             class logits [B, A * K, h, w] and box codes [B, A * 4, h, w], a list over levels for each, finest first.
 
         Raises:
-            ValueError: another height or width than the config's.
+            ValueError: another height or width than that.
         """
-        if tuple(x.shape[-2:]) != tuple(self.config.image_size):
-            raise ValueError(f"This model was built for images of {tuple(self.config.image_size)} (height, width) and got "
+        if tuple(x.shape[-2:]) != self.image_size:
+            raise ValueError(f"This model was built for images of {self.image_size} (height, width) and got "
                              f"{tuple(x.shape[-2:])}: resize the images, or set config.image_size before building it.")
         features = self.fpn(self.backbone(x))
         return self.class_net(features), self.box_net(features)

@@ -96,7 +96,9 @@ def train_one_epoch(run: Training, loader: Any, epoch: int) -> EpochStats:
         with _no_gradient_sync(run.bench, wanted=not updates_now):
             with run.precision.autocast():
                 output = run.bench(images, target)
-            run.precision.backward(output["loss"] / run.grad_accum)
+            # The last group of an epoch may be smaller; its update still is the mean over its batches.
+            group = min(run.grad_accum, num_batches - index // run.grad_accum * run.grad_accum)
+            run.precision.backward(output["loss"] / group)
         if updates_now:
             _update(run)
         run.steps += 1

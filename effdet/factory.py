@@ -1,12 +1,14 @@
 """Build models: a name or a config to a network, with weights, a head of the right size, and a bench."""
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
 from timm.models import model_entrypoint
 from torch import nn
 
+from .anchors import check_image_size
 from .bench import DetBenchPredict, DetBenchTrain
 from .config import get_efficientdet_config
 from .efficientdet import EfficientDet
@@ -44,15 +46,18 @@ def set_pad_type(config: Any, pad_type: str) -> None:
     config.pad_type = value
 
 
-def create_model(model_name: str, bench_task: str = "", num_classes: int | None = None, pretrained: bool | str = False,
-                 checkpoint_path: str = "", checkpoint_ema: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(model_name: str, bench_task: str = "", num_classes: int | None = None,
+                 pretrained: bool | str | os.PathLike[str] = False,
+                 checkpoint_path: str | os.PathLike[str] = "", checkpoint_ema: bool = False,
+                 **kwargs: Any) -> nn.Module:
     """Build a model by name; see `create_model_from_config`."""
     return create_model_from_config(get_efficientdet_config(model_name), bench_task, num_classes, pretrained,
                                     checkpoint_path, checkpoint_ema, **kwargs)
 
 
 def create_model_from_config(config: Any, bench_task: str = "", num_classes: int | None = None,
-                             pretrained: bool | str = False, checkpoint_path: str = "", checkpoint_ema: bool = False,
+                             pretrained: bool | str | os.PathLike[str] = False,
+                             checkpoint_path: str | os.PathLike[str] = "", checkpoint_ema: bool = False,
                              **kwargs: Any) -> nn.Module:
     """Build a model from a config.
 
@@ -68,7 +73,7 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
         kwargs: `pretrained_backbone` (default True; False once other weights are given), `bench_labeler` (make the
             training bench label anchors), `pad_type` ('same' or 'symmetric'), `alternate_init`, and the config fields
             redundant_bias, label_smoothing, legacy_focal, jit_loss, soft_nms, max_det_per_image, max_detection_points,
-            image_size, anchor_scale, aspect_ratios.
+            image_size ((height, width) in pixels, or one number for a square), anchor_scale, aspect_ratios.
 
     Returns:
         The network or its bench.
@@ -76,24 +81,25 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
     Raises:
         ValueError: an unknown task, image size, padding, or weights that do not fit.
     """
-    if bench_task not in ("", "train", "predict"):
+    if bench_task not in ("", "train", "predict", None):
         raise ValueError(f"bench_task '{bench_task}' is none of 'train', 'predict', ''.")
     pretrained_backbone = kwargs.pop("pretrained_backbone", True) and not (pretrained or checkpoint_path)
     for key in _OVERRIDES:
         value = kwargs.pop(key, None)
         if value is not None:
-            config[key] = value
+            config[key] = check_image_size(value) if key == "image_size" else value
     pad_type = kwargs.pop("pad_type", None)
     if pad_type is not None:
         set_pad_type(config, pad_type)
     bench_labeler = kwargs.pop("bench_labeler", False)
 
     model = EfficientDet(config, pretrained_backbone=pretrained_backbone, **kwargs)
-    if pretrained is True:
-        load_pretrained(model, config.url)
+    from_path = isinstance(pretrained, (str, os.PathLike))
+    if pretrained and not from_path:
+        load_pretrained(model, config.get("url") or "")
     if num_classes is not None and num_classes != config.num_classes:
         model.reset_head(num_classes=num_classes)
-    if isinstance(pretrained, str) and pretrained:
+    if pretrained and from_path:
         load_pretrained(model, pretrained, strict=False)
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path, use_ema=checkpoint_ema)

@@ -65,21 +65,29 @@ def load_pretrained(
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint_path: str | os.PathLike[str], use_ema: bool | None = False, strict: bool = True
+    model: nn.Module,
+    checkpoint_path: str | os.PathLike[str],
+    use_ema: bool | None = None,
+    device: torch.device | str = "cpu",
+    strict: bool = True,
 ) -> KeyReport:
     """Load a checkpoint's weights into a model.
+
+    Order of arguments and default are those of timm's function, which effdet exported under this name.
 
     Args:
         model: the model, bare or wrapped; changed in place.
         checkpoint_path: the file.
-        use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
+        use_ema: None for the averaged weights if there are any, True for the averaged ones or an error, False for the
+            trained ones.
+        device: where the file's tensors go before they are copied into the model.
         strict: as in `load_pretrained`.
     Returns:
         What was loaded and what was not.
     Raises:
         CheckpointError: unreadable, without the weights asked for, or not fitting.
     """
-    return _load_into(model, Path(checkpoint_path), use_ema=use_ema, strict=strict)
+    return _load_into(model, Path(checkpoint_path), use_ema=use_ema, strict=strict, device=device)
 
 
 def _load_into(
@@ -88,9 +96,10 @@ def _load_into(
     use_ema: bool | None,
     strict: bool,
     filter_fn: Callable[[StateDict], StateDict] | None = None,
+    device: torch.device | str = "cpu",
 ) -> KeyReport:
     """Load a file's weights into a model, log what fitted, and name the file in every error."""
-    payload = load_checkpoint_file(path)
+    payload = load_checkpoint_file(path, device)
     try:
         state_dict = extract_state_dict(payload, use_ema=use_ema)
         if filter_fn is not None:

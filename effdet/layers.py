@@ -110,7 +110,7 @@ def _make_pool(kind: str, input_size: tuple[int, int], output_size: tuple[int, i
     if pad_type == "same":
         pool = MaxPool2dSame if kind == "max" else AvgPool2dSame
         return pool(kernels, tuple(strides))
-    pool = nn.MaxPool2d if kind == "max" else partial(nn.AvgPool2d, count_include_pad=False)
+    pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
     return pool(kernels, tuple(strides), tuple(kernel // 2 for kernel in kernels))
 
 

@@ -77,6 +77,9 @@ class _FocalLossSum(torch.autograd.Function):
         targets = class_targets.unsqueeze(2)
         x = x.masked_fill(targets == -2, _IGNORED_LOGIT)
         loss, gradient = _background_terms(x, gamma, smoothing, with_gradient)
+        if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
+            for terms in (loss, gradient) if with_gradient else (loss,):
+                terms.masked_fill_(targets == -2, 0)
         total = loss.sum() * (1 - alpha)
 
         positive = targets >= 0
@@ -221,11 +224,11 @@ def one_hot(x: Tensor, num_classes: int) -> Tensor:
 
 def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float,
                    label_smoothing: float = 0.01) -> Tensor:
-    """Compute the focal loss elementwise for dense targets in {0, 1}; for callers that want the map, not the sum.
+    """Compute the focal loss elementwise for dense targets; for callers that want the map, not the sum.
 
     Args:
         logits: float [...].
-        targets: the same shape, 0 or 1.
+        targets: the same shape, in 0..1.
         alpha: weight of the foreground.
         gamma: focusing exponent.
         normalizer: the loss is divided by it.
@@ -235,13 +238,22 @@ def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, 
         [...], differentiable by autograd.
     """
     targets = targets.to(logits.dtype)
-    signed = torch.where(targets == 1, -logits, logits)  # logit of the wrong answer
-    cross_entropy = F.softplus(signed) - 0.5 * label_smoothing * signed
+    error = targets * torch.sigmoid(-logits) + (1 - targets) * torch.sigmoid(logits)  # 1 - p_t without cancellation
     weight = targets * alpha + (1 - targets) * (1 - alpha)
-    return weight * signed.sigmoid().pow(gamma) * cross_entropy / normalizer
+    smoothed = targets * (1 - label_smoothing) + 0.5 * label_smoothing
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
+    return weight * error.pow(gamma) * cross_entropy / normalizer
 
 
 def focal_loss_legacy(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float
                       ) -> Tensor:
-    """Compute the focal loss elementwise without label smoothing; see `new_focal_loss`."""
-    return new_focal_loss(logits, targets, alpha, gamma, normalizer, label_smoothing=0.0)
+    """Compute the older form of the focal loss elementwise, without label smoothing.
+
+    Arguments and result as `new_focal_loss`. The two agree on targets of 0 and 1; between them this one counts a target
+    as background and focuses by (exp(-t x) sigmoid(x))^gamma.
+    """
+    targets = targets.to(logits.dtype)
+    modulator = torch.exp(-gamma * (targets * logits + F.softplus(-logits)))
+    foreground = (targets == 1).to(logits.dtype)
+    weight = foreground * alpha + (1 - foreground) * (1 - alpha)
+    return weight * modulator * F.binary_cross_entropy_with_logits(logits, targets, reduction="none") / normalizer

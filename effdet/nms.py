@@ -155,6 +155,8 @@ def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes
     Returns:
         float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
     """
+    if logits.shape[1] == 0:
+        return logits.new_zeros((logits.shape[0], max_det, 6), dtype=torch.float32)
     boxes = decode_boxes(codes.float(), anchors_yxyx, output_xyxy=True)
     if img_scale is not None:
         img_scale = img_scale.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 1)

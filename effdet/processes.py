@@ -72,4 +72,4 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         _logger.debug("the error came from here", exc_info=True)
         sys.stdout.flush()
-        sys.exit(f"{program}: error: {error}")
+        raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag

@@ -41,7 +41,6 @@ REFUSED: dict[str, str] = {
     "--no-prefetcher": "pictures always travel as uint8 and are normalised on the device; drop it",
     "--bench-labeler": "targets are labelled on the device in every run; drop it",
     "--no-bench-labeler": "targets are labelled on the device in every run; drop it",
-    "--no-pretrained-backbone": "the backbone starts from random weights unless --pretrained is given; drop it",
     "--no-resume-opt": "use --initial-checkpoint FILE, which takes the weights and nothing else",
     "--mean": "mean and standard deviation come from the model table; drop it",
     "--std": "mean and standard deviation come from the model table; drop it",

@@ -274,7 +274,7 @@ class RunSectionConfig(_BaseRunConfig):
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
-    channels_last: bool = setting(False, "channels-last memory layout")
+    channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
 
 

@@ -191,13 +191,12 @@ def _pack_annotations(
         else:
             seen_ids.add(ann_id)
         at = image_at.get(img_id) if isinstance(img_id, (int, str)) else None
-        where = f"annotation {ann_id} of image {img_id}"
         if at is None:
-            report.add("orphan_annotation", where)
+            report.add("orphan_annotation", f"annotation {ann_id} of image {img_id}")
         elif not _is_int(cat_id) or cat_id not in cat_ids:
-            report.add("unknown_category", f"{where}: category {cat_id}")
+            report.add("unknown_category", f"annotation {ann_id} of image {img_id}: category {cat_id}")
         elif not four_numbers(box):
-            report.add("no_bbox", where)
+            report.add("no_bbox", f"annotation {ann_id} of image {img_id}")
         else:
             images.append(at)
             cats.append(cat_id)

@@ -1,10 +1,9 @@
 """Data sets: one index in, one (picture, target) out.
 
-Random transforms repeat: with `seed` set, an item's transform runs with Python's, numpy's and torch's (CPU)
-generators seeded from (seed, epoch,
-index) and puts their states back afterwards. So the same seed gives the same augmentations whatever the number of
-workers or processes, users' own transforms included, and nothing outside the transform sees other random numbers. A
-library with a generator of its own must be seeded by its user.
+Random transforms repeat: with `seed` set, an item's transform runs with Python's, numpy's and torch's (CPU) generators
+seeded from (seed, epoch, index) and puts their states back afterwards. So the same seed gives the same augmentations
+whatever the number of workers or processes, users' own transforms included, and nothing outside the transform sees
+other random numbers. A library with a generator of its own must be seeded by its user.
 """
 
 import contextlib
@@ -154,5 +153,6 @@ class SkipSubset(data.Dataset):
         self.dataset.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on."""
-        self.dataset.set_epoch(epoch)
+        """Pass the epoch on to a data set that has use for it."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)

@@ -14,7 +14,7 @@ from effdet.device import pick_device, supports_pinning, to_device
 
 from .collate import MAX_NUM_INSTANCES, DetectionFastCollate
 from .random_erasing import RandomErasing
-from .samplers import EvalSampler, TrainSampler
+from .samplers import EvalSampler, TrainSampler, unwrap_subset
 from .transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -99,11 +99,6 @@ class PrefetchLoader:
         return self.loader.dataset
 
 
-def _start_worker(worker_id: int) -> None:
-    # Workers share the processors; a thread pool in each of them would only make them wait for each other.
-    torch.set_num_threads(1)
-
-
 def _make_transform(input_size: Any, is_training: bool, **options: Any) -> Callable:
     # (3, height, width), (height, width) or one number; a list or a config node as well as a tuple.
     size = input_size if isinstance(input_size, (int, np.integer)) else tuple(input_size)[-2:]
@@ -156,8 +151,9 @@ def create_loader(
 ) -> Any:
     """Make a loader that gives (images [B, 3, H, W], target).
 
-    Sets the data set's transform. Training shuffles; the sampler's `set_epoch`, or else each pass, moves to the next
-    epoch. Evaluation goes through the data set in order; over several processes each image comes exactly once.
+    Sets the data set's transform (behind a torch Subset, that of the whole set). Training shuffles; the sampler's
+    `set_epoch`, or else each pass, moves to the next epoch. Evaluation goes through the data set in order; over several
+    processes each image comes exactly once.
 
     Args:
         dataset: gives (picture, target), as `DetectionDatset` does.
@@ -192,7 +188,8 @@ def create_loader(
     Raises:
         ValueError: a training set smaller than one global batch, or arguments that contradict each other.
     """
-    dataset.transform = transform_fn or _make_transform(
+    base = unwrap_subset(dataset)
+    base.transform = transform_fn or _make_transform(
         input_size,
         is_training,
         interpolation=interpolation,
@@ -201,8 +198,8 @@ def create_loader(
         mean=mean,
         std=std,
     )
-    if hasattr(dataset, "seed"):
-        dataset.seed = seed
+    if hasattr(base, "seed"):
+        base.seed = seed
     drop_last = is_training if drop_last is None else drop_last
     if sampler is None:
         sampler = _make_sampler(
@@ -223,7 +220,6 @@ def create_loader(
         collate_fn=collate_fn or DetectionFastCollate(max_instances=max_instances, anchor_labeler=anchor_labeler),
         drop_last=drop_last,
         persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
-        worker_init_fn=_start_worker,
         # A generator of its own: drawing the workers' seeds leaves the training's random numbers alone.
         generator=torch.Generator().manual_seed(seed or 0),
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,

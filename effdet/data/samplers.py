@@ -4,13 +4,20 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 
 
 def check_rank(rank: int, world_size: int) -> None:
     """Raise ValueError unless 0 <= rank < world_size."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size} processes does not exist: ranks are 0..world_size - 1")
+
+
+def unwrap_subset(dataset: Any) -> Any:
+    """Find the data set behind torch's Subset, which forwards neither transform nor epoch."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 class TrainSampler(Sampler[int]):
@@ -47,8 +54,9 @@ class TrainSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch
         self.epoch += 1
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        base = unwrap_subset(self.dataset)
+        if hasattr(base, "set_epoch"):
+            base.set_epoch(epoch)
         generator = torch.Generator()
         # Not seed + epoch: run 0's epoch 1 would be run 1's epoch 0.
         generator.manual_seed((self.seed * 1_000_003 + epoch) % 2**63)

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # Sparse and not from 1 in steps of 1, so that code which takes a category id for a class index fails here, not later.
 CATEGORY_IDS = dict(zip(KINDS, (1, 3, 7, 12, 18, 44), strict=True))
 MARKER = "synthetic.json"
-_VERSION = 1  # raise it when the same parameters give other pictures
+_VERSION = 2  # raise it when the same parameters give other pictures
 _SIZES_WH = ((320, 240), (240, 320), (320, 256), (256, 256), (256, 192), (288, 288), (320, 208), (320, 320))
 _MIN_VISIBLE = 0.4  # of an object's area, counted over all that lies in front of it and the picture's edge
 _SHADOW = 0.3
@@ -78,7 +78,7 @@ class _Canvas:
         cover = patch.coverage[patch_rows, patch_columns]
         mask = cover >= 0.5
         under = self.pixels[rows, columns]
-        base, accent = make_colours(under[mask].mean(axis=0), rng)
+        base, accent = make_colours(patch.kind, under[mask].mean(axis=0), rng)
         if shadow:
             self._cast_shadow(patch, x, y, shadow)
         colours = paint_patch(patch, base, accent, rng)[patch_rows, patch_columns]

@@ -89,12 +89,24 @@ def paint_patch(patch: Patch, base: np.ndarray, accent: np.ndarray, rng: np.rand
     return np.clip(albedo * light[..., None] + gloss[..., None], 0, 1)
 
 
-def make_colours(behind: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a base and an accent colour that stand out from `behind`, the mean colour [3] of what they will cover."""
-    candidates = [
-        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.5, 0.9), rng.uniform(0.6, 0.98))) for _ in range(4)
-    ]
-    base = max(candidates, key=lambda colour: float(np.abs(colour - behind).sum()))
+def make_colours(kind: str, behind: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a base and an accent colour that stand out from what they will cover.
+
+    Four of five objects have the usual hue of their kind, more or less; the others any hue, so that colour alone does
+    not tell kinds apart.
+
+    Args:
+        kind: one of KINDS.
+        behind: mean colour [3] of what the object will cover, 0..1.
+    """
+    def draw(usual_hue: float | None) -> np.ndarray:
+        hues = [rng.random() if usual_hue is None else (usual_hue + rng.normal(0, 0.035)) % 1 for _ in range(4)]
+        drawn = [np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.6, 0.98))) for hue in hues]
+        return max(drawn, key=lambda colour: float(np.abs(colour - behind).sum()))
+
+    base = draw(KINDS.index(kind) / len(KINDS) if rng.random() < 0.8 else None)
+    while np.abs(base - behind).sum() < 0.4:  # the usual hue of this kind is that of the background
+        base = draw(None)
     if rng.random() < 0.6:
         return base, base * 0.12 + np.array([0.98, 0.96, 0.9]) * 0.88
     hue, saturation, value = colorsys.rgb_to_hsv(*base)

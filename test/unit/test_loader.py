@@ -34,7 +34,11 @@ def root(tmp_path_factory):
             x, y = rng.integers(0, 25, 2).tolist()
             ann = {"id": len(annotations) + 1, "image_id": 100 + k, "category_id": 3, "bbox": [x, y, 12, 10]}
             annotations.append(dict(ann, category_id=[3, 7][len(annotations) % 2]))
-    data = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}
+    data = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}],
+    }
     (folder / "a.json").write_text(json.dumps(data))
     return folder
 
@@ -100,7 +104,9 @@ def test_a_data_set_without_its_pictures_fails_at_the_start(root, tmp_path):
 def test_a_damaged_picture_is_named(root, tmp_path):
     for k in range(11):
         (tmp_path / f"{k}.png").write_bytes((root / f"{k}.png").read_bytes()[: 40 if k == 3 else None])
-    loader = create_loader(open_coco(images=tmp_path, ann=root / "a.json", split="val"), 32, 4, **{**CPU, "num_workers": 1})
+    loader = create_loader(
+        open_coco(images=tmp_path, ann=root / "a.json", split="val"), 32, 4, **{**CPU, "num_workers": 1}
+    )
     with pytest.raises(PictureError, match="3.png: cannot be read"):
         list(loader)
 
@@ -200,7 +206,8 @@ def sample(boxes, **more):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "slots"), [(0, 32), (1, 32), (32, 32), (33, 64), (65, 128), (128, 128), (129, 256), (300, 384), (1000, 1024)]
+    ("boxes", "slots"),
+    [(0, 32), (1, 32), (32, 32), (33, 64), (65, 128), (128, 128), (129, 256), (300, 384), (1000, 1024)],
 )
 def test_padding_ladder(boxes, slots):
     assert padded_instances(boxes) == slots
@@ -285,7 +292,9 @@ def test_erasing_modes_probability_and_splits(mode, values):
 def test_the_loader_erases_in_training_only(root):
     def pixels(is_training, re_prob):
         random.seed(4), torch.manual_seed(4)
-        return next(iter(create_loader(dataset_of(root), 64, 8, is_training, re_prob=re_prob, re_mode="const", **CPU)))[0]
+        return next(iter(create_loader(dataset_of(root), 64, 8, is_training, re_prob=re_prob, re_mode="const", **CPU)))[
+            0
+        ]
 
     clean, erased = pixels(True, 0.0), pixels(True, 1.0)
     changed = clean != erased
@@ -331,7 +340,9 @@ def test_memory_format_and_type(root):
 
 def test_training_batches_do_not_depend_on_the_workers_nor_on_their_start(root):
     def three_epochs(**options):
-        loader = create_loader(dataset_of(root), 48, 3, is_training=True, device="cpu", interpolation="random", seed=7, **options)
+        loader = create_loader(
+            dataset_of(root), 48, 3, is_training=True, device="cpu", interpolation="random", seed=7, **options
+        )
         return [batch for _ in range(3) for batch in batches_of(loader)]
 
     here = three_epochs(num_workers=0)
@@ -348,7 +359,13 @@ def test_training_batches_do_not_depend_on_the_workers_nor_on_their_start(root):
 def test_users_random_transforms_repeat_and_spawned_workers_see_the_epoch(root):
     def noise(**options):
         loader = create_loader(
-            dataset_of(root), 32, 5, is_training=True, use_prefetcher=False, transform_fn=random_noise_transform, **options
+            dataset_of(root),
+            32,
+            5,
+            is_training=True,
+            use_prefetcher=False,
+            transform_fn=random_noise_transform,
+            **options,
         )
         return [batches_of(loader) for _ in range(2)]
 
@@ -357,14 +374,23 @@ def test_users_random_transforms_repeat_and_spawned_workers_see_the_epoch(root):
     for mine, theirs in zip(here, spawned, strict=True):
         assert_same_batches(mine, theirs)
         assert mine[0][0].dtype == torch.uint8 and mine[0][1]["noise"].shape == (5, 3)
-    by_image = [{int(i): tuple(n.tolist()) for _, t in e for i, n in zip(t["img_idx"], t["noise"], strict=True)} for e in here]
+    by_image = [
+        {int(i): tuple(n.tolist()) for _, t in e for i, n in zip(t["img_idx"], t["noise"], strict=True)} for e in here
+    ]
     assert all(by_image[0][i] != by_image[1][i] for i in by_image[0].keys() & by_image[1].keys())
 
 
 def test_two_ranks_together_see_the_pictures_of_one(root):
     def loader(rank, world_size, batch_size):
         return create_loader(
-            dataset_of(root), 48, batch_size, is_training=True, distributed=True, rank=rank, world_size=world_size, **CPU
+            dataset_of(root),
+            48,
+            batch_size,
+            is_training=True,
+            distributed=True,
+            rank=rank,
+            world_size=world_size,
+            **CPU,
         )
 
     alone = batches_of(loader(0, 1, 4))
@@ -398,6 +424,18 @@ def test_training_drops_the_incomplete_batch_and_refuses_too_small_a_set():
     assert list(create_loader(Plain(0), 8, 4, **CPU)) == []
 
 
+def test_torch_subsets_get_transform_and_epoch(root):
+    subset = torch.utils.data.Subset(dataset_of(root), [5, 4, 3, 2])
+    loader = create_loader(subset, 32, 4, is_training=True, interpolation="random", **CPU)
+    first, second = batches_of(loader)[0], batches_of(loader)[0]
+    assert sorted(first[1]["img_idx"].tolist()) == [2, 3, 4, 5] and first[0].shape == (4, 3, 32, 32)
+    assert int(subset.dataset._epoch) == 1 and not torch.equal(
+        first[1]["img_scale"].sort()[0], second[1]["img_scale"].sort()[0]
+    )
+    loader = create_loader(SkipSubset(Plain(8)), 8, 4, is_training=True, **CPU)
+    assert sorted(next(iter(loader))[1]["img_idx"].tolist()) == [0, 2, 4, 6]
+
+
 def test_own_collate_and_own_sampler(root):
     loader = create_loader(Plain(9), 8, 2, is_training=True, sampler=[4, 2, 0], drop_last=False, **CPU)
     assert [t["img_idx"].tolist() for _, t in loader] == [[4, 2], [0]]
@@ -428,7 +466,10 @@ def worker_threads(img, target):
 def test_workers_run_one_thread_each_and_stay(root):
     loader = create_loader(dataset_of(root), 8, 4, use_prefetcher=False, transform_fn=worker_threads, num_workers=1)
     assert all(t["threads"].tolist() == [1] * len(t["threads"]) for _, t in loader)
-    assert loader.persistent_workers and not create_loader(Plain(4), 8, 2, use_prefetcher=False, num_workers=0).persistent_workers
+    assert (
+        loader.persistent_workers
+        and not create_loader(Plain(4), 8, 2, use_prefetcher=False, num_workers=0).persistent_workers
+    )
 
 
 def test_data_set_and_collate_pickle(root):

@@ -145,7 +145,7 @@ def test_lists_of_two_configs_are_not_shared():
     ("--loss-scale dynamic", "amp.loss_scale", "dynamic"), ("--amp --loss-scale 128", "amp.loss_scale", 128.0),
     ("--smoothing 0.1", "loss.label_smoothing", 0.1), ("--amp --amp-dtype bfloat16", "amp.dtype", "bfloat16"),
     ("--amp --opt-level O2", "amp.opt_level", "O2"), ("--aspect-ratios 0.5 1 2", "model.aspect_ratios", [0.5, 1, 2]),
-    ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"), ("--dist-bn reduce", "dist.dist_bn", "reduce"),
+    ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"), ("--dist-bn broadcast", "dist.dist_bn", "broadcast"),
     ("--start-epoch 309", "sched.start_epoch", 309), ("--lr 0.1 --lr 0.2", "optim.lr", 0.2),
     ("--epoch 4 --epochs 4", "sched.epochs", 4),
 ])
@@ -271,6 +271,8 @@ device-list loss-scale opt-level multiprocessing-distributed dist-backend""".spl
 @pytest.mark.parametrize("name", PEER_FLAGS)
 def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
     accepted = {flag for _, item in all_fields(RunConfig) for flag in flags_of(item)}
+    accepted |= {"--no-" + flag.removeprefix("--") for _, item in all_fields(RunConfig) if item.default is False
+                 for flag in flags_of(item)}
     assert ("--" + name in accepted) != ("--" + name in REFUSED)
 
 

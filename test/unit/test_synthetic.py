@@ -162,9 +162,12 @@ def test_nothing_is_placed_where_it_would_hide_another_or_leave_the_picture():
 def test_colours_are_drawn_far_from_what_is_behind():
     rng = np.random.default_rng(0)
     behind = np.array([0.2, 0.5, 0.3])
-    drawn = [make_colours(behind, rng)[0] for _ in range(200)]
-    assert min(np.abs(colour - behind).sum() for colour in drawn) > 0.3
-    assert np.std(drawn, axis=0).min() > 0.1  # not always the same one
+    drawn = {kind: [make_colours(kind, behind, rng)[0] for _ in range(200)] for kind in KINDS}
+    for colours in drawn.values():
+        assert min(np.abs(colour - behind).sum() for colour in colours) >= 0.4
+        assert np.std(colours, axis=0).min() > 0.1  # not always the same one
+    usual = [np.median(colours, axis=0) for colours in drawn.values()]
+    assert min(np.abs(a - b).sum() for i, a in enumerate(usual) for b in usual[:i]) > 0.15  # kinds have a tendency
 
 
 def test_empty_and_crowd_pictures_exist_in_both_splits(dataset):
@@ -262,6 +265,6 @@ def test_parameters_out_of_range_are_refused(tmp_path, wrong):
 def test_the_command_line_makes_the_set_and_its_marker_counts_it(tmp_path):
     main(["--out", str(tmp_path / "set"), "--seed", "1", "--num-train", "9", "--num-val", "2"])
     marker = json.loads((tmp_path / "set" / "synthetic.json").read_text())
-    assert marker["parameters"] == {"version": 1, "seed": 1, "num_train": 9, "num_val": 2}
+    assert marker["parameters"] == {"version": 2, "seed": 1, "num_train": 9, "num_val": 2}
     annotations = load(tmp_path / "set", "train").dataset["annotations"]
     assert marker["counts"]["train"] == {"images": 9, "empty": 1, "annotations": len(annotations), "crowds": 1}

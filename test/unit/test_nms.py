@@ -1,0 +1,363 @@
+"""Candidate selection, NMS, soft-NMS and the detections made of them, against loops over single boxes."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from effdet.anchors import AnchorLabeler, Anchors
+from effdet.loss import loss_fn
+from effdet.nms import batched_nms, batched_soft_nms, generate_detections, make_detections, select_candidates
+
+ZERO = np.float32(0)
+
+
+def iou_slowly(a: np.ndarray, b: np.ndarray) -> np.float32:
+    """Compute the IoU of two xyxy boxes in float32; 0 where both are empty."""
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), ZERO)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), ZERO)
+    intersection = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union if intersection > 0 else ZERO
+
+
+def nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_det: int, threshold: float = 0.5
+               ) -> list[int]:
+    """Go through the boxes by falling score and keep each that no kept one of its class overlaps too much."""
+    kept: list[int] = []
+    for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        rivals = [other for other in kept if classes[other] == classes[index]]
+        if len(kept) < max_det and all(iou_slowly(boxes[other], boxes[index]) <= threshold for other in rivals):
+            kept.append(index)
+    return kept
+
+
+def soft_nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_det: int, gaussian: bool = True,
+                    sigma: float = 0.5, minimum: float = 0.001, threshold: float = 0.5
+                    ) -> tuple[list[int], list[float]]:
+    """Take the best box, lower the scores of its class's others, drop those that fall to `minimum`; repeat."""
+    left = {index: float(score) for index, score in enumerate(scores)}
+    kept, kept_scores = [], []
+    while left and len(kept) < max_det:
+        best = max(left, key=lambda index: (left[index], -index))
+        kept.append(best)
+        kept_scores.append(left.pop(best))
+        for index in list(left):
+            iou = float(iou_slowly(boxes[best], boxes[index])) if classes[index] == classes[best] else 0.0
+            if gaussian:
+                left[index] *= math.exp(-iou * iou / sigma)
+            elif iou > threshold:
+                left[index] *= 1 - iou
+            if left[index] <= minimum:
+                del left[index]
+    return kept, kept_scores
+
+
+def make_boxes(kind: str, seed: int, images: int = 2, count: int = 40, num_classes: int = 3
+               ) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw crowded xyxy boxes inside 0..80, scores and classes."""
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 40, (images, count, 2))
+    boxes = np.concatenate((corners, corners + rng.uniform(2, 40, (images, count, 2))), 2)
+    scores = rng.uniform(0, 1, (images, count))
+    classes = rng.integers(0, num_classes, (images, count))
+    if kind == "on a grid":  # IoUs of exactly 0.5, and equal scores
+        boxes = np.round(boxes / 10) * 10
+        boxes[..., 2:] = np.maximum(boxes[..., 2:], boxes[..., :2] + 10)
+        scores = np.round(scores * 8) / 8
+    elif kind == "duplicates":
+        boxes[:, count // 2:] = boxes[:, :count // 2]
+        classes[:, count // 2:] = classes[:, :count // 2]
+    elif kind == "equal scores":
+        scores[:] = 0.25
+    elif kind == "empty boxes":
+        boxes[:, ::3, 2:] = boxes[:, ::3, :2]  # points
+        boxes[:, 1::3, 3] = boxes[:, 1::3, 1]  # lines
+        boxes[:, 9] = boxes[:, 0]  # the same point twice
+        classes[:, 9] = classes[:, 0]
+    elif kind == "scores of 0":
+        scores[:, ::2] = 0
+    return (torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), torch.tensor(classes))
+
+
+def assert_nms_equals_slow(boxes: Tensor, scores: Tensor, classes: Tensor, max_det: int) -> int:
+    """Compare one call with the slow twin; return how many boxes were kept."""
+    index, kept_scores = batched_nms(boxes, scores, classes, max_det)
+    rows = min(max_det, boxes.shape[1])
+    assert index.shape == kept_scores.shape == (len(boxes), rows)
+    total = 0
+    for image in range(len(boxes)):
+        expected = nms_slowly(boxes[image].numpy(), scores[image].numpy(), classes[image].numpy(), max_det)
+        count = len(expected)
+        assert index[image, :count].tolist() == expected
+        assert torch.equal(kept_scores[image, :count], scores[image, expected])
+        assert kept_scores[image, count:].tolist() == [-1.0] * (rows - count)
+        total += count
+    return total
+
+
+KINDS = ["random", "on a grid", "duplicates", "equal scores", "empty boxes", "scores of 0"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_det", [1, 10, 40, 100, 300])
+def test_nms_equals_the_loop(kind, max_det):
+    for seed, num_classes in ((0, 3), (1, 1)):
+        case = make_boxes(kind, seed, num_classes=num_classes)
+        kept = assert_nms_equals_slow(*case, max_det)
+        if kind != "empty boxes":  # those overlap nothing, not even their equals
+            assert kept < 80, "something must be suppressed"
+
+
+PLACE = st.integers(0, 12) | st.floats(0, 12, width=32)
+BOX = st.tuples(PLACE, PLACE, PLACE, PLACE, st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32),
+                st.integers(0, 1))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(BOX, min_size=1, max_size=12))
+def test_nms_of_any_boxes_equals_the_loop(rows):
+    table = torch.tensor(rows, dtype=torch.float32).unsqueeze(0)
+    boxes = torch.cat((table[..., :2], table[..., :2] + table[..., 2:4]), -1)
+    assert_nms_equals_slow(boxes, table[..., 4], table[..., 5].long(), 12)
+
+
+def test_threshold_is_exclusive():
+    """IoU of exactly 0.5 keeps both, a little more suppresses."""
+    scores, classes = torch.tensor([[0.9, 0.8]]), torch.zeros(1, 2, dtype=torch.int64)
+    for height, expected in ((5.0, 0.8), (5.01, -1.0)):
+        boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, height]]])
+        assert batched_nms(boxes, scores, classes)[1][0, 1].item() == pytest.approx(expected)
+    index, _ = batched_nms(boxes, scores, torch.tensor([[0, 1]]))
+    assert index.tolist() == [[0, 1]], "another class never suppresses"
+
+
+@pytest.mark.parametrize("gaussian", [True, False], ids=["gaussian", "linear"])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "empty boxes", "scores of 0"])
+@pytest.mark.parametrize("max_det", [1, 100])
+def test_soft_nms_equals_the_loop(kind, gaussian, max_det):
+    lowered = False
+    for seed, num_classes in ((0, 3), (1, 1)):
+        boxes, scores, classes = make_boxes(kind, seed, num_classes=num_classes)
+        index, kept_scores = batched_soft_nms(boxes, scores, classes, max_det, method_gaussian=gaussian)
+        for image in range(len(boxes)):
+            expected, expected_scores = soft_nms_slowly(
+                boxes[image].numpy(), scores[image].numpy(), classes[image].numpy(), max_det, gaussian)
+            count = len(expected)
+            assert index[image, :count].tolist() == expected
+            np.testing.assert_allclose(kept_scores[image, :count].numpy(), expected_scores, rtol=1e-4, atol=1e-7)
+            assert (kept_scores[image, count:] == -1).all()
+            lowered |= bool(np.any(np.array(expected_scores) < scores[image, expected].numpy() * 0.99))
+    assert lowered or max_det == 1 or not gaussian and kind == "empty boxes", "no score was lowered"
+
+
+def test_soft_nms_by_hand():
+    """Two boxes of IoU 0.6, one of another class, one below the limit from the start, one lowered below it."""
+    boxes = torch.tensor([[[0.0, 0.0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 10], [60, 60, 70, 70], [0, 0, 10, 9.9]]])
+    scores, classes = torch.tensor([[0.9, 0.8, 0.7, 0.0005, 0.002]]), torch.tensor([[0, 0, 1, 0, 0]])
+    index, kept = batched_soft_nms(boxes, scores, classes)
+    assert index[0, :3].tolist() == [0, 2, 1] and kept[0, 3:].tolist() == [-1, -1]
+    assert kept[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * math.exp(-0.36 / 0.5)], rel=1e-5)
+    index, kept = batched_soft_nms(boxes, scores, classes, sigma=1.0, score_threshold=0.75)
+    assert index[0, 0] == 0 and kept[0].tolist() == [pytest.approx(0.9), -1, -1, -1, -1]
+    _, linear = batched_soft_nms(boxes, scores, classes, method_gaussian=False, iou_threshold=0.55)
+    assert linear[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * 0.4], rel=1e-5)
+    _, untouched = batched_soft_nms(boxes, scores, classes, method_gaussian=False, iou_threshold=0.65)
+    assert untouched[0, :3].tolist() == pytest.approx([0.9, 0.8, 0.7])
+    _, best = batched_soft_nms(boxes[:, 3:4], scores[:, 3:4], classes[:, 3:4])
+    assert best.tolist() == [[pytest.approx(0.0005)]], "the best box is kept whatever its score"
+
+
+# ---- candidates
+
+def make_heads(num_classes: int, size: tuple[int, int], seed: int = 0, anchors: int = 9
+               ) -> tuple[list[Tensor], list[Tensor]]:
+    """Draw head outputs of levels 3..7: logits that never tie, and codes."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = [(math.ceil(size[0] / 2 ** level), math.ceil(size[1] / 2 ** level)) for level in range(3, 8)]
+    total = sum(2 * anchors * num_classes * height * width for height, width in cells)
+    values = (torch.randperm(total, generator=generator).float() / total * 10 - 8).split(
+        [2 * anchors * num_classes * height * width for height, width in cells])
+    logits = [part.reshape(2, anchors * num_classes, *cell) for part, cell in zip(values, cells, strict=True)]
+    return logits, [torch.randn(2, anchors * 4, *cell, generator=generator) * 0.3 for cell in cells]
+
+
+def candidates_slowly(logits: list[Tensor], codes: list[Tensor], image: int, num_classes: int, limit: int
+                      ) -> list[tuple[float, list[float], int, int]]:
+    """List (logit, code, anchor, class) of every anchor and class by falling logit."""
+    found, number = [], 0
+    for level_logits, level_codes in zip(logits, codes, strict=True):
+        values, boxes = level_logits[image].numpy(), level_codes[image].numpy()
+        for row, column, anchor in np.ndindex(*values.shape[1:], len(boxes) // 4):
+            code = boxes[anchor * 4:anchor * 4 + 4, row, column].tolist()
+            for class_idx in range(num_classes):
+                found.append((values[anchor * num_classes + class_idx, row, column].item(), code, number, class_idx))
+            number += 1
+    return sorted(found, key=lambda entry: -entry[0])[:limit]
+
+
+@pytest.mark.parametrize("num_classes, size, limit, expected_count", [
+    (3, (32, 64), 50, 50), (3, (32, 64), 1, 1), (1, (128, 128), 5000, 3069), (7, (32, 64), 5000, 44 * 9 * 7)])
+def test_candidates_equal_the_sorted_list(num_classes, size, limit, expected_count):
+    logits, codes = make_heads(num_classes, size)
+    top_logits, top_codes, anchors, classes = select_candidates(logits, codes, num_classes, limit)
+    assert top_logits.shape == anchors.shape == classes.shape == (2, expected_count)
+    for image in range(2):
+        expected = candidates_slowly(logits, codes, image, num_classes, limit)
+        assert top_logits[image].tolist() == [entry[0] for entry in expected]
+        assert top_codes[image].tolist() == [entry[1] for entry in expected]
+        assert anchors[image].tolist() == [entry[2] for entry in expected]
+        assert classes[image].tolist() == [entry[3] for entry in expected]
+
+
+# ---- detections
+
+GRID = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (64, 96))
+
+
+def make_candidates(num_classes: int = 3, limit: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logits, codes, anchors' boxes and classes as `make_detections` takes them."""
+    logits, codes, indices, classes = select_candidates(*make_heads(num_classes, (64, 96)), num_classes, limit)
+    return logits, codes, GRID.boxes[indices], classes
+
+
+def detections_slowly(logits: Tensor, codes: Tensor, anchors: Tensor, classes: Tensor, scale: Tensor | None,
+                      size: Tensor | None, max_det: int, soft: bool) -> np.ndarray:
+    """Make one image's rows from the definition."""
+    factor = 1.0 if scale is None else scale.item()
+    boxes = []
+    for (ty, tx, th, tw), (y_min, x_min, y_max, x_max) in zip(codes.tolist(), anchors.tolist(), strict=True):
+        y, x = (y_min + y_max) / 2 + ty * (y_max - y_min), (x_min + x_max) / 2 + tx * (x_max - x_min)
+        height = (y_max - y_min) * math.exp(min(th, math.log(62.5)))
+        width = (x_max - x_min) * math.exp(min(tw, math.log(62.5)))
+        box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        if size is not None:
+            box = [min(max(value, 0.0), size[axis % 2].item() / factor) for axis, value in enumerate(box)]
+        boxes.append(box)
+    scores = 1 / (1 + np.exp(-logits.double().numpy()))
+    table = np.array(boxes, dtype=np.float32)
+    if soft:
+        kept, kept_scores = soft_nms_slowly(table, scores, classes.numpy(), max_det)
+    else:
+        kept = nms_slowly(table, scores, classes.numpy(), max_det)
+        kept_scores = scores[kept]
+    rows = np.zeros((max_det, 6))
+    for row, (index, score) in enumerate(zip(kept, kept_scores, strict=True)):
+        rows[row] = [*(table[index] * factor), score, classes[index].item() + 1]
+    return rows
+
+
+SCALES, SIZES = torch.tensor([2.5, 0.5]), torch.tensor([[200.0, 130.0], [48.0, 20.0]])
+
+
+@pytest.mark.parametrize("max_det", [1, 20, 100])
+@pytest.mark.parametrize("info", ["none", "scale", "scale and size"])
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_detections_equal_the_loop(max_det, info, soft):
+    candidates = make_candidates()
+    if info != "scale and size":  # soft-NMS moves classes apart by the largest coordinate: none may be negative
+        candidates[2].add_(1000)
+    scale, size = SCALES if "scale" in info else None, SIZES if "size" in info else None
+    rows = make_detections(*candidates, scale, size, max_det, soft)
+    assert rows.shape == (2, max_det, 6) and rows.dtype == torch.float32
+    for image in range(2):
+        expected = detections_slowly(*(part[image] for part in candidates), None if scale is None else scale[image],
+                                     None if size is None else size[image], max_det, soft)
+        np.testing.assert_allclose(rows[image].numpy(), expected, rtol=2e-4, atol=1e-3)
+        if max_det == 100:
+            assert (rows[image, -30:] == 0).all() and rows[image, 0, 4] > 0.5
+
+
+def test_clipping_takes_the_original_size():
+    rows = make_detections(*make_candidates(limit=5000), SCALES, SIZES)
+    for image in range(2):
+        boxes = rows[image, rows[image, :, 5] > 0, :4]
+        assert boxes.min() == 0
+        assert boxes.amax(0).tolist() == pytest.approx(SIZES[image].tolist() * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_a_batch_is_its_images(soft):
+    candidates = make_candidates(limit=200)
+    batch = make_detections(*candidates, SCALES, SIZES, 30, soft)
+    for image in range(2):
+        one = make_detections(*(part[image:image + 1] for part in candidates), SCALES[image], SIZES[image:image + 1],
+                              30, soft)
+        torch.testing.assert_close(one[0], batch[image], rtol=1e-5, atol=1e-5)
+
+
+def test_wild_codes_stay_finite():
+    logits, codes, anchors, classes = make_candidates()
+    codes[:, ::2] = 1e4
+    codes[:, 1::4] = -1e4
+    rows = make_detections(logits, codes, anchors, classes)
+    assert torch.isfinite(rows).all()
+    clipped = make_detections(logits, codes, anchors, classes, SCALES, SIZES)
+    assert torch.isfinite(clipped).all() and (clipped[..., 2] <= SIZES[:, :1]).all()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_single_image_form(soft):
+    """Candidates may come in any order, and indices point into all anchors."""
+    logits, codes, indices, classes = select_candidates(*make_heads(3, (64, 96)), 3, 80)
+    expected = make_detections(logits, codes, GRID.boxes[indices], classes, SCALES, SIZES, 50, soft)
+    shuffled = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    for order in (torch.arange(80), shuffled):
+        rows = generate_detections(logits[1, order].unsqueeze(1), codes[1, order], GRID.boxes, indices[1, order],
+                                   classes[1, order], SCALES[1], SIZES[1], 50, soft)
+        torch.testing.assert_close(rows, expected[1], rtol=1e-5, atol=1e-5)
+    plain = generate_detections(logits[1].unsqueeze(1), codes[1], GRID.boxes, indices[1], classes[1], None, None,
+                                soft_nms=soft)
+    torch.testing.assert_close(plain, make_detections(logits, codes, GRID.boxes[indices], classes, soft_nms=soft)[1],
+                               rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_no_candidates(soft):
+    none = torch.zeros(0, dtype=torch.int64)
+    rows = generate_detections(torch.zeros(0, 1), torch.zeros(0, 4), GRID.boxes, none, none, SCALES[0], SIZES[0], 7,
+                               soft)
+    assert rows.shape == (7, 6) and (rows == 0).all()
+
+
+# ---- fixed shapes, nothing read back
+
+@contextmanager
+def no_values() -> Iterator[None]:
+    """Run on tensors without values: whatever needs one on the host, or for its result's shape, raises."""
+    with FakeTensorMode():
+        yield
+
+
+@pytest.mark.parametrize("read", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item(),
+                                  lambda x: bool((x > 0).any()), lambda x: x.unique(), lambda x: x.tolist()])
+def test_the_guard_sees_reads(read):
+    with no_values(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        read(torch.ones(4))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_nothing_is_read_back(soft):
+    """Labels, loss, its backward pass and detections of a batch run without the values of any tensor."""
+    with no_values():
+        anchors = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (64, 96))
+        cells = anchors.level_sizes
+        logits = [torch.zeros(2, 27, *cell, requires_grad=True) for cell in cells]
+        codes = [torch.zeros(2, 36, *cell, requires_grad=True) for cell in cells]
+        labeler = AnchorLabeler(anchors, 3, ignore_regions=True)
+        targets = labeler.batch_label_anchors(torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.int64))
+        total, _, _ = loss_fn(logits, codes, *targets, 3, 0.25, 1.5, 0.1, 50.0, 0.1)
+        total.backward()
+        top_logits, top_codes, indices, classes = select_candidates(logits, codes, 3)
+        rows = make_detections(top_logits, top_codes, anchors.boxes[indices], classes, torch.ones(2),
+                               torch.ones(2, 2), 100, soft)
+    assert total.shape == () and logits[0].grad.shape == logits[0].shape and codes[0].grad.shape == codes[0].shape
+    assert targets[2].shape == (2,) and rows.shape == (2, 100, 6)
