@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         for start in range(0, len(paths), cfg.run.batch_size):
             batch = paths[start:start + cfg.run.batch_size]
             pictures = [read_picture(path) for path in batch]
-            for path, picture, rows in zip(batch, pictures, predictor.predict(pictures, cfg.run.score_thr), strict=True):
+            found = predictor.predict(pictures, cfg.run.score_thr)
+            for path, picture, rows in zip(batch, pictures, found, strict=True):
                 results.append(write_picture(path, picture, rows, predictor, output_dir))
         write_json(output_dir / "detections.json", results)
     _logger.info("%d picture(s) drawn into %s, numbers in %s", len(results), output_dir, output_dir / "detections.json")

@@ -143,8 +143,9 @@ class Session:
             ids = None if device.type == "cpu" else [device.index]
             bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
         self.training = Training(
-            bench, model, optimizer, schedule, precision, device, ema, (cfg.optim.clip_grad or None, cfg.optim.clip_mode),
-            cfg.optim.grad_accum, cfg.run.log_interval, steps_per_epoch * self.epochs, cfg.run.max_steps)
+            bench, model, optimizer, schedule, precision, device, ema,
+            (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
+            steps_per_epoch * self.epochs, cfg.run.max_steps)
         _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
                      sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
                      *model.config.image_size, precision.level if precision.level == "O0" else
@@ -206,8 +207,8 @@ class Session:
                 if model is not None:
                     distributed.distribute_bn(model, self.cfg.dist.dist_bn)
         if training.ema is not None and training.ema.is_cold():
-            _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low until "
-                            "more steps are done (--no-model-ema or a smaller --model-ema-decay for short runs)",
+            _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "
+                            "until more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
                             100 * training.ema.share_of_init())
         metric, _ = evaluate(self.eval_bench, self.val_loader, self.evaluator, training.precision.autocast)
         stats = self.evaluator.stats

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint on data in COCO format, on one device or several. `python validate.py --help` lists the settings."""
+"""Evaluate a checkpoint on data in COCO format, on one device or several; `--help` lists the settings."""
 from __future__ import annotations
 
 import logging
@@ -51,7 +51,7 @@ def find_detector(cfg: ValidateConfig) -> Detector:
         return load_detector(cfg.run.checkpoint, cfg.model, cfg.run.use_ema, cfg.model.num_classes)
     if cfg.model.pretrained:
         return load_published(cfg.model)
-    raise ValueError("no weights given: name a file with --checkpoint FILE, or use --pretrained for the published weights")
+    raise ValueError("no weights given: name a file with --checkpoint FILE, or use --pretrained for the published ones")
 
 
 def open_dataset(cfg: ValidateConfig, detector: Detector):

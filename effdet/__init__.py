@@ -1,4 +1,6 @@
 """EfficientDet in PyTorch: models, anchors, loss, post-processing, data and evaluation."""
+import timm_patches  # noqa: F401  (before anything imports timm: timm_patches/torchvision_ops.py says why)
+
 from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
 from .config import default_detection_model_configs, get_efficientdet_config
 from .data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser

@@ -49,7 +49,8 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         [..., N, M] in 0..1; 0 where the boxes do not overlap, degenerate boxes included.
     """
     first, second = boxes1.unsqueeze(-2), boxes2.unsqueeze(-3)
-    sides = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(min=0)
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = sides.clamp(min=0)
     intersection = sides[..., 0] * sides[..., 1]
     union = box_area(boxes1).unsqueeze(-1) + box_area(boxes2).unsqueeze(-2) - intersection
     return torch.where(intersection > 0, intersection / union, torch.zeros_like(intersection))
@@ -71,7 +72,8 @@ def clip_boxes_xyxy(boxes: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...]
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Code boxes relative to anchors, coordinate by coordinate.
 
     Args:

@@ -156,16 +156,16 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     if isinstance(payload.get("model_config"), Mapping):
         config = model_config_from_plain(payload["model_config"])
         if model.name and config.name != model.name:
-            raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: leave "
-                                  "--model out.")
+            raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: "
+                                  "leave --model out.")
     elif name:
         config = get_efficientdet_config(name)
         config.num_classes = _count_classes(state, config)
     else:
         raise CheckpointError(f"{path} holds weights only and does not say of which model: give --model NAME.")
     if num_classes is not None and num_classes != config.num_classes:
-        raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked for: "
-                              "leave --num-classes out, or train a new head with --pretrained.")
+        raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked "
+                              "for: leave --num-classes out, or train a new head with --pretrained.")
     _apply_model_overrides(config, model)
     if getattr(model, "pad_type", None) is not None:
         set_pad_type(config, model.pad_type)

@@ -130,7 +130,7 @@ def supports_pinning(device: torch.device) -> bool:
 def prefers_channels_last(device: torch.device) -> bool:
     """Return True where convolutions are faster in the channels-last layout.
 
-    Measured on the CPU only: a D0 training step at 256 px takes about 0.7 times as long (benchmarks/). torch_npu does not
+    Measured on the CPU only, where a D0 training step at 256 px takes about 0.7 times as long. torch_npu does not
     support the layout.
     """
     return device.type == "cpu"

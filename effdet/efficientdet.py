@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
 from timm import create_model
 from torch import Tensor, nn
 

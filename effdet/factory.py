@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
 from timm.models import model_entrypoint
 from torch import nn
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import timm_patches.torchvision_ops  # noqa: F401  (must come before timm)
 import torch.nn.functional as F
 from timm.layers import create_conv2d, create_pool2d, get_act_layer
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -87,8 +86,9 @@ class SeparableConv2d(nn.Module):
 class Interpolate2d(nn.Module):
     """F.interpolate as a module: give either `size` (height, width) or `scale_factor`."""
 
-    def __init__(self, size: int | tuple[int, int] | None = None, scale_factor: float | tuple[float, float] | None = None,
-                 mode: str = "nearest", align_corners: bool = False) -> None:
+    def __init__(self, size: int | tuple[int, int] | None = None,
+                 scale_factor: float | tuple[float, float] | None = None, mode: str = "nearest",
+                 align_corners: bool = False) -> None:
         super().__init__()
         self.size = size
         self.scale_factor = scale_factor

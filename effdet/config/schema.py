@@ -246,9 +246,9 @@ class DistConfig(EvalDistConfig):
     """Run on several devices."""
 
     sync_bn: bool = setting(False, "batch-norm statistics over all devices")
-    dist_bn: str = setting("reduce", "after each epoch, average the batch-norm statistics of the devices ('reduce'), send "
-                           "those of the first to all ('broadcast'), or neither ('')",
-                           choices=("", "reduce", "broadcast"))
+    dist_bn: str = setting(
+        "reduce", "before each evaluation, average the batch-norm statistics of the devices ('reduce'), send those of "
+        "the first to all ('broadcast'), or neither ('')", choices=("", "reduce", "broadcast"))
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from effdet.config import get_efficientdet_config, get_fpn_config
+from effdet.config import get_efficientdet_config
 from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.efficientdet import EfficientDet
 

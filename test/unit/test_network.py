@@ -225,6 +225,8 @@ def test_untrained_heads_predict_the_prior(separable, alternate):
     for head, expected in ((model.class_net, 0.01), (model.box_net, 0.5)):
         bias = (head.predict.conv_pw if separable else head.predict.conv).bias
         assert bias.sigmoid().tolist() == pytest.approx([expected] * len(bias), rel=1e-4)
+        inner = [value for name, value in head.conv_rep.named_parameters() if name.endswith("bias")]
+        assert len(inner) == 2 and all((value == 0).all() for value in inner)
 
 
 def test_reset_head_of_classes():

@@ -172,6 +172,8 @@ def test_soft_nms_by_hand():
     assert linear[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * 0.4], rel=1e-5)
     _, untouched = batched_soft_nms(boxes, scores, classes, method_gaussian=False, iou_threshold=0.65)
     assert untouched[0, :3].tolist() == pytest.approx([0.9, 0.8, 0.7])
+    _, equal = batched_soft_nms(boxes[:, [0, 3]], torch.tensor([[0.5, 0.25]]), classes[:, :2], score_threshold=0.25)
+    assert equal.tolist() == [[0.5, -1]], "a score at the limit is dropped"
     _, best = batched_soft_nms(boxes[:, 3:4], scores[:, 3:4], classes[:, 3:4])
     assert best.tolist() == [[pytest.approx(0.0005)]], "the best box is kept whatever its score"
 

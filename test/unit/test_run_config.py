@@ -145,7 +145,8 @@ def test_lists_of_two_configs_are_not_shared():
     ("--loss-scale dynamic", "amp.loss_scale", "dynamic"), ("--amp --loss-scale 128", "amp.loss_scale", 128.0),
     ("--smoothing 0.1", "loss.label_smoothing", 0.1), ("--amp --amp-dtype bfloat16", "amp.dtype", "bfloat16"),
     ("--amp --opt-level O2", "amp.opt_level", "O2"), ("--aspect-ratios 0.5 1 2", "model.aspect_ratios", [0.5, 1, 2]),
-    ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"), ("--dist-bn broadcast", "dist.dist_bn", "broadcast"),
+    ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"),
+    ("--dist-bn broadcast", "dist.dist_bn", "broadcast"),
     ("--start-epoch 309", "sched.start_epoch", 309), ("--lr 0.1 --lr 0.2", "optim.lr", 0.2),
     ("--epoch 4 --epochs 4", "sched.epochs", 4),
 ])
