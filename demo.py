@@ -32,11 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse_demo_args(argv)
     setup_logging(None)
     with one_line_errors("demo.py"):
+        checkpoint = find_checkpoint(cfg)
         paths = find_pictures(cfg.run.images)
-        detector = load_detector(find_checkpoint(cfg), cfg.model, cfg.run.use_ema)
+        detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
         predictor = Predictor(detector.model, pick_device(cfg.run.device), detector.category_map, cfg.run.batch_size)
         output_dir = Path(cfg.run.output)
         output_dir.mkdir(parents=True, exist_ok=True)
+        targets = name_drawings(paths, output_dir)
         _logger.info("%s", detector.source)
         results = []
         for start in range(0, len(paths), cfg.run.batch_size):

@@ -17,7 +17,15 @@ from effdet import distributed
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader
-from effdet.checkpoint import CHECKPOINT_VERSION, CheckpointManager, load_checkpoint_file, restore_rng_state, rng_state
+from effdet.checkpoint import (
+    BEST_NAME,
+    CHECKPOINT_VERSION,
+    LAST_NAME,
+    CheckpointManager,
+    load_checkpoint_file,
+    restore_rng_state,
+    rng_state,
+)
 from effdet.config.load import (
     dump_yaml,
     parse_train_args,
@@ -35,7 +43,7 @@ from effdet.log import CsvLog, format_best_metric, format_duration, format_train
 from effdet.optim import build_optimizer, freeze_backbone, freeze_bn
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.schedule import build_schedule
-from effdet.weights import load_state_dict_report
+from effdet.weights import extract_state_dict, load_state_dict_report
 
 _logger = logging.getLogger("effdet.train")
 
@@ -44,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse_train_args(argv)
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
+            split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
@@ -92,6 +101,10 @@ class Session:
         self.first_epoch = cfg.sched.start_epoch or 0
         if payload:
             self.resume(payload)
+        if (self.first_epoch >= self.epochs or self.training.is_finished) and not cfg.run.eval_only:
+            raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
+                             f"after {self.epochs}; {self.training.steps} steps are done. Give more --epochs or "
+                             "--max-steps, or --eval-only to evaluate.")
 
     def log_start(self) -> None:
         for line in device_layer.tune(self.device):
@@ -99,8 +112,6 @@ class Session:
         _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
                      self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
                      self.batch_size, self.workers, self.output_dir)
-        if distributed.is_primary():
-            (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
         cfg = self.cfg
@@ -121,7 +132,10 @@ class Session:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
         model.to(device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
         if payload:
-            load_state_dict_report(model, payload["state_dict"], strict=True)
+            if payload.get("arch", cfg.model.name) != cfg.model.name:
+                raise ValueError(f"{cfg.run.resume} is a checkpoint of {payload['arch']}, but this run trains "
+                                 f"{cfg.model.name}: resume with --model {payload['arch']}.")
+            load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
         ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
         precision.prepare_model(model)
@@ -163,11 +177,16 @@ class Session:
     def resume(self, payload: dict[str, Any]) -> None:
         """Continue where a checkpoint stands; the model's weights are in place already."""
         training = self.training
-        training.precision.load_float_state_dict(training.model, payload["state_dict"])
-        if "optimizer" in payload:
+        training.precision.load_float_state_dict(training.model, extract_state_dict(payload, use_ema=False))
+        if "optimizer" in payload and not self.cfg.run.eval_only:
+            stored = payload.get("config", {}).get("optim", {}).get("opt", self.cfg.optim.opt)
+            if stored != self.cfg.optim.opt:  # torch would take its settings over and fail at the first step
+                raise ValueError(f"{self.cfg.run.resume} was trained with --opt {stored}, but this run has --opt "
+                                 f"{self.cfg.optim.opt}: give the same again, or start anew with --initial-checkpoint.")
             training.optimizer.load_state_dict(payload["optimizer"])
         if training.ema is not None and "state_dict_ema" in payload:
-            training.ema.load_state_dict({**payload["ema"], "module": payload["state_dict_ema"]})
+            counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # other trainers' files have none
+            training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})
         if "scaler" in payload:
             training.precision.load_state_dict(payload["scaler"])
         training.steps, training.updates = payload.get("step", 0), payload.get("schedule", {}).get("updates", 0)
@@ -187,9 +206,12 @@ class Session:
             self.evaluate(max(0, self.first_epoch - 1))
             _logger.info("%s", self.evaluator.summary())
             return
+        if distributed.is_primary():
+            (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
         for epoch in range(self.first_epoch, self.epochs):
             self.train_set.set_epoch(epoch)
             stats = train_one_epoch(self.training, self.train_loader, epoch)
+            self.share_batch_norm()
             last = epoch + 1 == self.epochs or self.training.is_finished
             metric = None
             if last or (epoch + 1) % self.cfg.run.val_interval == 0:
@@ -200,13 +222,17 @@ class Session:
                 break
         self.finish()
 
-    def evaluate(self, epoch: int) -> float:
+    def share_batch_norm(self) -> None:
+        """Bring the batch-norm statistics of all processes together, for the evaluation and for the checkpoint."""
         training = self.training
         if self.world > 1 and not self.cfg.dist.sync_bn:
             for model in (training.model, training.ema.module if training.ema else None):
                 if model is not None:
                     distributed.distribute_bn(model, self.cfg.dist.dist_bn)
-        if training.ema is not None and training.ema.is_cold():
+
+    def evaluate(self, epoch: int) -> float:
+        training = self.training
+        if training.ema is not None and training.ema.updates > 0 and training.ema.is_cold():
             _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "
                             "until more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
                             100 * training.ema.share_of_init())
@@ -252,14 +278,18 @@ class Session:
         """Draw predictions, and say what came out and where it is."""
         metric, epoch = self.manager.best
         if distributed.is_primary():
-            pictures = write_comparisons(self.eval_bench.model, self.val_set, self.device, self.output_dir / "pictures")
+            with self.training.precision.autocast():  # without an EMA the weights may be in half precision
+                pictures = write_comparisons(self.eval_bench.model, self.val_set, self.device,
+                                             self.output_dir / "pictures")
             self.evaluator.write_metrics(self.output_dir / "metrics.json")
             stats = self.evaluator.stats
             _logger.info("%s", format_train_avg_fps(self.training.throughput))
             _logger.info("%s", format_best_metric(metric, epoch))
             _logger.info("AP %.4f  AP50 %.4f  (last epoch, %s)", stats["AP"], stats["AP50"],
                          format_duration(time.time() - self.started))
-            _logger.info("checkpoint: %s", self.output_dir / "model_best.pth.tar")
+            # A run continued in another folder may not have bettered the metric it started from.
+            best = self.output_dir / BEST_NAME
+            _logger.info("checkpoint: %s", best if best.exists() else self.output_dir / LAST_NAME)
             _logger.info("pictures: %s", pictures)
         distributed.barrier()
 

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse_validate_args(argv)
     with one_line_errors("validate.py"):
         if needs_launch(cfg.dist.device_list):
+            split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:

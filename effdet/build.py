@@ -15,6 +15,7 @@ from .config.model_config import model_config_from_plain
 from .config.schema import DataConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
 from .data.categories import CategoryMap
+from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
 from .data.transforms import transforms_coco_train
 from .factory import create_model_from_config, set_pad_type
@@ -38,6 +39,9 @@ def build_dataset(data: EvalDataConfig, split: str, num_classes: int | None = No
         ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
     """
     images, ann = getattr(data, f"{split}_images"), getattr(data, f"{split}_ann")
+    if bool(images) != bool(ann):  # one of the two is given instead of the root's
+        images_in_root, ann_in_root = coco_paths(data.root, split)
+        images, ann = images or images_in_root, ann or ann_in_root
     if images:
         return open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
                          seed=seed)

@@ -87,16 +87,16 @@ def train_one_epoch(run: Training, loader: Any, epoch: int) -> EpochStats:
     run.bench.train()
     clock = _Clock(run, len(loader), epoch)
     run.optimizer.zero_grad()
-    num_batches = len(loader)
+    num_batches = len(loader) if run.max_steps == 0 else min(len(loader), run.max_steps - run.steps)
     clock.start()
     for index, (images, target) in enumerate(loader):
         clock.data_ready()
-        is_last = index + 1 == num_batches or (run.max_steps > 0 and run.steps + 1 >= run.max_steps)
+        is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
         with _no_gradient_sync(run.bench, wanted=not updates_now):
             with run.precision.autocast():
                 output = run.bench(images, target)
-            # The last group of an epoch may be smaller; its update still is the mean over its batches.
+            # The last group may be smaller; its update still is the mean over its batches.
             group = min(run.grad_accum, num_batches - index // run.grad_accum * run.grad_accum)
             run.precision.backward(output["loss"] / group)
         if updates_now:
