@@ -12,7 +12,7 @@ from PIL import Image
 from effdet.build import load_detector
 from effdet.checkpoint import find_newest_checkpoint
 from effdet.coco_metrics import write_json
-from effdet.config.load import parse_demo_args
+from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
 from effdet.data.pictures import read_picture
 from effdet.device import pick_device
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             pictures = [read_picture(path) for path in batch]
             found = predictor.predict(pictures, cfg.run.score_thr)
             for path, picture, rows in zip(batch, pictures, found, strict=True):
-                results.append(write_picture(path, picture, rows, predictor, output_dir))
+                results.append(write_picture(path, picture, rows, predictor, targets[len(results)]))
         write_json(output_dir / "detections.json", results)
     _logger.info("%d picture(s) drawn into %s, numbers in %s", len(results), output_dir, output_dir / "detections.json")
     return 0
@@ -85,13 +85,25 @@ def find_checkpoint(cfg: DemoConfig) -> str:
     return str(newest)
 
 
-def write_picture(path: Path, picture: Image.Image, rows, predictor: Predictor, output_dir: Path) -> dict:
+def name_drawings(paths: list[Path], output_dir: Path) -> list[Path]:
+    """Return the file for each picture's drawing; pictures of one name (a.jpg and a.png, or two folders) get numbers."""
+    sources = {path.resolve() for path in paths}
+    targets: list[Path] = []
+    for path in paths:
+        target, number = output_dir / f"{path.stem}.png", 1
+        while target in targets:
+            number += 1
+            target = output_dir / f"{path.stem}_{number}.png"
+        if target.resolve() in sources:
+            raise ValueError(f"the drawn picture would replace {target}: choose another --output")
+        targets.append(target)
+    return targets
+
+
+def write_picture(path: Path, picture: Image.Image, rows, predictor: Predictor, target: Path) -> dict:
     """Draw one picture's detections, print them, and return them for the json."""
     names = [predictor.name_of(int(idx)) for idx in rows[:, 5]]
     colors = make_class_colors(predictor.category_map.class_names) if predictor.category_map else None
-    target = output_dir / f"{path.stem}.png"
-    if target.resolve() == path.resolve():
-        raise ValueError(f"the drawn picture would replace {path}: choose another --output")
     draw_detections(picture, rows[:, :4], names, rows[:, 4].tolist(), colors).save(target)
     _logger.info("%s: %d object(s)", path, len(rows))
     objects = []

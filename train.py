@@ -26,13 +26,8 @@ from effdet.checkpoint import (
     restore_rng_state,
     rng_state,
 )
-from effdet.config.load import (
-    dump_yaml,
-    parse_train_args,
-    split_over_devices,
-    to_plain,
-    workers_per_device,
-)
+from effdet.config.cli import parse_train_args
+from effdet.config.load import dump_yaml, split_over_devices, to_plain, workers_per_device
 from effdet.config.model_config import model_config_to_plain
 from effdet.config.schema import RunConfig
 from effdet.ema import ModelEma

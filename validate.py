@@ -13,7 +13,8 @@ from effdet import distributed
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict
 from effdet.build import Detector, build_dataset, build_eval_loader, load_detector, load_published
-from effdet.config.load import parse_validate_args, split_over_devices, workers_per_device
+from effdet.config.cli import parse_validate_args
+from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator

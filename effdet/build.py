@@ -23,7 +23,7 @@ from .factory import create_model_from_config, set_pad_type
 _logger = logging.getLogger(__name__)
 
 
-def build_dataset(data: EvalDataConfig, split: str, num_classes: int | None = None,
+def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: int | None = None,
                   stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
     """Open the training or the validation split that the config names.
 
@@ -38,7 +38,7 @@ def build_dataset(data: EvalDataConfig, split: str, num_classes: int | None = No
     Raises:
         ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
     """
-    images, ann = getattr(data, f"{split}_images"), getattr(data, f"{split}_ann")
+    images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
     if bool(images) != bool(ann):  # one of the two is given instead of the root's
         images_in_root, ann_in_root = coco_paths(data.root, split)
         images, ann = images or images_in_root, ann or ann_in_root
@@ -85,14 +85,19 @@ def _fill_color(data: EvalDataConfig) -> Any:
 
 def _apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = None) -> None:
     """Write the settings that a run gives (not None) over the model table's."""
-    size = None if model.image_size is None else tuple(model.image_size)
-    same_name = {"image_size": size, "soft_nms": model.soft_nms, "max_det_per_image": model.max_det,
-                 "max_detection_points": model.max_detection_points}
-    for key in ("redundant_bias", "anchor_scale", "aspect_ratios"):
-        same_name[key] = getattr(model, key, None)
-    for key in ("label_smoothing", "legacy_focal", "alpha", "gamma", "delta", "box_loss_weight"):
-        same_name[key] = getattr(loss, key, None)
-    for key, value in same_name.items():
+    overrides = {
+        "image_size": None if model.image_size is None else tuple(model.image_size),
+        "soft_nms": model.soft_nms,
+        "max_det_per_image": model.max_det,
+        "max_detection_points": model.max_detection_points,
+        "redundant_bias": getattr(model, "redundant_bias", None),
+        "anchor_scale": getattr(model, "anchor_scale", None),
+        "aspect_ratios": getattr(model, "aspect_ratios", None),
+    }
+    if loss is not None:
+        overrides |= {"label_smoothing": loss.label_smoothing, "legacy_focal": loss.legacy_focal, "alpha": loss.alpha,
+                      "gamma": loss.gamma, "delta": loss.delta, "box_loss_weight": loss.box_loss_weight}
+    for key, value in overrides.items():
         if value is not None:
             config[key] = value
     if getattr(model, "drop_path", None) is not None:
