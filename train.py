@@ -146,8 +146,9 @@ class Session:
             optimizer, cfg.sched.sched, cfg.sched.epochs, cfg.sched.warmup_epochs, cfg.sched.warmup_lr,
             cfg.sched.min_lr, cfg.sched.cooldown_epochs, cfg.sched.lr_noise, cfg.sched.lr_noise_pct,
             cfg.sched.lr_noise_std, cycle_mul=cfg.sched.lr_cycle_mul, cycle_limit=cfg.sched.lr_cycle_limit,
-            decay_epochs=cfg.sched.decay_epochs, decay_rate=cfg.sched.decay_rate, patience=cfg.sched.patience_epochs,
-            seed=cfg.run.seed, updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
+            decay_epochs=cfg.sched.decay_epochs, decay_milestones=cfg.sched.decay_milestones,
+            decay_rate=cfg.sched.decay_rate, patience=cfg.sched.patience_epochs, seed=cfg.run.seed,
+            updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
         if self.world > 1:
             ids = None if device.type == "cpu" else [device.index]
             bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)

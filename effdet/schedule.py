@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 # Name -> the schedule of timm's that gives its shape. 'none' and 'plateau' are constant to timm: warm-up, then the full
 # rate.
-_SHAPES = {"cosine": "cosine", "tanh": "tanh", "step": "step", "multistep": "multistep",
+_SHAPES = {"cosine": "cosine", "tanh": "tanh", "poly": "poly", "step": "step", "multistep": "multistep",
            "plateau": "step", "constant": "step", "none": "step"}
 SCHEDULES = tuple(_SHAPES)
 
@@ -189,22 +189,23 @@ def build_schedule(
 
     Args:
         optimizer: its groups' 'lr' is the rate at the top of the schedule.
-        sched: 'cosine', 'tanh', 'step', 'multistep', 'plateau', or 'constant' (also 'none': warm-up, then no change).
+        sched: 'cosine', 'tanh', 'poly', 'step', 'multistep', 'plateau', or 'constant' (also 'none': warm-up, then no
+            change).
         epochs: length of one cycle, warm-up included, cooldown not.
         warmup_epochs: rise linearly from warmup_lr; a fraction is allowed, 0 turns it off.
         warmup_lr: rate of the very first update.
-        min_lr: where cosine and tanh end and what plateau does not go below.
-        cooldown_epochs: epochs at min_lr after the last cycle ('cosine' and 'tanh' only, as in timm).
+        min_lr: where cosine, tanh and poly end and what plateau does not go below.
+        cooldown_epochs: epochs at min_lr after the last cycle ('cosine', 'tanh' and 'poly' only, as in timm).
         lr_noise: fraction of the epochs from which the rate is noisy, or a pair (from, to); None for no noise. One draw
             for each epoch.
         lr_noise_pct: limit of the relative noise.
         lr_noise_std: its standard deviation before the limit.
-        cycle_mul: growth of the cycle length ('cosine', 'tanh').
+        cycle_mul: growth of the cycle length ('cosine', 'tanh', 'poly').
         cycle_decay: factor on the top rate with each cycle ('cosine', 'tanh').
-        cycle_limit: number of cycles ('cosine', 'tanh').
+        cycle_limit: number of cycles ('cosine', 'tanh', 'poly').
         decay_epochs: epochs between drops ('step').
         decay_milestones: epochs at whose start the rate drops ('multistep').
-        decay_rate: factor of a drop ('step', 'multistep', 'plateau').
+        decay_rate: factor of a drop ('step', 'multistep', 'plateau'), or the exponent of 'poly'.
         patience: epochs without improvement before a drop ('plateau').
         maximize: whether a larger metric is better ('plateau').
         seed: of the noise: the run's seed without the rank, so that all ranks agree.
@@ -222,7 +223,7 @@ def build_schedule(
         optimizer, sched=_SHAPES[sched], num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr,
         min_lr=min_lr, cooldown_epochs=cooldown_epochs, cycle_mul=cycle_mul, cycle_decay=cycle_decay,
         cycle_limit=cycle_limit, decay_epochs=decay_epochs, decay_milestones=list(decay_milestones),
-        decay_rate=decay_rate if sched in ("step", "multistep") else 1.0,
+        decay_rate=decay_rate if sched in ("step", "multistep", "poly") else 1.0,
         step_on_epochs=False, updates_per_epoch=updates_per_epoch,
     )
     noise = None if lr_noise is None else _build_noise(lr_noise, epochs, lr_noise_pct, lr_noise_std, seed)
@@ -257,7 +258,7 @@ def _check(sched: str, epochs: int, updates_per_epoch: int, warmup_epochs: float
     if warmup_epochs < 0 or warmup_lr < 0 or min_lr < 0:
         raise ValueError("warmup_epochs, warmup_lr and min_lr must be 0 or more, got "
                          f"{warmup_epochs}, {warmup_lr} and {min_lr}.")
-    for name, value, used in (("min_lr", min_lr, sched in ("cosine", "tanh", "plateau")),
+    for name, value, used in (("min_lr", min_lr, sched in ("cosine", "tanh", "poly", "plateau")),
                               ("warmup_lr", warmup_lr, warmup_epochs > 0)):
         if used and value > base_lr:
             raise ValueError(f"{name} {value:g} is above the rate {base_lr:g}: the rate would go the wrong way. "

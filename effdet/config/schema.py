@@ -183,7 +183,7 @@ class SchedConfig:
     """Choose the learning-rate schedule and the length of the run."""
 
     sched: str = setting("cosine", "learning-rate schedule",
-                         choices=("cosine", "tanh", "step", "plateau", "constant", "none"))
+                         choices=("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none"))
     epochs: int = setting(300, "epochs to train, without the cooldown", flags=("--epochs", "--epoch"), low=1)
     start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up, a fraction is allowed", low=0)
@@ -195,10 +195,13 @@ class SchedConfig:
         low=0, high=1, none="off", metavar="ON [OFF]")
     lr_noise_pct: float = setting(0.67, "limit of the noise as a fraction of the learning rate", above=0)
     lr_noise_std: float = setting(1.0, "standard deviation of the noise", above=0)
-    lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh)", above=0)
-    lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh)", low=1)
+    lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
+    lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
     decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
-    decay_rate: float = setting(0.1, "factor of a decay (step, plateau)", flags=("--decay-rate", "--dr"), above=0)
+    decay_milestones: list[int] = setting([90, 180, 270], "epochs at whose start the rate drops (multistep)", low=1,
+                                          metavar="N,N")
+    decay_rate: float = setting(0.1, "factor of a decay (step, multistep, plateau), exponent (poly)",
+                                flags=("--decay-rate", "--dr"), above=0)
     patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
 
 

@@ -33,6 +33,15 @@ def test_cosine_by_hand() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12), updates
 
 
+def test_poly_by_hand() -> None:
+    schedule, total = build_schedule(make_optimizer(0.1), "poly", epochs=10, warmup_epochs=0, min_lr=0.02,
+                                     decay_rate=2.0, cooldown_epochs=1, updates_per_epoch=10)
+    assert total == 11
+    for updates, expected in [(0, 0.1), (50, 0.02 + 0.08 * 0.5**2), (90, 0.02 + 0.08 * 0.1**2), (100, 0.02)]:
+        schedule.step_update(updates)
+        assert schedule.lr == pytest.approx(expected, rel=1e-9), updates
+
+
 def test_a_run_of_one_epoch_warms_up_in_steps() -> None:
     schedule, total = build_schedule(make_optimizer(0.1), epochs=1, warmup_epochs=0.25, warmup_lr=0.0, min_lr=0.0,
                                      cooldown_epochs=0, updates_per_epoch=8)

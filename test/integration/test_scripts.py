@@ -1,0 +1,619 @@
+"""train.py, validate.py and demo.py as users run them, on a data set of a dozen pictures.
+
+One short training in a process of its own serves most tests; the others call the scripts' main() here, which is what a
+process does without the seconds of importing torch. Two processes are in test_two_processes.py.
+"""
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import demo
+import effdet.data.synthetic
+import train
+import validate
+from effdet.config import load
+from effdet.config.cli import parse_train_args
+from effdet.data.synthetic import CATEGORY_IDS, make_synthetic_dataset
+
+REPO = Path(__file__).resolve().parents[2]
+NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
+STEPS_PER_EPOCH = NUM_TRAIN // BATCH
+KEYS = {"version", "arch", "state_dict", "state_dict_ema", "ema", "optimizer", "schedule", "scaler", "rng", "epoch",
+        "step", "metric", "best", "config", "model_config", "category_map", "image_size"}  # effdet/checkpoint.py
+
+
+@dataclass
+class Run:
+    """A finished training: its folder, its arguments and what it printed."""
+
+    folder: Path
+    argv: list[str]
+    output: str
+
+    def checkpoint(self, name: str = "last.pth.tar") -> dict:
+        return torch.load(self.folder / name, weights_only=True)
+
+    def summary(self) -> list[dict[str, str]]:
+        with open(self.folder / "summary.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def train_argv(data: Path, output: Path, experiment: str, *more: str) -> list[str]:
+    return ["--root", str(data), "--image-size", "64", "-b", str(BATCH), "-j", "0", "--device", "cpu",
+            "--epochs", str(EPOCHS), "--warmup-epochs", "0", "--cooldown-epochs", "0", "--opt", "adamw", "--lr", "0.002",
+            "--min-lr", "0.0001", "--model-ema-decay", "0.5", "--log-interval", "2", "--output", str(output),
+            "--experiment", experiment, "model.bn_momentum=0.1", *more]
+
+
+def call(script: ModuleType, *argv: object) -> tuple[int, str]:
+    """Call a script's main() as the interpreter would; return its exit code and what it printed. Logging is put back."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = script.main([str(part) for part in argv])
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code)
+                code = 1
+        finally:
+            for name in ("effdet", "timm_patches"):
+                logger = logging.getLogger(name)
+                for handler in logger.handlers[:]:
+                    logger.removeHandler(handler)
+                    handler.close()
+                logger.propagate = True
+                logger.setLevel(logging.NOTSET)
+    return code, printed.getvalue()
+
+
+def spawn(*argv: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The number of threads changes the order of sums, and some of these tests compare bits between processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic_dataset(tmp_path_factory.mktemp("data") / "set", num_train=NUM_TRAIN, num_val=NUM_VAL)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    output = tmp_path_factory.mktemp("output")
+    argv = train_argv(data, output, "straight")
+    done = spawn("train.py", *argv)
+    assert done.returncode == 0, done.stdout
+    return Run(output / "straight", argv, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def resumed(data: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of `run`, stopped after its second epoch and continued."""
+    output = tmp_path_factory.mktemp("resumed")
+    argv = train_argv(data, output, "resumed")
+    code, first = call(train, *argv, "--max-steps", 2 * STEPS_PER_EPOCH)
+    assert code == 0, first
+    argv = train_argv(data, output, "") + ["--resume", str(output / "resumed" / "last.pth.tar")]
+    code, second = call(train, *argv)
+    assert code == 0, second
+    return Run(output / "resumed", argv, second)
+
+
+@pytest.fixture(scope="module")
+def val_ann(data: Path) -> Path:
+    return data / "annotations" / "instances_val2017.json"
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+
+TRAIN_LINE = re.compile(
+    r"Train: (\d+) \[ *(\d+)/(\d+) \( *(\d+)%\)\]  Loss: ([\d.]+) \(([\d.]+)\)  Class: [\d.]+  Box: [\d.]+  "
+    r"Time: [\d.]+s \([\d.]+s\)  FPS: ([\d.]+) \([\d.]+\) img/s  LR: (\S+)  Data: [\d.]+s \([\d.]+s\)  "
+    r"ETA: \d+:\d\d:\d\d$", re.MULTILINE)
+
+
+def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
+    lines = TRAIN_LINE.findall(run.output)
+    assert [(int(line[0]), int(line[1]), int(line[2])) for line in lines] == [
+        (epoch, step, STEPS_PER_EPOCH) for epoch in range(EPOCHS) for step in (2, 3)]
+    assert all(float(line[4]) > 0 and float(line[6]) > 0 for line in lines)
+    assert float(lines[0][7]) == pytest.approx(0.002, rel=0.2) and float(lines[-1][7]) < 0.0005, "cosine to --min-lr"
+    assert "ETA: 0:00:00" in run.output.splitlines()[max(
+        number for number, line in enumerate(run.output.splitlines()) if line.startswith("Train:"))]
+    for epoch in range(EPOCHS):
+        assert run.output.count(f"Eval: {epoch}  AP: ") == 1, "each line comes once"
+    assert (run.folder / "log.txt").read_text() == run.output, "nothing but the log is printed"
+
+
+def test_training_ends_with_the_numbers_and_where_everything_is(run):
+    average, best, numbers, checkpoint, pictures = run.output.splitlines()[-5:]
+    stats = json.loads((run.folder / "metrics.json").read_text())["stats"]
+    rows = run.summary()
+    metric, epoch = max((float(row["AP"]), -int(row["epoch"])) for row in rows)
+    assert float(average.partition("AvgFPS:")[2]) > 0
+    assert best == f"*** Best metric: {metric:.5f} (epoch {-epoch})"
+    assert numbers.startswith(f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch")
+    assert Path(checkpoint.removeprefix("checkpoint: ")) == run.folder / "model_best.pth.tar"
+    assert Path(pictures.removeprefix("pictures: ")) == run.folder / "pictures" / "sheet.jpg"
+    assert (run.folder / "model_best.pth.tar").is_file()
+
+
+def test_predictions_are_drawn_beside_the_truth(run, data):
+    names = {path.stem for path in (data / "val2017").iterdir()}
+    assert {path.stem for path in (run.folder / "pictures").iterdir()} == names | {"sheet"}
+    for name in names:
+        with Image.open(data / "val2017" / f"{name}.jpg") as source, \
+                Image.open(run.folder / "pictures" / f"{name}.jpg") as drawn:
+            assert drawn.width >= 2 * source.width and drawn.height >= source.height
+    with Image.open(run.folder / "pictures" / "sheet.jpg") as sheet:
+        assert len(sheet.convert("L").getcolors(256)) > 100, "something is on it"
+
+
+def test_summary_has_a_row_for_each_epoch(run):
+    rows = run.summary()
+    assert [int(row["epoch"]) for row in rows] == list(range(EPOCHS))
+    for row in rows:
+        assert f"epoch {row['epoch']}: loss {float(row['train_loss']):.5f}, " in run.output
+        assert f"Eval: {row['epoch']}  AP: {float(row['AP']):.5f}  AP50: {float(row['AP50']):.5f}" in run.output
+        assert int(row["skipped"]) == 0 and float(row["img_per_s"]) > 0
+    assert float(rows[-1]["train_loss"]) < 0.9 * float(rows[0]["train_loss"]), "it learns"
+
+
+def test_saved_config_loads_back_to_the_same_config(run):
+    asked = parse_train_args(run.argv)
+    assert parse_train_args(["-c", str(run.folder / "config.yaml")]) == asked
+    assert load.from_plain(run.checkpoint()["config"]) == asked
+    assert asked.optim.lr == 0.002 and asked.model.bn_momentum == 0.1, "else this compares defaults"
+
+
+def test_checkpoint_holds_what_its_format_says(run):
+    payload = run.checkpoint()
+    assert set(payload) == KEYS
+    assert (payload["arch"], payload["image_size"], payload["epoch"]) == ("tf_efficientdet_d0", [64, 64], EPOCHS - 1)
+    assert payload["step"] == payload["schedule"]["updates"] == payload["ema"]["updates"] == EPOCHS * STEPS_PER_EPOCH
+    assert payload["category_map"]["ids"] == sorted(CATEGORY_IDS.values())
+    assert payload["category_map"]["names"] == sorted(CATEGORY_IDS, key=CATEGORY_IDS.get)
+    assert payload["model_config"]["num_classes"] == len(CATEGORY_IDS)
+    assert payload["metric"] == float(run.summary()[-1]["AP"])
+    raw, ema = payload["state_dict"], payload["state_dict_ema"]
+    assert raw.keys() == ema.keys()
+    different = [name for name in raw if raw[name].is_floating_point() and not torch.equal(raw[name], ema[name])]
+    assert len(different) > 0.9 * sum(value.is_floating_point() for value in raw.values())
+
+
+def test_the_best_checkpoint_is_the_epoch_with_the_best_metric(run):
+    rows = run.summary()
+    best = max(range(EPOCHS), key=lambda epoch: (float(rows[epoch]["AP"]), -epoch))
+    payload = run.checkpoint("model_best.pth.tar")
+    assert (payload["epoch"], payload["metric"]) == (best, float(rows[best]["AP"]))
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {
+        f"checkpoint-{epoch}.pth.tar" for epoch in range(EPOCHS)}
+
+
+def test_resume_continues_the_same_run(run, resumed):
+    assert [int(row["epoch"]) for row in resumed.summary()] == [0, 1, 2]
+    assert "continuing with epoch 2" in resumed.output and "Train: 2 [" in resumed.output
+    assert "Train: 1 [" not in resumed.output
+    straight, continued = run.checkpoint(), resumed.checkpoint()
+    assert continued["best"] == straight["best"] and len(continued["best"]["ranking"]) == EPOCHS
+    for key in ("epoch", "step", "schedule"):
+        assert continued[key] == straight[key]
+    assert continued["ema"] == pytest.approx(straight["ema"])
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "state_dict_ema"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(run, resumed, kind):
+    straight, continued = run.checkpoint()[kind], resumed.checkpoint()[kind]
+    before = torch.load(run.folder / "checkpoint-1.pth.tar", weights_only=True)[kind]
+    assert straight.keys() == continued.keys()
+    moved = 0.0
+    for name, value in straight.items():
+        torch.testing.assert_close(continued[name], value, rtol=1e-6, atol=1e-6, msg=name)
+        moved = max(moved, float((value.float() - before[name].float()).abs().max()))
+    assert moved > 1e-3, "the last epoch changed nothing, so nothing was compared"
+
+
+def test_eval_only_prints_the_metric_of_the_checkpoint_and_changes_nothing(run, data, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "log.txt"}
+    code, output = call(train, "--root", data, "--image-size", 64, "-b", 4, "-j", 0, "--device", "cpu",
+                        "--resume", folder / "checkpoint-0.pth.tar", "--eval-only")
+    assert code == 0, output
+    row = run.summary()[0]
+    assert f"Eval: 0  AP: {float(row['AP']):.5f}  AP50: {float(row['AP50']):.5f}" in output and "(EMA weights)" in output
+    assert "Train:" not in output and "Average Precision" in output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.is_file() and path.name != "log.txt"} == content
+
+
+def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, data, tmp_path):
+    payload = run.checkpoint("checkpoint-1.pth.tar")
+    payload["best"] = {**payload["best"], "best": [1.0, 0]}  # a metric that will not be bettered
+    torch.save(payload, tmp_path / "perfect.pth.tar")
+    code, output = call(train, *train_argv(data, tmp_path, "new"), "--resume", tmp_path / "perfect.pth.tar",
+                        "--max-steps", 2 * STEPS_PER_EPOCH + 1, "--val-skip", NUM_VAL)
+    assert code == 0, output
+    assert "*** Best metric: 1.00000 (epoch 0)" in output
+    path = re.findall(r"^checkpoint: (.*)$", output, re.MULTILINE)[-1]
+    assert Path(path) == tmp_path / "new" / "last.pth.tar" and Path(path).is_file()
+
+
+def test_accumulating_gradients_keeps_the_updates_and_the_learning_rate(run, data, tmp_path):
+    """Two batches of 2 for one update are not one batch of 4: batch norm sees 2 pictures, so the losses differ."""
+    argv = [*train_argv(data, tmp_path, "halves", "--grad-accum", "2", "--val-skip", str(NUM_VAL)),
+            "-b", "2", "--max-steps", str(2 * STEPS_PER_EPOCH)]
+    code, output = call(train, *argv)
+    assert code == 0, output
+    halves = Run(tmp_path / "halves", argv, output)
+    payload, whole = halves.checkpoint(), run.checkpoint("checkpoint-0.pth.tar")
+    assert (payload["step"], whole["step"]) == (2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+    assert payload["schedule"]["updates"] == whole["schedule"]["updates"] == STEPS_PER_EPOCH
+    assert payload["ema"]["updates"] == whole["ema"]["updates"]
+    assert payload["optimizer"]["param_groups"][0]["lr"] == whole["optimizer"]["param_groups"][0]["lr"] < 0.002
+    assert float(halves.summary()[0]["lr"]) == float(run.summary()[0]["lr"])
+
+
+def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path):
+    code, output = call(train, *train_argv(data, tmp_path, "half", "--amp", "--opt-level", "O2", "--amp-dtype",
+                                           "bfloat16", "--no-model-ema", "--max-steps", "1", "--val-skip", str(NUM_VAL)))
+    assert code == 0, output
+    assert "(trained weights)" in output and "O2 bfloat16" in output
+    assert (tmp_path / "half" / "pictures" / "sheet.jpg").is_file()
+    payload = torch.load(tmp_path / "half" / "last.pth.tar", weights_only=True)
+    assert set(payload) == KEYS - {"state_dict_ema", "ema"}
+    assert {value.dtype for value in payload["state_dict"].values()} == {torch.float32, torch.int64}
+
+
+# ---- validate.py -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(tmp_path: Path, data: Path, checkpoint: Path, *more: object) -> tuple[float, str]:
+    """Run validate.py; return the AP of its metrics file and what it printed."""
+    code, output = call(validate, "--root", data, "--checkpoint", checkpoint, "-b", 4, "-j", 0, "--device", "cpu",
+                        "--metrics", tmp_path / "metrics.json", *more)
+    assert code == 0, output
+    return json.loads((tmp_path / "metrics.json").read_text())["stats"]["AP"], output
+
+
+def coco_ap(ann: Path, results: Path, img_ids: list[int] | None = None) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(ann))
+        score = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+        if img_ids is not None:
+            score.params.imgIds = img_ids
+        score.evaluate()
+        score.accumulate()
+        score.summarize()
+    return float(score.stats[0])
+
+
+def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path):
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar")
+    assert ap == run.checkpoint()["metric"] > 0
+    assert output.splitlines()[-1] == f"AP {ap:.5f}  AP50 {float(run.summary()[-1]['AP50']):.5f}"
+    assert f"Eval: 2  AP: {ap:.5f}" in run.output
+    assert "64x64, EMA weights" in output and "6 pictures" in output
+
+
+def test_validate_takes_the_trained_weights_on_request(run, data, tmp_path):
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--no-ema")
+    assert "trained weights of" in output
+    assert ap != run.checkpoint()["metric"]
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    shutil.copy(run.folder / "last.pth.tar", folder)
+    code, trained = call(train, *train_argv(data, tmp_path, "raw", "--no-model-ema", "--eval-only"), "--resume",
+                         folder / "last.pth.tar")
+    assert code == 0 and f"Eval: 2  AP: {ap:.5f}  " in trained and "(trained weights)" in trained
+
+
+def test_results_are_coco_results_with_the_original_ids(run, data, val_ann, tmp_path):
+    results = tmp_path / "deep" / "results.json"
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--results", results)
+    assert str(results) in output
+    rows = json.loads(results.read_text())
+    truth = json.loads(val_ann.read_text())
+    assert {row["image_id"] for row in rows} == {image["id"] for image in truth["images"]}
+    ids = {row["category_id"] for row in rows}
+    assert ids <= set(CATEGORY_IDS.values()) and max(ids) > len(CATEGORY_IDS), "ids, not class numbers"
+    assert coco_ap(val_ann, results) == pytest.approx(ap, abs=1e-12)
+
+
+def test_every_second_picture_can_be_skipped(run, data, val_ann, tmp_path):
+    results = tmp_path / "results.json"
+    ap, _ = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--results", results, "--val-skip", 2)
+    img_ids = [image["id"] for image in json.loads(val_ann.read_text())["images"]][::2]
+    assert {row["image_id"] for row in json.loads(results.read_text())} == set(img_ids)
+    assert ap == pytest.approx(coco_ap(val_ann, results, img_ids), abs=1e-12)
+    assert ap != run.checkpoint()["metric"]
+
+
+def test_another_image_size_evaluates(run, data, tmp_path):
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--image-size", 96, 128)
+    assert "96x128" in output
+    assert 0 <= ap != run.checkpoint()["metric"]
+
+
+def test_one_of_the_roots_files_can_be_replaced(run, data, val_ann, tmp_path):
+    """--val-ann beside --root once had no effect."""
+    truth = json.loads(val_ann.read_text())
+    keep = {image["id"] for image in truth["images"][:2]}
+    truth["images"] = truth["images"][:2]
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in keep]
+    (tmp_path / "two.json").write_text(json.dumps(truth))
+    _, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--val-ann", tmp_path / "two.json",
+                         "--results", tmp_path / "results.json")
+    assert "2 pictures" in output
+    assert {row["image_id"] for row in json.loads((tmp_path / "results.json").read_text())} == keep
+
+
+# ---- demo.py ---------------------------------------------------------------------------------------------------------
+
+LOW = ("--score-thr", "0.01", "--device", "cpu")
+
+
+def show(run: Run, output: Path, *argv: object) -> list[dict]:
+    """Run demo.py and return its json, after checking that it agrees with what was drawn and printed."""
+    code, printed = call(demo, *argv, "--checkpoint", run.folder / "last.pth.tar", "--output", output, *LOW)
+    assert code == 0, printed
+    entries = json.loads((output / "detections.json").read_text())
+    for entry in entries:
+        with Image.open(entry["file"]) as source, Image.open(entry["drawn"]) as drawn:
+            assert source.size == drawn.size == (entry["width"], entry["height"])
+        assert f"{entry['file']}: {len(entry['objects'])} object(s)" in printed
+    assert {path.name for path in output.iterdir()} == {"detections.json"} | {Path(e["drawn"]).name for e in entries}
+    return entries
+
+
+def test_demo_takes_a_file_a_folder_and_a_pattern(run, data, tmp_path):
+    pictures = sorted((data / "val2017").iterdir())
+    one = show(run, tmp_path / "file", pictures[2])
+    assert [entry["file"] for entry in one] == [str(pictures[2])]
+    folder = show(run, tmp_path / "folder", data / "val2017")
+    assert [entry["file"] for entry in folder] == [str(path) for path in pictures]
+    assert {**folder[2], "drawn": ""} == {**one[0], "drawn": ""}
+    pattern = show(run, tmp_path / "pattern", data / "val2017" / "*[24].jpg", pictures[1])
+    assert [entry["file"] for entry in pattern] == [str(pictures[1]), str(pictures[3])], "a picture named twice comes once"
+
+
+def test_demo_lists_objects_with_names_ids_and_boxes_of_the_picture(run, data, tmp_path):
+    entries = show(run, tmp_path / "out", data / "val2017")
+    objects = [(entry, item) for entry in entries for item in entry["objects"]]
+    assert objects
+    for entry, item in objects:
+        assert item["category_id"] == CATEGORY_IDS[item["name"]]
+        assert 0.01 <= item["score"] <= 1
+        x, y, width, height = item["bbox"]
+        assert min(x, y, width, height) >= 0 and x + width <= entry["width"] + 1e-3
+        assert y + height <= entry["height"] + 1e-3
+    for entry in entries:
+        scores = [item["score"] for item in entry["objects"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_demo_gives_the_same_bits_in_another_process(run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data / "val2017", "in")
+    argv = ["in", "--checkpoint", run.folder / "last.pth.tar", "--output", "out", *LOW]
+    code, printed = call(demo, *argv)
+    assert code == 0, printed
+    first = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    shutil.rmtree("out")
+    done = subprocess.run([sys.executable, str(REPO / "demo.py"), *map(str, argv)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == first
+    assert len(first) == NUM_VAL + 1
+    assert done.stdout == printed
+
+
+def test_demo_without_arguments_shows_the_newest_checkpoint_on_the_default_data(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = functools.partial(make_synthetic_dataset, num_train=1, num_val=2)
+    monkeypatch.setattr(effdet.data.synthetic, "make_synthetic_dataset", few)
+    for name, age_s in (("output/train/old", 100), ("runs/quickstart/new", 0), ("runs/quickstart/older", 50)):
+        Path(name).mkdir(parents=True)
+        copy = Path(name, "last.pth.tar")
+        shutil.copyfile(run.folder / "last.pth.tar", copy)
+        os.utime(copy, (1_700_000_000 - age_s,) * 2)
+    code, printed = call(demo, *LOW)
+    assert code == 0, printed
+    assert "runs/quickstart/new/last.pth.tar" in printed
+    drawn = {path.name for path in Path("output/demo").iterdir()}
+    assert drawn == {"detections.json"} | {f"{path.stem}.png" for path in Path("data/synthetic/val2017").iterdir()}
+    assert len(drawn) == 3
+
+
+def test_demo_without_a_checkpoint_makes_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed = call(demo)
+    assert code == 1 and "no checkpoint under runs/ or output/" in printed.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawings_of_pictures_with_one_name_do_not_replace_each_other(tmp_path):
+    paths = [Path("a/x.jpg"), Path("a/x.png"), Path("b/x.jpg"), Path("a/x_2.jpg")]
+    assert [path.name for path in demo.name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
+    with pytest.raises(ValueError, match="choose another --output"):
+        demo.name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
+
+
+# ---- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """What the command lines of the table below refer to."""
+
+    data: Path
+    run: Run
+    tmp: Path
+
+    @property
+    def last(self) -> Path:
+        return self.run.folder / "last.pth.tar"
+
+    def train(self, *more: object) -> list[object]:
+        return [*train_argv(self.data, self.tmp / "out", "run"), *more]
+
+    def validate(self, *more: object) -> list[object]:
+        return ["--root", self.data, "-b", "4", "-j", "0", "--device", "cpu", *more]
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.tmp / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def other_categories(self) -> Path:
+        """The data set with an id that no checkpoint knows."""
+        root = self.tmp / "other"
+        for split in ("train2017", "val2017"):
+            source = self.data / "annotations" / f"instances_{split}.json"
+            self.write(f"other/annotations/instances_{split}.json", source.read_text().replace('"id":44,', '"id":99,')
+                       .replace('"category_id":44', '"category_id":99'))
+            (root / split).symlink_to(self.data / split)
+        return root
+
+    def weights_only(self) -> Path:
+        torch.save(self.run.checkpoint()["state_dict"], self.tmp / "weights.pth")
+        return self.tmp / "weights.pth"
+
+
+NO_SUCH = "/nowhere/at/all"
+ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]] = {
+    "no root": (train, lambda p: ["--device", "cpu"], ["no data", "--root DIR"]),
+    "root is missing": (train, lambda p: ["--root", NO_SUCH, "--device", "cpu", "--output", p.tmp],
+                        [NO_SUCH, "no such directory"]),
+    "root without annotations": (
+        train, lambda p: ["--root", p.write("coco/train2017/x.txt", "").parents[1], "--output", p.tmp],
+        ["instances_train2017.json", "absent", "holds: train2017"]),
+    "image size off the stride": (train, lambda p: p.train("--image-size", 500), ["500", "(480, 480)", "(512, 512)"]),
+    "model misspelled": (train, lambda p: p.train("--model", "tf_eficientdet_d0"),
+                         ["tf_eficientdet_d0", "tf_efficientdet_d0"]),
+    "optimizer misspelled": (train, lambda p: p.train("--opt", "adamv"), ["adamv", "adamw"]),
+    "unknown flag": (train, lambda p: p.train("--epochz", 3), ["--epochz", "did you mean --epochs"]),
+    "flag of the past": (train, lambda p: p.train("--torchscript"), ["--torchscript is gone", "drop it"]),
+    "batch not divisible": (train, lambda p: p.train("-b", 5, "--device-list", "0,1"),
+                            ["batch size 5", "2 devices", "4 or 6"]),
+    "evaluation batch not divisible": (validate, lambda p: p.validate("-b", 5, "--device-list", "0,1"),
+                                       ["batch size 5", "2 devices", "4 or 6"]),
+    "fewer pictures than a batch": (train, lambda p: p.train("-b", 16), ["12 images", "16"]),
+    "class count against the json": (train, lambda p: p.train("--num-classes", 3),
+                                     ["num_classes is 3", "6 categories"]),
+    "setting unknown in YAML": (
+        train, lambda p: p.train("-c", p.write("my.yaml", "optim:\n  momentun: 0.8\n")),
+        ["my.yaml", "optim.momentun", "did you mean optim.momentum"]),
+    "YAML is missing": (train, lambda p: p.train("-c", NO_SUCH), [NO_SUCH, "No such file"]),
+    "pretrained file is missing": (train, lambda p: p.train("--pretrained", NO_SUCH), [NO_SUCH, "No checkpoint"]),
+    "output below a file": (train, lambda p: p.train("--output", p.write("file", "") / "deeper"), ["file/deeper"]),
+    "resume without a file": (train, lambda p: p.train("--resume", p.run.folder / "lost.pth.tar"),
+                              ["lost.pth.tar", "last.pth.tar"]),
+    "resume of a truncated file": (
+        train, lambda p: p.train("--resume", p.write("cut.pth.tar", p.last.read_bytes()[:100_000])),
+        ["cut.pth.tar", "truncated"]),
+    "resume of something else": (train, lambda p: p.train("--resume", p.write("notes.pth", "buy milk")),
+                                 ["notes.pth", "not a checkpoint"]),
+    "resume of another model": (train, lambda p: p.train("--model", "tf_efficientdet_lite0", "--resume", p.last),
+                                ["tf_efficientdet_d0", "tf_efficientdet_lite0", "--model"]),
+    "resume with another optimizer": (train, lambda p: p.train("--opt", "fusedmomentum", "--resume", p.last),
+                                      ["--opt adamw", "--opt fusedmomentum"]),
+    "resume of a finished run": (train, lambda p: p.train("--resume", p.last), ["nothing is left", "3", "--epochs"]),
+    "resume of a run of as many steps": (
+        train, lambda p: p.train("--resume", p.run.folder / "checkpoint-0.pth.tar", "--max-steps", 3),
+        ["nothing is left", "3 steps", "--max-steps"]),
+    "resume with other categories": (train, lambda p: p.train("--root", p.other_categories(), "--resume", p.last),
+                                     ["99", "does not know"]),
+    "weights of other classes": (
+        train, lambda p: p.train("--root", p.other_categories(), "--num-classes", 99, "--initial-checkpoint", p.last),
+        ["class_net", "class count"]),
+    "eval-only without weights": (train, lambda p: p.train("--eval-only"), ["--eval-only needs weights"]),
+    "validate without weights": (validate, lambda p: p.validate(), ["no weights", "--checkpoint"]),
+    "validate with other categories": (
+        validate, lambda p: p.validate("--root", p.other_categories(), "--checkpoint", p.last), ["99", "does not know"]),
+    "validate with another class count": (
+        validate, lambda p: p.validate("--num-classes", 3, "--checkpoint", p.last), ["6 classes", "--num-classes 3"]),
+    "validate with another model": (
+        validate, lambda p: p.validate("--model", "tf_efficientdet_d1", "--checkpoint", p.last),
+        ["tf_efficientdet_d0", "tf_efficientdet_d1"]),
+    "validate weights of an unknown model": (
+        validate, lambda p: p.validate("--checkpoint", p.weights_only()), ["weights.pth", "--model"]),
+    "validate without averaged weights": (
+        validate, lambda p: p.validate("--model", "tf_efficientdet_d0", "--checkpoint", p.weights_only(), "--use-ema"),
+        ["EMA"]),
+    "validate a folder": (validate, lambda p: p.validate("--checkpoint", p.run.folder),
+                          ["is a folder", "model_best.pth.tar"]),
+    "demo finds no picture": (demo, lambda p: [p.tmp / "*.jpg", "--checkpoint", p.last], ["*.jpg", "no picture found"]),
+    "demo of a broken picture": (
+        demo, lambda p: [p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"), "--checkpoint", p.last, "--output", p.tmp],
+        ["broken.jpg", "cannot be read"]),
+    "demo would draw over its input": (
+        demo, lambda p: [Image.new("RGB", (9, 9)).save(p.tmp / "a.png") or p.tmp, "--checkpoint", p.last,
+                         "--output", p.tmp], ["a.png", "choose another --output"]),
+    "demo of a checkpoint that is missing": (demo, lambda p: ["--checkpoint", NO_SUCH], [NO_SUCH, "No checkpoint"]),
+}
+
+
+def check_error(script: str, code: int, output: str, pieces: list[str]) -> None:
+    assert code != 0
+    assert "Traceback" not in output
+    reason = output.splitlines()[-1]
+    assert reason.startswith(f"{script}.py: error: ")
+    assert [piece for piece in pieces if piece not in reason] == [], reason
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_end_with_one_line_that_says_what_is_wrong(case, data, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, make_argv, pieces = ERRORS[case]
+    if "synthetic" in case or case.endswith("is missing") and script is demo:
+        few = functools.partial(make_synthetic_dataset, num_train=1, num_val=1)
+        monkeypatch.setattr(effdet.data.synthetic, "make_synthetic_dataset", few)
+    code, output = call(script, *make_argv(Place(data, run, tmp_path)))
+    check_error(script.__name__, code, output, pieces)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test needs to be absent")
+@pytest.mark.parametrize("script", [train, validate, demo])
+def test_a_device_that_is_not_there_is_named(script, data, run, tmp_path):
+    argv = {train: ["--root", data, "--output", tmp_path],
+            validate: ["--root", data, "--checkpoint", run.folder / "last.pth.tar"],
+            demo: [data / "val2017", "--checkpoint", run.folder / "last.pth.tar", "--output", tmp_path]}[script]
+    code, output = call(script, *argv, "--device", "cuda")
+    check_error(script.__name__, code, output, ["'cuda'", "--device cpu"])
+
+
+def test_an_error_ends_the_process_with_a_status_and_a_line():
+    done = spawn("train.py", "--root", NO_SUCH, "--device", "cpu")
+    check_error("train", done.returncode, done.stdout, [NO_SUCH])
+    assert done.returncode == 1
