@@ -86,7 +86,7 @@ def find_checkpoint(cfg: DemoConfig) -> str:
 
 
 def name_drawings(paths: list[Path], output_dir: Path) -> list[Path]:
-    """Return the file for each picture's drawing; pictures of one name (a.jpg and a.png, or two folders) get numbers."""
+    """Return the file for each picture's drawing; pictures of one name (a.jpg and a.png, two folders) get numbers."""
     sources = {path.resolve() for path in paths}
     targets: list[Path] = []
     for path in paths:

@@ -12,6 +12,8 @@ from .data.pictures import read_picture
 from .draw import draw_comparison, make_class_colors, make_contact_sheet
 from .predictor import Predictor
 
+_CELL_WIDTH_PX = 640
+
 
 def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path, num_pictures: int = 12,
                       score_threshold: float = 0.3) -> Path:
@@ -49,5 +51,6 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
     if not drawn:
         return output_dir
     sheet = output_dir / "sheet.jpg"
-    make_contact_sheet(drawn, columns=3, cell_px=(640, 320)).save(sheet, quality=92)
+    height = round(_CELL_WIDTH_PX * float(np.median([image.height / image.width for image in drawn])))
+    make_contact_sheet(drawn, columns=2, cell_px=(_CELL_WIDTH_PX, height)).save(sheet, quality=92)
     return sheet

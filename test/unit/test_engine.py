@@ -1,0 +1,372 @@
+"""The two loops against slow twins, and the promise that nothing reads the device between two log lines."""
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effdet.amp import Precision
+from effdet.bench import DetBenchTrain
+from effdet.ema import ModelEma
+from effdet.engine import Training, evaluate, train_one_epoch
+from effdet.evaluator import Evaluator
+from effdet.factory import create_model
+from effdet.optim import build_optimizer
+from effdet.schedule import build_schedule
+
+CPU = torch.device("cpu")
+NUM_BATCHES = 7
+
+
+class Regression(nn.Module):
+    """The least that trains: a linear model whose loss may be spoilt by a factor in the target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, images: torch.Tensor, target: dict) -> dict[str, torch.Tensor]:
+        error = ((self.model(images) - target["goal"]) ** 2).mean() * target["factor"]
+        return {"loss": error, "class_loss": 0.75 * error, "box_loss": 0.25 * error}
+
+
+class Batches(list):
+    """A loader of ready batches that remembers the epochs its sampler was told."""
+
+    def __init__(self, batches: list) -> None:
+        super().__init__(batches)
+        self.epochs: list[int] = []
+        self.sampler = SimpleNamespace(set_epoch=self.epochs.append)
+
+
+def make_batches(count: int = NUM_BATCHES, factors: dict[int, float] | None = None) -> Batches:
+    generator = torch.Generator().manual_seed(2)
+    return Batches([
+        (torch.randn(2, 3, 2, 2, generator=generator),
+         {"goal": torch.randn(2, 1, generator=generator), "factor": torch.tensor((factors or {}).get(index, 1.0))})
+        for index in range(count)])
+
+
+def make_training(bench: nn.Module, opt: str = "fusedmomentum", sched: str = "constant", ema: bool = False,
+                  updates_per_epoch: int = NUM_BATCHES, epochs: int = 3, **options) -> Training:
+    optimizer = build_optimizer(bench.model, opt, lr=0.05)
+    schedule, _ = build_schedule(optimizer, sched, epochs, warmup_epochs=0, min_lr=0.001, cooldown_epochs=0,
+                                 updates_per_epoch=updates_per_epoch)
+    return Training(bench, bench.model, optimizer, schedule, Precision(CPU, enabled=False), CPU,
+                    ModelEma(bench.model, decay=0.8, warmup=False) if ema else None, **options)
+
+
+def train_slowly(batches: list, groups: list[list[int]], lr: float = 0.05, momentum: float = 0.9,
+                 weight_decay: float = 4e-5, ema_decay: float = 0.8) -> tuple[nn.Module, nn.Module, list[float]]:
+    """Train a Regression with one update for each group of batches, on the mean of the group's losses.
+
+    Returns the bench, one with the average of its weights, and the batches' losses.
+    """
+    bench, losses = Regression(), []
+    average = copy.deepcopy(bench)
+    buffers = [torch.zeros_like(parameter) for parameter in bench.parameters()]
+    for group in groups:
+        outputs = [bench(*batches[index])["loss"] for index in group]
+        losses += [loss.item() for loss in outputs]
+        gradients = torch.autograd.grad(sum(outputs) / len(outputs), list(bench.parameters()))
+        with torch.no_grad():
+            for parameter, gradient, buffer in zip(bench.parameters(), gradients, buffers, strict=True):
+                decay = weight_decay if parameter.ndim > 1 else 0.0
+                buffer.mul_(momentum).add_(gradient + decay * parameter)
+                parameter.sub_(lr * buffer)
+            for parameter, mean in zip(bench.parameters(), average.parameters(), strict=True):
+                mean.mul_(ema_decay).add_((1 - ema_decay) * parameter)
+    return bench, average, losses
+
+
+def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
+    for (name, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@contextmanager
+def captured_lines(name: str = "effdet.engine") -> Iterator[list[str]]:
+    """Collect a logger's lines; not caplog, which sees nothing once a script has stopped propagation."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("grad_accum", "groups"), [
+    (1, [[0], [1], [2], [3], [4], [5], [6]]),
+    (3, [[0, 1, 2], [3, 4, 5], [6]]),
+    (10, [[0, 1, 2, 3, 4, 5, 6]]),
+])
+def test_an_update_is_the_mean_over_its_group_also_in_the_short_last_one(grad_accum, groups):
+    batches = make_batches()
+    run = make_training(Regression(), grad_accum=grad_accum, ema=True)
+    start = copy.deepcopy(run.model)
+    stats = train_one_epoch(run, batches, epoch=4)
+    expected, average, losses = train_slowly(batches, groups)
+    assert_same_weights(run.model, expected.model)
+    assert_same_weights(run.ema.module, average.model)
+    assert not torch.allclose(start[1].weight, run.model[1].weight, atol=1e-3)
+    assert run.steps == NUM_BATCHES
+    assert run.updates == run.ema.updates == run.schedule.updates == len(groups)
+    assert stats.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert (stats.class_loss, stats.box_loss) == pytest.approx((0.75 * stats.loss, 0.25 * stats.loss), rel=1e-5)
+    assert stats.skipped == 0 and stats.fps > 0 and stats.peak_memory_mib > 0
+    assert batches.epochs == [4]
+
+
+def test_the_learning_rate_follows_the_updates():
+    run = make_training(Regression(), sched="cosine", grad_accum=3, updates_per_epoch=3, epochs=2)
+    rates = []
+    for epoch in range(2):
+        stats = train_one_epoch(run, make_batches(), epoch)
+        rates.append(stats.lr)
+    # 3 of 6 and 6 of 6 updates along a half cosine from 0.05 to 0.001
+    assert rates == pytest.approx([(0.05 + 0.001) / 2, 0.001], rel=1e-6)
+
+
+def test_max_steps_ends_the_run_within_an_epoch():
+    batches = make_batches()
+    run = make_training(Regression(), grad_accum=4, max_steps=6)
+    stats = train_one_epoch(run, batches, epoch=0)
+    expected, _, losses = train_slowly(batches, [[0, 1, 2, 3], [4, 5]])
+    assert_same_weights(run.model, expected.model)
+    assert (run.steps, run.updates, run.is_finished) == (6, 2, True)
+    assert stats.loss == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+def test_max_steps_counts_over_epochs():
+    run = make_training(Regression(), max_steps=NUM_BATCHES + 3)
+    train_one_epoch(run, make_batches(), epoch=0)
+    assert (run.steps, run.is_finished) == (NUM_BATCHES, False)
+    train_one_epoch(run, make_batches(), epoch=1)
+    assert (run.steps, run.updates, run.is_finished) == (NUM_BATCHES + 3, NUM_BATCHES + 3, True)
+
+
+@pytest.mark.parametrize("opt", ["fusedmomentum", "adamw", "lamb"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted(opt, factor):
+    run = make_training(Regression(), opt)
+    stats = train_one_epoch(run, make_batches(factors={3: factor}), epoch=0)
+    without = make_training(Regression(), opt)
+    clean = make_batches()
+    del clean[3]
+    train_one_epoch(without, clean, epoch=0)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), without.model.parameters(), strict=True))
+    assert (stats.skipped, run.steps, run.updates) == (1, NUM_BATCHES, NUM_BATCHES)
+    assert not math.isfinite(stats.loss), "the epoch's loss says so"
+
+
+def test_a_spoilt_batch_skips_the_whole_update_it_belongs_to():
+    run = make_training(Regression(), grad_accum=3)
+    stats = train_one_epoch(run, make_batches(factors={4: math.nan}), epoch=0)
+    assert_same_weights(run.model, train_slowly(make_batches(), [[0, 1, 2], [6]])[0].model)
+    assert (stats.skipped, run.updates) == (1, 3)
+
+
+def test_an_empty_loader_is_an_error():
+    with pytest.raises(RuntimeError, match="no batch"):
+        train_one_epoch(make_training(Regression()), Batches([]), epoch=0)
+
+
+def test_accumulation_exchanges_gradients_once_for_each_update():
+    """Under DistributedDataParallel, whose hook is called for each exchange of its one bucket."""
+    exchanges: list[int] = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bench = Regression()
+        run = make_training(bench, grad_accum=3)
+        run.bench = DistributedDataParallel(bench)
+
+        def count(_state: object, bucket: dist.GradBucket) -> torch.futures.Future:
+            exchanges.append(run.steps)
+            done: torch.futures.Future = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+        run.bench.register_comm_hook(None, count)
+        batches = make_batches()
+        train_one_epoch(run, batches, epoch=0)
+        assert exchanges == [2, 5, 6]  # while the batch of this number is trained
+        assert_same_weights(run.model, train_slowly(batches, [[0, 1, 2], [3, 4, 5], [6]])[0].model)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_comes_at_each_interval_and_at_the_end():
+    batches = make_batches()
+    run = make_training(Regression(), log_interval=3, total_steps=2 * NUM_BATCHES)
+    with captured_lines() as lines:
+        train_one_epoch(run, batches, epoch=0)
+        train_one_epoch(run, batches, epoch=1)
+    _, _, losses = train_slowly(batches + batches, [[index] for index in range(2 * NUM_BATCHES)])
+    expected = [(epoch, step) for epoch in (0, 1) for step in (3, 6, 7)]
+    assert len(lines) == len(expected)
+    for line, (epoch, step) in zip(lines, expected, strict=True):
+        assert line.startswith(f"Train: {epoch} [{step:>4d}/7 (")
+        now, mean = map(float, re.search(r"Loss: ([\d.]+) \(([\d.]+)\)", line).groups())
+        first = epoch * NUM_BATCHES
+        assert now == pytest.approx(losses[first + step - 1], abs=2e-5)
+        assert mean == pytest.approx(sum(losses[first:first + step]) / step, abs=2e-5)
+    assert "ETA: 0:00:00" in lines[-1]
+    assert run.throughput.intervals == 4  # neither the first nor the last
+
+
+def test_rates_and_remaining_time_come_from_the_clock(monkeypatch):
+    """A clock that ticks a second at each look: data_ready, the log line and the wait after it each take one."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr("effdet.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    run = make_training(Regression(), log_interval=2, total_steps=10)
+    with captured_lines() as lines:
+        train_one_epoch(run, make_batches(4), epoch=0)
+    # Looks: start 0, data 1, wait 2, data 3, log 4, wait 5, data 6, wait 7, data 8, log 9.
+    assert "Time: 2.000s (2.000s)  FPS: 1.00 (1.00) img/s" in lines[0] and "Data: 1.000s (1.000s)" in lines[0]
+    assert "ETA: 0:00:16" in lines[0]  # 8 steps to go at 2 s
+    assert "Time: 2.500s (2.250s)  FPS: 0.80 (0.89) img/s" in lines[1]
+    assert "ETA: 0:00:14" in lines[1]  # 6 steps at 2.25 s is 13.5 s
+
+
+# ---- reading the device ----------------------------------------------------------------------------------------------
+
+_READERS = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
+_READING_OPS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique2", "_unique2"}
+
+
+class _ReadingOps(TorchDispatchMode):
+    """Report operators that give the host a value, or a shape that depends on one; also those called from C++."""
+
+    def __init__(self, report) -> None:
+        super().__init__()
+        self.report = report
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in _READING_OPS:
+            self.report(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reads_by_step(run: Training, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """Count by the number of finished batches how often a tensor's value is asked for."""
+    reads: Counter = Counter()
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def wrapper(self, *args, **kwargs):
+            reads[run.steps] += 1
+            return original(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, wrapper)
+
+    with monkeypatch.context() as patches:
+        monkeypatch = patches
+        for name in _READERS:
+            watch(name)
+        with _ReadingOps(lambda name: reads.update([run.steps])):
+            yield reads
+
+
+@pytest.fixture(scope="module")
+def detector() -> DetBenchTrain:
+    torch.manual_seed(0)
+    model = create_model("tf_efficientdet_d0", num_classes=3, image_size=(64, 64), pretrained_backbone=False)
+    return DetBenchTrain(model, create_labeler=True)
+
+
+def make_pictures(count: int) -> Batches:
+    generator = torch.Generator().manual_seed(3)
+    target = {"bbox": torch.tensor([[[8.0, 8.0, 40.0, 50.0], [0, 0, 0, 0]], [[20.0, 4.0, 60.0, 30.0], [2, 2, 30, 30]]]),
+              "cls": torch.tensor([[1, -1], [3, 2]]), "img_scale": torch.ones(2), "img_size": torch.full((2, 2), 64.0)}
+    return Batches([(torch.randn(2, 3, 64, 64, generator=generator), target) for _ in range(count)])
+
+
+@pytest.mark.parametrize("options", [{"clip": (10.0, "norm")}, {"grad_accum": 2, "clip": (0.1, "value")}])
+def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
+    run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
+    with captured_lines() as lines, reads_by_step(run, monkeypatch) as reads:
+        train_one_epoch(run, make_pictures(5), epoch=0)
+    assert len(lines) == 3
+    assert set(reads) == {2, 4, 5}, f"reads by finished steps: {dict(reads)}"
+    assert reads[2] == reads[4] <= 2, "one read for a line"
+
+
+def test_the_guard_above_sees_a_read(monkeypatch):
+    class Curious(Regression):
+        def forward(self, images, target):
+            output = super().forward(images, target)
+            assert not output["loss"] > 1e9  # asks for the value
+            return output
+    run = make_training(Curious(), log_interval=100)
+    with reads_by_step(run, monkeypatch) as reads:
+        train_one_epoch(run, make_batches(4), epoch=0)
+    assert set(reads) == {0, 1, 2, 3, 4}
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Collected(Evaluator):
+    """Scores by the sum of all scores."""
+
+    def evaluate(self, output_result_file: str = "") -> float:
+        return float(sum(rows[:, 4].sum() for rows in self.predictions))
+
+
+class Detecting(nn.Module):
+    """One detection for each picture, with the picture's mean as score; with a loss on request."""
+
+    def __init__(self, with_loss: bool) -> None:
+        super().__init__()
+        self.with_loss = with_loss
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor, target: dict) -> torch.Tensor | dict[str, torch.Tensor]:
+        assert not self.training
+        rows = torch.zeros(len(images), 1, 6)
+        rows[:, 0, 4] = images.mean((1, 2, 3)) * self.weight
+        rows[:, 0, 5] = 1
+        assert not rows.requires_grad
+        return {"detections": rows, "loss": images.mean()} if self.with_loss else rows
+
+
+def test_evaluation_scores_every_batch_and_means_the_loss():
+    batches = [(torch.full((2, 3, 4, 4), 0.25), {"img_idx": torch.tensor([0, 1])}),
+               (torch.full((1, 3, 4, 4), 0.75), {"img_idx": torch.tensor([2])})]
+    evaluator = Collected()
+    metric, loss = evaluate(Detecting(True).train(), batches, evaluator)
+    assert (metric, loss) == (1.25, 0.5)
+    assert evaluator.img_indices == [0, 1, 2]
+    with captured_lines() as lines:
+        metric, loss = evaluate(Detecting(False), batches, Collected(), log_interval=1)
+    assert (metric, loss) == (1.25, None)
+    assert [line.partition("]")[0] for line in lines] == ["Eval: [1/2", "Eval: [2/2"]
+
+
+def test_evaluation_of_nothing_is_zero():
+    assert evaluate(Detecting(True), [], Collected()) == (0.0, None)

@@ -1,0 +1,138 @@
+"""Pictures in, detections in their pixels out: against the steps done by hand, and on awkward pictures."""
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effdet.bench import DetBenchPredict
+from effdet.data.categories import CategoryMap
+from effdet.factory import create_model
+from effdet.predictor import Predictor
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 96, 64
+NUM_CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    """A D0 whose scores spread over 0..1, so that their order does not hang on the last bits.
+
+    Norm layers take their statistics from noise, as an initial network's own hand on next to nothing.
+    """
+    torch.manual_seed(0)
+    network = create_model("tf_efficientdet_d0", num_classes=NUM_CLASSES, image_size=(HEIGHT, WIDTH),
+                           pretrained_backbone=False, max_det_per_image=20)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for module in norms:
+        module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, HEIGHT, WIDTH))
+        network.class_net.predict.conv_pw.weight.normal_(std=0.3)
+    return network.eval()
+
+
+def make_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def predictor(model) -> Predictor:
+    return Predictor(model, CPU)
+
+
+def predict_by_hand(model: torch.nn.Module, picture: Image.Image) -> np.ndarray:
+    """Letterbox, normalise and post-process one picture, step by step."""
+    scale = min(HEIGHT / picture.height, WIDTH / picture.width)
+    resized = picture.resize((int(picture.width * scale), int(picture.height * scale)), Image.Resampling.BILINEAR)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    canvas = np.empty((HEIGHT, WIDTH, 3), np.uint8)
+    canvas[:] = np.rint(255 * mean)
+    canvas[:resized.height, :resized.width] = np.asarray(resized)
+    images = torch.from_numpy((canvas / 255 - mean) / std).float().permute(2, 0, 1)[None]
+    with torch.no_grad():
+        rows = DetBenchPredict(copy.deepcopy(model)).eval()(images)[0].numpy()
+    rows = rows[rows[:, 4] > 0]
+    rows[:, :4] /= scale
+    rows[:, [0, 2]] = rows[:, [0, 2]].clip(0, picture.width)
+    rows[:, [1, 3]] = rows[:, [1, 3]].clip(0, picture.height)
+    rows[:, 5] -= 1
+    return rows
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 96), (200, 120), (31, 77)])
+def test_detections_are_those_of_the_steps_done_by_hand(model, predictor, width, height):
+    picture = make_picture(width, height)
+    (rows,) = predictor.predict([picture])
+    expected = predict_by_hand(model, picture)
+    assert rows.dtype == np.float32 and rows.shape == expected.shape == (20, 6)
+    np.testing.assert_allclose(rows[:, 4], expected[:, 4], rtol=1e-3)
+    np.testing.assert_array_equal(rows[:, 5], expected[:, 5])
+    np.testing.assert_allclose(rows[:, :4], expected[:, :4], rtol=1e-3, atol=0.05)
+    assert (np.diff(rows[:, 4]) <= 0).all()
+    assert set(rows[:, 5]) <= set(range(NUM_CLASSES)) and len(set(rows[:, 5])) > 1
+
+
+def test_the_same_pictures_give_the_same_bits(model):
+    pictures = [make_picture(100, 80), make_picture(50, 90, seed=1), make_picture(64, 64, seed=2)]
+    predictor = Predictor(model, CPU, batch_size=2)
+    first = predictor.predict(pictures)
+    again = Predictor(copy.deepcopy(model), CPU, batch_size=2).predict([picture.copy() for picture in pictures])
+    for rows, others, repeated in zip(first, again, predictor.predict(pictures), strict=True):
+        assert rows.tobytes() == others.tobytes() == repeated.tobytes()
+        assert len(rows) == 20
+    assert first[0].tobytes() != first[1].tobytes()
+
+
+def test_batches_keep_the_order_of_the_pictures(model, predictor):
+    pictures = [make_picture(60 + 10 * seed, 80, seed) for seed in range(3)]
+    together = Predictor(model, CPU, batch_size=2).predict(pictures)
+    for rows, picture in zip(together, pictures, strict=True):
+        (alone,) = predictor.predict([picture])
+        np.testing.assert_allclose(rows[:, 4], alone[:, 4], rtol=1e-4)
+        np.testing.assert_allclose(rows[0], alone[0], rtol=1e-3, atol=1e-2)
+
+
+def test_a_gray_picture_is_its_rgb_version(predictor):
+    gray = make_picture(70, 90).convert("L")
+    (rows,), (expected,) = predictor.predict([gray]), predictor.predict([gray.convert("RGB")])
+    assert rows.tobytes() == expected.tobytes() and len(rows) == 20
+
+
+@pytest.mark.parametrize(("width", "height"), [(4000, 40), (40, 4000), (1, 1), (3000, 2)])
+def test_boxes_stay_in_a_picture_of_any_shape(predictor, width, height):
+    (rows,) = predictor.predict([make_picture(width, height)])
+    assert len(rows) > 0 and np.isfinite(rows).all()
+    assert (rows[:, :4] >= 0).all()
+    assert (rows[:, [0, 2]] <= width).all() and (rows[:, [1, 3]] <= height).all()
+    assert (rows[:, :2] <= rows[:, 2:4]).all()
+    assert rows[:, 2].max() > 0.5 * width, "boxes are in the picture's pixels, not the network's"
+
+
+def test_detections_below_the_threshold_are_left_out(predictor):
+    picture = make_picture(90, 90)
+    (rows,) = predictor.predict([picture])
+    threshold = float(rows[7, 4])
+    (kept,) = predictor.predict([picture], threshold)
+    assert kept.tobytes() == rows[rows[:, 4] >= threshold].tobytes() and len(kept) == 8
+    (none,) = predictor.predict([picture], 1.0)
+    assert none.shape == (0, 6) and none.dtype == np.float32
+
+
+def test_no_pictures_give_no_results(predictor):
+    assert predictor.predict([]) == []
+
+
+def test_classes_have_the_names_and_ids_of_the_category_map(model):
+    categories = CategoryMap((3, 44, 1000), ("cup", "dog", "kite"), NUM_CLASSES)
+    named = Predictor(model, CPU, categories)
+    assert [named.name_of(idx) for idx in range(3)] == ["cup", "dog", "kite"]
+    assert [named.category_id_of(idx) for idx in range(3)] == [3, 44, 1000]
+    bare = Predictor(model, CPU)
+    assert [bare.name_of(idx) for idx in range(2)] == ["class 1", "class 2"]
+    assert [bare.category_id_of(idx) for idx in range(2)] == [1, 2]
