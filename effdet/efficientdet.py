@@ -108,10 +108,10 @@ class EfficientDet(nn.Module):
         new_anchors = aspect_ratios is not None or num_scales is not None
         device = next(self.parameters()).device
         if num_classes is not None or new_anchors:
-            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device)
+            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device).train(self.training)
             self._init_part("class_net", alternate_init)
         if new_anchors:
-            self.box_net = HeadNet(self.config, num_outputs=4).to(device)
+            self.box_net = HeadNet(self.config, num_outputs=4).to(device).train(self.training)
             self._init_part("box_net", alternate_init)
 
     def toggle_head_bn_level_first(self) -> None:
