@@ -200,7 +200,6 @@ class Session:
         """Train and evaluate epoch by epoch, then say where everything is."""
         if self.cfg.run.eval_only:
             self.evaluate(max(0, self.first_epoch - 1))
-            _logger.info("%s", self.evaluator.summary())
             return
         if distributed.is_primary():
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")

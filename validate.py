@@ -83,7 +83,6 @@ def run(cfg: ValidateConfig, detector: Detector, loader, device: torch.device, p
     for row in evaluator.per_class():
         ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
-    _logger.info("%s", evaluator.summary())
     _logger.info("AP %.5f  AP50 %.5f", metric, evaluator.stats["AP50"])
 
 

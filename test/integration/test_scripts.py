@@ -252,7 +252,7 @@ def test_eval_only_prints_the_metric_of_the_checkpoint_and_changes_nothing(run, 
     row = run.summary()[0]
     assert f"Eval: 0  AP: {float(row['AP']):.5f}  AP50: {float(row['AP50']):.5f}" in output
     assert "(EMA weights)" in output
-    assert "Train: " not in output and "AP50       IoU 0.50       area all" in output
+    assert "Train: " not in output and output.count("\nAR_large ") == 1, "the table comes once"
     assert {path.name: path.read_bytes() for path in folder.iterdir()
             if path.is_file() and path.name != "log.txt"} == content
 
@@ -323,7 +323,7 @@ def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path)
     ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar")
     assert ap == run.checkpoint()["metric"] > 0
     assert output.splitlines()[-1] == f"AP {ap:.5f}  AP50 {float(run.summary()[-1]['AP50']):.5f}"
-    assert f"Eval: 2  AP: {ap:.5f}" in run.output
+    assert f"Eval: 2  AP: {ap:.5f}" in run.output and output.count("\nAR_large ") == 1
     assert "64x64, EMA weights" in output and "6 pictures" in output
 
 

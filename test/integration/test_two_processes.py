@@ -22,6 +22,9 @@ from effdet.data.synthetic import make_synthetic_dataset
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 2
 STEPS = EPOCHS * NUM_TRAIN // BATCH
+# The gradient of an initial network on four small pictures is huge (norm 360) and repeats to 5e-4 only, as norm layers
+# divide by the spread of four nearly equal values. Steps this small lower the loss by a percent and keep 1e-4.
+LR = 3e-5
 
 
 def spawn(*argv: object) -> subprocess.CompletedProcess[str]:
@@ -43,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(data: Path, folder: Path, launcher: tuple[object, ...] = (), *more: str) -> str:
     """Train in one process, or as `launcher` and `more` say; return what was printed."""
     done = spawn(*launcher, "train.py", "--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu",
-                 "--epochs", EPOCHS, "--sched", "constant", "--warmup-epochs", 0, "--opt", "momentum", "--lr", "0.02",
+                 "--epochs", EPOCHS, "--sched", "constant", "--warmup-epochs", 0, "--opt", "momentum", "--lr", LR,
                  "--model-ema-decay", "0.5", "--sync-bn", "--log-interval", 1, "--output", folder.parent,
                  "--experiment", folder.name, "model.drop_path=0.0", *more)
     assert done.returncode == 0, done.stdout
@@ -87,13 +90,15 @@ def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
     assert len(losses) == STEPS
     assert losses == [pytest.approx(step, rel=1e-4, abs=2e-5) for step in step_losses(alone)]
     assert float(mine[1]["train_loss"]) < 0.99 * float(mine[0]["train_loss"]), "it learns, so equality means something"
-
     one = torch.load(alone / "last.pth.tar", weights_only=True)
     two = torch.load(tmp_path / "pair" / "last.pth.tar", weights_only=True)
+    assert two["step"] == one["step"] == STEPS
+    momentum = [torch.cat([state["momentum_buffer"].flatten() for state in payload["optimizer"]["state"].values()])
+                for payload in (one, two)]  # the sum of all gradients, late ones most
+    assert (momentum[0] - momentum[1]).norm() < 0.02 * momentum[0].norm()
     for kind in ("state_dict", "state_dict_ema"):
         for name, value in one[kind].items():
-            torch.testing.assert_close(two[kind][name], value, rtol=1e-2, atol=1e-3, msg=name)
-    assert two["step"] == one["step"] == STEPS
+            torch.testing.assert_close(two[kind][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_two_processes_evaluate_as_one(alone, data, tmp_path):
@@ -103,10 +108,10 @@ def test_two_processes_evaluate_as_one(alone, data, tmp_path):
         done = spawn("validate.py", "--root", data, "--checkpoint", alone / "last.pth.tar", "-j", 0, "--device", "cpu",
                      "--metrics", tmp_path / f"{number}.json", "--results", tmp_path / f"rows{number}.json", *more)
         assert done.returncode == 0, done.stdout
-        assert done.stdout.count("Average Precision") == 2 * 6, "the table comes from one process"
+        assert done.stdout.count("\nAR_large ") == 1, "the table comes from one process"
         metrics.append(json.loads((tmp_path / f"{number}.json").read_text()))
         rows.append(json.loads((tmp_path / f"rows{number}.json").read_text()))
-    assert metrics[0] == metrics[1] and metrics[0]["stats"]["AP"] > 0
+    assert metrics[0] == metrics[1] and metrics[0]["stats"]["AP50"] > 0
     one, two = ({json.dumps(row) for row in part} for part in rows)
     assert one == two and len(rows[0]) == len(rows[1]) > 0
     assert len({row["image_id"] for row in rows[1]}) == NUM_VAL
