@@ -325,10 +325,11 @@ def assert_near(actual, expected):
 
 
 def test_loss_functions_by_position():
-    x, targets = torch.tensor([-2.0, 0.0, 1.5]), torch.tensor([1.0, 0.5, 0.0])
-    assert_near(effdet_loss.new_focal_loss(x, targets, 0.25, 1.5, 2.0, 0.1), [0.2094412, 0.0612661, 0.4508719])
-    assert_near(effdet_loss.new_focal_loss(x, targets, 0.25, 1.5, 2.0), [0.2187409, 0.0612661, 0.4695841])
-    assert_near(effdet_loss.focal_loss_legacy(x, targets, 0.25, 1.5, 2.0), [0.2197742, 0.0918992, 0.4716633])
+    x, targets = torch.tensor([-2.0, 2.0, 1.5]), torch.tensor([1.0, 0.5, 0.0])  # the second is a soft target
+    assert_near(effdet_loss.new_focal_loss(x, targets, 0.25, 1.5, 2.0, 0.1), [0.2094412, 0.0996073, 0.4508719])
+    assert_near(effdet_loss.new_focal_loss(x, targets, 0.25, 1.5, 2.0), [0.2187409, 0.0996073, 0.4695841])
+    assert_near(effdet_loss.focal_loss_legacy(x, targets, 0.25, 1.5, 2.0), [0.2197742, 0.0779470, 0.4716633])
+    x = torch.tensor([-2.0, 0.0, 1.5])
     assert_near(effdet_loss.huber_loss(x, targets, 0.5, torch.tensor([1.0, 0.0, 2.0]), False), 2.625)
     assert_near(effdet_loss.huber_loss(x, targets), 1.2083334)
     assert_near(effdet_loss.smooth_l1_loss(x, targets, 0.5, None, True), 1.4166666)

@@ -326,7 +326,7 @@ def test_yaml_that_is_a_single_number(tmp_path, capsys):
 @pytest.mark.parametrize("line", [
     "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--momentum 1", "--weight-decay -1", "-b 0", "-j -1", "--epochs 0",
     "--smoothing 1", "--smoothing -0.1", "--model-ema-decay 1", "--clip-grad -1", "--clip-mode max", "--grad-accum 0",
-    "--sched cos", "--sched poly", "--lr-noise 120 270", "--lr-noise 0.9 0.4", "--lr-noise 0.1 0.2 0.3",
+    "--sched cos", "--sched polynomial", "--lr-noise 120 270", "--lr-noise 0.9 0.4", "--lr-noise 0.1 0.2 0.3",
     "--image-size 128 128 128",
     "--image-size 0", "--amp --opt-level O3", "--opt-level O2", "--amp-dtype bfloat16", "--amp --amp-dtype float8",
     "--amp --loss-scale 0", "--amp --loss-scale -1", "--amp --loss-scale fast", "--amp --loss-scale nan",
