@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from effdet import device as device_layer
+from effdet.distributed import all_reduce_sum
 from effdet.optim import clip_gradients
+from timm_patches.optim_factory import flat_gradients
 
 OPT_LEVELS = ("O0", "O1", "O2")
+_GROWTH_INTERVAL = 2000  # steps without overflow after which a dynamic scale doubles; torch's GradScaler's default
+_SCALE_RANGE = (2.0**-20, 2.0**40)  # a scale can neither reach 0, which nothing would raise again, nor inf
 _HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -33,7 +37,8 @@ class Precision:
     NaN in its gradients changes neither weights nor optimizer state, and is counted.
 
     With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the
-    average inf or NaN on all.
+    average inf or NaN on all. Chips that saturate instead of giving inf report an overflow in a flag of the device; it is
+    read on the device and summed over the ranks.
 
     Args:
         device: where the model is.
@@ -60,14 +65,17 @@ class Precision:
         self.level = opt_level if enabled else "O0"
         self.dtype = torch.float32 if self.level == "O0" else dtype
         self._half_dtype = dtype
-        self._static_scale = _read_loss_scale(loss_scale, self.dtype)
-        self._scaler: torch.amp.GradScaler | None = None
+        static_scale = _read_loss_scale(loss_scale, self.dtype)
+        self._scale_moves = static_scale is None
+        self._scale: Tensor | None = None  # both on the device, where they are updated without the host
+        self._clean_steps: Tensor | None = None  # since the scale last changed
         if self.dtype == torch.float16:
-            dynamic = self._static_scale is None
-            self._scaler = device_layer.make_grad_scaler(device, init_scale if dynamic else self._static_scale, dynamic)
+            self._scale = torch.full((), init_scale if static_scale is None else static_scale, device=device)
+            self._clean_steps = torch.zeros((), device=device)
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
         self._skipped: Tensor | None = None  # on the device; read by skipped()
         self._skipped_before = 0
+        self._in_step = False  # between the first forward of a step and its update
 
     # -- before training ---------------------------------------------------------------------------------------------
 
@@ -98,11 +106,14 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which to run the model forward; without effect in float32."""
+        if torch.is_grad_enabled() and not self._in_step:
+            device_layer.clear_overflow_flag(self.device)  # what an evaluation or anything else has left there
+            self._in_step = True
         return device_layer.autocast(self.device, self._half_dtype, self.level != "O0")
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of the (scaled) loss; several calls before one `step` accumulate."""
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        (loss if self._scale is None else loss * self._scale).backward()
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, clip: tuple[float | None, str] | None = None) -> Tensor:
@@ -126,20 +137,28 @@ class Precision:
         if not parameters:
             raise RuntimeError("No parameter has a gradient: call backward() first, on a loss of the model, and "
                                "build the optimizer from master_parameters().")
-        if self._scaler is not None:
-            self._scaler.unscale_(optimizer)
-        norm = clip_gradients(parameters, *(clip or (None, "norm")))
-        if self._scaler is not None:
-            found_inf = sum(self._scaler._found_inf_per_device(optimizer).values()).clamp(max=1.0)
-        else:
-            found_inf = torch.isfinite(norm).logical_not().float()
+        norm = clip_gradients(parameters, *(clip or (None, "norm")), flat_gradients=flat_gradients(optimizer),
+                              unscale=None if self._scale is None else self._scale.reciprocal())
+        found_inf = torch.isfinite(norm).logical_not().float()
+        flag = device_layer.overflow_flag(self.device)
+        if flag is not None:
+            found_inf = all_reduce_sum(torch.maximum(found_inf, flag)).clamp(max=1.0)
         self._skipped = found_inf if self._skipped is None else self._skipped + found_inf
         _step_unless(optimizer, found_inf)
-        if self._scaler is not None:
-            self._scaler.update(self._static_scale)
+        self._in_step = False
+        if self._scale_moves and self._scale is not None:
+            self._move_scale(found_inf)
         if self._masters:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
         return norm
+
+    def _move_scale(self, found_inf: Tensor) -> None:
+        """Halve a dynamic scale after an overflow, double it after many steps without one, as torch's GradScaler."""
+        fine = 1 - found_inf
+        clean_steps = (self._clean_steps + 1) * fine
+        grows = (clean_steps >= _GROWTH_INTERVAL).float()
+        self._scale.mul_(0.5 * found_inf + fine * (1 + grows)).clamp_(*_SCALE_RANGE)
+        self._clean_steps.copy_(clean_steps * (1 - grows))
 
     def _move_gradients_to_masters(self) -> None:
         """Copy half-precision gradients to the float32 masters and clear them, since the optimizer never will."""
@@ -164,7 +183,7 @@ class Precision:
 
     def loss_scale(self) -> float | None:
         """Return the present loss scale, None where no loss is scaled; it waits for the device."""
-        return None if self._scaler is None else self._scaler.get_scale()
+        return None if self._scale is None else float(self._scale)
 
     def float_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's state dict with the float32 masters in place of half-precision weights."""
@@ -185,16 +204,16 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Return the count of skipped steps and, of a dynamic scale, its value and progress, as plain numbers."""
         state: dict[str, Any] = {"skipped": self.skipped()}
-        if self._scaler is not None and self._static_scale is None:
-            scaler = self._scaler.state_dict()
-            state["dynamic_scale"] = {key: scaler[key] for key in ("scale", "_growth_tracker")}
+        if self._scale is not None and self._scale_moves:
+            state["dynamic_scale"] = {"scale": float(self._scale), "_growth_tracker": int(self._clean_steps)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; a static scale, or a dynamic one not saved, stays as configured."""
         self._skipped_before, self._skipped = int(state["skipped"]), None
-        if self._scaler is not None and self._static_scale is None and "dynamic_scale" in state:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), **state["dynamic_scale"]})
+        if self._scale is not None and self._scale_moves and "dynamic_scale" in state:
+            self._scale.fill_(float(state["dynamic_scale"]["scale"]))
+            self._clean_steps.fill_(int(state["dynamic_scale"]["_growth_tracker"]))
 
 
 def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | None:

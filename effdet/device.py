@@ -1,4 +1,4 @@
-"""The device layer: pick, set, move, autocast, gradient scaler, synchronise, memory, backend, seeds.
+"""The device layer: pick, set, move, autocast, overflow, synchronise, memory, backend, seeds.
 
 The only file of the package that names a vendor's device. Everything else asks here, so the same lines run on
 Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. No model code and no training logic live here.
@@ -141,16 +141,33 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.float16, enabled: 
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
-def make_grad_scaler(device: torch.device, init_scale: float, dynamic: bool) -> torch.amp.GradScaler:
-    """Make a gradient scaler.
+def _saturates(device: torch.device) -> bool:
+    """Tell whether arithmetic on the device gives the largest number instead of inf (Ascend 910A and older)."""
+    return device.type == "npu" and not _npu_module().utils.is_support_inf_nan()
 
-    Args:
-        device: where the gradients are.
-        init_scale: the first scale; for a static scaler the only one.
-        dynamic: grow and shrink the scale with overflows. A static scaler also checks for overflow; its caller
-            sets the scale back with `update(new_scale)`.
+
+def overflow_flag(device: torch.device) -> torch.Tensor | None:
+    """Read the device's own record of an overflow, without waiting for it.
+
+    Chips that saturate (Ascend 910A) put no inf into a gradient that overflowed; they raise a flag, which covers all
+    work since it was cleared. torch.amp.GradScaler neither clears it nor shares it between processes.
+
+    Returns:
+        A tensor without dimensions on the device, 1.0 after an overflow and 0.0 otherwise; None for devices whose
+        numbers show an overflow themselves.
     """
-    return torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=2000 if dynamic else 2**31 - 1)
+    if not _saturates(device):
+        return None
+    import torch_npu
+    status = torch_npu.npu_get_float_status(torch.zeros(8, device=device))
+    return (status[0] != 0).float()
+
+
+def clear_overflow_flag(device: torch.device) -> None:
+    """Clear what `overflow_flag` reads; a no-op for devices without such a flag."""
+    if _saturates(device):
+        import torch_npu
+        torch_npu.npu_clear_float_status(torch.zeros(8, device=device))
 
 
 def synchronize(device: torch.device) -> None:

@@ -84,7 +84,8 @@ def build_optimizer(model: nn.Module, opt: str, lr: float, momentum: float = 0.9
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str = "norm") -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str = "norm", *,
+                   flat_gradients: list[Tensor] | None = None, unscale: Tensor | None = None) -> Tensor:
     """Limit the gradients in place, without waiting for the device.
 
     Args:
@@ -92,10 +93,14 @@ def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str 
         value: the largest norm over all gradients ('norm'), the largest magnitude of an element ('value'), or the
             largest ratio of a unit's gradient norm to its weight norm ('agc'); None leaves the gradients as they are.
         mode: 'norm', 'value' or 'agc'.
+        flat_gradients: the memory of all the gradients in few tensors, where an optimizer keeps it so: hundreds of
+            small operations become one.
+        unscale: factor without dimensions that the gradients are to be multiplied by first; 'norm' does both in one
+            pass.
 
     Returns:
-        The norm over all gradients before clipping, a tensor without dimensions; 0 when there is no gradient. It is inf
-        or NaN exactly where a gradient is, or where its square overflows.
+        The norm over all gradients before clipping (but with `unscale`), a tensor without dimensions; 0 when there is
+        no gradient. It is inf or NaN exactly where a gradient is, or where its square overflows.
 
     Raises:
         ValueError: unknown mode, or value not above 0.
@@ -107,14 +112,22 @@ def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str 
     if value is not None and not value > 0:
         raise ValueError(f"The clip value must be above 0, got {value}; leave it out to clip nothing.")
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if value is None or not parameters:
+    gradients = flat_gradients or [parameter.grad for parameter in parameters]
+    norm = nn.utils.get_total_norm(gradients)
+    if not gradients:
         return norm
-    if mode == "norm":
-        nn.utils.clip_grads_with_norm_(parameters, value, norm)
-    elif mode == "value":
-        nn.utils.clip_grad_value_(parameters, value)
-    else:
+    factor = unscale
+    if unscale is not None:
+        norm = norm * unscale
+    if value is not None and mode == "norm":
+        shrink = (value / (norm + 1e-6)).clamp(max=1.0)
+        factor = shrink if unscale is None else shrink * unscale
+    if factor is not None:
+        torch._foreach_mul_(gradients, factor)
+    if value is not None and mode == "value":
+        torch._foreach_clamp_min_(gradients, -value)
+        torch._foreach_clamp_max_(gradients, value)
+    elif value is not None and mode == "agc":
         _clip_adaptively(parameters, value)
     return norm
 

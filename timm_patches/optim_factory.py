@@ -19,6 +19,8 @@ from timm.optim import (
 )
 from torch import nn
 
+from timm_patches.npu_fused_sgd import npu_fused_sgd_class
+
 Groups = Iterable[torch.Tensor] | Iterable[Mapping[str, object]]
 
 # The names built here and not by timm, and whether their momentum is Nesterov's (timm's meaning of the two names).
@@ -44,17 +46,20 @@ def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_de
         nesterov: Nesterov's momentum instead of the classical one.
 
     Returns:
-        The optimizer. NpuFusedSGD keeps gradients in one flat tensor: clear them with `optimizer.zero_grad()` and no
-        argument, never through the module.
+        The optimizer. NpuFusedSGD comes with the guards of npu_fused_sgd.py; its state dict has torch.optim.SGD's form.
     """
     if device_type == "npu":
-        from torch_npu.optim import NpuFusedSGD
-        return NpuFusedSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        return npu_fused_sgd_class()(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     fused = True if device_type in _FUSED_DEVICES else None
     optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
                                 fused=fused)
     _settle(optimizer)
     return optimizer
+
+
+def flat_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | None:
+    """Return the tensors that hold all gradients of an optimizer that keeps them so; None for any other."""
+    return optimizer.flat_gradients() if hasattr(optimizer, "flat_gradients") else None
 
 
 def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, momentum: float = 0.9,

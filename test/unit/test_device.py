@@ -61,14 +61,9 @@ def test_seeding_repeats_all_generators():
     assert draw() == first and len(set(first)) == 3
 
 
-def test_static_scaler_keeps_its_scale_and_skips_an_overflow():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler = device_layer.make_grad_scaler(CPU, 8.0, dynamic=False)
-    scaler.scale((weight * torch.tensor([1.0, float("inf")])).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update(8.0)
-    assert scaler.get_scale() == 8.0 and torch.equal(weight.detach(), torch.ones(2))
+def test_a_device_whose_numbers_show_an_overflow_has_no_flag():
+    device_layer.clear_overflow_flag(CPU)
+    assert device_layer.overflow_flag(CPU) is None
 
 
 def test_cpu_memory_is_the_process_peak():
