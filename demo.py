@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import sys
 from pathlib import Path
 
+# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
+# for, with an error that says what to do.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
 from PIL import Image
 
-from effdet.build import load_detector
+from effdet.build import load_detector, place_model
 from effdet.checkpoint import find_newest_checkpoint
 from effdet.coco_metrics import write_json
 from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
 from effdet.data.pictures import read_picture
-from effdet.device import pick_device
+from effdet.device import pick_device, set_device
 from effdet.draw import draw_detections, make_class_colors
 from effdet.log import setup_logging
 from effdet.predictor import Predictor
@@ -35,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = find_checkpoint(cfg)
         paths = find_pictures(cfg.run.images)
         detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
-        predictor = Predictor(detector.model, pick_device(cfg.run.device), detector.category_map, cfg.run.batch_size)
+        device = pick_device(cfg.run.device)
+        set_device(device)
+        place_model(detector.model, device, cfg.model.same_padding)
+        predictor = Predictor(detector.model, device, detector.category_map, cfg.run.batch_size)
+        predictor.bench.use_nms(cfg.model.nms, device)
         output_dir = Path(cfg.run.output)
         output_dir.mkdir(parents=True, exist_ok=True)
         targets = name_drawings(paths, output_dir)

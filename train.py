@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
+# for, with an error that says what to do.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +21,7 @@ from effdet import device as device_layer
 from effdet import distributed
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader
+from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
 from effdet.checkpoint import (
     BEST_NAME,
     CHECKPOINT_VERSION,
@@ -84,8 +89,7 @@ class Session:
         self.world = distributed.world_size()
         self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
         self.workers = workers_per_device(cfg.data.workers, self.world)
-        self.channels_last = (device_layer.prefers_channels_last(device) if cfg.run.channels_last is None
-                              else cfg.run.channels_last)
+        self.channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
         self.log_start()
         device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
@@ -125,7 +129,7 @@ class Session:
             _logger.info("backbone frozen: %s", freeze_backbone(model))
         if cfg.model.freeze_bn:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
-        model.to(device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+        place_model(model, device, cfg.model.same_padding, self.channels_last)
         if payload:
             if payload.get("arch", cfg.model.name) != cfg.model.name:
                 raise ValueError(f"{cfg.run.resume} is a checkpoint of {payload['arch']}, but this run trains "
@@ -138,8 +142,11 @@ class Session:
                                     cfg.optim.opt_eps, masters=precision.master_parameters(model))
         bench = DetBenchTrain(model, create_labeler=True).to(device)
         bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+        if cfg.loss.dense_targets:
+            bench.use_dense_targets(device)
         bench.normalize_over_ranks = self.world > 1
         self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
+        self.eval_bench.use_nms(cfg.model.nms, device)
         self.build_loaders(model.config)
         steps_per_epoch = len(self.train_loader)
         schedule, self.epochs = build_schedule(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
+
+# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
+# for, with an error that says what to do.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 
@@ -12,7 +17,14 @@ from effdet import device as device_layer
 from effdet import distributed
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict
-from effdet.build import Detector, build_dataset, build_eval_loader, load_detector, load_published
+from effdet.build import (
+    Detector,
+    build_dataset,
+    build_eval_loader,
+    load_detector,
+    load_published,
+    place_model,
+)
 from effdet.config.cli import parse_validate_args
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
@@ -41,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
                                        split_over_devices(cfg.run.batch_size, world),
                                        workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip)
             precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
-        run(cfg, detector, loader, device, precision)
+            place_model(detector.model, device, cfg.model.same_padding)
+            bench = DetBenchPredict(precision.prepare_model(detector.model)).to(device)
+            bench.use_nms(cfg.model.nms, device)
+        run(cfg, detector, bench, loader, device, precision)
     finally:
         distributed.shutdown()
     return 0
@@ -63,7 +78,8 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
     return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
 
 
-def run(cfg: ValidateConfig, detector: Detector, loader, device: torch.device, precision: Precision) -> None:
+def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader, device: torch.device,
+        precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
     for line in device_layer.tune(device):
         _logger.info("setting: %s", line)
@@ -72,7 +88,6 @@ def run(cfg: ValidateConfig, detector: Detector, loader, device: torch.device, p
         _logger.warning("the validation split has no pictures: there is nothing to evaluate")
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
-    bench = DetBenchPredict(precision.prepare_model(detector.model.to(device)))
     metric, _ = evaluate(bench, loader, evaluator, precision.autocast, cfg.run.log_interval)
     if cfg.run.results:
         evaluator.save(cfg.run.results)

@@ -37,8 +37,8 @@ class Precision:
     NaN in its gradients changes neither weights nor optimizer state, and is counted.
 
     With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the
-    average inf or NaN on all. Chips that saturate instead of giving inf report an overflow in a flag of the device; it is
-    read on the device and summed over the ranks.
+    average inf or NaN on all. Chips that saturate instead of giving inf report an overflow in a flag of the device; it
+    is read on the device and summed over the ranks.
 
     Args:
         device: where the model is.
@@ -64,6 +64,7 @@ class Precision:
         self.device = device
         self.level = opt_level if enabled else "O0"
         self.dtype = torch.float32 if self.level == "O0" else dtype
+        device_layer.check_dtype(device, self.dtype)
         self._half_dtype = dtype
         static_scale = _read_loss_scale(loss_scale, self.dtype)
         self._scale_moves = static_scale is None

@@ -1,16 +1,18 @@
 """The model with what a task needs around it: loss for training, post-processing for prediction."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import device as device_layer
 from .anchors import AnchorLabeler, Anchors
 from .distributed import all_reduce_sum, world_size
-from .loss import DetectionLoss
-from .nms import make_detections, select_candidates
+from .loss import DetectionLoss, dense_focal_loss_sum
+from .nms import make_detections, npu_nms, select_candidates
 
 
 class _DetBench(nn.Module):
@@ -31,6 +33,21 @@ class _DetBench(nn.Module):
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
         self.soft_nms = config.soft_nms
+        self.nms_operator: Callable[..., tuple[Tensor, ...]] | None = None  # see use_nms
+
+    def use_nms(self, name: str, device: torch.device) -> None:
+        """Choose how overlapping boxes are suppressed.
+
+        Args:
+            name: 'exact' (the default on every device), or an operator of the device's own that device.py knows.
+            device: where it will run.
+
+        Raises:
+            ValueError: the device has no such operator, or it does not take this model's settings.
+        """
+        self.nms_operator = device_layer.nms_operator(name, device, self.max_det_per_image)
+        if self.nms_operator is not None and self.soft_nms:
+            raise ValueError(f"Soft-NMS and the device's own NMS ('{name}') exclude each other: choose one.")
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Run the model; ValueError when its class head has another number of classes than the config said."""
@@ -49,8 +66,10 @@ class _DetBench(nn.Module):
         with torch.autocast(cls_outputs[0].device.type, enabled=False):
             logits, codes, indices, classes = select_candidates(
                 cls_outputs, box_outputs, self.num_classes, self.max_detection_points)
+            suppress = (None if self.nms_operator is None
+                        else functools.partial(npu_nms, self.nms_operator, self.num_classes))
             return make_detections(logits, codes, self.anchors.boxes[indices], classes, img_scale, img_size,
-                                   self.max_det_per_image, self.soft_nms)
+                                   self.max_det_per_image, self.soft_nms, suppress)
 
 
 class DetBenchPredict(_DetBench):
@@ -105,6 +124,10 @@ class DetBenchTrain(_DetBench):
         self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         self.loss_fn = DetectionLoss(model.config)
         self.normalize_over_ranks = False
+
+    def use_dense_targets(self, device: torch.device) -> None:
+        """Compute the class loss from one-hot targets made by the device: the same numbers, more memory and time."""
+        self.loss_fn.focal_sum = functools.partial(dense_focal_loss_sum, one_hot=device_layer.one_hot(device))
 
     def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of a batch.

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_patches.same_padding import convert_same_padding
+
+from . import device as device_layer
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
 from .config.model_config import model_config_from_plain
@@ -132,6 +135,28 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = model.bn_momentum
     return network
+
+
+def place_model(model: nn.Module, device: torch.device, same_padding: str = "auto",
+                channels_last: bool = False) -> nn.Module:
+    """Move a network to a device and have it pad in the way that suits the device; both keep its numbers.
+
+    Args:
+        model: changed in place.
+        device: where it will run.
+        same_padding: 'pad', 'kernel', or 'auto' for the device's own; see timm_patches.same_padding.
+        channels_last: memory layout of its weights.
+
+    Returns:
+        The same network.
+    """
+    mode = same_padding
+    if mode == "auto":
+        mode = "kernel" if device_layer.avoids_pad_operators(device) else "pad"
+    report = convert_same_padding(model, mode)
+    if report.converted:
+        _logger.info("setting: SAME padding without pad operators: %s", report)
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 @dataclass

@@ -5,9 +5,12 @@ Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. No model code and no training log
 """
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,24 +19,36 @@ import torch
 _logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("npu", "cuda", "cpu")
+_HCCL_TIMEOUTS_S = {"HCCL_CONNECT_TIMEOUT": 1200, "HCCL_EXEC_TIMEOUT": 6800, "HCCL_EVENT_TIMEOUT": 7200}
+_users_visible_devices: str | None = None  # ASCEND_RT_VISIBLE_DEVICES before `restrict_visible` changed it
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
 def _npu_module() -> Any:
     """Import torch_npu and return its device module, or raise a RuntimeError that says what to install or source."""
+    wanted = torch.__version__.partition("+")[0]
+    try:
+        installed = importlib.metadata.version("torch_npu")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RuntimeError(
+            f"Device 'npu' needs the package torch_npu in the version of torch ({wanted}), which is not installed. "
+            "Install it with: pip install -r requirements-npu.txt"
+        ) from error
+    if installed.split(".")[:2] != wanted.split(".")[:2]:
+        raise RuntimeError(
+            f"torch_npu {installed} is installed beside torch {wanted}: the first two numbers must be equal. Install "
+            f"the pair that fits your CANN, for example: pip install torch=={wanted} torch_npu=={wanted}")
     try:
         import torch_npu  # noqa: F401  (registers the 'npu' device with torch)
-    except ModuleNotFoundError as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        if "cannot open shared object" in str(error):
+            raise RuntimeError(
+                f"torch_npu {installed} does not find CANN: {error}. Source CANN's environment in this shell first, "
+                "for example: source /usr/local/Ascend/ascend-toolkit/set_env.sh (test/set_npu_env.sh looks for it)."
+            ) from error
         raise RuntimeError(
-            f"Device 'npu' needs the package torch_npu in the version of torch ({torch.__version__.split('+')[0]}), "
-            "which is not installed. Install it with: pip install -r requirements-npu.txt"
-        ) from error
-    except (ImportError, OSError) as error:
-        raise RuntimeError(
-            f"torch_npu is installed but does not load: {error}. Source CANN's environment first "
-            "(for example: source /usr/local/Ascend/ascend-toolkit/set_env.sh) and check that torch_npu's version "
-            f"equals torch's ({torch.__version__})."
-        ) from error
+            f"torch_npu {installed} is installed but does not load: {error}. Check that its version fits torch "
+            f"({torch.__version__}), Python and CANN; README's table of versions says which go together.") from error
     return torch.npu
 
 
@@ -91,6 +106,63 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
     return torch.device(kind, index)
 
 
+def restrict_visible(kind: str, device_list: Sequence[int]) -> bool:
+    """Hide all but the listed devices from this process, where the platform does that by a variable we can order.
+
+    Ascend's runtime reads ASCEND_RT_VISIBLE_DEVICES before its first use, stops at an id that is not larger than the
+    one before, and numbers what is left from 0. So ids are sorted; the n-th process of a machine then has device n.
+
+    Args:
+        kind: 'auto' or a kind of device, as for `pick_device`.
+        device_list: ids as the user counts them: within what the variable already lists, if it is set.
+
+    Returns:
+        True when devices are now numbered from 0; False when they keep their numbers.
+
+    Raises:
+        ValueError: an id occurs twice, or is not among those visible.
+    """
+    if len(set(device_list)) < len(device_list):
+        raise ValueError(f"The device list {list(device_list)} names a device twice: give each one process.")
+    kind = kind.partition(":")[0]
+    if kind not in ("npu", "auto") or (kind == "auto" and not _has_npu_package()):
+        return False
+    # The user's own list: a second run in the same process must not count within the first run's choice.
+    global _users_visible_devices
+    if _users_visible_devices is None:
+        _users_visible_devices = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "")
+    visible = [int(entry) for entry in _users_visible_devices.split(",") if entry.strip()]
+    absent = [index for index in device_list if visible and index >= len(visible)]
+    if absent:
+        raise ValueError(f"The device list asks for {absent}, but ASCEND_RT_VISIBLE_DEVICES shows {len(visible)} "
+                         f"devices: choose from 0 to {len(visible) - 1}.")
+    chosen = sorted(visible[index] if visible else index for index in device_list)
+    os.environ["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+    _logger.info("ASCEND_RT_VISIBLE_DEVICES=%s: devices %s are npu:0 to npu:%d in this run",
+                 os.environ["ASCEND_RT_VISIBLE_DEVICES"], chosen, len(chosen) - 1)
+    return True
+
+
+def _has_npu_package() -> bool:
+    """Tell whether torch_npu is installed, without loading it."""
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+def prepare_collectives(device: torch.device) -> None:
+    """Set, where the user has not, time limits under which a slow rank is waited for; call before the process group.
+
+    HCCL's own are 120 s to connect and 1836 s for a collective. The first rank may be minutes late when it makes a
+    data set or compiles; the limit of a collective bounds how long a rank can lag, such as one that still reads its
+    data. Evaluation itself waits on a socket (distributed.py), not in HCCL.
+
+    Source: hiascend.com, HCCL_CONNECT_TIMEOUT 120..7200; HCCL_EXEC_TIMEOUT on 910A up to 17340 in steps of 68; the
+    event time-out must be larger.
+    """
+    if device.type == "npu":
+        for name, seconds in _HCCL_TIMEOUTS_S.items():
+            os.environ.setdefault(name, str(seconds))
+
+
 def set_device(device: torch.device) -> None:
     """Make `device` the current one of its kind; call it before a process group is started."""
     module = _module(device)
@@ -127,13 +199,32 @@ def supports_pinning(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def prefers_channels_last(device: torch.device) -> bool:
-    """Return True where convolutions are faster in the channels-last layout.
+def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
+    """Decide whether the model and its images take the channels-last layout.
 
-    Measured on the CPU only, where a D0 training step at 256 px takes about 0.7 times as long. torch_npu does not
-    support the layout.
+    Args:
+        device: where they are.
+        wanted: the user's choice; None takes it where it is faster. Measured on the CPU only, where a D0 training step
+            at 256 px takes about 0.7 times as long.
+
+    Raises:
+        ValueError: it is wanted on a device that does not have it.
     """
-    return device.type == "cpu"
+    if wanted and device.type == "npu":
+        raise ValueError("torch_npu does not support the channels-last layout: leave --channels-last out on an NPU.")
+    return device.type == "cpu" if wanted is None else wanted
+
+
+def avoids_pad_operators(device: torch.device) -> bool:
+    """Tell whether a layer should pad by itself rather than call a pad operator on its input."""
+    return device.type == "npu"
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise a ValueError when the device cannot compute in `dtype`."""
+    if dtype == torch.bfloat16 and device.type == "npu" and not _npu_module().is_bf16_supported():
+        raise ValueError(f"{_npu_module().get_device_name(device)} does not compute in bfloat16: train in float16 "
+                         "(--amp-dtype float16) or float32.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype = torch.float16, enabled: bool = True) -> torch.autocast:
@@ -168,6 +259,40 @@ def clear_overflow_flag(device: torch.device) -> None:
     if _saturates(device):
         import torch_npu
         torch_npu.npu_clear_float_status(torch.zeros(8, device=device))
+
+
+def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """Return a device's own operator for NMS by name, or None for 'exact', which is ours and runs everywhere.
+
+    Args:
+        name: 'exact', or 'npu' for torch_npu's npu_batch_nms.
+        device: where it will run.
+        max_det: detections per image; the operator takes 1..1000.
+
+    Raises:
+        ValueError: an unknown name, another device, or too many detections.
+    """
+    if name == "exact":
+        return None
+    if name != "npu":
+        raise ValueError(f"Unknown NMS '{name}': choose exact, or npu on an Ascend device.")
+    if device.type != "npu":
+        raise ValueError(f"NMS 'npu' is an operator of Ascend devices, and this run is on {device.type}: use exact.")
+    if not 1 <= max_det <= 1000:
+        raise ValueError(f"npu_batch_nms keeps 1 to 1000 boxes per image, but max_det is {max_det}: use exact.")
+    import torch_npu
+    _logger.warning("torch_npu's documentation calls npu_batch_nms deprecated, to be removed: 'exact' gives the same "
+                    "detections and is the default")
+    return torch_npu.npu_batch_nms
+
+
+def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+    """Return a device's own operator that maps int32 indices and a width to float32 one-hot rows; None without one."""
+    if device.type != "npu":
+        return None
+    import torch_npu
+    # The argument called num_classes is the axis; an index out of range gives a row of zeros.
+    return lambda indices, width: torch_npu.npu_one_hot(indices, -1, width, 1, 0)
 
 
 def synchronize(device: torch.device) -> None:
@@ -206,13 +331,31 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def tune(device: torch.device, image_size_is_fixed: bool = True) -> list[str]:
+def tune(device: torch.device) -> list[str]:
     """Choose process-wide settings that are faster on `device` and keep the results, and say which.
 
     Returns:
         One line for each setting, with its reason; empty when there is nothing to set.
     """
-    if device.type == "cuda" and image_size_is_fixed:
+    if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         return ["cudnn.benchmark=True: shapes are fixed, the fastest kernel is searched once"]
+    if device.type == "npu":
+        return _tune_npu()
     return []
+
+
+def _tune_npu() -> list[str]:
+    module = _npu_module()
+    module.set_compile_mode(jit_compile=False)
+    module.config.allow_internal_format = False
+    lines = ["jit_compile=False: ready-made kernels instead of compiling each shape at its first use",
+             "allow_internal_format=False: tensors stay NCHW, so no format is converted back and forth and the fused "
+             "optimizer's flat memory is that of the weights"]
+    if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1" or os.environ.get("TASK_QUEUE_ENABLE") == "0":
+        lines.append("the task queue is off (ASCEND_LAUNCH_BLOCKING or TASK_QUEUE_ENABLE): good for finding the "
+                     "operator that fails, slow for training")
+    else:
+        lines.append(f"TASK_QUEUE_ENABLE={os.environ.get('TASK_QUEUE_ENABLE', '1')}: operators are launched from a "
+                     "thread of their own")
+    return lines

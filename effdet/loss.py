@@ -9,7 +9,7 @@ smoothing, masking, normalisers).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,9 @@ class _FocalLossSum(torch.autograd.Function):
             smoothing: label smoothing in 0..1.
         """
         with_gradient = ctx.needs_input_grad[0]
-        x = logits.float().unflatten(1, (-1, num_classes))  # [B, A, K, height, width]
-        targets = class_targets.unsqueeze(2)
+        # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
+        x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
+        targets = class_targets.flatten(2).unsqueeze(2)
         x = x.masked_fill(targets == -2, _IGNORED_LOGIT)
         loss, gradient = _background_terms(x, gamma, smoothing, with_gradient)
         if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
@@ -84,7 +85,7 @@ class _FocalLossSum(torch.autograd.Function):
 
         positive = targets >= 0
         index = targets.clamp(min=0)
-        own = x.gather(2, index)  # [B, A, 1, height, width]
+        own = x.gather(2, index)  # [B, A, 1, cells]
         foreground_loss, foreground_gradient = _foreground_terms(own, gamma, smoothing)
         correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
         total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
@@ -93,7 +94,7 @@ class _FocalLossSum(torch.autograd.Function):
             gradient.mul_(1 - alpha)
             correction = alpha * foreground_gradient - gradient.gather(2, index)
             gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
-            gradient = gradient.flatten(1, 2)
+            gradient = gradient.flatten(1, 2).unflatten(2, logits.shape[2:])
             # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
             ctx.save_for_backward(gradient if logits.dtype == torch.float16 else gradient.to(logits.dtype))
             ctx.logits_dtype = logits.dtype
@@ -103,6 +104,22 @@ class _FocalLossSum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_output.to(gradient.dtype)).to(ctx.logits_dtype), None, None, None, None, None
+
+
+def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
+                         label_smoothing: float = 0.0, one_hot: Callable[[Tensor, int], Tensor] | None = None
+                         ) -> Tensor:
+    """Compute `focal_loss_sum` from one-hot targets by autograd: the same number, in more memory and time.
+
+    Args:
+        logits, class_targets, num_classes, alpha, gamma, label_smoothing: as for `focal_loss_sum`.
+        one_hot: maps int32 [B, n] and K to float32 [B, n, K], all zero for a negative index; default is this module's.
+    """
+    flat = class_targets.flatten(1)
+    dense = (one_hot or compare_one_hot)(flat.to(torch.int32), num_classes)
+    by_anchor = logits.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, num_classes).float()
+    loss = new_focal_loss(by_anchor, dense, alpha, gamma, 1.0, label_smoothing)
+    return loss.masked_fill((flat == -2).unsqueeze(-1), 0.0).sum()
 
 
 def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
@@ -161,8 +178,8 @@ def smooth_l1_loss(input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights
 
 def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
             box_targets: Sequence[Tensor], num_positives: Tensor, num_classes: int, alpha: float, gamma: float,
-            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False
-            ) -> tuple[Tensor, Tensor, Tensor]:
+            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False,
+            focal_sum: Callable[..., Tensor] = focal_loss_sum) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the detection loss of a batch.
 
     Args:
@@ -178,6 +195,7 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
         box_loss_weight: weight of the box loss in the total.
         label_smoothing: in 0..1.
         legacy_focal: the form without label smoothing; otherwise the same function.
+        focal_sum: computes the class loss of a level, `focal_loss_sum` or its equal `dense_focal_loss_sum`.
 
     Returns:
         total, class and box loss: float32 scalars, normalised by the batch's positive anchors + 1, so a batch of
@@ -187,7 +205,7 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
         normalizer = num_positives.sum().float() + 1.0
         smoothing = 0.0 if legacy_focal else label_smoothing
         cls_loss = torch.stack([
-            focal_loss_sum(logits, targets, num_classes, alpha, gamma, smoothing)
+            focal_sum(logits, targets, num_classes, alpha, gamma, smoothing)
             for logits, targets in zip(cls_outputs, cls_targets, strict=True)]).sum() / normalizer
         box_loss = torch.stack([
             huber_loss(codes.permute(0, 2, 3, 1).float(), targets.float(), delta, targets != 0, size_average=False)
@@ -209,17 +227,22 @@ class DetectionLoss(nn.Module):
         self.box_loss_weight = config.box_loss_weight
         self.label_smoothing = config.label_smoothing
         self.legacy_focal = config.legacy_focal
+        self.focal_sum: Callable[..., Tensor] = focal_loss_sum
 
     def forward(self, cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
                 box_targets: Sequence[Tensor], num_positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute total, class and box loss; see `loss_fn`."""
         return loss_fn(cls_outputs, box_outputs, cls_targets, box_targets, num_positives, self.num_classes, self.alpha,
-                       self.gamma, self.delta, self.box_loss_weight, self.label_smoothing, self.legacy_focal)
+                       self.gamma, self.delta, self.box_loss_weight, self.label_smoothing, self.legacy_focal,
+                       self.focal_sum)
 
 
-def one_hot(x: Tensor, num_classes: int) -> Tensor:
+def compare_one_hot(x: Tensor, num_classes: int) -> Tensor:
     """Return float32 [..., K] with a 1 at each index of x; negative indices give zeros only."""
     return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device, dtype=x.dtype)).float()
+
+
+one_hot = compare_one_hot  # effdet's name
 
 
 def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float,

@@ -5,7 +5,7 @@ detection kept, so its cost does not depend on what the network predicts.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ SOFT_NMS_SIGMA = 0.5
 SOFT_NMS_MIN_SCORE = 0.001
 
 _SUPPRESSED = -1.0  # below any score
+
+Suppress = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int,
@@ -137,9 +139,34 @@ def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_de
     return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
 
 
+def npu_nms(operator: Callable[..., tuple[Tensor, ...]], num_classes: int, boxes_xyxy: Tensor, scores: Tensor,
+            classes: Tensor, max_det: int = 100, iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor, Tensor]:
+    """Suppress with the operator npu_batch_nms, in float32.
+
+    Against `batched_nms`: it drops boxes without an area, and boxes of equal score come in no promised order.
+
+    Args:
+        operator: torch_npu's npu_batch_nms, or a function like it.
+        num_classes: K.
+        boxes_xyxy, scores, classes, iou_threshold: as for `batched_nms`.
+        max_det: 1..1000, the operator's limit.
+
+    Returns:
+        boxes [B, max_det, 4], scores [B, max_det], class_idx [B, max_det]; where fewer boxes were left the score is -1.
+
+    Source: op-plugin, npu_batch_nms; ops-cv, BatchMultiClassNonMaxSuppression (keeps score > threshold, suppresses
+        IoU > threshold, of each class and then of all the best).
+    """
+    by_class = scores.new_zeros((*scores.shape, num_classes)).scatter(2, classes.unsqueeze(2), scores.unsqueeze(2))
+    boxes, kept_scores, kept_classes, counts = operator(
+        boxes_xyxy.unsqueeze(2), by_class, 0.0, iou_threshold, max_det, max_det)
+    missing = torch.arange(max_det, device=scores.device) >= counts.reshape(-1, 1)
+    return boxes, kept_scores.masked_fill(missing, _SUPPRESSED), kept_classes.to(classes.dtype)
+
+
 def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes: Tensor,
                     img_scale: Tensor | None = None, img_size: Tensor | None = None, max_det: int = 100,
-                    soft_nms: bool = False) -> Tensor:
+                    soft_nms: bool = False, suppress: Suppress | None = None) -> Tensor:
     """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
 
     Args:
@@ -151,6 +178,8 @@ def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes
         img_size: [B, 2] original width and height; boxes are clipped when given together with `img_scale`.
         max_det: rows for each image.
         soft_nms: use soft-NMS.
+        suppress: instead of both, maps boxes, scores, classes and `max_det` to the boxes, scores and classes to keep,
+            as `npu_nms` does.
 
     Returns:
         float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
@@ -162,13 +191,16 @@ def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes
         img_scale = img_scale.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 1)
         if img_size is not None:
             boxes = clip_boxes_xyxy(boxes, img_size.to(device=boxes.device, dtype=boxes.dtype) / img_scale)
-    suppress = batched_soft_nms if soft_nms else batched_nms
-    index, scores = suppress(boxes, logits.float().sigmoid(), classes, max_det)
-    boxes = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    scores = logits.float().sigmoid()
+    if suppress is not None:
+        boxes, scores, classes = suppress(boxes, scores, classes, max_det)
+    else:
+        index, scores = (batched_soft_nms if soft_nms else batched_nms)(boxes, scores, classes, max_det)
+        boxes = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+        classes = classes.gather(1, index)
     if img_scale is not None:
         boxes = boxes * img_scale.unsqueeze(-1)
-    numbers = (classes.gather(1, index) + 1).to(boxes.dtype)
-    rows = torch.cat((boxes, scores.unsqueeze(-1), numbers.unsqueeze(-1)), -1)
+    rows = torch.cat((boxes, scores.unsqueeze(-1), (classes + 1).to(boxes.dtype).unsqueeze(-1)), -1)
     rows = torch.where(scores.unsqueeze(-1) >= 0, rows, torch.zeros_like(rows))
     missing = max_det - rows.shape[1]
     return torch.cat((rows, rows.new_zeros((rows.shape[0], missing, 6))), 1) if missing > 0 else rows

@@ -53,9 +53,14 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
     if device_list and launched and len(device_list) != local_world:
         raise ValueError(f"--device-list names {len(device_list)} devices, but {local_world} processes were started on "
                          "this machine: start as many as there are devices, or leave --device-list out.")
-    index = device_list[local_rank] if device_list else local_rank if launched else None
+    renumbered = bool(device_list) and device_layer.restrict_visible(device_name, device_list)
+    if device_list and not renumbered:
+        index = device_list[local_rank]
+    else:
+        index = local_rank if launched or renumbered else None
     device = device_layer.pick_device(device_name, index)
     device_layer.set_device(device)
+    device_layer.prepare_collectives(device)
     distributed.init_process_group(device_layer.backend_for(device), device)
     return device
 

@@ -1,7 +1,8 @@
 """Batch norm over the batch of all ranks, and the conversion of a model to it.
 
 torch.nn.SyncBatchNorm refuses CPU tensors and DistributedDataParallel refuses it in a CPU model (seen in torch 2.11 and
-2.13), so gloo runs get the exact module below; accelerators get torch's own. Neither changes a state-dict key.
+2.13), and on an accelerator it makes the host wait once per layer. So gloo runs get the exact module below,
+accelerators one that calls their fused kernels without waiting. Neither changes a state-dict key.
 
 Source: Ioffe & Szegedy 2015 (batch norm and its gradient); Chan, Golub & LeVeque 1979 (combining partial variances).
 """
@@ -133,11 +134,68 @@ class SyncBatchNorm(_DropAct, _BatchNorm):
         return self._drop_act(output)
 
 
-class _AcceleratorSyncBatchNorm(_DropAct, nn.SyncBatchNorm):
-    """torch's SyncBatchNorm with the converted layer's dropout and activation."""
+class _FusedSyncNormalize(torch.autograd.Function):
+    """The same with the device's own kernels for statistics, normalisation and gradient; no wait for the device.
+
+    torch.nn.SyncBatchNorm calls these kernels too, but between them it picks the ranks with a non-empty batch by a
+    boolean mask, whose result's size the host has to wait for: once per layer and step. Here every rank has data.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                running_mean: torch.Tensor | None, running_var: torch.Tensor | None, momentum: float,
+                eps: float) -> torch.Tensor:
+        x = x.contiguous()
+        channels = x.size(1)
+        mean, inv_std = torch.batch_norm_stats(x, eps)
+        local = torch.cat([mean, inv_std, torch.full_like(mean[:1], x.numel() // channels)])
+        table = local.new_empty(dist.get_world_size() * local.numel())
+        dist.all_gather_into_tensor(table, local)
+        table = table.view(-1, 2 * channels + 1)  # [ranks, 2C + 1]
+        counts = table[:, -1].contiguous()
+        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            x, table[:, :channels].contiguous(), table[:, channels:-1].contiguous(), running_mean, running_var,
+            momentum, eps, counts)
+        ctx.save_for_backward(x, weight, mean, inv_std, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, inv_std, counts = ctx.saved_tensors
+        grad_out = grad_out.contiguous()
+        sum_grad, sum_grad_centred, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad_out, x, mean, inv_std, weight, *ctx.needs_input_grad[:3])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.cat([sum_grad, sum_grad_centred])
+            dist.all_reduce(sums)
+            sum_grad, sum_grad_centred = sums.chunk(2)
+            grad_x = torch.batch_norm_backward_elemt(
+                grad_out, x, mean, inv_std, weight, sum_grad.contiguous(), sum_grad_centred.contiguous(), counts)
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        return (grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None,
+                None)
+
+
+class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
+    """Normalise over the batches of all ranks of an accelerator, none of them empty."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f'expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}')
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._drop_act(super().forward(input))
+        """Normalise, then apply the converted layer's dropout and activation."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self._drop_act(super().forward(input))
+        self._check_input_dim(input)
+        momentum, statistics = 0.0, (None, None)
+        if self.track_running_stats and self.running_mean is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            statistics = self.running_mean, self.running_var
+        return self._drop_act(
+            _FusedSyncNormalize.apply(input, self.weight, self.bias, *statistics, momentum, self.eps))
 
 
 def _converted(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
@@ -158,7 +216,8 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every batch norm of a model by one that is synchronised over the ranks.
 
     Call it after the process group runs and before DistributedDataParallel wraps the model. Under gloo the layers
-    become `SyncBatchNorm` of this module, otherwise torch's own; activations of timm's BatchNormAct2d are kept.
+    become `SyncBatchNorm`, otherwise a form with the accelerator's fused kernels; activations of timm's BatchNormAct2d
+    are kept.
 
     Args:
         model: changed in place, except where it is a batch norm itself.
@@ -168,13 +227,14 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return model
-    kind = SyncBatchNorm if dist.get_backend() == 'gloo' else _AcceleratorSyncBatchNorm
+    kind = SyncBatchNorm if dist.get_backend() == 'gloo' else _FusedSyncBatchNorm
+    synchronised = (nn.SyncBatchNorm, SyncBatchNorm, _FusedSyncBatchNorm)
     done: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
 
     def convert(module: nn.Module) -> nn.Module:
         if module not in done:
             done[module] = module
-            if isinstance(module, _BatchNorm) and not isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)):
+            if isinstance(module, _BatchNorm) and not isinstance(module, synchronised):
                 done[module] = _converted(module, kind)
             else:
                 for name, child in list(module._modules.items()):

@@ -123,7 +123,8 @@ class _Guarded:
         """Start momentum at zero, which gives the same first step as starting it with the gradient."""
         state = self.state[p]
         loaded = state.get("momentum_buffer")
-        state["momentum_buffer"] = torch.zeros_like(p.grad) if loaded is None else torch.empty_like(p.grad).copy_(loaded)
+        buffer = torch.zeros_like(p.grad)
+        state["momentum_buffer"] = buffer if loaded is None else buffer.copy_(loaded)
 
     def _group_step(self, group_index: int) -> None:
         group = self.param_groups[group_index]

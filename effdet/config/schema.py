@@ -52,6 +52,11 @@ class PostProcessConfig:
         None, "network input as height and width in pixels; one value: square", low=32, metavar="H [W]",
         none="from the checkpoint or the model table", flags=("--image-size", "--img-size"))
     soft_nms: bool | None = setting(None, "soft-NMS instead of NMS", none="from the model table")
+    nms: str = setting("exact", "'exact' everywhere, or the name of an operator that the device layer knows")
+    same_padding: str = setting(
+        "auto", "how TensorFlow's SAME padding is computed, with equal numbers: 'pad' by a pad operator on the "
+        "activation, 'kernel' without one by extending kernels; 'auto' chooses for the device",
+        choices=("auto", "pad", "kernel"))
     max_det: int | None = setting(None, "detections kept per image", low=1, none="from the model table")
     max_detection_points: int | None = setting(
         None, "candidates per image that reach NMS", low=1, none="from the model table")
@@ -151,6 +156,8 @@ class LossConfig:
 
     label_smoothing: float | None = setting(
         None, "label smoothing of the focal loss", flags=("--smoothing",), low=0, below=1, none="from the model table")
+    dense_targets: bool = setting(
+        False, "class loss from one-hot targets: the same numbers, more memory and time; for comparison")
     legacy_focal: bool | None = setting(None, "the older focal loss formula", none="from the model table")
     alpha: float | None = setting(None, "focal loss: weight of the positives", flags=(), low=0, high=1,
                                   none="from the model table")
