@@ -39,8 +39,8 @@ def avg_pool2d_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, 
     """Average each window of SAME padding; padded cells count as zeros, so every window is divided by its full size.
 
     A padded pool is computed as a depthwise convolution with one constant kernel. The average pool itself would need
-    ceil_mode together with divisor_override, which torch_npu's older operators (aclop: Atlas training chips with
-    internal formats) do not pass to the backward pass; see docs/ascend_port.md. It can go when those chips do.
+    ceil_mode together with divisor_override, which torch_npu's older operators (acl_op; read in op-plugin's source of
+    2026) drop in the backward pass; docs/ascend_port.md says more. It can go when torch_npu has no acl_op avg_pool2d.
 
     Args:
         x: [B, C, H, W] or [C, H, W].
