@@ -39,7 +39,16 @@ from effdet.ema import ModelEma
 from effdet.engine import EpochStats, Training, evaluate, train_one_epoch
 from effdet.evaluator import CocoEvaluator
 from effdet.gallery import write_comparisons
-from effdet.log import CsvLog, format_best_metric, format_duration, format_train_avg_fps, setup_logging
+from effdet.log import (
+    LOSSES_NAME,
+    METRICS_NAME,
+    CsvLog,
+    add_run_facts,
+    format_best_metric,
+    format_duration,
+    format_train_avg_fps,
+    setup_logging,
+)
 from effdet.optim import build_optimizer, freeze_backbone, freeze_bn
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.schedule import build_schedule
@@ -210,6 +219,7 @@ class Session:
             return
         if distributed.is_primary():
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
+            CsvLog(self.output_dir / LOSSES_NAME).drop_from("epoch", self.first_epoch)
         for epoch in range(self.first_epoch, self.epochs):
             self.train_set.set_epoch(epoch)
             stats = train_one_epoch(self.training, self.train_loader, epoch)
@@ -283,15 +293,21 @@ class Session:
             with self.training.precision.autocast():  # without an EMA the weights may be in half precision
                 pictures = write_comparisons(self.eval_bench.model, self.val_set, self.device,
                                              self.output_dir / "pictures")
-            self.evaluator.write_metrics(self.output_dir / "metrics.json")
+            # A run continued in another folder may not have bettered the metric it started from.
+            best = self.output_dir / BEST_NAME
+            checkpoint = best if best.exists() else self.output_dir / LAST_NAME
+            self.evaluator.write_metrics(self.output_dir / METRICS_NAME)
+            add_run_facts(self.output_dir / METRICS_NAME, {
+                "model": self.cfg.model.name, "processes": self.world, "batch_size": self.cfg.run.batch_size,
+                "first_epoch": self.first_epoch, "steps": self.training.steps,
+                "img_per_s": self.training.throughput.average(), "best_AP": metric, "best_epoch": epoch,
+                "seconds": time.time() - self.started, "checkpoint": str(checkpoint)})
             stats = self.evaluator.stats
             _logger.info("%s", format_train_avg_fps(self.training.throughput))
             _logger.info("%s", format_best_metric(metric, epoch))
             _logger.info("AP %.4f  AP50 %.4f  (last epoch, %s)", stats["AP"], stats["AP50"],
                          format_duration(time.time() - self.started))
-            # A run continued in another folder may not have bettered the metric it started from.
-            best = self.output_dir / BEST_NAME
-            _logger.info("checkpoint: %s", best if best.exists() else self.output_dir / LAST_NAME)
+            _logger.info("checkpoint: %s", checkpoint)
             _logger.info("pictures: %s", pictures)
         distributed.barrier()
 

@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import sys
+import time
+from collections.abc import Iterator
+from typing import Any
 
 # torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
 # for, with an error that says what to do.
@@ -30,7 +33,7 @@ from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator
-from effdet.log import setup_logging
+from effdet.log import add_run_facts, setup_logging
 from effdet.processes import launch, needs_launch, one_line_errors, start
 
 _logger = logging.getLogger("effdet.validate")
@@ -78,6 +81,21 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
     return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
 
 
+class TimedLoader:
+    """Hand on a loader's batches and measure, in `seconds`, how long it takes until the last one is worked off."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        started = time.perf_counter()
+        yield from self.loader
+        self.seconds = time.perf_counter() - started
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
 def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
@@ -88,12 +106,18 @@ def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader,
         _logger.warning("the validation split has no pictures: there is nothing to evaluate")
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
-    metric, _ = evaluate(bench, loader, evaluator, precision.autocast, cfg.run.log_interval)
+    started, timed = time.time(), TimedLoader(loader)
+    metric, _ = evaluate(bench, timed, evaluator, precision.autocast, cfg.run.log_interval)
     if cfg.run.results:
         evaluator.save(cfg.run.results)
         _logger.info("results: %s", cfg.run.results)
     if cfg.run.metrics:
         evaluator.write_metrics(cfg.run.metrics)
+        if distributed.is_primary():
+            add_run_facts(cfg.run.metrics, {
+                "model": detector.model.config.name, "processes": distributed.world_size(),
+                "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(timed.seconds, 1e-9),
+                "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint})
         _logger.info("metrics: %s", cfg.run.metrics)
     for row in evaluator.per_class():
         ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))

@@ -1,29 +1,34 @@
-"""What a run says: the logger, the lines that scripts search for, meters and the csv of epochs.
+"""What a run says: the logger and its lines, meters, and the files for programs: csv of epochs and of losses, json.
 
 Lives here: formats and arithmetic on plain numbers. Nothing here touches a device or another process; whoever calls a
 meter with a tensor decides when to read it.
 """
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _LOGGER_NAMES = ("effdet", "timm_patches")
+LOSSES_NAME = "losses.csv"
+METRICS_NAME = "metrics.json"
 
 
 def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
-    """Send the packages' log to standard output, and on rank 0 to log.txt too.
+    """Send the packages' log to standard output, and on rank 0 to log.txt and its losses to losses.csv too.
 
     Rank 0 logs from INFO on, in plain lines; other ranks log warnings and errors, marked with their number. Handlers of
     an earlier call are replaced, so that no line comes twice; records do not go on to the root logger for the same
     reason.
 
     Args:
-        output_dir: folder of the run, made if need be; log.txt in it is appended to. None for no file.
+        output_dir: folder of the run, made if need be; the two files in it are appended to. None for no file.
         rank: number of this process in the whole run.
 
     Returns:
@@ -33,6 +38,7 @@ def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logge
     if output_dir is not None and rank == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8"))
+        handlers.append(_LossesHandler(Path(output_dir) / LOSSES_NAME))
     formatter = logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s")
     for handler in handlers:
         handler.setFormatter(formatter)
@@ -148,6 +154,66 @@ class CsvLog:
                 writer.writeheader()
             writer.writerow(row)
 
+    def drop_from(self, column: str, number: int) -> None:
+        """Drop the rows whose `column` is `number` or more, and broken ones: a resumed run writes them anew.
+
+        Args:
+            column: one that holds whole numbers.
+            number: the first to go.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row.values() and int(row[column]) < number]
+        with _replacing(self.path) as file:
+            writer = csv.DictWriter(file, reader.fieldnames or [], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class _LossesHandler(logging.Handler):
+    """Append the numbers of each interval line to a csv file, so that no program has to read them out of the log."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._csv = CsvLog(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.msg, IntervalLine):
+            self._csv.append(record.msg.values)
+
+
+def add_run_facts(path: str | Path, facts: Mapping[str, Any]) -> None:
+    """Add what a run came to, under `run`, to the metrics file that its evaluation has written.
+
+    Args:
+        path: the json file; it changes atomically.
+        facts: plain values by name.
+    """
+    path = Path(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    with _replacing(path) as file:
+        json.dump({**content, "run": dict(facts)}, file, allow_nan=False)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """Open a text file that takes the place of `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class IntervalLine(str):
+    """The training line of one log interval, with its main numbers by name in `values`."""
+
+    values: dict[str, float]
+
 
 def format_duration(seconds: float) -> str:
     """Return a duration as H:MM:SS, with days in front from 24 hours on, such as '2d 03:04:05'."""
@@ -159,8 +225,8 @@ def format_duration(seconds: float) -> str:
 
 def format_interval_line(*, epoch: int, step: int, steps: int, loss: float, loss_average: float, class_loss: float,
                          box_loss: float, step_s: float, step_average_s: float, fps: float, fps_average: float,
-                         lr: float, data_s: float, data_average_s: float, eta_s: float) -> str:
-    """Format the training line of one log interval; scripts read 'Loss:', 'Time:', 'FPS:', 'LR:' and 'Data:' from it.
+                         lr: float, data_s: float, data_average_s: float, eta_s: float) -> IntervalLine:
+    """Format the training line of one log interval, with 'Loss:', 'Time:', 'FPS:', 'LR:' and 'Data:' in it.
 
     Args:
         epoch: number of the epoch, from 0.
@@ -180,16 +246,20 @@ def format_interval_line(*, epoch: int, step: int, steps: int, loss: float, loss
         eta_s: seconds to the end of the run.
 
     Returns:
-        One line without a newline.
+        One line without a newline; logged, it becomes a row of losses.csv as well.
     """
-    return (f"Train: {epoch} [{step:>{max(4, len(str(steps)))}d}/{steps} ({100 * step / max(1, steps):>3.0f}%)]  "
-            f"Loss: {loss:.5f} ({loss_average:.5f})  Class: {class_loss:.5f}  Box: {box_loss:.6f}  "
-            f"Time: {step_s:.3f}s ({step_average_s:.3f}s)  FPS: {fps:.2f} ({fps_average:.2f}) img/s  "
-            f"LR: {lr:.3e}  Data: {data_s:.3f}s ({data_average_s:.3f}s)  ETA: {format_duration(eta_s)}")
+    line = IntervalLine(
+        f"Train: {epoch} [{step:>{max(4, len(str(steps)))}d}/{steps} ({100 * step / max(1, steps):>3.0f}%)]  "
+        f"Loss: {loss:.5f} ({loss_average:.5f})  Class: {class_loss:.5f}  Box: {box_loss:.6f}  "
+        f"Time: {step_s:.3f}s ({step_average_s:.3f}s)  FPS: {fps:.2f} ({fps_average:.2f}) img/s  "
+        f"LR: {lr:.3e}  Data: {data_s:.3f}s ({data_average_s:.3f}s)  ETA: {format_duration(eta_s)}")
+    line.values = {"epoch": epoch, "step": step, "loss": loss, "class_loss": class_loss, "box_loss": box_loss,
+                   "lr": lr, "img_per_s": fps}
+    return line
 
 
 def format_train_avg_fps(meter: ThroughputMeter) -> str:
-    """Format the line that gives the run's throughput; scripts read what follows 'AvgFPS:'."""
+    """Format the line that gives the run's throughput, behind 'AvgFPS:'."""
     return f"TrainAvgFPS: mean img/s of {meter.intervals} intervals AvgFPS:{meter.average():.2f}"
 
 

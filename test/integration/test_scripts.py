@@ -165,6 +165,21 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
     assert Path(checkpoint.removeprefix("checkpoint: ")) == run.folder / "model_best.pth.tar"
     assert Path(pictures.removeprefix("pictures: ")) == run.folder / "pictures" / "sheet.jpg"
     assert (run.folder / "model_best.pth.tar").is_file()
+    facts = json.loads((run.folder / "metrics.json").read_text())["run"]
+    assert average.endswith(f" AvgFPS:{facts['img_per_s']:.2f}") and 0 < facts.pop("seconds") < 600
+    assert facts == {"model": "tf_efficientdet_d0", "processes": 1, "batch_size": BATCH, "first_epoch": 0,
+                     "steps": EPOCHS * STEPS_PER_EPOCH, "img_per_s": facts["img_per_s"], "best_AP": metric,
+                     "best_epoch": -epoch, "checkpoint": checkpoint.removeprefix("checkpoint: ")}
+
+
+def test_losses_of_the_log_are_in_a_file(run, resumed):
+    lines = TRAIN_LINE.findall(run.output)
+    with open(run.folder / "losses.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"], f"{float(row['loss']):.5f}", f"{float(row['lr']):.3e}") for row in rows] == [
+        (line[0], line[1], line[4], line[7]) for line in lines]
+    with open(resumed.folder / "losses.csv", newline="") as file:
+        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [(line[0], line[1]) for line in lines]
 
 
 def test_predictions_are_drawn_beside_the_truth(run, data):
@@ -322,6 +337,10 @@ def coco_ap(ann: Path, results: Path, img_ids: list[int] | None = None) -> float
 def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path):
     ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar")
     assert ap == run.checkpoint()["metric"] > 0
+    facts = json.loads((tmp_path / "metrics.json").read_text())["run"]
+    assert NUM_VAL / facts["img_per_s"] <= facts["seconds"] < 600, "prediction takes a part of the time"
+    assert (facts["model"], facts["processes"], facts["batch_size"], facts["checkpoint"]) == (
+        "tf_efficientdet_d0", 1, 4, str(run.folder / "last.pth.tar"))
     assert output.splitlines()[-1] == f"AP {ap:.5f}  AP50 {float(run.summary()[-1]['AP50']):.5f}"
     assert f"Eval: 2  AP: {ap:.5f}" in run.output and output.count("\nAR_large ") == 1
     assert "64x64, EMA weights" in output and "6 pictures" in output

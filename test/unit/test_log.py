@@ -1,6 +1,7 @@
 """The log's lines as scripts read them, meters by hand, the csv across restarts."""
 from __future__ import annotations
 
+import json
 import logging
 import re
 import subprocess
@@ -13,6 +14,7 @@ from effdet.log import (
     AverageMeter,
     CsvLog,
     ThroughputMeter,
+    add_run_facts,
     format_best_metric,
     format_duration,
     format_interval_line,
@@ -155,3 +157,40 @@ def test_csv_refuses_other_columns_and_keeps_the_file(tmp_path) -> None:
         with pytest.raises(ValueError, match="has the columns epoch, loss"):
             log.append(row)
     assert path.read_text(encoding="utf-8") == "epoch,loss\n0,1.5\n"
+
+
+def test_interval_lines_become_rows_of_losses(tmp_path) -> None:
+    logger = setup_logging(tmp_path, rank=0)
+    logger.info(format_interval_line(**LINE))
+    logger.info("Train: 3 [not a line of an interval]")
+    setup_logging(tmp_path, rank=1).warning(format_interval_line(**LINE))  # another rank has no files
+    setup_logging(tmp_path, rank=0).info(format_interval_line(**{**LINE, "step": 100, "loss": float("nan")}))
+    assert (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines() == [
+        "epoch,step,loss,class_loss,box_loss,lr,img_per_s", "3,50,1.25,0.75,0.01,0.16,46.375",
+        "3,100,nan,0.75,0.01,0.16,46.375"]
+
+
+def test_a_resumed_run_drops_the_rows_it_will_write_anew(tmp_path) -> None:
+    log = CsvLog(tmp_path / "losses.csv")
+    log.drop_from("epoch", 0)
+    assert not log.path.exists(), "nothing to drop, nothing made"
+    for epoch in (8, 9, 10, 11):
+        log.append({"epoch": epoch, "loss": epoch / 2})
+    with log.path.open("a", encoding="utf-8") as file:
+        file.write("7")  # cut off by a crash
+    log.drop_from("epoch", 10)
+    assert log.path.read_text(encoding="utf-8") == "epoch,loss\n8,4.0\n9,4.5\n"
+    log.drop_from("epoch", 0)
+    assert log.path.read_text(encoding="utf-8") == "epoch,loss\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["losses.csv"]
+
+
+def test_run_facts_join_the_metrics(tmp_path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text('{"stats": {"AP": 0.25}, "run": {"old": 1}}', encoding="utf-8")
+    add_run_facts(path, {"img_per_s": 16.5, "best_AP": None})
+    assert json.loads(path.read_text()) == {"stats": {"AP": 0.25}, "run": {"img_per_s": 16.5, "best_AP": None}}
+    with pytest.raises(ValueError, match="JSON"):
+        add_run_facts(path, {"img_per_s": float("nan")})
+    assert json.loads(path.read_text())["run"]["img_per_s"] == 16.5, "the file that was there stays"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
