@@ -49,7 +49,7 @@ from effdet.log import (
     format_train_avg_fps,
     setup_logging,
 )
-from effdet.optim import build_optimizer, freeze_backbone, freeze_bn
+from effdet.optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.schedule import build_schedule
 from effdet.weights import extract_state_dict, load_state_dict_report
@@ -95,6 +95,7 @@ class Session:
     def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any]) -> None:
         self.cfg, self.device, self.output_dir = cfg, device, output_dir
         self.started = time.time()
+        self.statistics_frozen = False
         self.world = distributed.world_size()
         self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
         self.workers = workers_per_device(cfg.data.workers, self.world)
@@ -222,6 +223,8 @@ class Session:
             CsvLog(self.output_dir / LOSSES_NAME).drop_from("epoch", self.first_epoch)
         for epoch in range(self.first_epoch, self.epochs):
             self.train_set.set_epoch(epoch)
+            if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
+                self.freeze_statistics()
             stats = train_one_epoch(self.training, self.train_loader, epoch)
             self.share_batch_norm()
             last = epoch + 1 == self.epochs or self.training.is_finished
@@ -233,6 +236,15 @@ class Session:
             if self.training.is_finished:
                 break
         self.finish()
+
+    def freeze_statistics(self) -> None:
+        """Fix the batch-norm statistics for the rest of the run; they are equal on all ranks after every epoch."""
+        training = self.training
+        if not self.statistics_frozen:
+            self.statistics_frozen = True
+            _logger.info("batch-norm statistics fixed from here on: %d layers", freeze_bn_statistics(training.model))
+            if training.ema is not None:
+                training.ema.copy_buffers(training.model)
 
     def share_batch_norm(self) -> None:
         """Bring the batch-norm statistics of all processes together, for the evaluation and for the checkpoint."""

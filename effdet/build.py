@@ -154,8 +154,8 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     if mode == "auto":
         mode = "kernel" if device_layer.avoids_pad_operators(device) else "pad"
     report = convert_same_padding(model, mode)
-    if report.converted:
-        _logger.info("setting: SAME padding without pad operators: %s", report)
+    if mode == "kernel" and (report.converted or report.left):
+        _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 

@@ -92,6 +92,13 @@ class ModelEma:
         self.updates += 1
         self._share_of_init *= decay
 
+    @torch.no_grad()
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Take the model's buffers (batch-norm statistics) over as they are, for statistics that no longer change."""
+        buffers = dict(unwrap_model(model).named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the counters that a resumed run needs."""
         return {"module": self.module.state_dict(), "updates": self.updates, "share_of_init": self._share_of_init}

@@ -201,6 +201,22 @@ def freeze_bn(model: nn.Module) -> Frozen:
     return Frozen(frozen, len(layers))
 
 
+def freeze_bn_statistics(model: nn.Module) -> int:
+    """Have every batch norm normalise by its running statistics from now on, and keep them; the rest goes on training.
+
+    With batch statistics, training never sees how the network behaves with the running ones. Where the two differ, as
+    after a short run or with small batches, deviations grow from layer to layer and a well trained network detects
+    little. Some epochs with fixed statistics let the weights adapt to what evaluation uses.
+
+    Returns:
+        The number of norm layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    for layer in layers:
+        _keep_in_eval(layer)
+    return len(layers)
+
+
 def _stop_gradients(parameters: Iterable[Tensor]) -> int:
     """Turn requires_grad off; return how many tensors still had it on."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]

@@ -95,6 +95,9 @@ class ModelConfig(_BaseModelConfig):
     pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
+    freeze_bn_epochs: int = setting(
+        0, "in the last N epochs, normalise by the running batch-norm statistics and keep them, so that the weights "
+        "adapt to what evaluation uses; helps short runs and small batches", low=0)
     bn_momentum: float | None = setting(
         None, "weight of a new batch in the batch-norm statistics", above=0, high=1, none="from the model table")
 

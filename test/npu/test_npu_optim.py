@@ -1,0 +1,263 @@
+"""The fused SGD of the NPU against torch.optim.SGD, its guards, and checkpoints that move between the two."""
+from __future__ import annotations
+
+import copy
+import warnings
+
+import npu_sim
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch_npu.optim import NpuFusedSGD
+
+from effdet.amp import Precision
+from effdet.device import tune
+from effdet.optim import build_optimizer
+from timm_patches.optim_factory import create_fused_sgd, create_optimizer, flat_gradients
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tuned(device):
+    tune(device)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.silu(self.norm(self.conv(x))))
+
+
+def make_images(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, images: list[torch.Tensor], clear=None) -> None:
+    for batch in images:
+        (clear or optimizer.zero_grad)()
+        (net(batch.to(next(net.parameters()).device)) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def assert_same(net: nn.Module, twin: nn.Module, **tolerance) -> None:
+    for (name, value), other in zip(net.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert_close(value.cpu(), other.cpu(), rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("opt", ["fusedmomentum", "fusedsgd"])
+def test_ten_steps_equal_torch_sgd(device, opt):
+    net, twin = Net().to(device), Net()
+    optimizer = build_optimizer(net, opt, lr=0.1, weight_decay=0.01)
+    assert isinstance(optimizer, NpuFusedSGD)
+    plain = torch.optim.SGD(
+        [{"params": [twin.conv.weight, twin.head.weight], "weight_decay": 0.01},
+         {"params": [*twin.norm.parameters(), twin.head.bias], "weight_decay": 0.0}],
+        lr=0.1, momentum=0.9, nesterov=opt == "fusedsgd", foreach=False)
+    images = make_images(10)
+    for index, batch in enumerate(images):
+        for net_, optimizer_ in ((net, optimizer), (twin, plain)):
+            for group in optimizer_.param_groups:
+                group["lr"] = 0.1 / (1 + index)  # as a schedule does
+            train(net_, optimizer_, [batch])
+    assert_same(net, twin)
+
+
+def test_without_momentum(device):
+    net, twin = Net().to(device), Net()
+    train(net, create_fused_sgd(net.parameters(), 0.1, momentum=0.0, device_type="npu"), make_images(3))
+    train(twin, torch.optim.SGD(twin.parameters(), 0.1), make_images(3))
+    assert_same(net, twin)
+
+
+@pytest.mark.parametrize("how", ["optimizer, to None", "module", "parameter by parameter"])
+def test_gradients_that_were_set_to_none_are_not_read_again(device, how):
+    """torch_npu's own class goes on with the gradients of the step before."""
+    net, twin = Net().to(device), Net()
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+
+    def clear() -> None:
+        if how == "optimizer, to None":
+            optimizer.zero_grad(set_to_none=True)
+        elif how == "module":
+            net.zero_grad()
+        else:
+            for parameter in net.parameters():
+                parameter.grad = None
+
+    train(net, optimizer, make_images(4), clear)
+    train(twin, torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9), make_images(4))
+    assert_same(net, twin)
+
+
+def test_the_trap_is_there_without_the_guard(device):
+    """When this fails, torch_npu has mended it and the guard can go."""
+    parameter = nn.Parameter(torch.ones(3, device=device))
+    optimizer = NpuFusedSGD([parameter], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (parameter * 1.0).sum().backward()
+        optimizer.step()
+        parameter.grad = None
+        (parameter * 100.0).sum().backward()
+        optimizer.step()
+    assert_close(parameter.detach().cpu(), torch.full((3,), -1.0))  # 1 - 1 - 1 and not 1 - 1 - 100
+
+
+def test_a_parameter_without_gradient_at_first_is_not_left_out(device):
+    used, late = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    optimizer = create_fused_sgd([used, late], 0.5, momentum=0.0, device_type="npu")
+    used.sum().backward()
+    optimizer.step()
+    assert_close(late.detach().cpu(), torch.ones(3))
+    optimizer.zero_grad()
+    (used + 2 * late).sum().backward()
+    optimizer.step()
+    assert_close(used.detach().cpu(), torch.zeros(3))
+    assert_close(late.detach().cpu(), torch.zeros(3))
+
+
+def test_frozen_parameters_stay_and_cannot_be_thawed_silently(device):
+    net = Net().to(device)
+    net.conv.requires_grad_(False)
+    before = net.conv.weight.detach().cpu()
+    optimizer = create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu")
+    train(net, optimizer, make_images(2))
+    assert torch.equal(net.conv.weight.detach().cpu(), before)
+    net.conv.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="1 parameter.s. became trainable after .*Build a new optimizer"):
+        train(net, optimizer, make_images(1))
+
+
+def test_a_model_that_moves_after_the_first_step_is_noticed(device):
+    net = Net().to(device)
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+    train(net, optimizer, make_images(1))
+    net.head.weight.data = net.head.weight.data.clone()
+    with pytest.raises(RuntimeError, match="moved after NpuFusedSGD's first step"):
+        train(net, optimizer, make_images(1))
+
+
+def test_what_it_cannot_train_is_refused(device):
+    with pytest.raises(TypeError, match="float32 and float16 parameters, got torch.bfloat16"):
+        create_fused_sgd([nn.Parameter(torch.ones(2, dtype=torch.bfloat16, device=device))], 0.1, device_type="npu")
+    transposed = nn.Parameter(torch.ones(2, 3, device=device).t())
+    with pytest.raises(ValueError, match="contiguous parameters.*channels-last"):
+        create_fused_sgd([transposed], 0.1, device_type="npu")
+    parameter = nn.Parameter(torch.ones(4, device=device))
+    bucket = torch.zeros(8, device=device)
+    parameter.grad = bucket[:4]
+    with pytest.raises(RuntimeError, match="gradient_as_bucket_view"):
+        create_fused_sgd([parameter], 0.1, device_type="npu").step()
+
+
+def test_the_state_dict_is_that_of_torch_sgd(device):
+    net, twin = Net().to(device), Net()
+    optimizer = create_fused_sgd(net.parameters(), 0.1, weight_decay=0.01, device_type="npu")
+    plain = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    train(net, optimizer, make_images(2))
+    train(twin, plain, make_images(2))
+    mine, theirs = optimizer.state_dict(), plain.state_dict()
+    assert set(theirs["param_groups"][0]) - {"lr"} <= set(mine["param_groups"][0])
+    assert {key: value for key, value in mine["param_groups"][0].items() if key != "params"} == {
+        key: value for key, value in theirs["param_groups"][0].items() if key != "params"}
+    for key, state in theirs["state"].items():
+        assert mine["state"][key].keys() == state.keys()
+        assert_close(mine["state"][key]["momentum_buffer"].cpu(), state["momentum_buffer"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["npu", "cpu"])
+@pytest.mark.parametrize("steps_before_loading", [0, 2])
+def test_a_checkpoint_moves_between_devices(device, first, steps_before_loading):
+    devices = {"npu": device, "cpu": CPU}
+    second = "cpu" if first == "npu" else "npu"
+    reference = Net()
+    train(reference, torch.optim.SGD(reference.parameters(), 0.1, momentum=0.9), make_images(6))
+
+    net = Net().to(devices[first])
+    optimizer = create_optimizer(net.parameters(), "fusedmomentum", 0.1)
+    train(net, optimizer, make_images(6)[:3])
+    weights = {key: value.cpu() for key, value in net.state_dict().items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].cpu()
+
+    net = Net().to(devices[second])
+    optimizer = create_optimizer(net.parameters(), "fusedmomentum", 0.1)
+    train(net, optimizer, make_images(steps_before_loading))  # what is loaded replaces all of this
+    net.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(net, optimizer, make_images(6)[3:])
+    assert_same(net, reference)
+
+
+def test_gradients_are_one_tensor_and_clipping_is_that_of_the_cpu(device):
+    weights = []
+    for where in (CPU, device):
+        net = Net().to(where)
+        precision = Precision(where, enabled=False)
+        optimizer = build_optimizer(net, "fusedmomentum", lr=0.1)
+        for batch in make_images(3):
+            optimizer.zero_grad()
+            precision.backward((net(batch.to(where)) - 1).square().mean() * 50)
+            norm = precision.step(optimizer, (0.5, "norm"))
+        weights.append((net, norm.item()))
+        flat = flat_gradients(optimizer)
+        if where == CPU:
+            assert flat is None
+        else:
+            assert [tensor.numel() for tensor in flat] == [sum(p.numel() for p in net.parameters())]
+    assert weights[0][1] > 0.5  # it clipped
+    assert weights[1][1] == pytest.approx(weights[0][1], rel=1e-4)
+    assert_same(weights[1][0], weights[0][0])
+
+
+def test_a_skipped_step_changes_nothing_and_waits_for_nothing(device):
+    net = Net().to(device)
+    optimizer = create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu")
+    train(net, optimizer, make_images(2))
+    before = {name: value.detach().cpu() for name, value in net.named_parameters()}
+    momentum = [optimizer.state[p]["momentum_buffer"].cpu() for p in net.parameters()]
+    for parameter in net.parameters():
+        parameter.grad.fill_(float("nan"))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=device)
+    with npu_sim.strict(), npu_sim.count_waits() as meters:
+        optimizer.step()
+    assert not meters.waits and meters.calls.total() > 3
+    del optimizer.grad_scale, optimizer.found_inf
+    for name, value in net.named_parameters():
+        assert torch.equal(value.detach().cpu(), before[name]), name
+    for parameter, buffer in zip(net.parameters(), momentum, strict=True):
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"].cpu(), buffer)
+
+
+def test_an_update_is_a_handful_of_kernels(device):
+    counts = []
+    for fused in (True, False):
+        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))).to(device)
+        optimizer = (create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu") if fused else
+                     torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1, foreach=False))
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(torch.ones(1, 4, device=device)).sum().backward()
+            with npu_sim.count_waits() as meters:
+                optimizer.step()
+        counts.append(meters.calls.total())
+    assert counts[0] < 10 and counts[1] >= 300, counts
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_fusedmomentum", "momentum"])
+def test_other_optimizers_train_as_on_the_cpu(device, opt):
+    net, twin = Net().to(device), Net()
+    for model in (net, twin):
+        train(model, create_optimizer(model.parameters(), opt, 0.01), make_images(7))
+    for (name, value), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert_close(value.cpu(), other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
