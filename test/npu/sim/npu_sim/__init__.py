@@ -1,0 +1,68 @@
+"""A simulated Ascend NPU: the real torch_npu wheel over stand-ins for the CANN libraries.
+
+Lives here: the interface. `load()` makes torch.npu available in this process; `strict`, `count_waits` and `meters` say
+what the device was asked to do. How it works and what it cannot tell: README.md in this folder's parent.
+Importing this package imports neither torch nor torch_npu.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from npu_sim import build
+from npu_sim.build import missing
+from npu_sim.meters import Meters, connect, count_waits, meters, strict
+
+__all__ = ["Meters", "count_waits", "load", "load_libraries", "install", "meters", "missing", "strict"]
+
+_settings: tuple[int, str] | None = None
+_installed = False
+
+
+def load(devices: int = 1, soc: str = "Ascend910B1") -> None:
+    """Make the simulated NPU available in this process and import torch and torch_npu.
+
+    Args:
+        devices: number of devices.
+        soc: chip name, such as Ascend910A or Ascend910B1; torch_npu chooses its kernels by it.
+
+    Raises:
+        RuntimeError: something is missing, torch_npu is already imported, or other settings are loaded already.
+    """
+    if _settings is None and "torch_npu" in sys.modules:
+        raise RuntimeError("torch_npu is already imported: load the simulated NPU before it.")
+    load_libraries(devices, soc)
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # torch would import torch_npu before the values are installed
+    import torch  # noqa: F401
+    import torch_npu  # noqa: F401
+
+    install()
+
+
+def load_libraries(devices: int = 1, soc: str = "Ascend910B1") -> None:
+    """Load the stand-ins for the CANN libraries; must come before torch_npu is imported."""
+    global _settings
+    if _settings is not None:
+        if _settings != (devices, soc):
+            raise RuntimeError(f"The simulated NPU is loaded as {_settings[0]} x {_settings[1]} in this process; "
+                               f"{devices} x {soc} needs a process of its own.")
+        return
+    if missing():
+        raise RuntimeError(missing())
+    os.environ.update(
+        TASK_QUEUE_ENABLE="0",  # kernels run on the calling thread, so that their waits and errors have an owner
+        TORCH_NPU_FALLBACK_CPU_DISABLE="1",  # an operator without NPU kernel raises instead of running on the CPU
+        FAKE_NPU_COUNT=str(devices), FAKE_NPU_SOC=soc)
+    connect(build.load_libraries()["ascendcl"])
+    _settings = devices, soc
+
+
+def install() -> None:
+    """Fill in the values; needs torch_npu imported."""
+    global _installed
+    if not _installed:
+        from npu_sim import kernels
+
+        kernels.install()
+        _installed = True
