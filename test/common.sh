@@ -2,13 +2,13 @@
 # What the train_*.sh scripts of this folder share. Sourced by them, it does nothing by itself.
 #
 #   parse_options NAMES "$@"          read the options that the script has, and the flags behind --
-#   train_case KIND LOG RUN FLAG...   run train.py and report; KIND is perf or mAP, LOG is ID/FILE below test/output, RUN
-#                                     names the folder of the models below output/train
+#   train_case KIND LOG RUN FLAG...   run train.py and report; KIND is perf or mAP, LOG is ID/FILE below test/output,
+#                                     RUN names the folder of the models below output/train
 #   eval_case KIND LOG FLAG...        run validate.py on --pth_path and report
 #
-# Flags after -- come last on the command line, so they win over everything here. Relative paths count from where the user
-# stands. From the environment: PYTHON (default python3), ASCEND_DEVICE_ID, etp_running_flag=true (leave the NPU's
-# environment alone).
+# Flags after -- come last on the command line, so they win over everything here; what they might switch off is in
+# configs/ascend_*.yaml. Relative paths count from where the user stands. From the environment: PYTHON (default
+# python3), ASCEND_DEVICE_ID, etp_running_flag=true (leave the NPU's environment alone).
 set -euo pipefail
 SECONDS=0 # of this run
 
@@ -118,9 +118,12 @@ eval_case() {
     report "$kind" "$(last_value --metrics "${command[@]}")"
 }
 
-# check_run_folder FOLDER RESUME: no run may write over another one's checkpoints, or lie where a next one empties the folder.
+# check_run_folder FOLDER RESUME: a run must not write over another one's checkpoints, nor lie where the next one
+# empties the folder, nor be where the report does not look.
 check_run_folder() {
     local real
+    [[ $1 != */ && " ${extra_flags[*]-} " != *" run.output="* && " ${extra_flags[*]-} " != *" run.experiment="* ]] ||
+        fail "name the run's folder by --output DIR and --experiment NAME, so that its results are found"
     real=$(realpath -m -- "$1")
     [[ $real/ != "$(realpath -m -- "$TEST_DIR/output")"/* ]] ||
         fail "checkpoints below test/output would be deleted by the next run: give another --output than $1"

@@ -170,7 +170,7 @@ def test_one_device_from_inside_the_folder(checkout: Checkout):
         path.write_text("x")
     done = checkout.run("test/train_performance_1p.sh", "--data_path=./data sets/tiny", "--device_id=1", "--",
                         *checkout.small(steps=3), cwd=checkout.root / "test")
-    run = newest_run(checkout, "performance_1p")
+    run = newest_run(checkout, "performance_1p-1")
     result = check_result(checkout, done, "1/train_1_1p_perf.log", "EfficientDetD0_bs4_1p_perf", run / "metrics.json",
                           run / "losses.csv")
     assert (result.facts["steps"], len(result.losses), result.facts["processes"]) == (3, 3, 1)
@@ -245,7 +245,7 @@ def test_fine_tuning_starts_from_the_file(checkout: Checkout, full_run: Path):
     done = checkout.run(
         "test/train_finetune_1p.sh", f"--data_path={checkout.data}", f"--pth_path={pth.relative_to(checkout.root)}",
         "--", *checkout.small(8, steps=1), "--warmup-lr", "0", "--weight-decay", "0", ASCEND_DEVICE_ID="2")
-    run = newest_run(checkout, "finetune_1p")
+    run = newest_run(checkout, "finetune_1p-2")
     check_result(checkout, done, "2/train_2_finetune_1p.log", "EfficientDetD0_bs8_1p_mAP", run / "metrics.json",
                  run / "losses.csv")
     source, tuned = (torch.load(path, weights_only=True) for path in (pth, run / "last.pth.tar"))
@@ -336,8 +336,8 @@ def test_flags_behind_the_dashes_win_in_any_spelling(dry: Callable, tmp_path: Pa
     (tmp_path / "mine.yaml").write_text("sched:\n  lr_noise: null\nmodel:\n  drop_path: 0.1\n")
     cfg = parse_train_args(dry(
         "test/train_performance_8p.sh", "--", "--batch-size", "24", "--workers=3", "--no-amp",
-        "--loss-scale", "dynamic", "--device", "cpu", "--max-steps=7", "--no-sync-bn", "-c", tmp_path / "mine.yaml", "--device-list", "4,5,6",
-        "--root", "/other place", "optim.lr=0.01"))
+        "--loss-scale", "dynamic", "--device", "cpu", "--max-steps=7", "--no-sync-bn", "-c", tmp_path / "mine.yaml",
+        "--device-list", "4,5,6", "--root", "/other place", "optim.lr=0.01"))
     assert (cfg.run.batch_size, cfg.data.workers, cfg.amp.enabled, cfg.dist.sync_bn) == (24, 3, False, False)
     assert (cfg.run.device, cfg.run.max_steps, cfg.dist.device_list, cfg.data.root) == (
         "cpu", 7, [4, 5, 6], "/other place")
@@ -417,6 +417,9 @@ def test_checkpoints_are_never_deleted_or_written_over(checkout: Checkout, tmp_p
     assert "holds a run already" in refused(checkout, "test/train_full_8p_0-120.sh", data, *run)
     assert "holds a run already" in refused(checkout, "run_train.sh", data, *run)
     assert "holds a run already" in refused(checkout, "test/train_full_8p_121-300.sh", data, *run, "--resume", link)
+    for flags in (("run.output=x",), ("--max-steps", "3", "run.experiment=x"), ("--experiment", "")):
+        assert "name the run's folder by --output" in refused(checkout, "test/train_performance_8p.sh", data, "--",
+                                                              *flags)
     for path in (inside, held):
         assert path.read_bytes() == b"weights"
 
