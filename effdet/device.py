@@ -101,7 +101,9 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
         raise RuntimeError(f"Device '{kind}' was asked for, but torch {torch.__version__} sees none on this machine. "
                            "Check the driver and the installed torch build, or use --device cpu.")
     if index >= count:
-        raise RuntimeError(f"Device {kind}:{index} was asked for, but there are {count}: choose an index from 0 to "
+        shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES") if kind == "npu" else None
+        raise RuntimeError(f"Device {kind}:{index} was asked for, but there are {count}"
+                           f"{f' (ASCEND_RT_VISIBLE_DEVICES={shown})' if shown else ''}: choose an index from 0 to "
                            f"{count - 1}.")
     return torch.device(kind, index)
 

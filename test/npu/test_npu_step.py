@@ -22,7 +22,8 @@ from effdet.schedule import build_schedule
 SIZE = (64, 96)
 CPU = torch.device("cpu")
 PRECISIONS = {"float32": {"enabled": False}, "float16, static scale": {"loss_scale": 128.0},
-              "float16, dynamic scale": {"init_scale": 128.0}, "float16 weights": {"opt_level": "O2", "loss_scale": 128.0}}
+              "float16, dynamic scale": {"init_scale": 128.0},
+              "float16 weights": {"opt_level": "O2", "loss_scale": 128.0}}
 
 # What torch_npu 2.13 documents, by operator: dtypes an operator takes.
 # Source: Ascend/pytorch, docs/zh/api/native_api/pytorch_2-13-0 (torch, torch.nn, torch.nn.functional, torch.Tensor).

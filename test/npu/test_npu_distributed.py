@@ -1,0 +1,43 @@
+"""Several NPUs: overflow on one rank, and what a distributed step waits for; real processes, real ProcessGroupHCCL."""
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def run_ranks(run_simulated, tmp_path):
+    def run(scenario: str, ranks: int = 2) -> list:
+        done = run_simulated(["-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
+                              f"--master-port={free_port()}", WORKER, scenario, tmp_path], devices=ranks, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return run
+
+
+def test_all_ranks_skip_the_step_in_which_one_overflows(run_ranks):
+    for one, other in zip(*run_ranks("overflow"), strict=True):
+        for result in (one, other):
+            assert result["skipped"] == 1 and result["same_in_overflow"] and result["moved_after"], result
+            assert result["finite"]
+            assert result["scale_after"] == (32.0 if result["scale"] == "dynamic" else 64.0)
+        assert one["sum"] == other["sum"]  # the ranks still have the same weights
+
+
+def test_a_distributed_step_waits_for_nothing(run_ranks):
+    first, second = run_ranks("waits")
+    for result in (first, second):
+        assert not result["waits"] and not result["copies"] and not result["float64"], result
+        assert result["calls"] > 1000 and result["skipped"] == 0
+    assert first["first"] == second["first"]
