@@ -3,18 +3,21 @@
 #   make train DATA=/path/to/coco       your data in COCO layout; further flags of train.py go into ARGS="..."
 PYTHON ?= python3
 VENV ?= .venv
+VENV_NPU ?= .venv-npu
 DATA ?=
 ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.requirements
 INSTALLED_DEV := $(VENV)/.requirements-dev
+INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
 # Two test processes of one thread each: more only fight for cores, and a file stays in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist load test/npu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test test-slow test-npu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,23 +36,38 @@ test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
 test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 	$(PYTEST) -m slow
 
+# torch_npu changes the process it is imported into, so it has an environment and test processes of its own. The two chips
+# take different code paths in torch_npu.
+test-npu: $(INSTALLED_NPU)  ## run the tests on a simulated Ascend NPU, under the real torch_npu (Linux, gcc)
+	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU)
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU)
+
 lint: $(INSTALLED_DEV)  ## check style and imports with ruff
 	$(PY) -m ruff check .
 
 clean:  ## remove the environment and caches; data/, runs/ and output/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a machine with a local build of the pinned version uses that one. torchvision is
 # only imported by timm and comes without dependencies, which would ask for a second torch where the builds differ.
+define make_environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version)'
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install "$$(grep -E '^torch==' requirements.txt)"
+$(1)/bin/python -m pip install --no-deps "$$(grep -E '^torchvision==' requirements.txt)"
+endef
+
 $(INSTALLED): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version)'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install "$$(grep -E '^torch==' requirements.txt)"
-	$(PY) -m pip install --no-deps "$$(grep -E '^torchvision==' requirements.txt)"
+	$(call make_environment,$(VENV))
 	$(PY) -m pip install -r requirements.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 	$(PY) -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
+	$(call make_environment,$(VENV_NPU))
+	$(VENV_NPU)/bin/python -m pip install -r requirements-npu.txt -r requirements-dev.txt
 	@touch $@
