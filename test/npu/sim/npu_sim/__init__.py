@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import sys
 
-from npu_sim import build
+from npu_sim import build, runtime
 from npu_sim.build import missing
-from npu_sim.meters import Meters, connect, count_waits, meters, strict
+from npu_sim.meters import Meters, count_waits, meters, strict
 
 __all__ = ["Meters", "count_waits", "load", "load_libraries", "install", "meters", "missing", "strict"]
 
@@ -53,8 +53,8 @@ def load_libraries(devices: int = 1, soc: str = "Ascend910B1") -> None:
     os.environ.update(
         TASK_QUEUE_ENABLE="0",  # kernels run on the calling thread, so that their waits and errors have an owner
         TORCH_NPU_FALLBACK_CPU_DISABLE="1",  # an operator without NPU kernel raises instead of running on the CPU
-        FAKE_NPU_COUNT=str(devices), FAKE_NPU_SOC=soc)
-    connect(build.load_libraries()["ascendcl"])
+        NPU_SIM_DEVICES=str(devices), NPU_SIM_SOC=soc)
+    runtime.connect(build.load_libraries()["ascendcl"])
     _settings = devices, soc
 
 

@@ -68,17 +68,17 @@ def build() -> Path:
         return result
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     work = Path(tempfile.mkdtemp(dir=cache))
-    sources["opapi.c"] += _empty_operators(wheel.read_bytes(), sources["opapi.c"])
+    sources["operators.c"] += _empty_operators(wheel.read_bytes(), sources["operators.c"])
     sources["empty.c"] = ""
     for name, text in sources.items():
         (work / name).write_text(text)
     headers = f"-I{torch_npu}/include/third_party/acl/inc"
-    link = (f"-L{work}", "-lascendcl")
-    _compile(work, "ascendcl", "fakecann.c", "unused.c", headers)
-    _compile(work, "hccl", "hccl.c", "-lrt")
-    _compile(work, "opapi", "opapi.c", *link)
+    runtime = (f"-L{work}", "-lascendcl")
+    _compile(work, "ascendcl", "runtime.c", "memory.c", "graph_operators.c", "unreached.c", headers)
+    _compile(work, "hccl", "hccl.c", "-lrt", *runtime)
+    _compile(work, "opapi", "operators.c", headers, *runtime)
     for name in _EMPTY:
-        _compile(work, name, "empty.c", "-Wl,--no-as-needed", *link)
+        _compile(work, name, "empty.c", "-Wl,--no-as-needed", *runtime)
     try:
         work.rename(result)
     except OSError:  # another process was first
@@ -94,13 +94,14 @@ def _empty_operators(wheel: bytes, written: str) -> str:
     for name in sorted(names):
         if f"int {name}(" not in written:
             lines.append(f'int {name}(void *w, uint64_t s, void *e, void *t) '
-                         f'{{ fake_cann_log("aclnn", "{name}"); return 0; }}')
+                         f'{{ sim_log("aclnn", "{name}"); return 0; }}')
             lines.append(f"int {name}GetWorkspaceSize(void) {{ return 0; }}")
     return "\n" + "\n".join(lines) + "\n"
 
 
 def _compile(folder: Path, name: str, *arguments: str) -> None:
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,lib{name}.so", "-o", f"lib{name}.so", *arguments]
+    file = f"lib{name}.so"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", f"-Wl,-soname,{file}", "-o", file, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"Building the simulated NPU failed: {' '.join(command)}\n{done.stderr}")

@@ -1,129 +1,231 @@
-"""Make the real torch_npu compute: every PrivateUse1 kernel of torch_npu runs for real down to the (empty) fake CANN
-operators, so its argument checks, shape and dtype inference apply; the values are then computed on the CPU from the
-same memory and written to the outputs.  Needs the fake CANN libraries on LD_LIBRARY_PATH and ASCEND_LAUNCH_BLOCKING=1."""
-import collections, contextlib, threading, warnings
+"""Make the real torch_npu compute: each of its kernels is wrapped by one that fills in the values.
+
+Lives here: which kernels are wrapped, and what a wrapper does. The operators in the fake CANN libraries are empty, so a
+real kernel of torch_npu checks its arguments, infers shapes and dtypes, allocates results, and leaves them unwritten.
+The wrapper computes the same operator with the CPU kernel on the same memory, calls the real kernel, compares shape and
+dtype, and copies the values in. Operators without a CPU kernel have theirs in references.py.
+Must not live here: what an operator computes.
+
+Both calls use public interfaces: `torch.library.get_kernel` for the kernel below, `Library.impl(allow_override=True)`
+for the one above it.
+
+Limits: a kernel that decides on the host by a value its own unwrapped helpers should have computed decides by what lay
+in memory. Random numbers come from the CPU's generator. Private memory layouts (NC1HWC0) count as plain ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from npu_sim.memory import alias, to_cpu, is_npu
-from npu_sim.meters import note_call, note_mismatch, read_runtime, charge as account
-from npu_sim.references import _handlers
+from torch import Tensor
 
-CPU = torch.device('cpu')
-_set = torch.ops.aten.set_.source_Storage_storage_offset
-_kern = {}
-# fake_cann_stat of the fake runtime: 0 device-to-host copies, 2 waits, 3 fp64 tensors at the ACL boundary
-_libs = []
-_tls = threading.local()
-NOREAL = {'aten::bincount'}
-HEAVY = {'convolution', '_convolution', 'convolution_backward', 'convolution_overrideable', 'convolution_backward_overrideable', 'mm', 'addmm', 'bmm', 'baddbmm', 'matmul', 'matmul_backward', 'linear', 'npu_conv2d', 'npu_conv2d_backward', 'npu_convolution', 'npu_convolution_backward', 'npu_linear'}
+from npu_sim import references, runtime, saturation
+from npu_sim.memory import alias, is_npu, npu_tensors, to_cpu
+from npu_sim.meters import charge, note_call, note_mismatch
 
-def _npu_tensors(args):
-    return [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if is_npu(t)]
+# Kernels that really do their work on the fake device: they allocate, resize or describe memory.
+REAL = {
+    "aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty_strided", "aten::resize_",
+    "aten::_resize_output_", "aten::_copy_from_and_resize", "aten::is_pinned", "aten::_pin_memory", "aten::is_set_to",
+    "npu::npu_change_data_ptr", "npu::get_npu_format", "npu::get_storage_size", "npu::_npu_storage_resize",
+    "npu::copy_memory_", "npu::_allocate_swapped_memory",
+}
+# Real as well, but worth metering: reading a value, and the overflow flag, which the fake CANN keeps.
+REAL_METERED = {
+    "aten::_local_scalar_dense", "npu::npu_alloc_float_status", "npu::npu_get_float_status",
+    "npu::npu_clear_float_status",
+}
+# Results whose shape may differ without being a mismatch. Where it depends on values, the real kernel returns the largest
+# possible one; log_sigmoid's second result is a buffer for the CPU's backward that the NPU leaves empty.
+SHAPE_MAY_DIFFER = {
+    "aten::nonzero", "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out", "aten::_unique",
+    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
+    "aten::index.Tensor", "aten::log_sigmoid_forward",
+}
+# Their kernels take the result's size from values that helpers inside them should have computed: refused.
+REFUSED = {"aten::bincount"}
+# Results in a layout of torch_npu's own (a mask); they stay as allocated, and nothing here reads them.
+PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
+# torch_npu replaces these composite operators at the autograd key too, and the kernel there does not come through the
+# wrapped one: both are wrapped.
+AT_AUTOGRAD = {"aten::one_hot", "aten::argsort", "aten::argsort.stable", "aten::where"}
+# Products over large tensors. Inside another kernel their values are not computed: that kernel's results are written
+# afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
+# precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
+PRODUCTS = {
+    "convolution", "_convolution", "convolution_backward", "convolution_overrideable",
+    "convolution_backward_overrideable", "mm", "addmm", "bmm", "baddbmm", "matmul", "matmul_backward", "linear",
+    "npu_conv2d", "npu_conv2d_backward", "npu_convolution", "npu_convolution_backward", "npu_linear", "npu_bmmV2",
+}
 
-def _half_retry(op, args, kw):
-    up = lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else ([up(i) for i in x] if isinstance(x, list) else x)
-    dts = [x.dtype for x in args if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)]
-    r = op(*[up(a) for a in args], **{k: up(v) for k, v in kw.items()})
-    dn = lambda x: x.to(dts[0]) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
-    return tuple(map(dn, r)) if isinstance(r, tuple) else dn(r)
+_libraries: dict[str, torch.library.Library] = {}  # a Library takes its kernels back when it is collected
+_thread = threading.local()  # .depth: how many wrapped kernels this thread is inside
 
-SYNC = {'aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select', 'aten::_unique2', 'aten::unique_dim', 'aten::unique_consecutive', 'aten::_unique', 'aten::equal', 'aten::nonzero.out', 'aten::bincount', 'aten::masked_select.out','aten::repeat_interleave.Tensor'}
-NATIVE = {'aten::empty.memory_format', 'aten::empty_strided', 'aten::_local_scalar_dense', 'aten::resize_', 'aten::record_stream', 'aten::is_pinned', 'aten::_pin_memory', 'aten::is_set_to', 'aten::_resize_output_', 'aten::_copy_from_and_resize', 'aten::new_empty_strided', 'aten::empty_like', 'npu::npu_change_data_ptr', 'npu::get_npu_format', 'npu::get_storage_size', 'npu::_npu_storage_resize','npu::copy_memory_', 'npu::_allocate_swapped_memory'}
 
-AUTOGRAD = {'aten::one_hot', 'aten::argsort', 'aten::argsort.stable', 'aten::contiguous', 'aten::where', 'aten::repeat_interleave.self_int', 'aten::repeat_interleave.self_Tensor'}
+class Wrapper:
+    """The kernel that takes the place of torch_npu's for one operator.
 
-def make(name, schema, kern=None):
-    mut_pos = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
-    mut_names = {schema.arguments[i].name for i in mut_pos}
-    mut_pos = set(mut_pos)
-    fresh = [i for i, r in enumerate(schema.returns) if not r.alias_info]
-    ns, rest = name.split('::'); base, _, ov = rest.partition('.')
-    op = getattr(getattr(getattr(torch.ops, ns), base), ov or 'default')
-    nret = len(schema.returns)
-    tens = {i for i, a in enumerate(schema.arguments) if str(a.type) in ('Tensor', 'Optional[Tensor]')}
-    is_npu_ns = ns == 'npu'
-    def write(out, c):
-        if isinstance(out, (list, tuple)):
-            return type(out)(write(o, ci) for o, ci in zip(out, c))
-        if not isinstance(out, torch.Tensor) or c is None: return out if c is None else c
-        if out.shape != c.shape:
-            if name not in SYNC: note_mismatch(f'{name} shape {tuple(out.shape)} != cpu {tuple(c.shape)}')
-            new = torch.empty_strided(c.size(), c.stride(), dtype=out.dtype, device=out.device) if c.numel() else torch.empty(c.size(), dtype=out.dtype, device=out.device)
-            if c.numel(): alias(new).copy_(c)
-            return new
-        if out.dtype != c.dtype: note_mismatch(f'{name} dtype {out.dtype} != cpu {c.dtype}')
-        if out.numel(): alias(out).copy_(c)
-        return out
-    def impl(ks, *args, **kw):
-        note_call(name, _npu_tensors(args))
-        depth = getattr(_tls, 'd', 0)
-        if depth and base in HEAVY: return (kern or _kern[name]).call_boxed(ks, *args, **kw)      # inside another kernel, whose outputs are overwritten
-        cargs = [to_cpu(a, i in mut_pos) for i, a in enumerate(args)]
-        ckw = {k: to_cpu(v, k in mut_names) for k, v in kw.items()}
-        if 'pin_memory' in ckw: ckw['pin_memory'] = None
-        h = _handlers.get(name)
-        if h is None and is_npu_ns:
-            if not depth: raise NotImplementedError(f'no reference implementation for {name}')
-            return (kern or _kern[name]).call_boxed(ks, *args, **kw)      # a helper inside another kernel, whose outputs are overwritten
-        try: cout = _half_retry(h or op, cargs, ckw) if base in HEAVY and any(isinstance(a, torch.Tensor) and a.dtype in (torch.float16, torch.bfloat16) for a in cargs) else (h or op)(*cargs, **ckw)
-        except (RuntimeError, NotImplementedError) as e:
-            if h is None and ('not implemented for' in str(e) or 'Half' in str(e)): cout = _half_retry(op, cargs, ckw)
-            else: cout = e
-        if any(isinstance(a, (int, float)) for i, a in enumerate(args) if i in tens):     # a wrapped number arrives unwrapped
-            ref = next((a for a in args if isinstance(a, torch.Tensor)), None)
-            args = [torch.tensor(a, dtype=torch.result_type(ref, a)) if i in tens and isinstance(a, (int, float)) else a for i, a in enumerate(args)]
-        _tls.d = depth + 1; before = None if depth else read_runtime()
-        try: out = cout if name in NOREAL else (kern or _kern[name]).call_boxed(ks, *args, **kw)
-        finally: _tls.d = depth
-        if not depth: account(name, before)
-        if name in NOREAL: return cout.npu()
-        if isinstance(cout, Exception): raise cout
-        for i in mut_pos:
-            if i < len(args): _back(args[i], cargs[i])
-        for k in mut_names:
-            if k in kw: _back(kw[k], ckw[k])
-        if nret == 0: return None
-        if nret == 1: return write(out, cout) if fresh else out
-        return tuple(write(o, c) if i in fresh and (name, i) not in OPAQUE else o for i, (o, c) in enumerate(zip(out, cout)))
-    def _back(dst, src):
-        if isinstance(dst, (list, tuple)):
-            for d, s in zip(dst, src): _back(d, s)
-        elif isinstance(dst, torch.Tensor) and dst.numel():
-            if dst.shape != src.shape: note_mismatch(f'{name} out shape {tuple(dst.shape)} != cpu {tuple(src.shape)}'); dst.resize_(src.shape)
-            (alias(dst) if dst.device.type == 'npu' else dst).copy_(src)
-        if isinstance(dst, torch.Tensor) and dst.dtype != src.dtype: note_mismatch(f'{name} out dtype')
-    return impl
+    Args:
+        schema: the operator's.
+        kernel: torch_npu's.
+    """
 
-# outputs whose layout on the NPU is private (int8 masks, packed bits): left as torch_npu allocates them
-OPAQUE = {('aten::max_pool2d_with_indices', 1), ('aten::native_dropout', 1), ('npu::_npu_dropout', 1)}
+    def __init__(self, schema: torch.FunctionSchema, kernel: Any) -> None:
+        self.name = _full_name(schema)
+        self.kernel = kernel
+        namespace, _, base = schema.name.partition("::")
+        self.reference: Callable | None = references.REFERENCES.get(self.name)
+        if self.reference is None and namespace == "aten":
+            self.reference = getattr(getattr(torch.ops.aten, base), schema.overload_name or "default")
+        self.is_product = base in PRODUCTS
+        arguments = schema.arguments
+        self.written = {i for i, argument in enumerate(arguments)
+                        if argument.alias_info and argument.alias_info.is_write}
+        self.written_names = {arguments[i].name for i in self.written}
+        self.tensor_positions = {i for i, argument in enumerate(arguments)
+                                 if str(argument.type) in ("Tensor", "Optional[Tensor]")}
+        self.fresh = [result.alias_info is None for result in schema.returns]  # not one of the arguments
 
-def install(skip=()):
-    H = torch._C._dispatch_has_kernel_for_dispatch_key
-    libs = {}
-    schemas = {}
-    for s in torch._C._jit_get_all_schemas():
-        n = s.name + ('.' + s.overload_name if s.overload_name else '')
-        if n.split('::')[0] in ('aten', 'npu') and n not in NATIVE: schemas[n] = s
+    def __call__(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        inside = getattr(_thread, "depth", 0) > 0
+        if inside and (self.is_product or self.reference is None):
+            return self.kernel.call_boxed(keyset, *args, **kwargs)
+        if self.name in REFUSED:
+            raise NotImplementedError(f"the simulated NPU cannot run {self.name}: its result's size depends on values")
+        tensors = npu_tensors((args, kwargs))
+        if not inside:
+            note_call(self.name, tensors)
+        cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
+        cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
+        values = self._compute(cpu_args, cpu_kwargs)
+        before = runtime.counts()
+        result = self._call_real(keyset, args, kwargs)
+        if isinstance(values, Exception):  # after the real kernel, whose own complaint would be the better one
+            raise values
+        if runtime.saturates() and not inside:
+            saturation.saturate(self.name, tensors, values, [cpu_args[i] for i in self.written if i < len(args)])
+        for i in self.written:
+            if i < len(args):
+                self._write_back(args[i], cpu_args[i])
+        for name in self.written_names & kwargs.keys():
+            self._write_back(kwargs[name], cpu_kwargs[name])
+        result = self._fill(result, values)
+        if not inside:
+            charge(self.name, before, sum(t.dtype == torch.float64 for t in (*tensors, *npu_tensors(result))))
+        return result
+
+    def _compute(self, args: list, kwargs: dict[str, Any]) -> Any:
+        """Return the CPU's results, or the error it raises."""
+        if self.reference is None:
+            return NotImplementedError(f"the simulated NPU has no reference implementation of {self.name}")
+        try:
+            if self.is_product and references.has_half(args):
+                return references.in_float32(self.reference, args, kwargs)
+            return self.reference(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented for" in str(error):  # in half precision the CPU lacks what the device has
+                return references.in_float32(self.reference, args, kwargs)
+            return error
+
+    def _call_real(self, keyset: torch.DispatchKeySet, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # A number in a tensor's place (x + 1.5) reaches a Python kernel as a plain number; a C++ kernel wants a tensor.
+        first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        args = [torch.tensor(arg, dtype=torch.result_type(first, arg))
+                if i in self.tensor_positions and isinstance(arg, (int, float)) else arg for i, arg in enumerate(args)]
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        try:
+            return self.kernel.call_boxed(keyset, *args, **kwargs)
+        finally:
+            _thread.depth -= 1
+
+    def _write_back(self, argument: Any, value: Any) -> None:
+        """Write an argument that the operator changes in place, or its `out`."""
+        if isinstance(argument, (list, tuple)):
+            for one, its_value in zip(argument, value, strict=True):
+                self._write_back(one, its_value)
+        elif isinstance(argument, Tensor):
+            if self._differs("out", argument, value):
+                argument.resize_(value.shape)
+            (alias(argument) if is_npu(argument) else argument).copy_(value)
+
+    def _fill(self, result: Any, values: Any) -> Any:
+        """Copy the values into the real kernel's results; return the results."""
+        if len(self.fresh) == 1:
+            return self._fill_one(result, values) if self.fresh[0] else result
+        if not self.fresh:
+            return None
+        return tuple(self._fill_one(one, value) if fresh and (self.name, i) not in PRIVATE_RESULTS else one
+                     for i, (one, value, fresh) in enumerate(zip(result, values, self.fresh, strict=True)))
+
+    def _fill_one(self, result: Any, value: Any) -> Any:
+        if isinstance(result, (list, tuple)):
+            return type(result)(self._fill_one(one, its) for one, its in zip(result, value, strict=True))
+        if not isinstance(result, Tensor):
+            return result if value is None else value
+        if value is None or not value.numel():  # nothing wanted, or statistics the CPU does without
+            return result
+        if self._differs("result", result, value):
+            result = torch.empty(value.shape, dtype=result.dtype, device=result.device)
+        alias(result).copy_(value)
+        return result
+
+    def _differs(self, what: str, real: Tensor, value: Tensor) -> bool:
+        """Tell whether the shapes differ; count shapes and dtypes that should be equal and are not."""
+        if real.dtype != value.dtype:
+            note_mismatch(f"{self.name}: {what} is {real.dtype}, on the CPU {value.dtype}")
+        if real.shape != value.shape and self.name not in SHAPE_MAY_DIFFER:
+            note_mismatch(f"{self.name}: {what} has shape {tuple(real.shape)}, on the CPU {tuple(value.shape)}")
+        return real.shape != value.shape
+
+
+class MeteredOnly:
+    """Calls torch_npu's kernel, which does its work on the fake device, and meters it."""
+
+    def __init__(self, schema: torch.FunctionSchema, kernel: Any) -> None:
+        self.name = _full_name(schema)
+        self.kernel = kernel
+
+    def __call__(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_thread, "depth", 0):
+            return self.kernel.call_boxed(keyset, *args, **kwargs)
+        tensors = npu_tensors((args, kwargs))
+        note_call(self.name, tensors)
+        before = runtime.counts()
+        result = self.kernel.call_boxed(keyset, *args, **kwargs)
+        charge(self.name, before, sum(tensor.dtype == torch.float64 for tensor in tensors))
+        return result
+
+
+def install() -> int:
+    """Wrap torch_npu's kernels; return how many."""
     count = 0
-    for n, s in sorted(schemas.items()):
-        if not (torch._C._dispatch_has_kernel(n) and H(n, 'PrivateUse1')): continue
-        if any(r.alias_info and not r.alias_info.is_write for r in s.returns): continue        # views
-        if n.startswith('aten::set_') or not any('Tensor' in str(a.type) for a in list(s.arguments) + list(s.returns)): continue
-        if any(str(a.type) in ('Storage', 'Stream') for a in s.arguments): continue
-        ns, rest = n.split('::')
-        if ns not in libs: libs[ns] = torch.library.Library(ns, 'IMPL')
-        try: _kern[n] = torch.library.get_kernel(n, 'PrivateUse1')
-        except Exception as e: print('no kernel', n, e); continue
-        libs[ns].impl(rest, make(n, s), 'PrivateUse1', with_keyset=True, allow_override=True)
-        count += 1
-        # composite ops torch_npu replaces outright are registered (and run) at the autograd key as well
-        if n in AUTOGRAD and H(n, 'AutogradPrivateUse1'):
-            k = torch.library.get_kernel(n, 'AutogradPrivateUse1'); libs[ns].impl(rest, make(n, s, k), 'AutogradPrivateUse1', with_keyset=True, allow_override=True)
-    k = torch.library.get_kernel('aten::_local_scalar_dense', 'PrivateUse1')
-    def item(ks, x):
-        before = read_runtime(); note_call('aten::_local_scalar_dense', [x]); r = k.call_boxed(ks, x)
-        if not getattr(_tls, 'd', 0): account('aten::_local_scalar_dense', before)
-        return r
-    libs['aten'].impl('_local_scalar_dense', item, 'PrivateUse1', with_keyset=True, allow_override=True)
-    _libs.append(libs)
+    for schema in torch._C._jit_get_all_schemas():
+        name = _full_name(schema)
+        if not _is_wrapped(name, schema):
+            continue
+        wrapper = MeteredOnly if name in REAL_METERED else Wrapper
+        for key in ("PrivateUse1", "AutogradPrivateUse1") if name in AT_AUTOGRAD else ("PrivateUse1",):
+            namespace, _, rest = name.partition("::")
+            library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
+            library.impl(rest, wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True,
+                         allow_override=True)
+            count += 1
     return count
 
+
+def _is_wrapped(name: str, schema: torch.FunctionSchema) -> bool:
+    if not name.startswith(("aten::", "npu::")) or name in REAL or not torch._C._dispatch_has_kernel(name):
+        return False
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1"):
+        return False
+    is_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
+    types = [str(argument.type) for argument in (*schema.arguments, *schema.returns)]
+    about_storage = any(kind in ("Storage", "Stream") for kind in types) or name.startswith("aten::set_")
+    return not is_view and not about_storage and any("Tensor" in kind for kind in types)
+
+
+def _full_name(schema: torch.FunctionSchema) -> str:
+    return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name

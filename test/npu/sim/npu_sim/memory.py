@@ -16,6 +16,15 @@ def is_npu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "npu"
 
 
+def npu_tensors(value: Any) -> list[Tensor]:
+    """Return the NPU tensors in a tensor, list, tuple or dict, however nested."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in npu_tensors(item)]
+    if isinstance(value, dict):
+        return npu_tensors(list(value.values()))
+    return [value] if is_npu(value) else []
+
+
 def alias(tensor: Tensor) -> Tensor:
     """Return a CPU tensor over the same memory, with the same shape and strides."""
     storage = tensor.untyped_storage()
@@ -29,13 +38,11 @@ def alias(tensor: Tensor) -> Tensor:
 def to_cpu(value: Any, copy: bool = False) -> Any:
     """Turn an operator's argument into what the CPU operator takes; with `copy`, tensors do not share memory."""
     if isinstance(value, Tensor):
-        if value.device.type != "npu":
-            return value.clone() if copy else value
-        shared = alias(value)
+        shared = alias(value) if is_npu(value) else value
         return shared.clone(memory_format=torch.contiguous_format) if copy else shared
     if isinstance(value, torch.device):
         return CPU
-    if isinstance(value, torch.Generator):  # random numbers come from the CPU's generator
+    if isinstance(value, torch.Generator):
         return None if value.device.type == "npu" else value
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(item, copy) for item in value)

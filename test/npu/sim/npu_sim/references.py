@@ -1,114 +1,253 @@
-"""What torch_npu's own operators compute, written in plain CPU torch."""
+"""What operators without a CPU kernel compute, in plain CPU torch.
+
+Lives here: torch_npu's own operators (npu::) as far as a detector meets them, aten operators whose CPU kernel is
+missing or has another layout of results, and the retry in float32 for those the CPU lacks in half precision.
+Must not live here: how the values reach the device (kernels.py); references_norm.py has batch normalisation.
+
+A reference takes the operator's arguments as CPU tensors and returns what the operator returns.
+Sources: op-plugin's documentation of torch_npu's operators and the README of BatchMultiClassNonMaxSuppression (ops-cv).
+Limit: an operator that is called and is not here raises NotImplementedError; inside other kernels it stays uncomputed,
+since what they return is computed as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-_handlers = {}
+from npu_sim import runtime
+from npu_sim.references_norm import BATCH_NORM
 
-
-def handler(*names):
-    def d(f):
-        for n in names:
-            _handlers[n if '::' in n else 'npu::' + n] = f
-        return f
-    return d
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+REFERENCES: dict[str, Callable] = dict(BATCH_NORM)
 
 
-# ---- reference semantics of torch_npu's own operators
-@handler('npu_dtype_cast', '_npu_dtype_cast')
-def _(x, dtype, *a, **k): return x.to(dtype)
-@handler('npu_dtype_cast_backward')
-def _(g, dtype, *a, **k): return g.to(dtype)
-@handler('npu_format_cast', '_npu_format_cast', '_npu_format_cast.aclnn', 'npu_format_cast.Tensor')
-def _(x, *a, **k): return x.clone()
-@handler('npu_format_cast_')
-def _(x, *a, **k): return x
-@handler('npu_silu')
-def _(x): return torch.nn.functional.silu(x)
-@handler('npu_silu_')
-def _(x): return x.copy_(torch.nn.functional.silu(x))
-@handler('npu_silu_backward')
-def _(g, x0, x1): return torch.ops.aten.silu_backward(g, x0)
-def _conv(x, w, b, stride, padding, dilation, groups): return torch.ops.aten.convolution(x, w, b, stride, padding, dilation, False, [0] * len(stride), groups)
-_handlers['npu::npu_conv2d'] = _handlers['npu::npu_convolution'] = _conv
-@handler('npu_conv2d_backward', 'npu_convolution_backward')
-def _(x, g, w, stride, padding, dilation, groups, mask): return torch.ops.aten.convolution_backward(g, x, w, [w.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask)
-@handler('npu_one_hot')
-def _(x, num_classes=-1, depth=1, on_value=1, off_value=0):
-    d = num_classes if num_classes != -1 else depth
-    r = torch.full((*x.shape, d), float(off_value)); i = x.long(); ok = (i >= 0) & (i < d)
-    return r.scatter_(-1, i.clamp(0, d - 1)[..., None], torch.where(ok, float(on_value), float(off_value))[..., None])
-@handler('_npu_dropout')
-def _(x, p):
-    m = torch.rand(x.shape) >= p
-    return x * m / (1 - p), torch.zeros((x.numel() + 127) // 128 * 128 // 8, dtype=torch.uint8)
-@handler('npu_bmmV2')
-def _(a, b, s): return a @ b
+def reference(*names: str) -> Callable[[Callable], Callable]:
+    """Register the function under these full operator names."""
+    def register(function: Callable) -> Callable:
+        REFERENCES.update(dict.fromkeys(names, function))
+        return function
+    return register
 
-@handler('aten::max_pool2d_with_indices_backward')
-def _(g, x, k, st, pad, dil, ceil, idx):
-    i = torch.ops.aten.max_pool2d_with_indices(x.float(), k, st, pad, dil, ceil)[1]
-    return torch.ops.aten.max_pool2d_with_indices_backward(g, x, k, st, pad, dil, ceil, i)
-@handler('npu_batch_nms')
-def _(boxes, scores, score_thr, iou_thr, max_per_class, max_total, change_coordinate_frame=False, transpose_box=False):
-    """boxes [B,N,q,4], scores [B,N,C]; per class greedy NMS, then the best max_total over all classes, zero padded."""
-    assert boxes.dim() == 4 and scores.dim() == 3 and boxes.shape[2] in (1, scores.shape[2]), (boxes.shape, scores.shape)
-    assert boxes.dtype == scores.dtype and boxes.dtype in (torch.float16, torch.float32) and 1 <= max_per_class <= 1000 and 1 <= max_total <= 1000 and 0 <= iou_thr <= 1 and not transpose_box and not change_coordinate_frame
-    dt = boxes.dtype; B, N, C = scores.shape; b = boxes.float(); s = scores.float()
-    ob, os_, oc, on = torch.zeros(B, max_total, 4), torch.zeros(B, max_total), torch.zeros(B, max_total), torch.zeros(B, dtype=torch.int32)
-    for i in range(B):
-        res = []
-        for c in range(C):
-            bb = b[i, :, min(c, b.shape[2] - 1)]; keep = []
-            order = [j for j in torch.argsort(s[i, :, c], descending=True).tolist() if s[i, j, c] > score_thr and bb[j, 2] > bb[j, 0] and bb[j, 3] > bb[j, 1]]
-            while order and len(keep) < max_per_class:
-                j = order.pop(0); keep.append(j)
-                if order:
-                    o = bb[order]; lt = torch.maximum(o[:, :2], bb[j, :2]); rb = torch.minimum(o[:, 2:], bb[j, 2:]); wh = (rb - lt).clamp(min=0); inter = wh[:, 0] * wh[:, 1]
-                    ar = lambda z: (z[..., 2] - z[..., 0]) * (z[..., 3] - z[..., 1])
-                    iou = inter / (ar(o) + ar(bb[j]) - inter).clamp(min=1e-12)
-                    order = [q for q, v in zip(order, iou.tolist()) if v <= iou_thr]
-            res += [(s[i, j, c].item(), c, bb[j]) for j in keep]
-        res.sort(key=lambda r: -r[0]); res = res[:max_total]; on[i] = len(res)
-        for k, (sc, c, bx) in enumerate(res): ob[i, k], os_[i, k], oc[i, k] = bx, sc, c
-    return ob.to(dt), os_.to(dt), oc.to(dt), on
-@handler('npu_clear_float_status')
-def _(x, *a): return torch.zeros(8)
-@handler('npu_get_float_status')
-def _(x, *a): return torch.zeros(8)
-@handler('npu_alloc_float_status')
-def _(x): return torch.zeros(8)
-# ---- synchronised batch norm (torch_npu/utils/syncbatchnorm.py)
-def _c(v, x): return v.view(1, -1, *[1] * (x.dim() - 2))
-def _red(x): return [d for d in range(x.dim()) if d != 1]
-@handler('batch_norm_reduce')
-def _(x, eps): return x.float().sum(_red(x)), x.float().square().sum(_red(x))
-@handler('batch_norm_gather_stats_update')
-def _(x, s, sq, rm, rv, momentum, eps, counts):
-    n = counts.sum(); mean = s.sum(0) / n; var = sq.sum(0) / n - mean ** 2
-    if rm is not None: rm.mul_(1 - momentum).add_(mean, alpha=momentum); rv.mul_(1 - momentum).add_(var * n / (n - 1), alpha=momentum)
-    return mean, (var + eps).rsqrt()
-@handler('aten::batch_norm_elemt')
-def _(x, w, b, mean, invstd, eps):
-    y = (x.float() - _c(mean, x)) * _c(invstd, x)
-    return (y * _c(w, x) + _c(b, x) if w is not None else y).to(x.dtype)
-@handler('aten::batch_norm_backward_reduce')
-def _(g, x, mean, invstd, w, ig, wg, bg):
-    sd = g.float().sum(_red(x)); sx = (g.float() * (x.float() - _c(mean, x))).sum(_red(x))
-    return sd, sx, sx * invstd, sd.clone()
-@handler('aten::batch_norm_backward_elemt')
-def _(g, x, mean, invstd, w, sd, sx, count):
-    n = count.sum(); r = (g.float() - _c(sd / n, x) - (x.float() - _c(mean, x)) * _c(invstd ** 2 * sx / n, x)) * _c(invstd, x)
-    return (r * _c(w, x) if w is not None else r).to(x.dtype)
-@handler('aten::batch_norm_stats')
-def _(x, eps): m = x.float().mean(_red(x)); return m, (x.float().var(_red(x), unbiased=False) + eps).rsqrt()
-@handler('aten::batch_norm_gather_stats_with_counts')
-def _(x, mean, invstd, rm, rv, momentum, eps, counts):
-    c = counts.view(-1, 1); n = c.sum(); m = (mean * c).sum(0) / n
-    var = (((invstd ** -2 - eps) + (mean - m) ** 2) * c).sum(0) / n
-    if rm is not None: rm.mul_(1 - momentum).add_(m, alpha=momentum); rv.mul_(1 - momentum).add_(var * n / (n - 1), alpha=momentum)
-    return m, (var + eps).rsqrt()
-@handler('npu_binary_cross_entropy_with_logits_backward')
-def _(g, x, t, w, pw, reduction):
+
+# ---- half precision
+
+
+def has_half(args: list) -> bool:
+    """Tell whether a tensor among the arguments is in half precision."""
+    return any(isinstance(arg, Tensor) and arg.dtype in HALF for arg in args)
+
+
+def in_float32(operator: Callable, args: list, kwargs: dict[str, Any]) -> Any:
+    """Call the operator on float32 copies of half-precision tensors and round its float32 results once.
+
+    Results that the operator writes in place are rounded into the given tensors.
+    """
+    halves: list[tuple[Tensor, Tensor]] = []
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [widen(item) for item in value]
+        if isinstance(value, Tensor) and value.dtype in HALF:
+            halves.append((value, value.float()))
+            return halves[-1][1]
+        return value
+
+    def narrow(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(narrow(item) for item in value)
+        return value.to(halves[0][0].dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+    result = operator(*widen(args), **{name: widen(arg) for name, arg in kwargs.items()})
+    for half, wide in halves:
+        half.copy_(wide)
+    return narrow(result) if halves else result
+
+
+# ---- dtype and layout
+
+# c10::ScalarType, as far as the device has it: some operators of torch_npu take a dtype by its number
+_DTYPES = {0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16,
+           6: torch.float32, 7: torch.float64, 11: torch.bool, 15: torch.bfloat16}
+
+
+@reference("npu::npu_dtype_cast", "npu::_npu_dtype_cast", "npu::npu_dtype_cast_backward")
+def cast(x: Tensor, dtype: torch.dtype | int, *unused: Any) -> Tensor:
+    return x.to(_DTYPES[dtype] if isinstance(dtype, int) else dtype)
+
+
+@reference("npu::npu_format_cast", "npu::npu_format_cast.Tensor", "npu::_npu_format_cast",
+           "npu::_npu_format_cast.aclnn", "npu::_npu_format_cast.input_dtype")
+def change_layout(x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
+    return x.clone()  # private layouts count as plain ones here
+
+
+@reference("npu::npu_format_cast_", "npu::npu_format_cast_.acl_format")
+def change_layout_in_place(x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
+    return x
+
+
+# ---- activation, convolution, loss
+
+
+@reference("npu::npu_silu")
+def silu(x: Tensor) -> Tensor:
+    return torch.nn.functional.silu(x)
+
+
+@reference("npu::npu_silu_")
+def silu_in_place(x: Tensor) -> Tensor:
+    return x.copy_(torch.nn.functional.silu(x))
+
+
+@reference("npu::npu_silu_backward")
+def silu_backward(gradient: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return aten.silu_backward(gradient, x)
+
+
+@reference("npu::npu_conv2d", "npu::npu_convolution")
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+                dilation: list[int], groups: int) -> Tensor:
+    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+@reference("npu::npu_conv2d_backward", "npu::npu_convolution_backward")
+def convolution_backward(x: Tensor, gradient: Tensor, weight: Tensor, stride: list[int], padding: list[int],
+                         dilation: list[int], groups: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return aten.convolution_backward(gradient, x, weight, [weight.shape[0]], stride, padding, dilation, False,
+                                     [0] * len(stride), groups, wanted)
+
+
+@reference("npu::npu_linear")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@reference("npu::npu_bmmV2")
+def matrix_product(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+    return a @ b
+
+
+@reference("npu::npu_binary_cross_entropy_with_logits_backward")
+def binary_cross_entropy_backward(gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
+                                  positive_weight: Tensor | None, reduction: int) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = torch.ops.aten.binary_cross_entropy_with_logits(x, t, w, pw, reduction)
-        return torch.autograd.grad(y, x, g)[0]
+        loss = aten.binary_cross_entropy_with_logits(x, target, weight, positive_weight, reduction)
+        return torch.autograd.grad(loss, x, gradient)[0]
+
+
+@reference("aten::max_pool2d_with_indices_backward")
+def max_pool_backward(gradient: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int],
+                      dilation: list[int], ceil_mode: bool, mask: Tensor) -> Tensor:
+    # The forward's second result is a mask in torch_npu's own layout, so the positions are found anew.
+    positions = aten.max_pool2d_with_indices(x.float(), kernel, stride, padding, dilation, ceil_mode)[1]
+    return aten.max_pool2d_with_indices_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, positions)
+
+
+# ---- boxes and classes
+
+
+@reference("npu::npu_one_hot")
+def one_hot(x: Tensor, axis: int = -1, depth: int = 1, on: float = 1, off: float = 0) -> Tensor:
+    # The schema calls `axis` num_classes. The result is float32; an index out of range gives a row of `off`.
+    if axis != -1:
+        raise NotImplementedError("the simulated npu_one_hot knows its second argument, the axis, as -1 only")
+    return torch.where(x.int()[..., None] == torch.arange(depth, dtype=torch.int32), float(on), float(off))
+
+
+@reference("npu::npu_batch_nms")
+def batch_nms(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_per_class: int,
+              max_total: int, change_coordinate_frame: bool = False,
+              transpose_box: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each class, keep boxes from the best score down that overlap no kept one; then the best over all classes.
+
+    A score must be above its threshold, an IoU at most its own. Boxes without area are dropped.
+    Of equal scores the lower class and then the lower index comes first; the device promises no order.
+    """
+    _check_batch_nms(boxes, scores, iou_threshold, max_per_class, max_total, change_coordinate_frame, transpose_box)
+    batch, classes = scores.shape[0], scores.shape[2]
+    out_boxes, out_scores = boxes.new_zeros(batch, max_total, 4), boxes.new_zeros(batch, max_total)
+    out_classes, counts = boxes.new_zeros(batch, max_total), torch.zeros(batch, dtype=torch.int32)
+    for image in range(batch):
+        found = []
+        for c in range(classes):
+            candidates = boxes[image, :, min(c, boxes.shape[2] - 1)].float()
+            for n in _keep(candidates, scores[image, :, c].float(), score_threshold, iou_threshold, max_per_class):
+                found.append((scores[image, n, c].item(), c, candidates[n]))
+        found = sorted(found, key=lambda entry: -entry[0])[:max_total]
+        counts[image] = len(found)
+        for k, (score, c, box) in enumerate(found):
+            out_boxes[image, k], out_scores[image, k], out_classes[image, k] = box, score, c
+    return out_boxes, out_scores, out_classes, counts
+
+
+def _check_batch_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_per_class: int, max_total: int,
+                     change_coordinate_frame: bool, transpose_box: bool) -> None:
+    shapes = f"boxes {tuple(boxes.shape)} {boxes.dtype}, scores {tuple(scores.shape)} {scores.dtype}"
+    if boxes.dim() != 4 or scores.dim() != 3 or boxes.shape[2] not in (1, scores.shape[2]):
+        raise RuntimeError(f"npu_batch_nms takes boxes [B, N, 1 or C, 4] and scores [B, N, C], got {shapes}")
+    if boxes.dtype != scores.dtype or boxes.dtype not in (torch.float16, torch.float32):
+        raise RuntimeError(f"npu_batch_nms takes float16 or float32, the same for both, got {shapes}")
+    if not (1 <= max_per_class <= 1000 and 1 <= max_total <= 1000 and 0 <= iou_threshold <= 1):
+        raise RuntimeError("npu_batch_nms takes 1 to 1000 boxes per class and in total and an IoU threshold in [0, 1], "
+                           f"got {max_per_class}, {max_total} and {iou_threshold}")
+    if change_coordinate_frame or transpose_box:
+        raise NotImplementedError("the simulated npu_batch_nms knows neither change_coordinate_frame nor transpose_box")
+
+
+def _keep(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, limit: int) -> list[int]:
+    """Return the indices of the boxes of one class that are kept, best first."""
+    top_left, bottom_right = boxes[:, :2], boxes[:, 2:]
+    area = (bottom_right - top_left).prod(1)
+    usable = (scores > score_threshold) & (bottom_right > top_left).all(1)
+    order = [n for n in torch.argsort(scores, descending=True, stable=True).tolist() if usable[n]]
+    kept: list[int] = []
+    while order and len(kept) < limit:
+        best = order.pop(0)
+        kept.append(best)
+        if order:
+            low = torch.maximum(top_left[order], top_left[best])
+            high = torch.minimum(bottom_right[order], bottom_right[best])
+            common = (high - low).clamp(min=0).prod(1)
+            iou = common / (area[order] + area[best] - common).clamp(min=1e-12)
+            order = [n for n, overlap in zip(order, iou.tolist(), strict=True) if overlap <= iou_threshold]
+    return kept
+
+
+# ---- dropout: torch_npu keeps the mask as bits, padded to whole blocks of 128
+
+_BIT_WEIGHTS = 2 ** torch.arange(8)
+
+
+@reference("npu::_npu_dropout", "aten::native_dropout")
+def dropout(x: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
+    kept = torch.rand(x.shape) >= p if train else torch.ones(x.shape, dtype=torch.bool)
+    bits = torch.zeros((x.numel() + 127) // 128 * 128, dtype=torch.int64)
+    bits[:x.numel()] = kept.flatten()
+    return x * kept / (1 - p if train and p < 1 else 1), (bits.view(-1, 8) * _BIT_WEIGHTS).sum(1).to(torch.uint8)
+
+
+@reference("aten::native_dropout_backward")
+def dropout_backward(gradient: Tensor, mask: Tensor, scale: float) -> Tensor:
+    kept = (mask.long()[:, None] // _BIT_WEIGHTS % 2).flatten()[:gradient.numel()].view(gradient.shape)
+    return gradient * kept * scale
+
+
+# ---- loss scaling
+
+
+@reference("aten::_amp_foreach_non_finite_check_and_unscale_")
+def check_and_unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Look for inf and NaN; a saturating device asks its flag instead, and leaves the gradients scaled if it is up."""
+    if not runtime.saturates():
+        aten._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse_scale)
+    elif runtime.overflow():  # of the current device; the real kernel, which runs next, clears it
+        found_inf.fill_(1)
+    else:
+        for gradient in gradients:
+            gradient.mul_(inverse_scale)

@@ -1,0 +1,113 @@
+// libopapi.so: single operators ("aclnn"), the newer of torch_npu's two ways to an operator.
+//
+// build.py appends one empty operator for every aclnn name that occurs in libtorch_npu.so, so all of them exist here,
+// whatever a real CANN version has; their results are written afterwards by npu_sim/kernels.py. Computed here is only
+// constant padding with zeros, which ProcessGroupHCCL's C++ calls past the dispatcher (all_gather of unequal sizes).
+// No ACL header declares these in a form that C reads, so the signatures below are by hand.
+#include <stdlib.h>
+#include <string.h>
+
+#include "sim.h"
+
+enum { OK = 0, UNSUPPORTED_TYPE = 161002, MAX_DIMS = 8, FLOAT64 = 11 };
+
+// ---- arguments of operators
+
+typedef struct {
+  int64_t dims, sizes[MAX_DIMS], strides[MAX_DIMS], offset;
+  int type;
+  char *data;
+} Tensor;
+typedef struct {
+  uint64_t count;
+  int64_t values[2 * MAX_DIMS];
+} IntArray;
+
+void *aclCreateTensor(const int64_t *sizes, uint64_t dims, int type, const int64_t *strides, int64_t offset, int format,
+                      const int64_t *storage_sizes, uint64_t storage_dims, void *data) {
+  Tensor *tensor = calloc(1, sizeof *tensor);
+  if (type == FLOAT64) sim_count(SIM_FLOAT64);
+  tensor->dims = dims < MAX_DIMS ? dims : MAX_DIMS;
+  for (int64_t d = 0; d < tensor->dims; d++) tensor->sizes[d] = sizes[d], tensor->strides[d] = strides[d];
+  tensor->offset = offset;
+  tensor->type = type;
+  tensor->data = data;
+  return tensor;
+}
+void *aclCreateIntArray(const int64_t *values, uint64_t count) {
+  IntArray *array = calloc(1, sizeof *array);
+  array->count = count < 2 * MAX_DIMS ? count : 2 * MAX_DIMS;
+  memcpy(array->values, values, array->count * sizeof *values);
+  return array;
+}
+// Nobody here reads these; torch_npu only wants a handle to destroy.
+static void *handle(void) { return calloc(1, 16); }
+void *aclCreateScalar(void *value, int type) { return handle(); }
+void *aclCreateFloatArray(const float *values, uint64_t count) { return handle(); }
+void *aclCreateBoolArray(const char *values, uint64_t count) { return handle(); }
+void *aclCreateTensorList(void *const *tensors, uint64_t count) { return handle(); }
+void *aclCreateScalarList(void *const *scalars, uint64_t count) { return handle(); }
+
+static int destroy(void *argument) {
+  free(argument);
+  return OK;
+}
+int aclDestroyTensor(void *argument) { return destroy(argument); }
+int aclDestroyScalar(void *argument) { return destroy(argument); }
+int aclDestroyIntArray(void *argument) { return destroy(argument); }
+int aclDestroyFloatArray(void *argument) { return destroy(argument); }
+int aclDestroyBoolArray(void *argument) { return destroy(argument); }
+int aclDestroyTensorList(void *argument) { return destroy(argument); }
+int aclDestroyScalarList(void *argument) { return destroy(argument); }
+int aclDestroyAclOpExecutor(void *executor) { return OK; }
+
+// Asked after operators whose output shape depends on values (nonzero): the allocated, largest shape is the answer here,
+// npu_sim/kernels.py replaces the tensor by one of the right size.
+int aclGetViewShape(Tensor *tensor, int64_t **sizes, uint64_t *dims) {
+  *dims = tensor->dims;
+  *sizes = malloc(sizeof(int64_t) * (tensor->dims + 1));
+  memcpy(*sizes, tensor->sizes, sizeof(int64_t) * tensor->dims);
+  return OK;
+}
+
+// ---- constant padding
+
+typedef struct {
+  Tensor in, out;
+  int64_t before[MAX_DIMS];
+} Padding;
+
+int aclnnConstantPadNdGetWorkspaceSize(Tensor *in, IntArray *pads, void *value, Tensor *out, uint64_t *workspace,
+                                       void **executor) {
+  Padding *padding = calloc(1, sizeof *padding);
+  padding->in = *in;
+  padding->out = *out;
+  for (uint64_t k = 0; k < pads->count / 2; k++) padding->before[in->dims - 1 - k] = pads->values[2 * k];
+  *workspace = 0;
+  *executor = padding;
+  return OK;
+}
+int aclnnConstantPadNd(void *workspace, uint64_t bytes, void *executor, void *stream) {
+  Padding *padding = executor;
+  Tensor *in = &padding->in, *out = &padding->out;
+  int size = sim_element_size(out->type);
+  int64_t elements = 1, index[MAX_DIMS] = {0};
+  sim_log("aclnn", "aclnnConstantPadNd");
+  if (!size) return UNSUPPORTED_TYPE;
+  for (int d = 0; d < out->dims; d++) elements *= out->sizes[d];
+  for (int64_t k = 0; k < elements; k++) {
+    int64_t from = in->offset, to = out->offset;
+    bool inside = true;
+    for (int d = 0; d < out->dims; d++) {
+      int64_t position = index[d] - padding->before[d];
+      inside = inside && position >= 0 && position < in->sizes[d];
+      from += position * in->strides[d];
+      to += index[d] * out->strides[d];
+    }
+    if (inside) memcpy(out->data + to * size, in->data + from * size, size);
+    else memset(out->data + to * size, 0, size);
+    for (int d = out->dims - 1; d >= 0 && ++index[d] == out->sizes[d]; d--) index[d] = 0;
+  }
+  free(padding);
+  return OK;
+}

@@ -1,0 +1,222 @@
+// libascendcl.so, first part: devices, streams, events, and what CANN says about itself.
+//
+// Stands for an Ascend runtime whose "device" is this process: a stream has nothing pending, because everything is done
+// when the call returns. So waiting is free here, but it is counted. The number of devices and the chip's name come
+// from NPU_SIM_DEVICES and NPU_SIM_SOC.
+// Compiled against the ACL headers inside the torch_npu wheel, so that the compiler checks the signatures.
+// Limits: no asynchrony, hence no races between streams; no errors of the device; all devices share the host's memory.
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "acl/acl.h"
+#include "sim.h"
+
+enum { ACL_OK = 0, ACL_BAD_DEVICE = 107001, ACL_NO_CONTEXT = 107002, MAX_DEVICES = 64 };
+
+// ---- counters and log
+
+static __thread long counters[SIM_COUNTERS];
+
+void sim_count(enum sim_counter counter) { counters[counter]++; }
+long sim_counted(int counter) { return counters[counter]; }
+
+void sim_log(const char *kind, const char *name) {
+  const char *wanted = getenv("NPU_SIM_LOG");
+  if (wanted && atoi(wanted)) fprintf(stderr, "[npu_sim] %s %s\n", kind, name);
+}
+
+// ---- devices
+
+static __thread int current_device = -1;
+static int visible[MAX_DEVICES];  // index in this process -> number on the host
+static int visible_count = -1;
+
+// Reads ASCEND_RT_VISIBLE_DEVICES as CANN documents it: numbers separated by commas, in ascending order; reading stops
+// at any other character and at a number this host has not. A list that is not ascending shows no device at all.
+// Read once: like the real one, this runtime does not notice a later change.
+static int device_count(void) {
+  if (visible_count >= 0) return visible_count;
+  const char *wanted = getenv("NPU_SIM_DEVICES");
+  int on_host = wanted && *wanted ? atoi(wanted) : 1, count = 0;
+  if (on_host > MAX_DEVICES) on_host = MAX_DEVICES;
+  const char *list = getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (!list) {
+    for (; count < on_host; count++) visible[count] = count;
+    return visible_count = count;
+  }
+  while (isdigit((unsigned char)*list) && count < MAX_DEVICES) {
+    char *end;
+    long number = strtol(list, &end, 10);
+    if (number >= on_host) break;
+    if (count && number <= visible[count - 1]) return visible_count = 0;
+    visible[count++] = (int)number;
+    if (*end != ',') break;
+    list = end + 1;
+  }
+  return visible_count = count;
+}
+
+int sim_current_device(void) { return current_device; }
+int sim_physical_device(void) { return current_device < 0 || current_device >= device_count() ? -1 : visible[current_device]; }
+
+aclError aclInit(const char *configuration) { return ACL_OK; }
+aclError aclFinalize(void) { return ACL_OK; }
+aclError aclrtGetDeviceCount(uint32_t *count) {
+  *count = device_count();
+  return ACL_OK;
+}
+aclError aclrtSetDevice(int32_t device) {
+  if (device < 0 || device >= device_count()) return ACL_BAD_DEVICE;
+  current_device = device;
+  return ACL_OK;
+}
+aclError aclrtGetDevice(int32_t *device) {
+  if (current_device < 0) return ACL_NO_CONTEXT;
+  *device = current_device;
+  return ACL_OK;
+}
+aclError aclrtResetDevice(int32_t device) { return ACL_OK; }
+aclError aclrtGetCurrentContext(aclrtContext *context) {
+  static int contexts[MAX_DEVICES];
+  *context = &contexts[current_device < 0 ? 0 : current_device];
+  return ACL_OK;
+}
+aclError aclrtSetCurrentContext(aclrtContext context) { return ACL_OK; }
+aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
+  *active = 1;
+  return ACL_OK;
+}
+aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer) {
+  *can = 1;
+  return ACL_OK;
+}
+aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) { return ACL_OK; }
+aclError aclrtDeviceGetBareTgid(int32_t *process) {
+  *process = 1;
+  return ACL_OK;
+}
+
+// ---- what the device is
+
+const char *aclrtGetSocName(void) {
+  const char *name = getenv("NPU_SIM_SOC");
+  return name && *name ? name : "Ascend910B1";
+}
+// The version chooses between torch_npu's code paths; 8.2.RC1 is recent enough for all aclnn operators of 2.13.0.
+static const char CANN_VERSION[] = "8.2.RC1";
+aclError aclsysGetVersionStr(char *package, char *version) {
+  strcpy(version, CANN_VERSION);
+  return ACL_OK;
+}
+aclError aclsysGetCANNVersion(aclCANNPackageName package, aclCANNPackageVersion *version) {
+  memset(version, 0, sizeof *version);
+  strcpy(version->version, CANN_VERSION);
+  return ACL_OK;
+}
+aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo what, int64_t *value) {
+  *value = 24;  // asked for the number of cores
+  return ACL_OK;
+}
+const char *aclGetRecentErrMsg(void) { return ""; }
+aclError aclrtGetLastError(aclrtLastErrLevel level) { return ACL_OK; }
+aclError aclrtPeekAtLastError(aclrtLastErrLevel level) { return ACL_OK; }
+
+// ---- overflow
+
+// torch_npu chooses the mode when it starts: saturation for 910A, which knows nothing else, inf/nan for later chips.
+// Source: CANN's documentation of aclrtFloatOverflowMode.
+static aclrtFloatOverflowMode overflow_mode = ACL_RT_OVERFLOW_MODE_UNDEF;
+static bool overflow[MAX_DEVICES];
+
+bool sim_saturates(void) { return overflow_mode == ACL_RT_OVERFLOW_MODE_SATURATION; }
+void sim_set_overflow(int device, bool value) {
+  if (device >= 0 && device < MAX_DEVICES) overflow[device] = value;
+}
+bool sim_overflow(int device) { return device >= 0 && device < MAX_DEVICES && overflow[device]; }
+
+aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) {
+  sim_log("aclrtSetDeviceSatMode", mode == ACL_RT_OVERFLOW_MODE_SATURATION ? "saturation" : "inf/nan");
+  overflow_mode = mode;
+  return ACL_OK;
+}
+aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return ACL_OK; }
+
+// ---- streams and events: nothing is ever pending
+
+aclError aclrtCreateStream(aclrtStream *stream) { return (*stream = malloc(16)) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
+aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flags) {
+  return aclrtCreateStream(stream);
+}
+aclError aclrtDestroyStream(aclrtStream stream) {
+  free(stream);
+  return ACL_OK;
+}
+aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
+aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
+  *status = ACL_STREAM_STATUS_COMPLETE;
+  return ACL_OK;
+}
+aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
+  *id = (int32_t)((uintptr_t)stream >> 4 & 0x7fffffff);
+  return ACL_OK;
+}
+aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return ACL_OK; }
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return ACL_OK; }  // the device waits, not the host
+
+static aclError host_waits(void) {
+  sim_count(SIM_WAITS);
+  return ACL_OK;
+}
+aclError aclrtSynchronizeDevice(void) { return host_waits(); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { return host_waits(); }
+aclError aclrtSynchronizeStream(aclrtStream stream) { return host_waits(); }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return host_waits(); }
+aclError aclrtSynchronizeEvent(aclrtEvent event) { return host_waits(); }
+
+typedef struct { double recorded_ms; } Event;
+aclError aclrtCreateEvent(aclrtEvent *event) { return (*event = calloc(1, sizeof(Event))) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
+aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
+aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
+aclError aclrtDestroyEvent(aclrtEvent event) {
+  free(event);
+  return ACL_OK;
+}
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  ((Event *)event)->recorded_ms = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
+  return ACL_OK;
+}
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return ACL_OK; }
+aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
+  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
+  return ACL_OK;
+}
+aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
+  *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
+  return ACL_OK;
+}
+aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
+  *ms = (float)(((Event *)end)->recorded_ms - ((Event *)start)->recorded_ms);
+  return ACL_OK;
+}
+aclError aclrtProcessReport(int32_t timeout) {  // a thread of torch_npu polls it: leave the core to others
+  struct timespec pause = {0, 1000000};
+  nanosleep(&pause, NULL);
+  return ACL_OK;
+}
+
+// ---- settings that are accepted and change nothing here
+
+aclError aclrtSetOpExecuteTimeOut(uint32_t timeout) { return ACL_OK; }
+aclError aclrtSetOpWaitTimeout(uint32_t timeout) { return ACL_OK; }
+aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return ACL_OK; }
+aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) { return ACL_OK; }
+aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t *value) {
+  *value = 0;
+  return ACL_OK;
+}

@@ -1,0 +1,31 @@
+// What the stand-ins for the CANN libraries share. Everything here is defined in runtime.c or memory.c, which go into
+// libascendcl.so.
+#ifndef NPU_SIM_H
+#define NPU_SIM_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+// Counters of the calling thread: torch_npu runs an operator on the thread that calls it (task queue off), so the
+// difference of two readings is what that operator did, whatever HCCL's and autograd's threads do meanwhile.
+enum sim_counter { SIM_COPIES_TO_HOST, SIM_WAITS, SIM_FLOAT64, SIM_COUNTERS };
+void sim_count(enum sim_counter counter);
+long sim_counted(int counter);
+
+// Prints "[npu_sim] kind name" to stderr when NPU_SIM_LOG=1.
+void sim_log(const char *kind, const char *name);
+
+// Whether arithmetic saturates instead of producing inf and NaN, and the flag a saturating device keeps: some operator
+// has overflowed since the flag was last cleared. A device is given by its index in this process.
+bool sim_saturates(void);
+void sim_set_overflow(int device, bool overflow);
+bool sim_overflow(int device);
+
+// The calling thread's current device: its index in this process, and the number it has on the host (they differ under
+// ASCEND_RT_VISIBLE_DEVICES). -1 before the first aclrtSetDevice.
+int sim_current_device(void);
+int sim_physical_device(void);
+
+// Bytes of one element of an aclDataType, 0 for types nobody here computes with.
+int sim_element_size(int data_type);
+#endif

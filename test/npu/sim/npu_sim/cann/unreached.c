@@ -1,0 +1,20 @@
+// libascendcl.so, last part: functions that libtorch_npu.so 2.13.0 links and that nothing here reaches (profiling,
+// dumps, custom kernels). They exist so that the library loads.
+#define UNREACHED(name) long name(void) { return 0; }
+UNREACHED(MsprofGetHashId)
+UNREACHED(MsprofRegisterCallback)
+UNREACHED(MsprofReportAdditionalInfo)
+UNREACHED(MsprofReportApi)
+UNREACHED(MsprofReportCompactInfo)
+UNREACHED(MsprofSysCycleTime)
+UNREACHED(aclAppLog)
+UNREACHED(aclmdlFinalizeDump)
+UNREACHED(aclmdlInitDump)
+UNREACHED(aclmdlSetDump)
+UNREACHED(aclrtBinaryGetFunction)
+UNREACHED(aclrtBinaryLoadFromData)
+UNREACHED(aclrtGetFunctionAddr)
+UNREACHED(rtDevBinaryRegister)
+UNREACHED(rtFunctionRegister)
+UNREACHED(rtGetC2cCtrlAddr)
+UNREACHED(rtKernelLaunch)
