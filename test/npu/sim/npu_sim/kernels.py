@@ -46,12 +46,9 @@ SHAPE_MAY_DIFFER = {
     "aten::index.Tensor", "aten::log_sigmoid_forward",
 }
 # Their kernels take the result's size from values that helpers inside them should have computed: refused.
-REFUSED = {"aten::bincount"}
+REFUSED = {"aten::bincount", "aten::repeat_interleave.self_Tensor"}
 # Results in a layout of torch_npu's own (a mask); they stay as allocated, and nothing here reads them.
 PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
-# torch_npu replaces these composite operators at the autograd key too, and the kernel there does not come through the
-# wrapped one: both are wrapped.
-AT_AUTOGRAD = {"aten::one_hot", "aten::argsort", "aten::argsort.stable", "aten::where"}
 # Products over large tensors. Inside another kernel their values are not computed: that kernel's results are written
 # afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
 # precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
@@ -94,7 +91,8 @@ class Wrapper:
         if inside and (self.is_product or self.reference is None):
             return self.kernel.call_boxed(keyset, *args, **kwargs)
         if self.name in REFUSED:
-            raise NotImplementedError(f"the simulated NPU cannot run {self.name}: its result's size depends on values")
+            raise NotImplementedError(f"the simulated NPU cannot run {self.name}, whose result's size depends on values; "
+                                      "such an operator makes the host wait, so better do without it")
         tensors = npu_tensors((args, kwargs))
         if not inside:
             note_call(self.name, tensors)
@@ -207,7 +205,7 @@ def install() -> int:
         if not _is_wrapped(name, schema):
             continue
         wrapper = MeteredOnly if name in REAL_METERED else Wrapper
-        for key in ("PrivateUse1", "AutogradPrivateUse1") if name in AT_AUTOGRAD else ("PrivateUse1",):
+        for key in ("PrivateUse1", "AutogradPrivateUse1") if _replaced_at_autograd(name) else ("PrivateUse1",):
             namespace, _, rest = name.partition("::")
             library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
             library.impl(rest, wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True,
@@ -225,6 +223,18 @@ def _is_wrapped(name: str, schema: torch.FunctionSchema) -> bool:
     types = [str(argument.type) for argument in (*schema.arguments, *schema.returns)]
     about_storage = any(kind in ("Storage", "Stream") for kind in types) or name.startswith("aten::set_")
     return not is_view and not about_storage and any("Tensor" in kind for kind in types)
+
+
+def _replaced_at_autograd(name: str) -> bool:
+    """Tell whether torch_npu's kernel at the autograd key does the work itself, past the one at the device's key.
+
+    So it is with some composite operators (one_hot, argsort, where). The others at that key, from generated files named
+    VariableType, add a derivative and call on. Where a kernel was registered is known from the dispatcher's dump only.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradPrivateUse1"):
+        return False
+    lines = torch._C._dispatch_dump(name).splitlines()
+    return any(line.startswith("AutogradPrivateUse1") and "RegisterAutogradNPU" in line for line in lines)
 
 
 def _full_name(schema: torch.FunctionSchema) -> str:
