@@ -13,7 +13,7 @@ INSTALLED_DEV := $(VENV)/.requirements-dev
 INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
 # Two test processes of one thread each: more only fight for cores, and a file stays in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
-PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist load test/npu
+PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist loadfile test/npu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -299,6 +299,23 @@ def test_accumulating_gradients_keeps_the_updates_and_the_learning_rate(run, dat
     assert float(halves.summary()[0]["lr"]) == float(run.summary()[0]["lr"])
 
 
+def test_batch_norm_statistics_stand_still_in_the_last_epochs(data, tmp_path):
+    argv = train_argv(data, tmp_path, "fixed", "--freeze-bn-epochs", "2", "--val-skip", str(NUM_VAL))
+    code, output = call(train, *argv, "--save-every", "1")
+    assert code == 0, output
+    assert output.count("batch-norm statistics fixed from here on") == 1
+    first, second, last = (torch.load(tmp_path / "fixed" / f"checkpoint-{epoch}.pth.tar", weights_only=True)
+                           for epoch in range(EPOCHS))
+    statistics = [name for name in first["state_dict"] if name.endswith(("running_mean", "running_var"))]
+    for name in statistics:  # those that the first epoch ended with, in the average too
+        for payload in (second, last):
+            for kind in ("state_dict", "state_dict_ema"):
+                assert torch.equal(payload[kind][name], first["state_dict"][name]), (name, kind)
+    assert any(not torch.equal(first["state_dict_ema"][name], first["state_dict"][name]) for name in statistics)
+    weights = [name for name in first["state_dict"] if name.endswith("bn1.weight")]
+    assert weights and all(not torch.equal(first["state_dict"][name], last["state_dict"][name]) for name in weights)
+
+
 def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path):
     argv = train_argv(data, tmp_path, "half", "--amp", "--opt-level", "O2", "--amp-dtype", "bfloat16",
                       "--no-model-ema", "--max-steps", "1", "--val-skip", str(NUM_VAL))

@@ -147,3 +147,18 @@ def test_a_restored_average_continues_exactly(tmp_path) -> None:
 def test_an_impossible_decay_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="below 1"):
         ModelEma(make_model(), decay)
+
+
+def test_buffers_can_be_taken_over_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    ema = ModelEma(model, decay=0.9, warmup=False)
+    model(torch.randn(8, 3, 4, 4) + 2)
+    ema.update(model)
+    assert not torch.equal(ema.module[1].running_mean, model[1].running_mean)
+    weight = ema.module[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    ema.copy_buffers(model)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(ema.module[1], name), getattr(model[1], name))
+    assert torch.equal(ema.module[0].weight, weight)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effdet.loss import (
     DetectionLoss,
+    dense_focal_loss_sum,
     focal_loss_legacy,
     focal_loss_sum,
     huber_loss,
@@ -101,6 +102,16 @@ def test_class_loss_and_gradient(num_classes, gamma, smoothing):
     assert total.item() == pytest.approx(class_loss_slowly(logits.double().numpy(), *arguments).sum(), rel=1e-5)
     np.testing.assert_allclose(gradient.numpy(), slow_gradient(logits.double().numpy(), *arguments),
                                rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes, gamma, smoothing", list(itertools.product([1, 90], [1.5, 2.0], [0.0, 0.1])))
+def test_dense_targets_give_the_same_sum_and_gradient(num_classes, gamma, smoothing):
+    logits, targets, _, _ = make_level(num_classes, (4, 3), seed=0)
+    total, gradient = sum_and_gradient(logits, targets, num_classes, gamma, smoothing)
+    dense_logits = logits.clone().requires_grad_()
+    dense = dense_focal_loss_sum(dense_logits, targets, num_classes, 0.25, gamma, smoothing)
+    torch.testing.assert_close(dense, total, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(dense, dense_logits)[0], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("legacy, smoothing", [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)])

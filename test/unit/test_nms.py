@@ -15,7 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.loss import loss_fn
-from effdet.nms import batched_nms, batched_soft_nms, generate_detections, make_detections, select_candidates
+from effdet.nms import (
+    batched_nms,
+    batched_soft_nms,
+    generate_detections,
+    make_detections,
+    npu_nms,
+    select_candidates,
+)
 
 ZERO = np.float32(0)
 
@@ -138,6 +145,40 @@ def test_threshold_is_exclusive():
         assert batched_nms(boxes, scores, classes)[1][0, 1].item() == pytest.approx(expected)
     index, _ = batched_nms(boxes, scores, torch.tensor([[0, 1]]))
     assert index.tolist() == [[0, 1]], "another class never suppresses"
+
+
+def operator_slowly(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, per_class: int,
+                    total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stand in for npu_batch_nms: [B, k, 1, 4], [B, k, K] -> boxes, scores, classes, counts; zeros as padding."""
+    batch, _, num_classes = scores.shape
+    out = [torch.zeros(batch, total, 4), torch.zeros(batch, total), torch.zeros(batch, total)]
+    counts = torch.zeros(batch, dtype=torch.int32)
+    for image in range(batch):
+        found = []
+        for number in range(num_classes):
+            rows = (scores[image, :, number] > score_threshold).nonzero().flatten()
+            flat, own = boxes[image, rows, 0], scores[image, rows, number]
+            kept = nms_slowly(flat.numpy(), own.numpy(), np.zeros(len(rows)), per_class, iou_threshold)
+            found += [(float(own[index]), number, flat[index]) for index in kept]
+        found = sorted(found, key=lambda row: -row[0])[:total]
+        counts[image] = len(found)
+        for row, (score, number, box) in enumerate(found):
+            out[0][image, row], out[1][image, row], out[2][image, row] = box, score, number
+    return *out, counts
+
+
+@pytest.mark.parametrize("max_det", [1, 10, 100])
+def test_an_operator_by_class_keeps_what_the_exact_one_keeps(max_det):
+    boxes, scores, classes = make_boxes("random", seed=5, num_classes=4)
+    index, expected_scores = batched_nms(boxes, scores, classes, max_det)
+    kept, kept_scores, kept_classes = npu_nms(operator_slowly, 4, boxes, scores, classes, max_det)
+    rows = index.shape[1]
+    assert torch.equal(kept_scores[:, :rows], expected_scores)
+    assert (kept_scores[:, rows:] == -1).all() and kept_classes.dtype == classes.dtype
+    there = expected_scores >= 0
+    assert there.any()
+    assert torch.equal(kept[:, :rows][there], boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))[there])
+    assert torch.equal(kept_classes[:, :rows][there], classes.gather(1, index)[there])
 
 
 @pytest.mark.parametrize("gaussian", [True, False], ids=["gaussian", "linear"])

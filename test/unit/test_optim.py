@@ -10,7 +10,15 @@ from timm.optim import Lookahead
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
-from effdet.optim import Frozen, build_optimizer, clip_gradients, freeze_backbone, freeze_bn, param_groups
+from effdet.optim import (
+    Frozen,
+    build_optimizer,
+    clip_gradients,
+    freeze_backbone,
+    freeze_bn,
+    freeze_bn_statistics,
+    param_groups,
+)
 from timm_patches.optim_factory import create_fused_sgd, create_optimizer
 
 
@@ -322,3 +330,52 @@ def test_frozen_norms_keep_statistics_and_affine_parameters() -> None:
     model(torch.randn(4, 3, 8, 8) + 5).sum().backward()
     assert all(torch.equal(value, before[key]) for key, value in model.norm.state_dict().items())
     assert model.norm.weight.grad is None and model.backbone[0].weight.grad is not None
+
+
+def test_fixed_statistics_leave_the_rest_training() -> None:
+    model = make_model()
+    with torch.no_grad():
+        for _ in range(3):  # statistics unlike those of the next batches
+            model(torch.randn(4, 3, 8, 8) * 3 + 1)
+    assert freeze_bn_statistics(model) == 2
+    statistics = {key: value.clone() for key, value in model.state_dict().items() if "running" in key or "num_b" in key}
+    affine = model.norm.weight.detach().clone()
+    optimizer = build_optimizer(model, "fusedmomentum", lr=0.1)
+    model.train()
+    assert model.backbone[2].training, "dropout goes on"
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+    for key, value in statistics.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert not torch.equal(model.norm.weight, affine), "scale and shift are trained"
+    x = torch.randn(1, 4, 3, 3)
+    expected = (x - model.norm.running_mean.view(1, 4, 1, 1)) / (model.norm.running_var.view(1, 4, 1, 1) + 1e-5).sqrt()
+    expected = expected * model.norm.weight.view(1, 4, 1, 1) + model.norm.bias.view(1, 4, 1, 1)
+    torch.testing.assert_close(model.norm(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+@pytest.mark.parametrize("limit", [0.05, 1e6, None])
+def test_unscaling_and_clipping_in_one_call_is_one_after_the_other(mode: str, limit: float | None) -> None:
+    together, apart = parameters_with_grads(64.0), parameters_with_grads(1.0)
+    norm = clip_gradients(together, limit, mode, unscale=torch.tensor(1 / 64))
+    expected = clip_gradients(apart, limit, mode)
+    torch.testing.assert_close(norm, expected)
+    for mine, other in zip(together[:2], apart[:2], strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value"])
+def test_gradients_in_flat_memory_are_clipped_alike(mode: str) -> None:
+    flat, apart = parameters_with_grads(), parameters_with_grads()
+    memory = torch.cat([parameter.grad.flatten() for parameter in flat[:2]])
+    start = 0
+    for parameter in flat[:2]:
+        parameter.grad = memory[start:start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    norm = clip_gradients(flat, 0.5, mode, flat_gradients=[memory])
+    torch.testing.assert_close(norm, clip_gradients(apart, 0.5, mode))
+    for mine, other in zip(flat[:2], apart[:2], strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
