@@ -38,8 +38,8 @@ REAL_METERED = {
     "aten::_local_scalar_dense", "npu::npu_alloc_float_status", "npu::npu_get_float_status",
     "npu::npu_clear_float_status",
 }
-# Results whose shape may differ without being a mismatch. Where it depends on values, the real kernel returns the largest
-# possible one; log_sigmoid's second result is a buffer for the CPU's backward that the NPU leaves empty.
+# Results whose shape may differ without being a mismatch. Where it depends on values, the real kernel returns the
+# largest possible one; log_sigmoid's second result is a buffer for the CPU's backward that the NPU leaves empty.
 SHAPE_MAY_DIFFER = {
     "aten::nonzero", "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out", "aten::_unique",
     "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
@@ -75,8 +75,8 @@ class Wrapper:
         self.kernel = kernel
         namespace, _, base = schema.name.partition("::")
         self.reference: Callable | None = references.REFERENCES.get(self.name)
-        if self.reference is None and namespace == "aten":
-            self.reference = getattr(getattr(torch.ops.aten, base), schema.overload_name or "default")
+        if self.reference is None and _has_cpu_kernel(self.name):
+            self.reference = getattr(getattr(getattr(torch.ops, namespace), base), schema.overload_name or "default")
         self.is_product = base in PRODUCTS
         arguments = schema.arguments
         self.written = {i for i, argument in enumerate(arguments)
@@ -91,8 +91,8 @@ class Wrapper:
         if inside and (self.is_product or self.reference is None):
             return self.kernel.call_boxed(keyset, *args, **kwargs)
         if self.name in REFUSED:
-            raise NotImplementedError(f"the simulated NPU cannot run {self.name}, whose result's size depends on values; "
-                                      "such an operator makes the host wait, so better do without it")
+            raise NotImplementedError(f"the simulated NPU cannot run {self.name}: the size of its result depends on "
+                                      "values. It would make the host wait; better do without it.")
         tensors = npu_tensors((args, kwargs))
         if not inside:
             note_call(self.name, tensors)
@@ -223,6 +223,11 @@ def _is_wrapped(name: str, schema: torch.FunctionSchema) -> bool:
     types = [str(argument.type) for argument in (*schema.arguments, *schema.returns)]
     about_storage = any(kind in ("Storage", "Stream") for kind in types) or name.startswith("aten::set_")
     return not is_view and not about_storage and any("Tensor" in kind for kind in types)
+
+
+def _has_cpu_kernel(name: str) -> bool:
+    keys = ("CPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def _replaced_at_autograd(name: str) -> bool:

@@ -132,21 +132,51 @@ def matrix_product(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
     return a @ b
 
 
-@reference("npu::npu_binary_cross_entropy_with_logits_backward")
-def binary_cross_entropy_backward(gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
-                                  positive_weight: Tensor | None, reduction: int) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        loss = aten.binary_cross_entropy_with_logits(x, target, weight, positive_weight, reduction)
-        return torch.autograd.grad(loss, x, gradient)[0]
-
-
 @reference("aten::max_pool2d_with_indices_backward")
 def max_pool_backward(gradient: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int],
                       dilation: list[int], ceil_mode: bool, mask: Tensor) -> Tensor:
     # The forward's second result is a mask in torch_npu's own layout, so the positions are found anew.
     positions = aten.max_pool2d_with_indices(x.float(), kernel, stride, padding, dilation, ceil_mode)[1]
     return aten.max_pool2d_with_indices_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, positions)
+
+
+# ---- backward kernels of torch_npu for operators whose forward the CPU has: autograd over that forward
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the function's inputs for a gradient of its result."""
+    # A kernel may be called where autograd is done with, and then records nothing, unless it is let back in.
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*inputs), inputs, gradient)
+
+
+@reference("aten::matmul_backward")
+def matmul_backward(gradient: Tensor, a: Tensor, b: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    results = gradients(torch.matmul, [a, b], gradient)
+    return [result if want else None for result, want in zip(results, wanted, strict=True)]
+
+
+@reference("npu::npu_gather_backward")
+def gather_backward(gradient: Tensor, sizes: list[int], dim: int, index: Tensor, sparse: bool) -> Tensor:
+    return gradient.new_zeros(sizes).scatter_add_(dim, index, gradient)
+
+
+@reference("npu::l1_loss_backward")
+def l1_loss_backward(gradient: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
+    return gradients(lambda x: aten.l1_loss(x, target, reduction), [x], gradient)[0]
+
+
+@reference("npu::npu_binary_cross_entropy_with_logits_backward")
+def binary_cross_entropy_backward(gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
+                                  positive_weight: Tensor | None, reduction: int) -> Tensor:
+    return gradients(lambda x: aten.binary_cross_entropy_with_logits(x, target, weight, positive_weight, reduction),
+                     [x], gradient)[0]
+
+
+@reference("npu::repeat_interleave_backward_int")
+def repeat_interleave_backward(gradient: Tensor, x: Tensor, repeats: int, dim: int | None = None) -> Tensor:
+    return gradients(lambda x: x.repeat_interleave(repeats, dim), [x], gradient)[0]
 
 
 # ---- boxes and classes
