@@ -107,14 +107,20 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which to run the model forward; without effect in float32."""
-        if torch.is_grad_enabled() and not self._in_step:
-            device_layer.clear_overflow_flag(self.device)  # what an evaluation or anything else has left there
-            self._in_step = True
+        if torch.is_grad_enabled():
+            self._begin_step()
         return device_layer.autocast(self.device, self._half_dtype, self.level != "O0")
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of the (scaled) loss; several calls before one `step` accumulate."""
+        self._begin_step()
         (loss if self._scale is None else loss * self._scale).backward()
+
+    def _begin_step(self) -> None:
+        """Clear what an evaluation or anything else has left in the device's overflow flag, once for each step."""
+        if not self._in_step:
+            device_layer.clear_overflow_flag(self.device)
+            self._in_step = True
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, clip: tuple[float | None, str] | None = None) -> Tensor:

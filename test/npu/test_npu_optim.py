@@ -201,6 +201,7 @@ def test_a_checkpoint_moves_between_devices(device, first, steps_before_loading)
 
 def test_gradients_are_one_tensor_and_clipping_is_that_of_the_cpu(device):
     weights = []
+    torch.full((2,), 60000.0, dtype=torch.float16, device=device).mul_(2)  # an overflow of somebody else's
     for where in (CPU, device):
         net = Net().to(where)
         precision = Precision(where, enabled=False)
