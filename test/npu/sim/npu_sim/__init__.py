@@ -16,6 +16,7 @@ from npu_sim.meters import Meters, count_waits, meters, strict
 
 __all__ = ["Meters", "count_waits", "load", "load_libraries", "install", "meters", "missing", "strict"]
 
+SOCS = ("Ascend910A", "Ascend910B1", "Ascend910_9391", "Ascend950")  # one of each of torch_npu's code paths
 _settings: tuple[int, str] | None = None
 _installed = False
 
@@ -43,6 +44,8 @@ def load(devices: int = 1, soc: str = "Ascend910B1") -> None:
 def load_libraries(devices: int = 1, soc: str = "Ascend910B1") -> None:
     """Load the stand-ins for the CANN libraries; must come before torch_npu is imported."""
     global _settings
+    if soc not in SOCS:
+        raise RuntimeError(f"Unknown chip {soc!r}: the simulated NPU knows {', '.join(SOCS)} (NPU_SIM_SOC).")
     if _settings is not None:
         if _settings != (devices, soc):
             raise RuntimeError(f"The simulated NPU is loaded as {_settings[0]} x {_settings[1]} in this process; "

@@ -245,7 +245,8 @@ def _keep(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: 
             high = torch.minimum(bottom_right[order], bottom_right[best])
             common = (high - low).clamp(min=0).prod(1)
             iou = common / (area[order] + area[best] - common).clamp(min=1e-12)
-            order = [n for n, overlap in zip(order, iou.tolist(), strict=True) if overlap <= iou_threshold]
+            stays = (iou <= iou_threshold).tolist()  # compared in float32, as the device does
+            order = [n for n, good in zip(order, stays, strict=True) if good]
     return kept
 
 
