@@ -10,6 +10,7 @@ process for good.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,15 +21,15 @@ import pytest
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 SIMULATION = HERE / "sim"
-SOC = os.environ.get("NPU_SIM_SOC", "Ascend910B1")
-DEVICES = int(os.environ.get("NPU_SIM_DEVICES", "1"))
 
 if str(SIMULATION) not in sys.path:
     sys.path.insert(0, str(SIMULATION))
 import npu_sim  # noqa: E402
 
+DEVICES, SOC = npu_sim.from_environment()
+
 _REASON = npu_sim.missing()
-if _REASON is None and "torch" in sys.modules and "torch_npu" not in sys.modules:
+if _REASON is None and "torch" in sys.modules and not npu_sim.loaded():
     _REASON = "the simulated NPU needs a pytest process of its own: python -m pytest test/npu"
 if _REASON is None:
     npu_sim.load(devices=DEVICES, soc=SOC)
@@ -77,7 +78,7 @@ def run_simulated() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(argv: list[str], devices: int = 1, soc: str | None = None, env: Mapping[str, str | None] | None = None,
             timeout: float = 120) -> subprocess.CompletedProcess:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAKE_", "PYTEST_"))}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(SIMULATION), str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])])
         environment.update(NPU_SIM="1", NPU_SIM_DEVICES=str(devices), NPU_SIM_SOC=soc or SOC,
@@ -86,8 +87,15 @@ def run_simulated() -> Callable[..., subprocess.CompletedProcess]:
             if value is None:
                 environment.pop(name, None)
             else:
-                environment[name] = value
-        return subprocess.run([sys.executable, *map(str, argv)], env=environment, cwd=REPOSITORY, timeout=timeout,
-                              capture_output=True, text=True)
+                environment[name] = str(value)
+        # A group of its own, so that after a time-out nothing the script started is left.
+        with subprocess.Popen([sys.executable, *map(str, argv)], env=environment, cwd=REPOSITORY, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+            try:
+                output, errors = process.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     return run

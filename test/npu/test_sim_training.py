@@ -133,6 +133,11 @@ def test_dropout_keeps_its_mask_for_the_gradient(device):
     assert y.detach().cpu().unique().tolist() == pytest.approx([0.0, 4 / 3])
 
 
+def test_memory_nobody_wrote_shows(device):
+    torch.npu.empty_cache()  # so that it is fresh, and holds the runtime's poison
+    assert torch.empty(4_000_000, device=device)[123].item() == -26711958.0
+
+
 def test_a_frozen_batch_norm_has_gradients(device):
     x = make_batch().to(device).requires_grad_()
     norm = nn.BatchNorm2d(3).to(device).eval()

@@ -14,9 +14,11 @@ from npu_sim import build, runtime
 from npu_sim.build import missing
 from npu_sim.meters import Meters, count_waits, meters, strict
 
-__all__ = ["Meters", "count_waits", "load", "load_libraries", "install", "meters", "missing", "strict"]
+__all__ = ["SOCS", "Meters", "count_waits", "from_environment", "install", "load", "load_libraries", "loaded", "meters",
+           "missing", "strict"]
 
 SOCS = ("Ascend910A", "Ascend910B1", "Ascend910_9391", "Ascend950")  # one of each of torch_npu's code paths
+MOST_DEVICES = 16  # ranks of a communicator, see cann/hccl.c
 _settings: tuple[int, str] | None = None
 _installed = False
 
@@ -39,6 +41,19 @@ def load(devices: int = 1, soc: str = "Ascend910B1") -> None:
     import torch_npu  # noqa: F401
 
     install()
+
+
+def loaded() -> tuple[int, str] | None:
+    """Return the number of devices and the chip this process simulates, None while it does not."""
+    return _settings
+
+
+def from_environment() -> tuple[int, str]:
+    """Return the number of devices and the chip wanted by NPU_SIM_DEVICES (1) and NPU_SIM_SOC (Ascend910B1)."""
+    devices = os.environ.get("NPU_SIM_DEVICES", "1")
+    if not devices.isdecimal() or not 0 <= int(devices) <= MOST_DEVICES:
+        raise RuntimeError(f"NPU_SIM_DEVICES is {devices!r}: give a number of devices, at most {MOST_DEVICES}.")
+    return int(devices), os.environ.get("NPU_SIM_SOC", "Ascend910B1")
 
 
 def load_libraries(devices: int = 1, soc: str = "Ascend910B1") -> None:

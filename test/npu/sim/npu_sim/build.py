@@ -58,7 +58,6 @@ def build() -> Path:
     renames it: whoever comes second finds the first one's result and drops its own.
     """
     torch_npu = torch_npu_folder()
-    wheel = torch_npu / "lib" / "libtorch_npu.so"
     sources = {path.name: path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".c", ".h")}
     installed = importlib.metadata.distribution("torch_npu").read_text("RECORD")  # holds the library's sha256
     digest = hashlib.sha256(repr((Path(__file__).read_text(), sorted(sources.items()), installed)).encode())
@@ -68,8 +67,21 @@ def build() -> Path:
         return result
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     work = Path(tempfile.mkdtemp(dir=cache))
-    sources["operators.c"] += _empty_operators(wheel.read_bytes(), sources["operators.c"])
-    sources["empty.c"] = ""
+    try:
+        _build_in(work, sources, torch_npu)
+        work.rename(result)
+    except OSError:  # another process was first
+        if not result.is_dir():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _build_in(work: Path, sources: dict[str, str], torch_npu: Path) -> None:
+    wheel = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
+    sources = sources | {"operators.c": sources["operators.c"] + _empty_operators(wheel, sources["operators.c"]),
+                         "empty.c": ""}
     for name, text in sources.items():
         (work / name).write_text(text)
     headers = f"-I{torch_npu}/include/third_party/acl/inc"
@@ -79,11 +91,6 @@ def build() -> Path:
     _compile(work, "opapi", "operators.c", headers, *runtime)
     for name in _EMPTY:
         _compile(work, name, "empty.c", "-Wl,--no-as-needed", *runtime)
-    try:
-        work.rename(result)
-    except OSError:  # another process was first
-        shutil.rmtree(work)
-    return result
 
 
 def _empty_operators(wheel: bytes, written: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
@@ -37,8 +36,7 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module) -> None:
-        devices = int(os.environ.get("NPU_SIM_DEVICES", "1"))
-        npu_sim.load_libraries(devices, os.environ.get("NPU_SIM_SOC", "Ascend910B1"))
+        npu_sim.load_libraries(*npu_sim.from_environment())
         self._loader.exec_module(module)
         npu_sim.install()
         _report_at_exit()

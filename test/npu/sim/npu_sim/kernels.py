@@ -26,36 +26,28 @@ from npu_sim import references, runtime, saturation
 from npu_sim.memory import alias, is_npu, npu_tensors, to_cpu
 from npu_sim.meters import charge, note_call, note_mismatch
 
-# Kernels that really do their work on the fake device: they allocate, resize or describe memory.
+# Kernels that do their whole work on the fake device, and are left alone: they allocate (and leave memory unwritten,
+# which should show), pin, describe or exchange memory, or ask the flag that the fake CANN keeps.
 REAL = {
     "aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty_strided", "aten::resize_",
-    "aten::_resize_output_", "aten::_copy_from_and_resize", "aten::is_pinned", "aten::_pin_memory", "aten::is_set_to",
-    "npu::npu_change_data_ptr", "npu::get_npu_format", "npu::get_storage_size", "npu::_npu_storage_resize",
-    "npu::copy_memory_", "npu::_allocate_swapped_memory",
-}
-# Real as well, but worth metering: reading a value, and the overflow flag, which the fake CANN keeps.
-REAL_METERED = {
-    "aten::_local_scalar_dense", "npu::npu_alloc_float_status", "npu::npu_get_float_status",
-    "npu::npu_clear_float_status",
+    "aten::is_pinned", "aten::_pin_memory", "aten::is_set_to", "npu::npu_change_data_ptr", "npu::get_npu_format",
+    "npu::get_storage_size", "npu::npu_get_float_status", "npu::npu_clear_float_status",
 }
 # Results whose shape may differ without being a mismatch. Where it depends on values, the real kernel returns the
 # largest possible one; log_sigmoid's second result is a buffer for the CPU's backward that the NPU leaves empty.
 SHAPE_MAY_DIFFER = {
-    "aten::nonzero", "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out", "aten::_unique",
-    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
+    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
     "aten::index.Tensor", "aten::log_sigmoid_forward",
 }
 # Their kernels take the result's size from values that helpers inside them should have computed: refused.
 REFUSED = {"aten::bincount", "aten::repeat_interleave.self_Tensor"}
-# Results in a layout of torch_npu's own (a mask); they stay as allocated, and nothing here reads them.
+# Results in a layout of torch_npu's own (a mask). They stay as allocated, and nothing here reads them.
 PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
 # Products over large tensors. Inside another kernel their values are not computed: that kernel's results are written
 # afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
 # precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
 PRODUCTS = {
-    "convolution", "_convolution", "convolution_backward", "convolution_overrideable",
-    "convolution_backward_overrideable", "mm", "addmm", "bmm", "baddbmm", "matmul", "matmul_backward", "linear",
-    "npu_conv2d", "npu_conv2d_backward", "npu_convolution", "npu_convolution_backward", "npu_linear", "npu_bmmV2",
+    "convolution", "_convolution", "convolution_backward", "matmul", "matmul_backward", "mm", "addmm", "bmm", "baddbmm",
 }
 
 _libraries: dict[str, torch.library.Library] = {}  # a Library takes its kernels back when it is collected
@@ -179,24 +171,6 @@ class Wrapper:
         return real.shape != value.shape
 
 
-class MeteredOnly:
-    """Calls torch_npu's kernel, which does its work on the fake device, and meters it."""
-
-    def __init__(self, schema: torch.FunctionSchema, kernel: Any) -> None:
-        self.name = _full_name(schema)
-        self.kernel = kernel
-
-    def __call__(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_thread, "depth", 0):
-            return self.kernel.call_boxed(keyset, *args, **kwargs)
-        tensors = npu_tensors((args, kwargs))
-        note_call(self.name, tensors)
-        before = runtime.counts()
-        result = self.kernel.call_boxed(keyset, *args, **kwargs)
-        charge(self.name, before, sum(tensor.dtype == torch.float64 for tensor in tensors))
-        return result
-
-
 def install() -> int:
     """Wrap torch_npu's kernels; return how many."""
     count = 0
@@ -204,11 +178,10 @@ def install() -> int:
         name = _full_name(schema)
         if not _is_wrapped(name, schema):
             continue
-        wrapper = MeteredOnly if name in REAL_METERED else Wrapper
         for key in ("PrivateUse1", "AutogradPrivateUse1") if _replaced_at_autograd(name) else ("PrivateUse1",):
             namespace, _, rest = name.partition("::")
             library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
-            library.impl(rest, wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True,
+            library.impl(rest, Wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True,
                          allow_override=True)
             count += 1
     return count

@@ -80,18 +80,12 @@ def cast(x: Tensor, dtype: torch.dtype | int, *unused: Any) -> Tensor:
     return x.to(_DTYPES[dtype] if isinstance(dtype, int) else dtype)
 
 
-@reference("npu::npu_format_cast", "npu::npu_format_cast.Tensor", "npu::_npu_format_cast",
-           "npu::_npu_format_cast.aclnn", "npu::_npu_format_cast.input_dtype")
+@reference("npu::npu_format_cast", "npu::_npu_format_cast")
 def change_layout(x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
     return x.clone()  # private layouts count as plain ones here
 
 
-@reference("npu::npu_format_cast_", "npu::npu_format_cast_.acl_format")
-def change_layout_in_place(x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
-    return x
-
-
-# ---- activation, convolution, loss
+# ---- activation, pooling
 
 
 @reference("npu::npu_silu")
@@ -107,29 +101,6 @@ def silu_in_place(x: Tensor) -> Tensor:
 @reference("npu::npu_silu_backward")
 def silu_backward(gradient: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return aten.silu_backward(gradient, x)
-
-
-@reference("npu::npu_conv2d", "npu::npu_convolution")
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-                dilation: list[int], groups: int) -> Tensor:
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-
-
-@reference("npu::npu_conv2d_backward", "npu::npu_convolution_backward")
-def convolution_backward(x: Tensor, gradient: Tensor, weight: Tensor, stride: list[int], padding: list[int],
-                         dilation: list[int], groups: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return aten.convolution_backward(gradient, x, weight, [weight.shape[0]], stride, padding, dilation, False,
-                                     [0] * len(stride), groups, wanted)
-
-
-@reference("npu::npu_linear")
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-@reference("npu::npu_bmmV2")
-def matrix_product(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
-    return a @ b
 
 
 @reference("aten::max_pool2d_with_indices_backward")
@@ -255,7 +226,7 @@ def _keep(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: 
 _BIT_WEIGHTS = 2 ** torch.arange(8)
 
 
-@reference("npu::_npu_dropout", "aten::native_dropout")
+@reference("aten::native_dropout")
 def dropout(x: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
     kept = torch.rand(x.shape) >= p if train else torch.ones(x.shape, dtype=torch.bool)
     bits = torch.zeros((x.numel() + 127) // 128 * 128, dtype=torch.int64)

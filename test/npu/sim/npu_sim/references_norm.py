@@ -1,7 +1,6 @@
 """What the pieces of synchronised batch normalisation compute, in plain CPU torch.
 
-torch.nn.SyncBatchNorm calls the aten operators, torch_npu's own variant the npu:: ones; none has a CPU kernel.
-Statistics are per channel (dimension 1), in float32.
+torch.nn.SyncBatchNorm calls them; none has a CPU kernel. Statistics are per channel (dimension 1), in float32.
 """
 
 from __future__ import annotations
@@ -49,24 +48,6 @@ def gather_stats(x: Tensor, mean: Tensor, invstd: Tensor, running_mean: Tensor |
     _update_running(running_mean, all_mean, momentum)
     _update_running(running_var, var * total / (total - 1), momentum)
     return all_mean, (var + eps).rsqrt()
-
-
-@_reference("npu::batch_norm_reduce")
-def sums(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    return x.sum(_all_but_channel(x)), x.square().sum(_all_but_channel(x))
-
-
-@_reference("npu::batch_norm_gather_stats_update")
-def gather_sums(x: Tensor, sum_: Tensor, square_sum: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-                momentum: float, eps: float, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_, square_sum: [ranks, channels]; counts: [ranks]."""
-    total = counts.sum()
-    mean = sum_.sum(0) / total
-    var = square_sum.sum(0) / total - mean ** 2
-    _update_running(running_mean, mean, momentum)
-    _update_running(running_var, var * total / (total - 1), momentum)
-    return mean, (var + eps).rsqrt()
 
 
 @_reference("aten::batch_norm_elemt")

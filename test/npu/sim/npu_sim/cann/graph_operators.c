@@ -119,8 +119,6 @@ static aclError run(const char *name, int inputs, Descs in, Buffers in_data, int
   } else if (!strcmp(name, "NPUClearFloatStatus") || !strcmp(name, "NPUClearFloatStatusV2")) {
     sim_set_overflow(device, false);
     if (outputs) memset(out_data[0]->data, 0, STATUS_SIZE * sizeof(float));
-  } else if (!strcmp(name, "NPUAllocFloatStatus") && outputs) {
-    memset(out_data[0]->data, 0, STATUS_SIZE * sizeof(float));
   }
   return ACL_OK;
 }
