@@ -44,7 +44,8 @@ def _npu_module() -> Any:
         if "cannot open shared object" in str(error):
             raise RuntimeError(
                 f"torch_npu {installed} does not find CANN: {error}. Source CANN's environment in this shell first, "
-                "for example: source /usr/local/Ascend/ascend-toolkit/set_env.sh (test/set_npu_env.sh looks for it)."
+                "for example: source /usr/local/Ascend/ascend-toolkit/set_env.sh, or since CANN 8.5 "
+                "/usr/local/Ascend/cann/set_env.sh (test/set_npu_env.sh looks for it)."
             ) from error
         raise RuntimeError(
             f"torch_npu {installed} is installed but does not load: {error}. Check that its version fits torch "
@@ -97,14 +98,14 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
         index = int(number or 0)
     module = _npu_module() if kind == "npu" else torch.cuda
     count = module.device_count() if module.is_available() else 0
+    shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES") if kind == "npu" else None
+    shown = f" (ASCEND_RT_VISIBLE_DEVICES={shown})" if shown else ""
     if count == 0:
-        raise RuntimeError(f"Device '{kind}' was asked for, but torch {torch.__version__} sees none on this machine. "
-                           "Check the driver and the installed torch build, or use --device cpu.")
+        raise RuntimeError(f"Device '{kind}' was asked for, but torch {torch.__version__} sees none on this machine"
+                           f"{shown}. Check the driver and the installed torch build, or use --device cpu.")
     if index >= count:
-        shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES") if kind == "npu" else None
-        raise RuntimeError(f"Device {kind}:{index} was asked for, but there are {count}"
-                           f"{f' (ASCEND_RT_VISIBLE_DEVICES={shown})' if shown else ''}: choose an index from 0 to "
-                           f"{count - 1}.")
+        raise RuntimeError(f"Device {kind}:{index} was asked for, but there are {count}{shown}: choose an index from 0 "
+                           f"to {count - 1}.")
     return torch.device(kind, index)
 
 

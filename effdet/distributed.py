@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar('_T')
 
 # Long enough for rank 0 to evaluate a large data set or to build a cache while the others wait.
-DEFAULT_TIMEOUT_S = 3600.0
+DEFAULT_TIMEOUT_S = 7200.0
 
 # The gloo group beside an accelerator backend, with the world it was made for (a new world needs a new one).
 _host_group: tuple[Any, Any] | None = None
