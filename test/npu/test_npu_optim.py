@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from torch_npu.optim import NpuFusedSGD
+from worker import Net
 
 from effdet.amp import Precision
 from effdet.device import tune
@@ -22,18 +23,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def tuned(device):
     tune(device)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 8, 3, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(nn.functional.silu(self.norm(self.conv(x))))
 
 
 def make_images(count: int) -> list[torch.Tensor]:
