@@ -113,6 +113,8 @@ def test_two_processes_evaluate_as_one(alone, data, tmp_path):
         assert done.stdout.count("\nAR_large ") == 1, "the table comes from one process"
         metrics.append(json.loads((tmp_path / f"{number}.json").read_text()))
         rows.append(json.loads((tmp_path / f"rows{number}.json").read_text()))
+    facts = [content.pop("run") for content in metrics]  # how fast, and on how many processes
+    assert [entry["processes"] for entry in facts] == [1, 2]
     assert metrics[0] == metrics[1] and metrics[0]["stats"]["AP50"] > 0
     one, two = ({json.dumps(row) for row in part} for part in rows)
     assert one == two and len(rows[0]) == len(rows[1]) > 0
