@@ -79,7 +79,7 @@ def waits(device: torch.device, rank: int) -> dict:
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(2, 3, 64, 64, generator=generator).to(device)
     target = {"bbox": torch.tensor([[[4.0, 4, 40, 40]]] * 2).to(device), "cls": torch.ones(2, 1).to(device)}
-    for _ in range(3):  # in the second, DistributedDataParallel rearranges its buckets, once and with copies to the host
+    for _ in range(3):  # in the second, DistributedDataParallel arranges its buckets anew, with copies to the host
         with npu_sim.count_waits() as meters:
             optimizer.zero_grad()
             with precision.autocast():
