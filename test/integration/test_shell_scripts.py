@@ -178,6 +178,7 @@ def test_one_device_from_inside_the_folder(checkout: Checkout):
     assert "Eval: 0  AP: " in done.stdout, "the steps are followed by an evaluation"
 
 
+@pytest.mark.slow
 def test_eight_processes(checkout: Checkout):
     done = checkout.run("test/train_performance_8p.sh", f"--data_path={checkout.data}", "--", "--val-skip", NUM_VAL,
                         *checkout.small(8, steps=1, devices="0,1,2,3,4,5,6,7"), cwd=Path("/"))

@@ -27,6 +27,12 @@ print(renumbered, device, torch.npu.device_count(), torch.ones(2, device=device)
 """
 
 
+@pytest.fixture
+def once(is_910a):
+    if is_910a:
+        pytest.skip("runs once, as Ascend910B1: nothing in it depends on the chip")
+
+
 def test_auto_is_the_npu(device):
     assert device_layer.pick_device() == device
     assert device_layer.pick_device("npu:0") == device
@@ -56,7 +62,7 @@ def test_a_device_list_becomes_sorted_visible_devices(monkeypatch, caplog, liste
     assert said in caplog.text
 
 
-def test_a_process_sees_the_listed_devices_only(run_simulated):
+def test_a_process_sees_the_listed_devices_only(run_simulated, once):
     done = run_simulated(["-c", SHOW, "2,0", "1"], devices=8, env={"ASCEND_RT_VISIBLE_DEVICES": "4,6,7"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-4:] == ["True", "npu:1", "2", "2.0"]
@@ -123,7 +129,7 @@ def test_another_version_is_refused_with_both_named(monkeypatch):
         device_layer.pick_device("npu")
 
 
-def test_without_cann_the_script_says_what_to_source(tmp_path):
+def test_without_cann_the_script_says_what_to_source(tmp_path, once):
     """A real process without the simulation: torch_npu is installed, CANN's libraries are not there."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("NPU_SIM", "FAKE_", "TORCH_DEVICE", "PYTHONPATH"))}
