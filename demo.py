@@ -20,7 +20,7 @@ from effdet.coco_metrics import write_json
 from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
 from effdet.data.pictures import read_picture
-from effdet.device import pick_device, set_device
+from effdet.device import pick_device, set_device, tune
 from effdet.draw import draw_detections, make_class_colors
 from effdet.log import setup_logging
 from effdet.predictor import Predictor
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
         device = pick_device(cfg.run.device)
         set_device(device)
+        tune(device)
         place_model(detector.model, device, cfg.model.same_padding)
         predictor = Predictor(detector.model, device, detector.category_map, cfg.run.batch_size)
         predictor.bench.use_nms(cfg.model.nms, device)

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             loader = build_eval_loader(dataset, cfg.data, detector.model.config,
                                        split_over_devices(cfg.run.batch_size, world),
                                        workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip)
+            for line in device_layer.tune(device):
+                _logger.info("setting: %s", line)
             precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
             place_model(detector.model, device, cfg.model.same_padding)
             bench = DetBenchPredict(precision.prepare_model(detector.model)).to(device)
@@ -99,8 +101,6 @@ class TimedLoader:
 def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
-    for line in device_layer.tune(device):
-        _logger.info("setting: %s", line)
     _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))
     if len(loader.dataset) == 0:
         _logger.warning("the validation split has no pictures: there is nothing to evaluate")

@@ -337,6 +337,8 @@ def seed_everything(seed: int) -> None:
 def tune(device: torch.device) -> list[str]:
     """Choose process-wide settings that are faster on `device` and keep the results, and say which.
 
+    To be called before the first operator on the device: torch_npu lets some operators choose at their first call.
+
     Returns:
         One line for each setting, with its reason; empty when there is nothing to set.
     """

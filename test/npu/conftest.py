@@ -47,6 +47,18 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None if _REASON is None else _Skipped.from_parent(parent, path=module_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tuned(device) -> None:
+    """Make the settings of a run before the first operator of the process, as train.py does.
+
+    On Ascend910A some operators of torch_npu ask for the compile mode at their first call only, so that an earlier test
+    with another mode would decide for the tests after it.
+    """
+    from effdet.device import tune
+
+    tune(device)
+
+
 @pytest.fixture(scope="session")
 def soc() -> str:
     """The simulated chip, such as 'Ascend910B1'."""

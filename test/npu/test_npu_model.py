@@ -10,18 +10,13 @@ from torch.testing import assert_close
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.build import place_model
-from effdet.device import one_hot, tune
+from effdet.device import one_hot
 from effdet.ema import ModelEma
 from effdet.factory import create_model
 
 CPU = torch.device("cpu")
 MODELS = ["tf_efficientdet_d0", "tf_efficientdet_lite0"]
 SIZE = (96, 128)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tuned(device):
-    tune(device)
 
 
 def make_model(name: str = "tf_efficientdet_d0", num_classes: int = 5) -> torch.nn.Module:

@@ -13,16 +13,10 @@ from torch_npu.optim import NpuFusedSGD
 from worker import Net
 
 from effdet.amp import Precision
-from effdet.device import tune
 from effdet.optim import build_optimizer
 from timm_patches.optim_factory import create_fused_sgd, create_optimizer, flat_gradients
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tuned(device):
-    tune(device)
 
 
 def make_images(count: int) -> list[torch.Tensor]:

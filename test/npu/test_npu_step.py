@@ -12,7 +12,6 @@ from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.build import place_model
 from effdet.data.loader import PrefetchLoader
-from effdet.device import tune
 from effdet.ema import ModelEma
 from effdet.engine import Training, evaluate, train_one_epoch
 from effdet.factory import create_model
@@ -46,11 +45,6 @@ DOCUMENTED_DTYPES = {
 # Operators that make the host wait, fall back to the CPU or change shape with the data.
 NEVER = {"nonzero", "masked_select", "unique", "_unique2", "_local_scalar_dense", "is_nonzero", "equal", "huber_loss",
          "nonzero_static", "repeat_interleave", "bincount", "_assert_async"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tuned(device):
-    tune(device)
 
 
 class Batches(list):
