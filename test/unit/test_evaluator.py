@@ -15,6 +15,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from effdet import coco_metrics
 from effdet.coco_metrics import write_json
 from effdet.evaluator import ClassMetrics, CocoEvaluator, Evaluator, create_evaluator
 
@@ -89,6 +90,63 @@ def pair(request, shared_data):
     folder = shared_data / "evalpairs" / request.param
     read = [json.loads((folder / name).read_text()) for name in ("gt.json", "dt.json", "expected.json")]
     return SimpleNamespace(name=request.param, truth=read[0], detections=read[1], expected=read[2])
+
+
+def both_tables(truth: dict, rows: list, img_ids=None, max_det: int = 100):
+    """Return what pycocotools and hotcoco fill in for the same boxes."""
+    index = coco_metrics.index_ground_truth(truth)
+    arguments = index, rows, set(index.getImgIds()) if img_ids is None else img_ids, (1, 10, max_det)
+    return coco_metrics._fill_by_pycocotools(*arguments), coco_metrics._fill_by_hotcoco(*arguments)
+
+
+def random_case(seed: int) -> tuple[dict, list]:
+    """Return a truth and result rows with crowd regions, areas unlike the boxes', equal scores and empty images."""
+    rng = np.random.default_rng(seed)
+    truth = make_truth([], category_ids=(3, 90, 7), image_ids=(5, 1, 2 ** 33, 8, 2, 4))
+    rows = []
+    for image in truth["images"]:
+        boxes = [[round(v, 2) for v in (*rng.uniform(0, 300, 2), *np.exp(rng.uniform(1, 5.5, 2)))]
+                 for _ in range(rng.integers(0, 12) if rng.random() < 0.8 else 0)]
+        truth["annotations"] += [
+            {"id": 0, "image_id": image["id"], "category_id": int(rng.choice([3, 90, 7])), "bbox": box,
+             "area": box[2] * box[3] * rng.choice([0.6, 1.0]), "iscrowd": int(rng.random() < 0.15)} for box in boxes]
+        for _ in range(rng.integers(0, 150) if rng.random() < 0.8 else 0):
+            near = boxes[rng.integers(len(boxes))] if boxes else [50, 60, 70, 80]
+            box = [round(abs(v + e), 3) for v, e in zip(near, rng.normal(0, rng.choice([0, 3, 30]), 4), strict=True)]
+            score = rng.choice([0.1, 0.5, 0.9]) if seed % 2 else np.float32(rng.random())
+            rows.append({"image_id": image["id"], "category_id": int(rng.choice([3, 90, 7])), "bbox": box,
+                         "score": float(score)})
+    rows += [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in truth["annotations"][::4]]
+    return truth, rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hotcoco_fills_the_tables_as_pycocotools_does(seed):
+    pytest.importorskip("hotcoco")
+    truth, rows = random_case(seed)
+    chosen = {5, 2 ** 33, 8, 4} if seed % 3 == 0 else None
+    expected, got = both_tables(truth, rows, chosen, 200 if seed % 4 == 0 else 100)
+    assert (expected.precision > 0).any()
+    assert np.array_equal(expected.precision, got.precision) and np.array_equal(expected.recall, got.recall)
+
+
+def test_hotcoco_fills_the_tables_of_real_pairs_as_pycocotools_does(pair):
+    pytest.importorskip("hotcoco")
+    expected, got = both_tables(pair.truth, pair.detections)
+    assert np.array_equal(expected.precision, got.precision) and np.array_equal(expected.recall, got.recall)
+
+
+def test_without_hotcoco_the_numbers_are_the_same_and_the_log_says_so(caplog, monkeypatch):
+    truth, rows = random_case(1)
+    index = coco_metrics.index_ground_truth(truth)
+    scores = []
+    for library in [coco_metrics.hotcoco, None]:
+        monkeypatch.setattr(coco_metrics, "hotcoco", library)
+        with caplog.at_level(logging.INFO):
+            caplog.clear()
+            scores.append(coco_metrics.score_rows(index, rows, set(index.getImgIds()), 100))
+        assert f"matched by {'hotcoco' if library else 'pycocotools'}" in caplog.text
+    assert scores[0] == scores[1] and scores[0].stats["AP"] > 0
 
 
 @pytest.mark.parametrize("yxyx", [False, True])
