@@ -128,6 +128,8 @@ def _check_images(rows: list, report: DatasetReport, img_dir: Path | None) -> li
 
 
 def _escapes(name: str) -> bool:
+    if name.isalnum() or name.replace(".", "0", 1).isalnum():  # the usual kind, 000000000009.jpg
+        return False
     parts = name.replace("\\", "/").split("/")
     return parts[0] == "" or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":")
 
@@ -151,7 +153,8 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
     listings: dict[str, set[str]] = {}
     missing = set()
     for info in infos:
-        folder, base = posixpath.split(posixpath.normpath(info["file_name"]))
+        name = info["file_name"]
+        folder, base = posixpath.split(posixpath.normpath(name)) if "/" in name else ("", name)
         if folder not in listings:
             try:
                 with os.scandir(img_dir / folder) as entries:
@@ -185,14 +188,14 @@ def _pack_annotations(
             report.add("no_bbox", repr(row)[:60])
             continue
         ann_id, img_id, cat_id, box = row.get("id"), row.get("image_id"), row.get("category_id"), row.get("bbox")
-        if not (_is_int(ann_id) or isinstance(ann_id, str)) or ann_id in seen_ids:
+        if type(ann_id) not in (int, str) or ann_id in seen_ids:  # a bool is of neither
             report.add("duplicate_annotation_id", f"id {ann_id}")
         else:
             seen_ids.add(ann_id)
-        at = image_at.get(img_id) if isinstance(img_id, (int, str)) else None
+        at = image_at.get(img_id) if type(img_id) in (int, str) else None
         if at is None:
             report.add("orphan_annotation", f"annotation {ann_id} of image {img_id}")
-        elif not _is_int(cat_id) or cat_id not in cat_ids:
+        elif type(cat_id) is not int or cat_id not in cat_ids:
             report.add("unknown_category", f"annotation {ann_id} of image {img_id}: category {cat_id}")
         elif not four_numbers(box):
             report.add("no_bbox", f"annotation {ann_id} of image {img_id}")

@@ -387,6 +387,35 @@ def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
     assert held == ["img_ids"], "which workers ask only for its length"
 
 
+POLYGONS = [
+    [[1.5, 2, 3e-2, -4]],
+    [],
+    [[1, 2], [3, 4]],
+    {"counts": [1, 2], "size": [3, 4]},
+    {"counts": "a]}[", "size": [3, 4]},
+    None,
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("last", [True, False])
+def test_polygons_are_stepped_over_and_nothing_else_changes(tmp_path, last, indent):
+    """Wherever they stand in their annotation, whatever is written between, and whatever texts look like them."""
+    data = base_json()
+    data["info"] = {"description": 'text with "segmentation": [1, 2], in it', 'key "segmentation': [5, [6]]}
+    data["annotations"] = [dict(data["annotations"][k % 3], id=k + 1) for k in range(2 * len(POLYGONS))]
+    expected = copy.deepcopy(data)
+    for ann, polygons in zip(data["annotations"], POLYGONS * 2, strict=True):
+        rest = dict(ann)
+        ann.clear()
+        ann.update({**rest, "segmentation": polygons} if last else {"segmentation": polygons, **rest})
+    path = write(tmp_path, json.dumps(data, indent=indent))
+    assert coco._read_json(path) == expected
+    assert coco._without_polygons(path.read_bytes()).count(b'"segmentation":0') == 6, "lists are never parsed"
+    assert coco._without_polygons(b'{"segmentation":[[1.5,2]],"a":[3]}') == b'{"segmentation":0,"a":[3]}'
+    assert coco._without_polygons(b'[{"segmentation": [[1.5]]}]') == b'[{"segmentation":0}]'
+
+
 def test_the_garbage_collector_rests_while_a_file_is_read(tmp_path, monkeypatch):
     seen, check = [], coco.check_coco
     monkeypatch.setattr(coco, "check_coco", lambda *args: seen.append(gc.isenabled()) or check(*args))
