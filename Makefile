@@ -17,7 +17,7 @@ PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-npu lint clean
+.PHONY: help train test test-slow test-npu test-npu-slow lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,11 @@ test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 # torch_npu changes the process it is imported into, so it has an environment and test processes of its own. The two chips
 # take different code paths in torch_npu.
 test-npu: $(INSTALLED_NPU)  ## run the tests on a simulated Ascend NPU, under the real torch_npu (Linux, gcc)
-	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU)
-	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU)
+	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) -m "not slow"
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m "not slow"
+
+test-npu-slow: $(INSTALLED_NPU)  ## run only the tests on a simulated Ascend NPU marked slow
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m slow
 
 lint: $(INSTALLED_DEV)  ## check style and imports with ruff
 	$(PY) -m ruff check .
