@@ -327,6 +327,12 @@ def set_rng_state(state: torch.Tensor | None, device: torch.device) -> None:
         module.set_rng_state(state.cpu(), device)
 
 
+def is_host(device: torch.device) -> bool:
+    """Return whether `device` is the processor that runs Python: reading a value waits for nothing there, and shapes
+    that depend on values are free."""
+    return device.type == "cpu"
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)

@@ -1,8 +1,8 @@
 """The historic shell scripts on the simulated NPU: the tests of test/integration/test_shell_scripts.py, device npu.
 
 They run once, on the chip that the scripts were written for: a shell script takes no path of its own on another one.
-The second part, the evaluation and the fine-tuning, which need a trained checkpoint, are marked slow: on the device they
-do what test_npu_scripts.py does without a script.
+The second part, the evaluation and the fine-tuning, which need a trained checkpoint, are marked slow: on the device
+they do what test_npu_scripts.py does without a script.
 """
 from __future__ import annotations
 
