@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
      "effdet.soft_nms", "effdet.loss_cpu"),
-    ("effdet.nms", "effdet.checkpoint_io", "effdet.distributed"),
+    ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm", "effdet.version"),
     ("timm_patches", "timm_patches.*"),
 )
