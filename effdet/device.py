@@ -329,8 +329,8 @@ def set_rng_state(state: torch.Tensor | None, device: torch.device) -> None:
 
 def is_host(device: torch.device) -> bool:
     """Return whether `device` is the processor that runs Python: reading a value waits for nothing there, and shapes
-    that depend on values are free."""
-    return device.type == "cpu"
+    that depend on values are free. While a program is traced or compiled they are not, so then it is not."""
+    return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def seed_everything(seed: int) -> None:
