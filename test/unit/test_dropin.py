@@ -10,6 +10,8 @@ import gzip
 import importlib
 import inspect
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -833,3 +835,25 @@ def test_labels_are_category_ids_where_effdet_users_rely_on_it(tmp_path):
 
 def test_the_version_is_a_later_one():
     assert tuple(int(part) for part in effdet.__version__.split(".")[:2]) > (0, 4)
+
+
+def test_names_come_at_their_first_use():
+    """In a process of its own: `import effdet` alone waits for neither timm nor pycocotools; every name is there."""
+    code = """
+import sys
+import effdet
+assert not {"timm", "torchvision", "pycocotools", "omegaconf"} & set(sys.modules), sorted(sys.modules)
+assert set(effdet.__all__) <= set(dir(effdet))
+missing = [name for name in effdet.__all__ if not hasattr(effdet, name)]
+assert not missing and "timm" in sys.modules, missing
+assert effdet.anchors.Anchors is effdet.bench.Anchors
+try:
+    effdet.no_such_name
+except AttributeError as error:
+    assert "no attribute 'no_such_name'" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(effdet.__file__).parents[1], text=True, timeout=120,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
