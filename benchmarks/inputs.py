@@ -115,8 +115,9 @@ def make_coco_folder(folder: Path, pictures: int, classes: int, size_wh: tuple[i
 
     Category ids are 1..classes, because the peer takes ids as class numbers.
     """
-    from effdet.data.synthetic import make_picture
     from PIL import Image
+
+    from effdet.data.synthetic import make_picture
     rng = np.random.default_rng(0)
     width, height = size_wh
     images, annotations = [], []

@@ -1,7 +1,7 @@
 """What effdet 0.4.1 needs to run beside a current torch, and on a CPU. Nothing here changes what it computes.
 
 - torchvision's compiled library does not load where it was built for another torch: its operators are declared by
-  timm_patches/torchvision_ops.py, and `nms` gets the kernel in nms.c, which is what torchvision's CPU kernel does (sort,
+  timm_patches/torchvision_ops.py, and `nms` gets the kernel in nms.c, the method of torchvision's own CPU kernel (sort,
   then one pass over a suppression mask) compiled by the system's C compiler. Where the library loads, it is used.
 - Its loader normalises in a class that calls .cuda(): `PrefetchLoader` here does the same arithmetic on the CPU.
 """

@@ -24,6 +24,7 @@ def build(side: str, case: Any) -> pairing.Work:
 def build_ours(case: Any) -> pairing.Work:
     import inputs
     import torch
+
     from effdet.engine import train_one_epoch
     session = make_session(case, "--workers", "0")
     training = session.training
@@ -41,6 +42,7 @@ def build_ours(case: Any) -> pairing.Work:
 def make_session(case: Any, *flags: str) -> Any:
     """Set a run of train.py up as its command line does."""
     import inputs
+
     from effdet.config.cli import parse_train_args
     from effdet.processes import start
     from train import Session
@@ -90,9 +92,10 @@ def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, 
     """Return the peer's training step, a function of images and target, and the network in it."""
     import inputs
     import torch
-    from effdet import DetBenchTrain
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV2
+
+    from effdet import DetBenchTrain
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     model = inputs.make_model(case).to(device)
