@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,10 +67,35 @@ def make_model(case: Any) -> nn.Module:
     return fill_weights(EfficientDet(make_config(case), pretrained_backbone=False))
 
 
+@torch.no_grad()
+def make_weights(path: str, model_name: str, image_size: int, classes: int) -> None:
+    """Write a state dict with which the network behaves like a trained one: few high scores, that depend on the place.
+
+    Drawn weights alone give outputs that are nearly the same everywhere. So batch norms take their statistics from a
+    batch, and the heads are scaled until logits have a standard deviation of 1.5 and box codes one of 0.2.
+    """
+    model = make_model(SimpleNamespace(model=model_name, image_size=image_size, classes=classes)).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    torch.manual_seed(0)
+    images = make_images(2, image_size, seed=1)
+    model(images)
+    outputs = model.eval()(images)
+    for net, levels, wanted in ((model.class_net, outputs[0], 1.5), (model.box_net, outputs[1], 0.2)):
+        last = [parameter for name, parameter in net.predict.named_parameters() if name.endswith("weight")][-1]
+        last.mul_(wanted / torch.cat([level.flatten() for level in levels]).std())
+    torch.save(model.state_dict(), path)
+
+
 def make_images(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Return float32 [batch, 3, size, size], as normalised pictures are distributed."""
+    """Draw normalised pictures, float32 [batch, 3, size, size]: blobs of several sizes and some noise."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.standard_normal((batch, 3, size, size), dtype=np.float32))
+    images = torch.zeros(batch, 3, size, size)
+    for cells in (4, 8, 16, 32, size):
+        noise = torch.from_numpy(rng.standard_normal((batch, 3, cells, cells), dtype=np.float32))
+        images += 0.5 * nn.functional.interpolate(noise, (size, size), mode="bilinear")
+    return images
 
 
 def make_boxes(batch: int, size: int, classes: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -110,7 +136,7 @@ def make_head_outputs(batch: int, size: int, classes: int, seed: int = 2) -> tup
     return [draw(9 * classes, side) * 2 - 6 for side in sides], [draw(36, side) * 0.5 for side in sides]
 
 
-def make_coco_folder(folder: Path, pictures: int, classes: int, size_wh: tuple[int, int] = (640, 480)) -> Path:
+def make_coco_folder(path: str, pictures: int, classes: int, size_wh: tuple[int, int] = (640, 480)) -> None:
     """Make a data set in COCO's layout: JPEGs of four synthetic pictures each, the same set for train and val.
 
     Category ids are 1..classes, because the peer takes ids as class numbers.
@@ -118,7 +144,7 @@ def make_coco_folder(folder: Path, pictures: int, classes: int, size_wh: tuple[i
     from PIL import Image
 
     from effdet.data.synthetic import make_picture
-    rng = np.random.default_rng(0)
+    folder, rng = Path(path), np.random.default_rng(0)
     width, height = size_wh
     images, annotations = [], []
     (folder / "annotations").mkdir(parents=True)
@@ -144,4 +170,3 @@ def make_coco_folder(folder: Path, pictures: int, classes: int, size_wh: tuple[i
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
     for split in ("train", "val"):
         (folder / "annotations" / f"instances_{split}2017.json").write_text(text)
-    return folder

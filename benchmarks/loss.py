@@ -55,6 +55,6 @@ def make_cases(options: Any) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
-    parser.set_defaults(dtype=["float32", "bfloat16"])
+    parser.set_defaults(dtype=pairing.fast_dtypes())
     options = parser.parse_args()
     sys.exit(pairing.main(__file__, options, make_cases(options)))

@@ -136,7 +136,7 @@ def first_step(model: Any, step: Any) -> dict[str, Any]:
 
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    data = str(pairing.make_data(folder, max(options.batch), options.classes))
+    data = pairing.make_file(folder, "make_coco_folder", max(options.batch), options.classes)
     return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
                               folder=folder, data=data, tolerance=TOLERANCES[dtype])
             for dtype in options.dtype for batch in options.batch]
@@ -148,7 +148,7 @@ TOLERANCES = {"float32": {"losses": 1e-4, "": 5e-3}, "bfloat16": {"losses": 2e-2
 
 if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
-    parser.set_defaults(dtype=["float32", "bfloat16"])
+    parser.set_defaults(dtype=pairing.fast_dtypes())
     parser.add_argument("--ema", action="store_true", help="with the moving average of the weights on both sides")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
