@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """COCO's box metric for random detections, 100 for each picture, in 80 classes. The peer is plain pycocotools.
 
-From the ground truth's json, parsed, and the result rows to the 12 numbers. Compared: the 12 numbers, to the last digit.
-The argument --images is the number of pictures. Nothing here runs on an accelerator, whatever --device says.
+From the parsed ground truth and the result rows to the 12 numbers. Compared: these numbers, to the last digit. --images
+is the number of pictures. Nothing here runs on an accelerator, whatever --device says.
 """
 from __future__ import annotations
 

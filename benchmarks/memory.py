@@ -3,7 +3,7 @@
 
 The peak is that of new processes that do nothing else: on the CPU the resident set (VmHWM, Linux), on an accelerator
 what the allocator has handed out. The bytes kept for backward are counted from the tensors that autograd saves, each
-storage once, without parameters and buffers; they do not depend on the machine. Work and comparison are train_step.py's.
+storage once, without parameters; they do not depend on the machine. Work and comparison are train_step.py's.
 """
 from __future__ import annotations
 
