@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_patches.norm_act import convert_norm_act
 from timm_patches.same_padding import convert_same_padding
 
 from . import device as device_layer
@@ -156,6 +157,8 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     report = convert_same_padding(model, mode)
     if mode == "kernel" and (report.converted or report.left):
         _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
+    if device_layer.is_host(device):
+        convert_norm_act(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
