@@ -23,19 +23,21 @@ def shared_data() -> Path:
     return folder
 
 
-CLASS_NAMES, CATEGORY_IDS = ("ball", "box", "star"), (3, 7, 12)
+SMALL_MODEL = {
+    "name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": (128, 128), "fpn_channels": 16,
+    "fpn_cell_repeats": 1, "box_class_repeats": 1, "pad_type": "same", "backbone_args": {"pad_type": "same"}}
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
-    """Write a checkpoint as train.py does, of a D0 for 128x128 whose scores spread over 0..1; EMA weights differ."""
+    """Write a checkpoint as train.py does, of a small model whose scores spread over 0..1; EMA weights differ."""
     from effdet.checkpoint import CHECKPOINT_VERSION, save_checkpoint
-    from effdet.config.model_config import model_config_to_plain
+    from effdet.config.model_config import model_config_from_plain, model_config_to_plain
     from effdet.data.categories import CategoryMap
-    from effdet.factory import create_model
+    from effdet.efficientdet import EfficientDet
 
     torch.manual_seed(0)
-    network = create_model("tf_efficientdet_d0", num_classes=3, image_size=128, pretrained_backbone=False)
+    network = EfficientDet(model_config_from_plain({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False)
     for module in network.modules():  # an initial network's norm layers let next to nothing through
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
@@ -50,7 +52,7 @@ def small_checkpoint(tmp_path_factory) -> Path:
         "version": CHECKPOINT_VERSION, "arch": network.config.name, "state_dict": trained, "state_dict_ema": ema,
         "optimizer": {"state": {}}, "epoch": 4, "step": 40, "metric": 0.25, "config": {"run": {"seed": 42}},
         "model_config": model_config_to_plain(network.config), "image_size": [128, 128],
-        "category_map": CategoryMap(CATEGORY_IDS, CLASS_NAMES, 3).to_dict()})
+        "category_map": CategoryMap((3, 7, 12), ("ball", "box", "star"), 3).to_dict()})
     return path
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 import effdet
 from effdet.bench import DetBenchPredict, unwrap_bench
 from effdet.checkpoint import CheckpointError
+from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.data.categories import CategoryMap
 from effdet.factory import create_model
 from effdet.predictor import Predictor
@@ -177,11 +178,13 @@ def test_what_is_no_picture_is_refused(predictor, picture, message):
         predictor.predict([picture])
 
 
-def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_pictures, tmp_path):
+def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_pictures, tmp_path,
+                                                            monkeypatch):
     few = effdet.load(small_checkpoint, device="cpu", max_det=5, image_size=(128, 256))
     assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_pictures[0])[0]) == 5
     torch.save(unwrap_bench(few.bench).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="does not say of which model"):
         effdet.load(tmp_path / "weights.pth", device="cpu")
-    bare = effdet.load(tmp_path / "weights.pth", device="cpu", model="tf_efficientdet_d0", image_size=(128, 256))
+    monkeypatch.setitem(efficientdet_model_param_dict, "pocket", dict(few.bench.config))
+    bare = effdet.load(tmp_path / "weights.pth", device="cpu", model="pocket", image_size=(128, 256))
     assert bare.predict(synthetic_pictures[0])[0].names[0].startswith("class ")
