@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = find_checkpoint(cfg)
         paths = find_pictures(cfg.run.images)
         detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
-        predictor = build_predictor(detector, cfg.model, cfg.run.device, cfg.run.batch_size)
+        predictor = build_predictor(detector, cfg.model, cfg.run.device, cfg.run.batch_size,
+                                    cfg.run.tta_flip, cfg.run.tta_scales)
         colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
         output_dir = Path(cfg.run.output)
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ PACKAGES = ("effdet", "timm_patches")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "validate", "demo", "effdet.export"),
     ("effdet.engine", "effdet.build", "effdet.gallery"),
-    ("effdet.factory", "effdet.predictor", "effdet.onnx_nms"),
+    ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms"),
     ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.coco_metrics", "effdet.amp", "effdet.draw"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
