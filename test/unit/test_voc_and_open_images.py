@@ -10,7 +10,7 @@ from PIL import Image
 
 from effdet import PascalEvaluator, create_dataset, create_evaluator, create_parser
 from effdet.coco_metrics import index_ground_truth
-from effdet.data import create_loader
+from effdet.data import create_loader, open_coco, to_coco
 from effdet.data.dataset_report import DatasetError
 from effdet.data.parsers import CocoParser, OpenImagesParserCfg, VocParserCfg
 from effdet.voc_metrics import score_voc
@@ -186,3 +186,15 @@ def test_the_evaluator_scores_a_perfect_detector_of_a_voc_data_set(tmp_path):
     assert counts == {"dog": 1, "person": 1}, "the difficult cat is not asked for"
     assert "mAP at IoU 0.50" in evaluator.summary()
     evaluator.write_metrics(tmp_path / "metrics.json")
+
+
+def test_the_scripts_read_the_converted_json(tmp_path, capsys):
+    root = write_voc(tmp_path, "2012", {"train": ["000005", "000007"], "val": ["000012"]})
+    to_coco.main(["voc2012", str(root), "--out", str(tmp_path / "coco")])
+    train = open_coco(None, "train", images=root, ann=tmp_path / "coco" / "train.json")
+    assert len(train) == 2 and train.parser.category_map.num_classes == 20
+    np.testing.assert_array_equal(train[0][1]["bbox"], np.array([[20, 10, 60, 50], [10, 30, 50, 70]], np.float32))
+    assert train[0][1]["cls"].tolist() == [12, 8]
+    assert len(open_coco(None, "val", images=root, ann=tmp_path / "coco" / "val.json")) == 1
+    with pytest.raises(SystemExit, match="effdet.data.to_coco: error: voc2012 has no split 'test'"):
+        to_coco.main(["voc2012", str(root), "--out", str(tmp_path / "coco"), "--splits", "test"])
