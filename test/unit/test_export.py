@@ -89,6 +89,7 @@ def test_onnx_with_nms_and_an_open_batch_gives_pytorchs_detections(small_checkpo
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_onnx_raw_heads_with_a_fixed_batch(small_checkpoint, bench, images, tmp_path):
     path = tmp_path / "raw.onnx"
     main([str(small_checkpoint), "--batch", "2", "--opset", "13", "--out", str(path)])
