@@ -19,11 +19,11 @@ import torch
 from effdet import device as device_layer
 from effdet import distributed
 from effdet.amp import Precision
-from effdet.bench import DetBenchPredict
 from effdet.build import (
     Detector,
     build_dataset,
     build_eval_loader,
+    build_predict_bench,
     load_detector,
     load_published,
     place_model,
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
                 _logger.info("setting: %s", line)
             precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
             place_model(detector.model, device, cfg.model.same_padding)
-            bench = DetBenchPredict(precision.prepare_model(detector.model)).to(device)
+            bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
+                                        cfg.run.tta_flip, cfg.run.tta_scales)
             bench.use_nms(cfg.model.nms, device)
         run(cfg, detector, bench, loader, device, precision)
     finally:
@@ -98,7 +99,7 @@ class TimedLoader:
         return len(self.loader)
 
 
-def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader, device: torch.device,
+def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
     _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))

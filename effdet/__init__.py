@@ -12,28 +12,33 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
+    from .build import load
     from .config import default_detection_model_configs, get_efficientdet_config
     from .data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
     from .efficientdet import EfficientDet
-    from .evaluator import CocoEvaluator, create_evaluator
+    from .evaluator import CocoEvaluator, OpenImagesEvaluator, PascalEvaluator, create_evaluator
     from .factory import create_model, create_model_from_config
     from .helpers import load_checkpoint, load_pretrained
+    from .predictor import Detections, Predictor
 
 _HOMES = {
     "bench": ("DetBenchPredict", "DetBenchTrain", "unwrap_bench"),
+    "build": ("load",),
     "config": ("default_detection_model_configs", "get_efficientdet_config"),
     "data": ("DetectionDatset", "SkipSubset", "create_dataset", "create_loader", "create_parser"),
     "efficientdet": ("EfficientDet",),
-    "evaluator": ("CocoEvaluator", "create_evaluator"),
+    "evaluator": ("CocoEvaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"),
     "factory": ("create_model", "create_model_from_config"),
     "helpers": ("load_checkpoint", "load_pretrained"),
+    "predictor": ("Detections", "Predictor"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["CocoEvaluator", "DetBenchPredict", "DetBenchTrain", "DetectionDatset", "EfficientDet", "SkipSubset",
-           "__version__", "create_dataset", "create_evaluator", "create_loader", "create_model",
-           "create_model_from_config", "create_parser", "default_detection_model_configs", "get_efficientdet_config",
-           "load_checkpoint", "load_pretrained", "unwrap_bench"]
+__all__ = ["CocoEvaluator", "DetBenchPredict", "DetBenchTrain", "DetectionDatset", "Detections", "EfficientDet",
+           "OpenImagesEvaluator", "PascalEvaluator", "Predictor", "SkipSubset", "__version__", "create_dataset",
+           "create_evaluator", "create_loader", "create_model", "create_model_from_config", "create_parser",
+           "default_detection_model_configs", "get_efficientdet_config", "load", "load_checkpoint", "load_pretrained",
+           "unwrap_bench"]
 
 
 def __getattr__(name: str) -> Any:

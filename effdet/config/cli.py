@@ -38,7 +38,7 @@ REFUSED: dict[str, str] = {
     "--split": "name the pictures to evaluate with --val-images and --val-ann",
     "--color-jitter": _NEVER,
     "--aa": _NEVER,
-    "--tta": _NEVER,
+    "--tta": "use --tta-flip and --tta-scales of validate.py and demo.py",
     "--mixup": _NEVER,
     "--mixup-off-epoch": _NEVER,
     "--eval-metric": "checkpoints are ranked by COCO AP; drop it",

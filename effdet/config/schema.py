@@ -291,12 +291,22 @@ class RunSectionConfig(_BaseRunConfig):
 
 
 @dataclass
-class EvalRunSectionConfig(_BaseRunConfig):
+class _PredictRunConfig(_BaseRunConfig):
+    """Say how a trained network is used."""
+
+    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
+                                   none="when the checkpoint has them")
+    tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")
+    tta_scales: list[float] = setting(
+        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0,
+        metavar="X,X")
+
+
+@dataclass
+class EvalRunSectionConfig(_PredictRunConfig):
     """Say what is evaluated, where, and what is written."""
 
     checkpoint: str = setting("", "weights to evaluate", metavar="PATH")
-    use_ema: bool | None = setting(None, "evaluate the averaged weights", off=("--no-ema",),
-                                   none="when the checkpoint has them")
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
@@ -304,15 +314,13 @@ class EvalRunSectionConfig(_BaseRunConfig):
 
 
 @dataclass
-class DemoRunSectionConfig(_BaseRunConfig):
+class DemoRunSectionConfig(_PredictRunConfig):
     """Say what is shown, where, and what is written."""
 
     batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
     images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
                                 flags=())
     checkpoint: str = setting("", "weights to use; empty: the newest under output/", metavar="PATH")
-    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
-                                   none="when the checkpoint has them")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
     output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
 

@@ -147,7 +147,7 @@ class CocoParser:
         if img_dir is not None and not img_dir.is_dir():
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
         arrays, self.report = check_coco(
-            _read_json(self.ann_path), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
+            self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
         )
         self.report.raise_if_errors()
         self._files_checked = img_dir is not None
@@ -158,6 +158,10 @@ class CocoParser:
             self.category_map = cfg.category_map
         elif self.categories:
             self.category_map = CategoryMap.from_categories(self.categories)
+
+    def _read(self) -> Any:
+        """Give the parsed json; parsers of other formats give what they convert to."""
+        return _read_json(self.ann_path)
 
     def _load(self, arrays: CocoArrays, min_img_size: int, skip_empty: bool) -> None:
         self.categories = arrays.categories
@@ -254,7 +258,7 @@ class CocoParser:
         Returns:
             {'images', 'annotations', 'categories', ...}; 'annotations' is empty for a file without labels.
         """
-        data = _read_json(self.ann_path)
+        data = self._read()
         rows = [
             a
             for a in data.get("annotations", [])

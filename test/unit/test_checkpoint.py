@@ -659,6 +659,7 @@ def test_pretrained_offline_names_address_and_place(tmp_path, no_network, monkey
     with pytest.raises(ck.CheckpointError) as caught:
         load_pretrained(small_model(), url)
     assert url in str(caught.value) and str(tmp_path / "hub/checkpoints/tiny-0123abcd.pth") in str(caught.value)
+    assert "put it at" in str(caught.value) and "(--pretrained FILE)" in str(caught.value)
 
 
 def test_pretrained_file_put_into_the_cache_is_checked_and_used(tmp_path, no_network, monkeypatch):
