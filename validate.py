@@ -52,13 +52,15 @@ def main(argv: list[str] | None = None) -> int:
             detector = find_detector(cfg)
             dataset = open_dataset(cfg, detector)
             world = distributed.world_size()
+            channels_last = device_layer.use_channels_last(device)
             loader = build_eval_loader(dataset, cfg.data, detector.model.config,
                                        split_over_devices(cfg.run.batch_size, world),
-                                       workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip)
+                                       workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip,
+                                       channels_last)
             for line in device_layer.tune(device):
                 _logger.info("setting: %s", line)
             precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
-            place_model(detector.model, device, cfg.model.same_padding)
+            place_model(detector.model, device, cfg.model.same_padding, channels_last)
             bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
                                         cfg.run.tta_flip, cfg.run.tta_scales)
             bench.use_nms(cfg.model.nms, device)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prediction from a normalised batch on the device: the network and post-processing.
 
-Ours is the bench that effdet.predictor.Predictor sets up, the peer's is DetBenchPredict. Compared: the scores, and the
+Ours is the bench that effdet.load sets up, the peer's is DetBenchPredict. Compared: the scores, and the
 detections, of which 2 % may be others: where two candidates have almost the same score, rounding decides. In half
 precision only the scores are compared.
 """
@@ -38,10 +38,9 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def make_bench(side: str, model: Any, device: Any, batch: int) -> Any:
     if side == "ours":
-        from effdet.device import tune
-        from effdet.predictor import Predictor
-        tune(device)
-        return Predictor(model, device, batch_size=batch).bench
+        from effdet.build import Detector, build_predictor
+        from effdet.config.schema import DemoModelConfig
+        return build_predictor(Detector(model.eval(), None, ""), DemoModelConfig(), device.type, batch).bench
     from effdet import DetBenchPredict
     return DetBenchPredict(model).to(device).eval()
 

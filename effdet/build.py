@@ -24,6 +24,7 @@ from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
 from .data.transforms import transforms_coco_train
 from .factory import create_model_from_config, set_pad_type
+from .folding import fold_batch_norm
 from .predictor import Predictor
 from .tta import TtaBench, build_network_of_size, scaled_size
 
@@ -285,7 +286,9 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
     device = device_layer.pick_device(device_name)
     device_layer.set_device(device)
     device_layer.tune(device)
-    place_model(detector.model, device, model.same_padding)
+    place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
+    if not scales:  # networks of other sizes are built from unfolded weights
+        fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
     predictor = Predictor(detector.model, device, detector.category_map, batch_size)
     predictor.bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
     predictor.bench.use_nms(model.nms, device)

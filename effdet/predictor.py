@@ -15,7 +15,7 @@ from .bench import DetBenchPredict
 from .data import ResizePad, resolve_fill_color, resolve_input_config
 from .data.categories import CategoryMap
 from .data.pictures import read_picture
-from .device import to_device
+from .device import to_device, use_channels_last
 
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 
@@ -57,7 +57,8 @@ class Predictor:
         self.device = device
         self.batch_size = batch_size
         self.category_map = category_map
-        self.bench = DetBenchPredict(model).to(device).eval()
+        self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
+        self.bench = DetBenchPredict(model).to(device, memory_format=self._layout).eval()
         inputs = resolve_input_config({"interpolation": interpolation}, model.config)
         self._resize = ResizePad(inputs["input_size"][1:], inputs["interpolation"],
                                  resolve_fill_color(inputs["fill_color"], inputs["mean"]))
@@ -108,6 +109,7 @@ class Predictor:
                 info["img_scale"].append(float(target["img_scale"]))
                 info["img_size"].append([float(side) for side in picture.size])
             images = to_device(torch.stack(arrays), self.device).float().sub(self._mean).div_(self._std)
+            images = images.contiguous(memory_format=self._layout)
             img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
             for rows in self.bench(images, img_info).cpu().numpy():
                 rows = rows[(rows[:, 4] > 0) & (rows[:, 4] >= score_threshold)]

@@ -30,8 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
      "effdet.soft_nms", "effdet.loss_cpu"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
-    ("effdet.boxes", "effdet.nms_cpu", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm",
-     "effdet.version"),
+    ("effdet.boxes", "effdet.nms_cpu", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
+     "effdet.sync_batchnorm", "effdet.version"),
     ("timm_patches", "timm_patches.*"),
 )
 SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house

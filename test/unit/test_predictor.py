@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import effdet
-from effdet.bench import DetBenchPredict, unwrap_bench
+from effdet.bench import DetBenchPredict
 from effdet.checkpoint import CheckpointError
 from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.data.categories import CategoryMap
@@ -182,7 +182,7 @@ def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, sy
                                                             monkeypatch):
     few = effdet.load(small_checkpoint, device="cpu", max_det=5, image_size=(128, 256))
     assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_pictures[0])[0]) == 5
-    torch.save(unwrap_bench(few.bench).state_dict(), tmp_path / "weights.pth")
+    torch.save(torch.load(small_checkpoint, weights_only=True)["state_dict"], tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="does not say of which model"):
         effdet.load(tmp_path / "weights.pth", device="cpu")
     monkeypatch.setitem(efficientdet_model_param_dict, "pocket", dict(few.bench.config))
