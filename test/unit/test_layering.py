@@ -22,14 +22,15 @@ PACKAGES = ("effdet", "timm_patches")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "validate", "demo"),
     ("effdet.engine", "effdet.build", "effdet.gallery"),
-    ("effdet.factory", "effdet.predictor"),
+    ("effdet.factory", "effdet.predictor", "effdet.run_state"),
     ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.coco_metrics", "effdet.amp", "effdet.draw"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
      "effdet.soft_nms"),
     ("effdet.nms", "effdet.checkpoint_io", "effdet.distributed"),
-    ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm", "effdet.version"),
+    ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm", "effdet.version",
+     "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
 SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house
