@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet import device as device_layer
-from effdet import distributed, run_state, stopping
+from effdet import distributed, heartbeat, run_state, stopping
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
@@ -63,13 +63,20 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
             split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
+                arguments += ["--experiment", new_run_name(cfg)]  # so that restarted processes find their run
+            return launch(__file__, arguments, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port,
+                          cfg.dist.max_restarts)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
+        watch = heartbeat.start(cfg.dist.hang_timeout)
         with stopping.listening():
             session.run()
+        if watch is not None:
+            watch.end()
     except stopping.StopRequested as stop:
         _logger.warning("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir)
         return stop.exit_code
@@ -83,7 +90,7 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     source = cfg.run.resume
     wants_newest = source == run_state.AUTO or run_state.is_restart()
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
-    output_dir = choose_output_dir(cfg, wants_newest, resumed=bool(payload))
+    output_dir = choose_output_dir(cfg, wants_newest)
     setup_logging(output_dir, distributed.rank())
     if wants_newest:
         source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
@@ -91,19 +98,26 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     return Session(cfg, device, output_dir, payload, source)
 
 
-def choose_output_dir(cfg: RunConfig, wants_newest: bool, resumed: bool) -> Path:
+def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
     """Return the run's folder, the same on all ranks: the resumed run's own, or a new one, which is made."""
     def choose() -> str:
         output = Path(cfg.run.output)
-        if resumed and not cfg.run.experiment:
-            return str(Path(cfg.run.resume).resolve().parent)
-        newest = run_state.newest_run_folder(output) if wants_newest and not cfg.run.experiment else None
-        size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
-        name = cfg.run.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
-        path = newest or output / name
+        if cfg.run.experiment:
+            path = output / cfg.run.experiment
+        elif cfg.run.resume not in ("", run_state.AUTO):
+            path = Path(cfg.run.resume).resolve().parent
+        else:
+            path = run_state.newest_run_folder(output) if wants_newest else None
+            path = path or output / new_run_name(cfg)
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
     return Path(distributed.run_on_primary(choose))
+
+
+def new_run_name(cfg: RunConfig) -> str:
+    """Return a folder's name from date, model and input size."""
+    size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
 
 
 class Session:

@@ -332,6 +332,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was only just given up is free
+        try:
+            probe.bind(('', port))
+        except OSError:
+            return False
+        return True
+
+
 def _core_count() -> int:
     # Containers and taskset restrict the process to fewer cores than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -342,6 +352,7 @@ def launch(
         num_processes: int,
         master_addr: str = '127.0.0.1',
         master_port: int | None = None,
+        max_restarts: int = 0,
 ) -> int:
     """Run a script in several processes of this machine under torch.distributed's elastic launcher, and wait.
 
@@ -353,7 +364,8 @@ def launch(
         script_argv: path of the script, then its arguments (`sys.argv` of the caller).
         num_processes: processes to start, >= 1, one a device.
         master_addr: address of this machine where the processes meet.
-        master_port: its TCP port; None picks a free one.
+        master_port: its TCP port; None picks a free one, and so does one that is taken.
+        max_restarts: how often all processes are started again after one of them failed.
 
     Returns:
         0 when all processes succeeded, else a non-zero exit code: the first failed process's own, or 128 + the
@@ -377,8 +389,12 @@ def launch(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if master_port is not None and not _is_free(master_port):
+        taken, master_port = master_port, None
+        _logger.warning('port %d is in use on this machine: a free one is taken instead', taken)
     arguments = torchrun.get_args_parser().parse_args([
-        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}',
+        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}', f'--max-restarts={max_restarts}',
+        f'--signals-to-handle={",".join(["SIGHUP", "SIGQUIT", *(s.name for s in stopping.SIGNALS)])}',
         f'--master-port={_free_port() if master_port is None else master_port}', *script_argv])
     inherited = os.environ.get('OMP_NUM_THREADS')
     if inherited is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import stopping
+from . import heartbeat, stopping
 from .amp import Precision
 from .device import peak_memory_bytes, synchronize
 from .distributed import all_gather_object, all_reduce_mean, world_size
@@ -106,6 +106,7 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
     clock.start()
     for index, (images, target) in enumerate(loader if start.batches < num_batches else (), start.batches):
         clock.data_ready()
+        heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
         with _no_gradient_sync(run.bench, wanted=not updates_now):
@@ -117,6 +118,7 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
         if updates_now:
             _update(run)
         run.steps += 1
+        heartbeat.tick(run.steps, 0, f"between steps {run.steps} and {run.steps + 1}, waiting for data or saving")
         clock.step_done(output, images.shape[0], is_last)
         if updates_now and after_update is not None:
             after_update(Progress(clock.batches, clock.totals))
@@ -229,6 +231,7 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
     for images, target in loader:
         if stopping.requested():
             break
+        heartbeat.tick_within(f"evaluating, batch {batches + 1}")
         with autocast():
             output = bench(images, target)
         if isinstance(output, dict):
@@ -239,6 +242,7 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         if log_interval and batches % log_interval == 0:
             number = f"/{len(loader)}" if isinstance(loader, Sized) else ""
             _logger.info("Eval: [%d%s]  %.2f s per batch", batches, number, (time.perf_counter() - started) / batches)
+    heartbeat.tick_within("evaluation: exchanging and scoring predictions", 3)
     signum = max(all_gather_object(stopping.requested()))
     if signum:
         evaluator.reset()

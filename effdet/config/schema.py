@@ -261,6 +261,12 @@ class DistConfig(EvalDistConfig):
     dist_bn: str = setting(
         "reduce", "before each evaluation, average the batch-norm statistics of the devices ('reduce'), send those of "
         "the first to all ('broadcast'), or neither ('')", choices=("", "reduce", "broadcast"))
+    max_restarts: int = setting(
+        0, "with --device-list: when a process fails, start all of them again, up to N times; they resume by "
+        "themselves", low=0)
+    hang_timeout: float = setting(
+        1800.0, "seconds without progress on any device after which the processes are ended with an error that names "
+        "the one they wait for; 0: never", low=0)
 
 
 @dataclass

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.coco_metrics", "effdet.amp", "effdet.draw"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms"),
+     "effdet.soft_nms", "effdet.heartbeat"),
     ("effdet.nms", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm", "effdet.version",
      "effdet.stopping"),
