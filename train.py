@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from effdet.config.load import dump_yaml, split_over_devices, to_plain, workers_
 from effdet.config.model_config import model_config_to_plain
 from effdet.config.schema import RunConfig
 from effdet.ema import ModelEma
-from effdet.engine import EpochStats, Progress, Training, evaluate, train_one_epoch
+from effdet.engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from effdet.evaluator import CocoEvaluator
 from effdet.gallery import write_comparisons
 from effdet.log import (
@@ -50,6 +51,7 @@ from effdet.log import (
     setup_logging,
 )
 from effdet.optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
+from effdet.postmortem import write_postmortem
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.schedule import build_schedule
 from effdet.weights import extract_state_dict, load_state_dict_report
@@ -139,6 +141,7 @@ class Session:
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
         self.summary = CsvLog(output_dir / "summary.csv")
+        self.check_space()
         self.vote = distributed.LateMax()
         self.progress = Progress()
         self.position = run_state.Position(cfg.sched.start_epoch or 0)
@@ -152,17 +155,32 @@ class Session:
                              "--max-steps, or --eval-only to evaluate.")
 
     def log_start(self) -> None:
-        for line in device_layer.tune(self.device):
+        lines = device_layer.tune(self.device)
+        if self.cfg.run.deterministic:
+            lines += device_layer.make_deterministic(self.device)
+        for line in lines:
             _logger.info("setting: %s", line)
         _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
                      self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
                      self.batch_size, self.workers, self.output_dir)
+
+    def check_space(self) -> None:
+        """Refuse to start where not even one checkpoint fits on the disk."""
+        model_bytes = sum(value.numel() * value.element_size() for value in self.training.model.state_dict().values())
+        copies = 2 + (self.training.ema is not None)  # weights, optimizer's state, average
+        free = shutil.disk_usage(self.output_dir).free
+        if free < copies * model_bytes and not self.cfg.run.eval_only:
+            raise ValueError(f"{self.output_dir} has {free / 2**20:.0f} MiB free, but one checkpoint takes about "
+                             f"{copies * model_bytes / 2**20:.0f} MiB: free some space, or choose another --output.")
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
         self.categories = self.train_set.parser.category_map
         self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
+        if self.cfg.data.workers is not None and self.cfg.data.workers > len(self.train_set):
+            raise ValueError(f"{self.cfg.data.workers} loader processes (-j) for {len(self.train_set)} training "
+                             f"pictures: some would have nothing to do. Give at most {len(self.train_set)}.")
         _logger.info("data: %d training and %d validation pictures, %s", len(self.train_set), len(self.val_set),
                      self.categories)
 
@@ -207,7 +225,7 @@ class Session:
         self.training = Training(
             bench, model, optimizer, schedule, precision, device, ema,
             (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
-            steps_per_epoch * self.epochs, cfg.run.max_steps)
+            steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
         _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
                      sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
                      *model.config.image_size, precision.level if precision.level == "O0" else
@@ -290,8 +308,11 @@ class Session:
             self.train_loader.sampler.start = start.batches * self.batch_size
         if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
             self.freeze_statistics()
-        stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
-                                functools.partial(self.after_update, epoch))
+        try:
+            stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
+                                    functools.partial(self.after_update, epoch))
+        except NonFiniteError as error:
+            raise self.explain(error) from None
         if not start.trained:
             self.share_batch_norm()
         last = epoch + 1 == self.epochs or self.training.is_finished
@@ -305,6 +326,14 @@ class Session:
         self.training.schedule.step(epoch + 1, metric)
         self.finish_epoch(epoch, stats, metric)
         return last
+
+    def explain(self, error: NonFiniteError) -> SystemExit:
+        """Write the batch behind an error down and return the error that ends the run."""
+        ids = [self.train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
+        path = write_postmortem(self.output_dir, self.training, error.images, error.target, ids)
+        return SystemExit(f"train.py: error: {error}. Step {self.training.steps}, pictures {ids}; losses and gradient "
+                          f"norms by module are in {path}. If they are finite there, lower --loss-scale; else lower "
+                          "--lr, or look at these pictures.")
 
     def after_update(self, epoch: int, progress: Progress) -> None:
         """Save the state within an epoch when it is due, and stop there when a signal asked any rank to.

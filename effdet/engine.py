@@ -24,6 +24,7 @@ from .ema import ModelEma
 from .evaluator import Evaluator
 from .log import ThroughputMeter, format_interval_line
 from .schedule import Schedule
+from .statistics_guard import StatisticsGuard
 
 _logger = logging.getLogger(__name__)
 
@@ -46,14 +47,28 @@ class Training:
     log_interval: int = 50
     total_steps: int = 0  # batches in the whole run, for the ETA
     max_steps: int = 0  # stop after this many batches; 0: never
+    max_skipped: int = 0  # give up when so many updates in a row were skipped, found at a log line; 0: never
     updates: int = 0  # optimizer updates done
     steps: int = 0  # batches done
     throughput: ThroughputMeter = field(default_factory=ThroughputMeter)
+    guard: StatisticsGuard | None = None  # made by the first epoch
 
     @property
     def is_finished(self) -> bool:
         """True once `max_steps` batches are done."""
         return self.max_steps > 0 and self.steps >= self.max_steps
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had an inf or a NaN in their gradients.
+
+    Attributes:
+        images, target: this process's last batch, whose update was one of them.
+    """
+
+    def __init__(self, count: int, images: Tensor, target: Any) -> None:
+        super().__init__(f"{count} updates in a row were skipped, as their gradients have inf or NaN (--max-skipped)")
+        self.images, self.target = images, target
 
 
 @dataclass
@@ -93,11 +108,15 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
 
     Raises:
         RuntimeError: the loader gave no batch.
+        NonFiniteError: on all processes together, after `max_skipped` skipped updates in a row.
     """
     if hasattr(loader.sampler, "set_epoch"):
         loader.sampler.set_epoch(epoch)
     run.bench.train()
     start = start or Progress()
+    if run.guard is None:
+        run.guard = StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
+    run.guard.settle(damaged=False)
     clock = _Clock(run, len(loader), epoch, start)
     run.optimizer.zero_grad()
     num_batches = len(loader)
@@ -120,6 +139,8 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
         run.steps += 1
         heartbeat.tick(run.steps, 0, f"between steps {run.steps} and {run.steps + 1}, waiting for data or saving")
         clock.step_done(output, images.shape[0], is_last)
+        if 0 < run.max_skipped <= clock.skipped_in_a_row:
+            raise NonFiniteError(clock.skipped_in_a_row, images, target)
         if updates_now and after_update is not None:
             after_update(Progress(clock.batches, clock.totals))
         if is_last:
@@ -154,6 +175,7 @@ class _Clock:
         self.batches = self.batches_before = start.batches
         self.images = 0
         self.totals = start.totals
+        self.skipped_in_a_row = 0  # as of the last log line
         self.data_s = self.interval_data_s = 0.0
         self.interval_batches = self.interval_images = 0
 
@@ -178,7 +200,12 @@ class _Clock:
         self.waiting_since = time.perf_counter()
 
     def _log(self, losses: Tensor) -> None:
-        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches))).tolist()
+        health = torch.stack((self.run.precision.skipped_in_a_row(), self.run.guard.damage(losses.device)))
+        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches, health))).tolist()
+        self.skipped_in_a_row, damaged = round(values[6]), values[7] > 0
+        self.run.guard.settle(damaged)
+        if damaged:
+            _logger.warning("batch-norm statistics were inf or NaN: those of the last log line were put back")
         now = time.perf_counter()
         interval_s, elapsed_s = max(now - self.interval_started, 1e-9), max(now - self.started, 1e-9)
         run = self.run

@@ -297,6 +297,11 @@ class RunSectionConfig(_BaseRunConfig):
     recovery_interval: int = setting(
         0, "also write recovery.pth.tar every N updates within an epoch; 0: only when a signal (SIGTERM, SIGINT, "
         "SIGUSR1) ends the run, which then exits with 128 + the signal's number", low=0)
+    max_skipped: int = setting(
+        50, "stop when N updates in a row were skipped for inf or NaN in their gradients, and save the last batch for "
+        "a post-mortem; looked at with each log line; 0: go on", low=0)
+    deterministic: bool = setting(
+        False, "choose algorithms that give the same bits each time, slower; operators without one are warned of")
     save_errors: str = setting("stop", "when a checkpoint cannot be written, as on a full disk: 'stop' the run, or "
                                "'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")

@@ -1,6 +1,7 @@
 """Real processes that are signalled, killed and frozen, and how their run goes on."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -141,3 +142,79 @@ def test_a_frozen_process_is_named(start):
     assert code not in (0, None)
     assert "no process has made progress for 6 s (--hang-timeout): waiting for rank 1. " in run.output()
     assert "rank 0: computing step" in run.output() and "most recent call first" in run.output()
+
+
+POISONING = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import train
+from effdet.data.loader import PrefetchLoader
+original = PrefetchLoader.__iter__
+def poisoned(self):
+    for images, target in original(self):
+        if os.environ["RANK"] == "1" and type(self.sampler).__name__ == "TrainSampler":
+            images[0] = float("nan")
+        yield images, target
+PrefetchLoader.__iter__ = poisoned
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_bad_batch_on_one_rank_is_skipped_by_all(data, tmp_path, limit):
+    (tmp_path / "poison.py").write_text(POISONING.format(repo=str(REPO)))
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "poison.py",
+            "--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu", "--epochs", 1, "--warmup-epochs", 0,
+            "--cooldown-epochs", 0, "--log-interval", 1, "--output", tmp_path, "--experiment", "run", "--max-skipped",
+            limit]
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    if limit == 0:
+        assert done.returncode == 0, done.stdout
+        assert f"{NUM_TRAIN // BATCH} skipped step(s)" in done.stdout
+        payload = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
+        assert all(torch.isfinite(value).all() for value in payload["state_dict"].values())
+        return
+    assert done.returncode == 1 and "3 updates in a row were skipped" in done.stdout, done.stdout
+    mine, theirs = (torch.load(tmp_path / "run" / f"nonfinite-rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.isfinite(mine["images"]).all() and torch.isnan(theirs["images"]).any()
+    assert mine["losses"]["loss"] == mine["losses"]["loss"] and theirs["losses"]["loss"] != theirs["losses"]["loss"]
+    assert not set(mine["image_ids"]) & set(theirs["image_ids"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("choice", ["stop", "warn"])
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(start, small_disk, choice):
+    run = start("disk", "--save-errors", choice)  # the output folder is the file system
+    run.wait_for(r"Train: 1 \[ *1/")
+    with open(small_disk / "filler", "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    code = run.wait()
+    assert torch.load(run.folder / "last.pth.tar", weights_only=True)["epoch"] == 0
+    assert "Could not write" in run.output() and "Check the disk's free space" in run.output()
+    if choice == "stop":
+        assert code == 1
+    else:
+        assert "Training goes on (--save-errors warn)" in run.output() and "Train: 2 [" in run.output()
+    (small_disk / "filler").unlink()
+    again = start("disk", "--save-errors", choice)
+    assert again.wait() == 0, again.output()
+    assert torch.load(run.folder / "last.pth.tar", weights_only=True)["epoch"] == 2
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(start, small_disk):
+    with open(small_disk / "filler", "wb") as file:
+        file.write(bytes(130 << 20))
+    run = start("disk")
+    assert run.wait() == 1
+    assert re.search(r"train.py: error: \S+ has \d+ MiB free, but one checkpoint takes about \d+ MiB", run.output())

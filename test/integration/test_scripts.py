@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -309,6 +310,33 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed)
     assert any(not torch.equal(before["state_dict"][name], value) for name, value in after["state_dict"].items())
     with pytest.raises(AssertionError, match="/state_dict/"):
         assert_same_bits(before["state_dict"], after["state_dict"], "/state_dict")
+
+
+def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
+    original, seen = train.train_one_epoch, []
+
+    def poisoned(training, loader, *more):
+        batches = list(loader)  # of the real loader
+        for images, target in batches[1:]:
+            images[0, 1, 30:40, 30:40] = float("nan")
+            seen.append(target["img_idx"].tolist())
+        return original(training, Batches(batches, loader.sampler), *more)
+
+    class Batches(list):
+        def __init__(self, batches, sampler) -> None:
+            super().__init__(batches)
+            self.sampler = sampler
+
+    with mock.patch.object(train, "train_one_epoch", poisoned):
+        code, output = call(train, *train_argv(data, tmp_path, "bad", "--max-skipped", "2", "--log-interval", "1"))
+    assert code == 1 and "Traceback" not in output, output
+    assert "2 updates in a row were skipped" in output.splitlines()[-1] and "nonfinite-rank0.pt" in output
+    found = torch.load(tmp_path / "bad" / "nonfinite-rank0.pt", weights_only=True)
+    ids = [image["id"] for image in json.loads((data / "annotations/instances_train2017.json").read_text())["images"]]
+    assert found["step"] == 3 and found["image_ids"] == [str(ids[index]) for index in seen[1]]
+    assert not math.isfinite(found["losses"]["loss"]) and torch.isnan(found["images"]).any()
+    assert not math.isfinite(found["gradient_norms"]["class_net.predict.conv_pw"])
+    assert {"backbone.blocks.0", "fpn.cell.0", "box_net.predict.conv_pw"} <= found["gradient_norms"].keys()
 
 
 @pytest.mark.slow
@@ -649,6 +677,9 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
         ["my.yaml", "optim.momentun", "did you mean optim.momentum"]),
     "YAML is missing": (train, lambda p: p.train("-c", NO_SUCH), [NO_SUCH, "No such file"]),
     "pretrained file is missing": (train, lambda p: p.train("--pretrained", NO_SUCH), [NO_SUCH, "No checkpoint"]),
+    "more workers than pictures": (train, lambda p: p.train("-j", 13), ["13 loader processes", "12", "at most 12"]),
+    "resume at another size": (train, lambda p: p.train("--image-size", 96, "--resume", p.last),
+                               ["64x64", "96x96", "--image-size 64 64", "--initial-checkpoint"]),
     "output below a file": (train, lambda p: p.train("--output", p.write("file", "") / "deeper"), ["file/deeper"]),
     "resume without a file": (train, lambda p: p.train("--resume", p.run.folder / "lost.pth.tar"),
                               ["lost.pth.tar", "last.pth.tar"]),

@@ -159,6 +159,8 @@ def test_killed_while_writing_leaves_the_old_file_whole(tmp_path):
 
 def save_epochs_for_ever(folder: Path, first: int) -> None:
     manager = ck.CheckpointManager(folder, keep_best=2)
+    if first:
+        manager.load_state_dict(ck.load_checkpoint_file(ck.find_resumable(folder))["best"])
     for epoch in range(first, 10**6):
         manager.save_recovery({**payload_of(epoch), "optimizer": {}, "epoch": epoch - 1, "step": 2 * epoch + 1})
         manager.save({**payload_of(epoch), "optimizer": {}, "step": 2 * epoch + 2}, epoch, float(epoch % 3))
@@ -188,7 +190,7 @@ def test_killed_at_any_moment_a_run_can_go_on(tmp_path, kills):
         assert weight_in(path) == payload["step"] // 2 - (payload["step"] % 2 == 0)
         steps, reached = payload["step"], payload["epoch"] + 1
     assert reached > 1, "it got forward between the kills"
-    assert len(list(tmp_path.iterdir())) < 12, "what was half written does not pile up"
+    assert len(list(tmp_path.glob(".*.tmp"))) <= 1, "what was half written does not pile up"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of written files")
