@@ -29,6 +29,7 @@ from effdet.checkpoint import (
     BEST_NAME,
     CHECKPOINT_VERSION,
     LAST_NAME,
+    RECOVERY_NAME,
     CheckpointManager,
     load_checkpoint_file,
 )
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         if watch is not None:
             watch.end()
     except stopping.StopRequested as stop:
-        _logger.warning("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir)
+        newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (session.output_dir / name).exists()), LAST_NAME)
+        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir / newest)
         return stop.exit_code
     finally:
         distributed.shutdown()

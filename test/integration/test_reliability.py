@@ -35,12 +35,13 @@ class Process:
                 "--warmup-epochs", 0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", output,
                 "--experiment", "run", "--resume", "auto", *more]
         self.folder, self.log = output / "run", output.parent / f"{output.name}.txt"
+        self.before = self.log.stat().st_size if self.log.exists() else 0  # an earlier process's output
         with open(self.log, "a") as file:
             self.process = subprocess.Popen([sys.executable, "train.py", *map(str, argv)], cwd=REPO, stdout=file,
                                             stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def output(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text()[self.before:]
 
     def wait_for(self, pattern: str, timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s
@@ -89,13 +90,14 @@ def test_signals_end_a_run_within_seconds_and_nothing_is_lost(start, devices):
     assert straight.wait() == 0, straight.output()
     for number, signum in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), start=1):
         run = start("stopped", *devices)
-        run.wait_for(rf"(?s)(.*Train: 0 \[ *{2 * number - 1}/)")
+        run.wait_for(rf"Train: 0 \[ *{2 * number - 1}/")
         run.process.send_signal(signum)
         started = time.monotonic()
         assert run.wait() == 128 + signum, run.output()
-        assert time.monotonic() - started < 20, "seconds, on a machine that has other work too"
+        assert time.monotonic() - started < 60, "seconds, on a machine that has other work too"
         assert f"stopped by {signum.name}" in run.output() and "Traceback" not in run.output()
-        assert torch.load(run.folder / "recovery.pth.tar", weights_only=True)["progress"]["batches"] >= 2 * number - 1
+        done = torch.load(run.folder / "recovery.pth.tar", weights_only=True)["progress"]["batches"]
+        assert 2 * number - 1 <= done <= 2 * number + 1, "the step under way and the one at which the ranks agree"
     run = start("stopped", *devices)
     assert run.wait() == 0, run.output()
     assert losses(run.folder) == losses(straight.folder) and len(losses(run.folder)) == 3 * NUM_TRAIN // BATCH
@@ -164,9 +166,9 @@ sys.exit(train.main())
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(data, tmp_path, limit):
     (tmp_path / "poison.py").write_text(POISONING.format(repo=str(REPO)))
     argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "poison.py",
-            "--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu", "--epochs", 1, "--warmup-epochs", 0,
-            "--cooldown-epochs", 0, "--log-interval", 1, "--output", tmp_path, "--experiment", "run", "--max-skipped",
-            limit]
+            "--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu", "--epochs", 1,
+            "--warmup-epochs", 0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", tmp_path,
+            "--experiment", "run", "--max-skipped", limit]
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     if limit == 0:
