@@ -48,7 +48,7 @@ def write_postmortem(folder: Path, run: Any, images: Tensor, target: dict[str, A
     path = folder / f"nonfinite-rank{distributed.rank()}.pt"
     save_checkpoint(path, {
         "step": run.steps, "image_ids": [str(image_id) for image_id in image_ids],
-        "losses": {name: float(output[name]) for name in ("loss", "class_loss", "box_loss")},
+        "losses": {name: float(output[name].detach()) for name in ("loss", "class_loss", "box_loss")},
         "gradient_norms": gradient_norms(run.model), "loss_scale": run.precision.loss_scale(),
         "images": images, "target": {name: value for name, value in target.items() if isinstance(value, Tensor)}})
     return path
