@@ -356,6 +356,24 @@ def tune(device: torch.device) -> list[str]:
     return []
 
 
+def make_deterministic(device: torch.device) -> list[str]:
+    """Choose algorithms that give the same bits each time, and say what that does not cover.
+
+    Returns:
+        Lines for the log.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    if device.type == "cpu":
+        return ["deterministic: the same bits on this machine with the same number of threads"]
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    if device.type == "npu":
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    return [f"deterministic: as far as {device.type} has such algorithms (torch warns of operators without one), on "
+            "the same kind and number of devices with the same libraries"]
+
+
 def _tune_npu() -> list[str]:
     module = _npu_module()
     module.set_compile_mode(jit_compile=False)

@@ -173,8 +173,8 @@ class Evaluator:
     def _spread(self) -> bool:
         return self.distributed and is_distributed()
 
-    def _on_primary(self, fn: Callable[[], _T]) -> _T:
-        return run_on_primary(fn) if self._spread else fn()
+    def _on_primary(self, fn: Callable[[], _T], interruptible: bool = False) -> _T:
+        return run_on_primary(fn, interruptible) if self._spread or not is_distributed() else fn()
 
 
 class CocoEvaluator(Evaluator):
@@ -231,7 +231,7 @@ class CocoEvaluator(Evaluator):
                 image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
         """
         shards = self._gather()
-        self._scores = self._on_primary(lambda: self._score(shards, output_result_file))
+        self._scores = self._on_primary(lambda: self._score(shards, output_result_file), interruptible=True)
         self.reset()
         ap = self._scores.stats[self.metric]
         return 0.0 if math.isnan(ap) else ap

@@ -42,7 +42,6 @@ REFUSED: dict[str, str] = {
     "--mixup": _NEVER,
     "--mixup-off-epoch": _NEVER,
     "--eval-metric": "checkpoints are ranked by COCO AP; drop it",
-    "--recovery-interval": "use --save-every N, which counts epochs",
     "--save-images": "draw predictions with demo.py",
     "--local_rank": _LAUNCH,
     "--local-rank": _LAUNCH,

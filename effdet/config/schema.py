@@ -261,6 +261,12 @@ class DistConfig(EvalDistConfig):
     dist_bn: str = setting(
         "reduce", "before each evaluation, average the batch-norm statistics of the devices ('reduce'), send those of "
         "the first to all ('broadcast'), or neither ('')", choices=("", "reduce", "broadcast"))
+    max_restarts: int = setting(
+        0, "with --device-list: when a process fails, start all of them again, up to N times; they resume by "
+        "themselves", low=0)
+    hang_timeout: float = setting(
+        1800.0, "seconds without progress on any device after which the processes are ended with an error that names "
+        "the one they wait for; 0: never", low=0)
 
 
 @dataclass
@@ -280,12 +286,24 @@ class RunSectionConfig(_BaseRunConfig):
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
-    resume: str = setting("", "continue the run of this checkpoint", metavar="PATH")
+    resume: str = setting(
+        "", "continue the run of this checkpoint; 'auto': the checkpoint of --experiment, or else of the newest run "
+        "under --output, that has come furthest and is whole; where there is none, train anew", metavar="PATH|auto")
     eval_only: bool = setting(False, "evaluate the given weights and stop, without training")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
+    recovery_interval: int = setting(
+        0, "also write recovery.pth.tar every N updates within an epoch; 0: only when a signal (SIGTERM, SIGINT, "
+        "SIGUSR1) ends the run, which then exits with 128 + the signal's number", low=0)
+    max_skipped: int = setting(
+        50, "stop when N updates in a row were skipped for inf or NaN in their gradients, and save the last batch for "
+        "a post-mortem; looked at with each log line; 0: go on", low=0)
+    deterministic: bool = setting(
+        False, "choose algorithms that give the same bits each time, slower; operators without one are warned of")
+    save_errors: str = setting("stop", "when a checkpoint cannot be written, as on a full disk: 'stop' the run, or "
+                               "'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
 

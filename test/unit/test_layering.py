@@ -22,16 +22,17 @@ PACKAGES = ("effdet", "timm_patches")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint"),
     ("effdet.engine", "effdet.build", "effdet.gallery"),
-    ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints"),
+    ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints",
+     "effdet.run_state", "effdet.postmortem"),
     ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.voc_metrics", "effdet.amp", "effdet.draw"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
      "effdet.coco_metrics"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms", "effdet.loss_cpu"),
+     "effdet.soft_nms", "effdet.loss_cpu", "effdet.heartbeat", "effdet.statistics_guard"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.boxes", "effdet.nms_cpu", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
-     "effdet.sync_batchnorm", "effdet.version"),
+     "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
 SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house
