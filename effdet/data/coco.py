@@ -5,10 +5,12 @@ labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business,
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from .categories import CategoryMap, resolve_category_map
 from .coco_check import CocoArrays, check_coco, check_files, four_numbers
 from .dataset_report import DatasetError, DatasetReport
+from .image_table import ImageTable
 
 __all__ = [
     "CategoryMap",
@@ -73,6 +76,21 @@ def coco_paths(root: str | Path, split: str, year: str = "2017") -> tuple[Path, 
     return img_dir, ann_path
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from looking through millions of new objects, none of which can be garbage yet.
+
+    That takes as long again as the work itself on a file of COCO's size.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
 def _read_json(path: str | Path) -> Any:
     """Parse a json without the polygons, which are most of its size and which box detection does not use."""
 
@@ -123,7 +141,7 @@ class CocoParser:
 
     Attributes:
         img_ids: image id by dataset index, ascending.
-        img_infos: {'id', 'file_name', 'width', 'height'} by dataset index.
+        img_infos: sequence of {'id', 'file_name', 'width', 'height'} by dataset index (an `ImageTable`).
         img_ids_invalid: ids of images left out (too small, or empty when that was asked for).
         categories: the json's categories as {'id', 'name'}, by ascending id.
         report: what the check found (`DatasetReport`).
@@ -146,13 +164,14 @@ class CocoParser:
         img_dir = None if cfg.img_dir is None else Path(cfg.img_dir)
         if img_dir is not None and not img_dir.is_dir():
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
-        arrays, self.report = check_coco(
-            self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
-        )
-        self.report.raise_if_errors()
+        with _collector_paused():
+            arrays, self.report = check_coco(
+                self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
+            )
+            self.report.raise_if_errors()
+            self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
         self._files_checked = img_dir is not None
         self._coco = None
-        self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
         self._category_map = None
         if cfg.category_map is not None:
             self.category_map = cfg.category_map
@@ -167,20 +186,20 @@ class CocoParser:
         self.categories = arrays.categories
         self._offsets, self._boxes_yxyx = arrays.offsets, arrays.boxes_yxyx
         self._category_ids, self._is_crowd = arrays.category_ids, arrays.is_crowd
-        self.img_ids, self.img_infos, self.img_ids_invalid = [], [], []
-        rows = []
+        self.img_ids, self.img_ids_invalid = [], []
+        infos, rows = [], []
         for k, info in enumerate(arrays.img_infos):
-            no_objects = bool(self._is_crowd[self._offsets[k] : self._offsets[k + 1]].all())
             if min(info["width"], info["height"]) < min_img_size:
                 self.report.add("small_image", f"image {info['id']} {info['width']}x{info['height']}")
-            elif skip_empty and no_objects:
+            elif skip_empty and self._is_crowd[self._offsets[k] : self._offsets[k + 1]].all():
                 self.report.add("empty_image", f"image {info['id']}")
             else:
                 self.img_ids.append(info["id"])
-                self.img_infos.append(info)
+                infos.append(info)
                 rows.append(k)
                 continue
             self.img_ids_invalid.append(info["id"])
+        self.img_infos = ImageTable(infos)
         self._rows = np.array(rows, dtype=np.int64)
 
     @property
@@ -258,6 +277,10 @@ class CocoParser:
         Returns:
             {'images', 'annotations', 'categories', ...}; 'annotations' is empty for a file without labels.
         """
+        with _collector_paused():
+            return self._coco_dict()
+
+    def _coco_dict(self) -> dict[str, Any]:
         data = self._read()
         rows = [
             a

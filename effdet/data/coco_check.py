@@ -164,13 +164,12 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
     return missing
 
 
+_NUMBERS = frozenset((int, float))  # what json makes of a number; a bool is another type
+
+
 def four_numbers(value: Any) -> bool:
     """Tell whether a json value is a list of four numbers (NaN and infinity count as numbers)."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 4
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-    )
+    return isinstance(value, (list, tuple)) and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
 
 
 def _pack_annotations(

@@ -50,7 +50,7 @@ class DetectionFastCollate:
         self.anchor_labeler = anchor_labeler
 
     def __call__(self, batch: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images = _stack_images([torch.as_tensor(sample[0]) for sample in batch])
+        images = _stack_images([sample[0] for sample in batch])
         target = {}
         for key in batch[0][1]:
             values = [sample[1][key] for sample in batch]
@@ -86,13 +86,17 @@ class DetectionFastCollate:
         return padded
 
 
-def _stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+def _stack_images(images: list) -> torch.Tensor:
     shapes = {tuple(i.shape) for i in images}
     if len(shapes) > 1:
         raise ValueError(
             f"pictures of one batch have different shapes {sorted(shapes)}; the transform must give all the same size"
         )
-    return torch.stack(images)
+    if all(isinstance(i, np.ndarray) and i.strides[0] < i.strides[-1] for i in images):
+        # Views of [H, W, 3]: copied row by row, they become a batch in channels_last order. The device turns it round
+        # where that is wanted.
+        return torch.from_numpy(np.stack([i.transpose(1, 2, 0) for i in images])).permute(0, 3, 1, 2)
+    return torch.stack([torch.as_tensor(i) for i in images])
 
 
 def _stack(key: str, values: list) -> torch.Tensor:

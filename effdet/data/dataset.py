@@ -21,11 +21,23 @@ from .pictures import read_picture
 
 
 @contextlib.contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
-    """Seed the global generators from a few non-negative integers, and put their states back at the end."""
+def _seeded(numbers: tuple[int, ...], standard_only: bool = False) -> Iterator[None]:
+    """Seed the global generators from a few non-negative integers, and put their states back at the end.
+
+    `standard_only` leaves numpy's and torch's alone: saving and restoring numpy's state alone takes 0.2 ms.
+    """
     words = np.random.SeedSequence(numbers).generate_state(4)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(int.from_bytes(words.tobytes(), "little"))
+    seed = int.from_bytes(words.tobytes(), "little")
+    before_standard = random.getstate()
+    if standard_only:
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before_standard)
+        return
+    before = before_standard, np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
     np.random.seed(words)
     torch.random.default_generator.manual_seed(int(words[0]))
     try:
@@ -84,7 +96,9 @@ class DetectionDatset(data.Dataset):
         img = read_picture(self.data_dir / info["file_name"], info["width"], info["height"])
         if self.transform is None:
             return img, target
-        with contextlib.nullcontext() if self.seed is None else _seeded(self.seed, int(self._epoch), index):
+        if self.seed is None:
+            return self.transform(img, target)
+        with _seeded((self.seed, int(self._epoch), index), getattr(self.transform, "draws_standard_only", False)):
             return self.transform(img, target)
 
     def __len__(self) -> int:

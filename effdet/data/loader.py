@@ -79,8 +79,8 @@ class PrefetchLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         for host_images, host_target in self.loader:
-            images = to_device(host_images, self.device).contiguous(memory_format=self.memory_format)
-            images = images.to(torch.float32).sub(self.mean).div_(self.std)
+            images = to_device(host_images, self.device).to(torch.float32, memory_format=self.memory_format)
+            images = images.sub(self.mean).div_(self.std)
             if self.random_erasing is not None:
                 images = self.random_erasing(images, host_target)
             yield images.to(self.dtype), to_device(host_target, self.device)

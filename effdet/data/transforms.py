@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .fast_resize import pillow_resize_crop, resize_crop
+
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
@@ -141,7 +143,12 @@ class RandomResizePad:
         self.interpolation = _RANDOM_INTERPOLATION if interpolation == "random" else (_pil_interp(interpolation),)
         self.fill_color = tuple(fill_color)
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+    def _resize(self, img: Image.Image, size_wh: tuple, crop_xyxy: tuple, method: Image.Resampling) -> Any:
+        out = Image.new("RGB", self.target_size[::-1], color=self.fill_color)
+        out.paste(pillow_resize_crop(img, size_wh, crop_xyxy, method), (0, 0))
+        return out
+
+    def __call__(self, img: Image.Image, target: Target) -> tuple[Any, Target]:
         width, height = img.size
         target_h, target_w = self.target_size
         factor = random.uniform(*self.scale)
@@ -151,10 +158,31 @@ class RandomResizePad:
         left = int(max(0, scaled_w - target_w) * random.uniform(0, 1))
         bottom, right = min(scaled_h, top + target_h), min(scaled_w, left + target_w)
         interpolation = random.choice(self.interpolation) if len(self.interpolation) > 1 else self.interpolation[0]
-
-        out = Image.new("RGB", (target_w, target_h), color=self.fill_color)
-        out.paste(img.resize((scaled_w, scaled_h), interpolation).crop((left, top, right, bottom)), (0, 0))
+        out = self._resize(img, (scaled_w, scaled_h), (left, top, right, bottom), interpolation)
         return out, _move_boxes(target, scale, (top, left), (bottom - top, right - left))
+
+
+class RandomResizePadToNumpy(RandomResizePad):
+    """RandomResizePad that gives uint8 numpy [3, H, W] at once, a view without a copy into that order.
+
+    The same draws and boxes; pixels as `fast_resize.py` says.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # To copy from: rows go over whole, where numpy would write a colour of three numbers one number at a time.
+        self._filled = np.full((*self.target_size, 3), self.fill_color, dtype=np.uint8)
+
+    def _resize(self, img: Image.Image, size_wh: tuple, crop_xyxy: tuple, method: Image.Resampling) -> np.ndarray:
+        pixels = resize_crop(img, size_wh, crop_xyxy, method)
+        if pixels.shape[:2] != self.target_size:
+            part = pixels
+            height, width = part.shape[:2]
+            pixels = np.empty((*self.target_size, 3), dtype=np.uint8)
+            pixels[:height, :width] = part
+            pixels[:height, width:] = self._filled[:height, width:]
+            pixels[height:] = self._filled[height:]
+        return pixels.transpose(2, 0, 1)
 
 
 class RandomFlip:
@@ -215,11 +243,19 @@ class Normalize:
         return img.float().sub(self.mean).div(self.std), target
 
 
+_OWN = (ResizePad, RandomResizePad, RandomResizePadToNumpy, RandomFlip, ImageToNumpy, ImageToTensor, Normalize)
+
+
 class Compose:
     """Run transforms one after the other."""
 
     def __init__(self, transforms: list) -> None:
         self.transforms = transforms
+
+    @property
+    def draws_standard_only(self) -> bool:
+        """Whether all random numbers come from the standard `random` module, as far as is known."""
+        return all(type(t) in _OWN for t in self.transforms)
 
     def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
         for transform in self.transforms:
@@ -271,5 +307,8 @@ def transforms_coco_train(
         scale: range of the scale jitter relative to the letterbox fit.
         hflip: probability of the flip.
     """
-    pad = RandomResizePad(img_size, scale, interpolation, resolve_fill_color(fill_color, mean))
-    return Compose([RandomFlip(horizontal=True, prob=hflip), pad, *_to_output(use_prefetcher, mean, std)])
+    flip = RandomFlip(horizontal=True, prob=hflip)
+    options = (img_size, scale, interpolation, resolve_fill_color(fill_color, mean))
+    if use_prefetcher:
+        return Compose([flip, RandomResizePadToNumpy(*options)])
+    return Compose([flip, RandomResizePad(*options), *_to_output(False, mean, std)])

@@ -1,6 +1,7 @@
 """Category maps, the check of a COCO json, and the parser."""
 
 import copy
+import gc
 import json
 import logging
 import pickle
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet.data import CategoryMap, DatasetError, create_dataset, create_parser, open_coco, resolve_category_map
+from effdet.data import CategoryMap, DatasetError, coco, create_dataset, create_parser, open_coco, resolve_category_map
 from effdet.data.coco import CocoParser, CocoParserCfg, coco_paths
 from effdet.data.coco_check import check_coco
 from effdet.data.dataset_report import DROPPED, ERRORS, NOTED
+from effdet.data.image_table import ImageTable
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
@@ -350,6 +352,52 @@ def test_packed_boxes_equal_the_naive_reading(seed):
         np.testing.assert_allclose(arrays.boxes_yxyx[rows], expected[:, :4], rtol=1e-6)
         assert arrays.category_ids[rows].tolist() == expected[:, 4].astype(int).tolist()
     assert report.num_images_without_boxes == empty
+
+
+# Memory and time at COCO's size
+
+
+def test_the_image_table_gives_back_what_went_in():
+    infos = [
+        {"id": k, "file_name": name, "width": 5 + k, "height": 2**40}
+        for k, name in enumerate(["a.jpg", "", "train/\u00e9\u732b.png", "\ud83d half", "z"])
+    ]
+    table = ImageTable(infos)
+    assert list(table) == infos and len(table) == 5 and table[-1] == infos[4] and table[1:4] == infos[1:4]
+    assert type(table[0]["id"]) is int and type(table[0]["width"]) is int
+    assert list(pickle.loads(pickle.dumps(table))) == infos and list(ImageTable([])) == []
+    for k in (5, -6):
+        with pytest.raises(IndexError):
+            table[k]
+    odd = [dict(infos[0], id=i) for i in ("text", 3, 2**70)]
+    assert list(ImageTable(odd)) == odd
+
+
+def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
+    """What a worker touches of the parser is arrays of numbers; a dict or a string an image would be copied by each."""
+    count = 500
+    data = base_json()
+    data["images"] = [{"id": k, "file_name": f"{k:012d}.jpg", "width": 640, "height": 480} for k in range(1, count + 1)]
+    parser = parse(tmp_path, data)
+    kept = [v for v in vars(parser.img_infos).values()] + [parser._boxes_yxyx, parser._category_ids, parser._rows]
+    kept += [parser._offsets, parser._is_crowd]
+    assert all(isinstance(v, np.ndarray) and not v.dtype.hasobject for v in kept)
+    assert sum(v.nbytes for v in vars(parser.img_infos).values()) == count * (8 + 16 + 16 + 8), "id, name, size, end"
+    held = [k for k, v in vars(parser).items() if isinstance(v, (list, tuple, dict)) and len(v) >= count]
+    assert held == ["img_ids"], "which workers ask only for its length"
+
+
+def test_the_garbage_collector_rests_while_a_file_is_read(tmp_path, monkeypatch):
+    seen, check = [], coco.check_coco
+    monkeypatch.setattr(coco, "check_coco", lambda *args: seen.append(gc.isenabled()) or check(*args))
+    assert gc.isenabled()
+    parser = parse(tmp_path, base_json())
+    assert seen == [False] and gc.isenabled()
+    parser.ann_path.write_text("no json")
+    for read in (parser.coco_dict, lambda: CocoParser(CocoParserCfg(parser.ann_path))):
+        with pytest.raises(DatasetError):
+            read()
+        assert gc.isenabled()
 
 
 # For the evaluator

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effdet import anchors as anchors_module
+from effdet import loss as loss_module
 from effdet.amp import Precision
 from effdet.bench import DetBenchTrain
 from effdet.ema import ModelEma
@@ -347,6 +349,8 @@ def make_pictures(count: int) -> Batches:
 
 @pytest.mark.parametrize("options", [{"clip": (10.0, "norm")}, {"grad_accum": 2, "clip": (0.1, "value")}])
 def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
+    for module in (anchors_module, loss_module):  # the way of accelerators
+        monkeypatch.setattr(module, "is_host", lambda device: False)
     run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
     with captured_lines() as lines, reads_by_step(run, monkeypatch) as reads:
         train_one_epoch(run, make_pictures(5), epoch=0)

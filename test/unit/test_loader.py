@@ -356,6 +356,27 @@ def test_training_batches_do_not_depend_on_the_workers_nor_on_their_start(root):
     assert not torch.equal(here[0][0], next(iter(loader))[0])
 
 
+def test_workers_send_the_training_recipe_as_bytes_in_the_order_it_was_resized(root):
+    """One byte a value over the process boundary, and no turning round of [H, W, 3] on the way."""
+    inside = create_loader(dataset_of(root), 32, 4, is_training=True, **CPU)
+    worker = create_loader(dataset_of(root), 32, 4, is_training=True, device="cpu", num_workers=1)
+    sent = [images for images, _ in worker.loader]
+    assert len(sent) == 2
+    for images in sent:
+        assert images.dtype == torch.uint8 and images.is_contiguous(memory_format=torch.channels_last)
+    for images, (normalised, _) in zip(sent, inside, strict=True):
+        assert normalised.dtype == torch.float32 and normalised.is_contiguous()
+        assert torch.equal((images - inside.mean) / inside.std, normalised)
+
+
+def test_evaluation_resizes_by_pillow_alone(root, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda *args, **kwargs: pytest.fail("not exact"))
+    dataset = dataset_of(root, "val")
+    (images, _), *_ = create_loader(dataset, 32, 4, use_prefetcher=True, mean=(0,) * 3, std=(1 / 255,) * 3, **CPU)
+    picture = Image.open(root / "0.png").resize((32, 21), Image.Resampling.BILINEAR)
+    assert np.array_equal(images[0, :, :21].numpy(), np.asarray(picture).transpose(2, 0, 1))
+
+
 def test_users_random_transforms_repeat_and_spawned_workers_see_the_epoch(root):
     def noise(**options):
         loader = create_loader(
