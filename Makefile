@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NPU ?= .venv-npu
+VENV_PEER ?= .venv-peer
 DATA ?=
 ARGS ?=
 
@@ -11,13 +12,16 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.requirements
 INSTALLED_DEV := $(VENV)/.requirements-dev
 INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
+INSTALLED_PEER := $(VENV_PEER)/.requirements-peer
+BENCH_ARGS ?= --quick
+BENCHMARKS := train_step loss labels post_process predict optimizer loader train_run coco_evaluation memory startup scaling
 # Two test processes of one thread each: more only fight for cores, and a file stays in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist loadfile test/npu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-npu lint clean
+.PHONY: help train test test-slow test-npu test-npu-slow bench lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,14 +43,20 @@ test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 # torch_npu changes the process it is imported into, so it has an environment and test processes of its own. The two chips
 # take different code paths in torch_npu.
 test-npu: $(INSTALLED_NPU)  ## run the tests on a simulated Ascend NPU, under the real torch_npu (Linux, gcc)
-	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU)
-	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU)
+	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) -m "not slow"
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m "not slow"
+
+test-npu-slow: $(INSTALLED_NPU)  ## run only the tests on a simulated Ascend NPU marked slow
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m slow
+
+bench: $(INSTALLED) $(INSTALLED_PEER)  ## measure against effdet 0.4.1 on the CPU; flags in BENCH_ARGS="..."
+	for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(BENCH_ARGS) || exit 1; done
 
 lint: $(INSTALLED_DEV)  ## check style and imports with ruff
 	$(PY) -m ruff check .
 
 clean:  ## remove the environment and caches; data/, runs/ and output/ stay
-	rm -rf $(VENV) $(VENV_NPU) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_PEER) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a machine with a local build of the pinned version uses that one. torchvision is
@@ -70,4 +80,9 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 $(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
 	$(call make_environment,$(VENV_NPU))
 	$(VENV_NPU)/bin/python -m pip install -r requirements-npu.txt -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED_PEER): requirements.txt benchmarks/requirements-peer.txt
+	$(call make_environment,$(VENV_PEER))
+	$(VENV_PEER)/bin/python -m pip install -r benchmarks/requirements-peer.txt
 	@touch $@

@@ -14,16 +14,15 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 from PIL import Image
 
-from effdet.build import load_detector, place_model
+from effdet.build import build_predictor, load_detector
 from effdet.checkpoint import find_newest_checkpoint
 from effdet.coco_metrics import write_json
 from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
 from effdet.data.pictures import read_picture
-from effdet.device import pick_device, set_device, tune
 from effdet.draw import draw_detections, make_class_colors
 from effdet.log import setup_logging
-from effdet.predictor import Predictor
+from effdet.predictor import Detections
 from effdet.processes import one_line_errors
 
 _logger = logging.getLogger("effdet.demo")
@@ -40,12 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = find_checkpoint(cfg)
         paths = find_pictures(cfg.run.images)
         detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
-        device = pick_device(cfg.run.device)
-        set_device(device)
-        tune(device)
-        place_model(detector.model, device, cfg.model.same_padding)
-        predictor = Predictor(detector.model, device, detector.category_map, cfg.run.batch_size)
-        predictor.bench.use_nms(cfg.model.nms, device)
+        predictor = build_predictor(detector, cfg.model, cfg.run.device, cfg.run.batch_size,
+                                    cfg.run.tta_flip, cfg.run.tta_scales)
+        colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
         output_dir = Path(cfg.run.output)
         output_dir.mkdir(parents=True, exist_ok=True)
         targets = name_drawings(paths, output_dir)
@@ -55,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             batch = paths[start:start + cfg.run.batch_size]
             pictures = [read_picture(path) for path in batch]
             found = predictor.predict(pictures, cfg.run.score_thr)
-            for path, picture, rows in zip(batch, pictures, found, strict=True):
-                results.append(write_picture(path, picture, rows, predictor, targets[len(results)]))
+            for path, picture, objects in zip(batch, pictures, found, strict=True):
+                results.append(write_picture(path, picture, objects, colors, targets[len(results)]))
         write_json(output_dir / "detections.json", results)
     _logger.info("%d picture(s) drawn into %s, numbers in %s", len(results), output_dir, output_dir / "detections.json")
     return 0
@@ -110,17 +106,16 @@ def name_drawings(paths: list[Path], output_dir: Path) -> list[Path]:
     return targets
 
 
-def write_picture(path: Path, picture: Image.Image, rows, predictor: Predictor, target: Path) -> dict:
+def write_picture(path: Path, picture: Image.Image, found: Detections, colors: dict | None, target: Path) -> dict:
     """Draw one picture's detections, print them, and return them for the json."""
-    names = [predictor.name_of(int(idx)) for idx in rows[:, 5]]
-    colors = make_class_colors(predictor.category_map.class_names) if predictor.category_map else None
-    draw_detections(picture, rows[:, :4], names, rows[:, 4].tolist(), colors).save(target)
-    _logger.info("%s: %d object(s)", path, len(rows))
+    draw_detections(picture, found.boxes_xyxy, found.names, found.scores.tolist(), colors).save(target)
+    _logger.info("%s: %d object(s)", path, len(found))
     objects = []
-    for name, row in zip(names, rows.tolist(), strict=True):
-        _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, row[4], row[0], row[2], row[1], row[3])
-        objects.append({"category_id": predictor.category_id_of(int(row[5])), "name": name, "score": row[4],
-                        "bbox": [row[0], row[1], row[2] - row[0], row[3] - row[1]]})
+    for name, category_id, score, box in zip(found.names, found.category_ids.tolist(), found.scores.tolist(),
+                                             found.boxes_xyxy.tolist(), strict=True):
+        _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, score, box[0], box[2], box[1], box[3])
+        objects.append({"category_id": category_id, "name": name, "score": score,
+                        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]})
     return {"file": str(path), "width": picture.width, "height": picture.height, "drawn": str(target),
             "objects": objects}
 

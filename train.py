@@ -2,13 +2,16 @@
 """Train EfficientDet on data in COCO format, on one device or several. `python train.py --help` lists the settings."""
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
 # for, with an error that says what to do.
@@ -18,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet import device as device_layer
-from effdet import distributed
+from effdet import distributed, heartbeat, run_state, stopping
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
@@ -26,17 +29,16 @@ from effdet.checkpoint import (
     BEST_NAME,
     CHECKPOINT_VERSION,
     LAST_NAME,
+    RECOVERY_NAME,
     CheckpointManager,
     load_checkpoint_file,
-    restore_rng_state,
-    rng_state,
 )
 from effdet.config.cli import parse_train_args
 from effdet.config.load import dump_yaml, split_over_devices, to_plain, workers_per_device
 from effdet.config.model_config import model_config_to_plain
 from effdet.config.schema import RunConfig
 from effdet.ema import ModelEma
-from effdet.engine import EpochStats, Training, evaluate, train_one_epoch
+from effdet.engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from effdet.evaluator import CocoEvaluator
 from effdet.gallery import write_comparisons
 from effdet.log import (
@@ -50,11 +52,13 @@ from effdet.log import (
     setup_logging,
 )
 from effdet.optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
+from effdet.postmortem import write_postmortem
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.schedule import build_schedule
 from effdet.weights import extract_state_dict, load_state_dict_report
 
 _logger = logging.getLogger("effdet.train")
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,38 +66,70 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
             split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
+                arguments += ["--experiment", new_run_name(cfg)]  # so that restarted processes find their run
+            return launch(__file__, arguments, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port,
+                          cfg.dist.max_restarts)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
-            payload = load_checkpoint_file(cfg.run.resume) if cfg.run.resume else {}
-            output_dir = choose_output_dir(cfg, resumed=bool(payload))
-            setup_logging(output_dir, distributed.rank())
-            session = Session(cfg, device, output_dir, payload)
-        session.run()
+            session = open_session(cfg, device)
+        watch = heartbeat.start(cfg.dist.hang_timeout)
+        with stopping.listening():
+            session.run()
+        if watch is not None:
+            watch.end()
+    except stopping.StopRequested as stop:
+        newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (session.output_dir / name).exists()), LAST_NAME)
+        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir / newest)
+        return stop.exit_code
     finally:
         distributed.shutdown()
     return 0
 
 
-def choose_output_dir(cfg: RunConfig, resumed: bool) -> Path:
+def open_session(cfg: RunConfig, device: torch.device) -> Session:
+    """Find what to continue, make the run's folder and its log, and build the run."""
+    source = cfg.run.resume
+    wants_newest = source == run_state.AUTO or run_state.is_restart()
+    payload = {} if wants_newest or not source else load_checkpoint_file(source)
+    output_dir = choose_output_dir(cfg, wants_newest)
+    setup_logging(output_dir, distributed.rank())
+    if wants_newest:
+        source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
+        payload = load_checkpoint_file(source) if source else {}
+    return Session(cfg, device, output_dir, payload, source)
+
+
+def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
     """Return the run's folder, the same on all ranks: the resumed run's own, or a new one, which is made."""
     def choose() -> str:
-        if resumed and not cfg.run.experiment:
-            return str(Path(cfg.run.resume).resolve().parent)
-        size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
-        name = cfg.run.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
-        path = Path(cfg.run.output) / name
+        output = Path(cfg.run.output)
+        if cfg.run.experiment:
+            path = output / cfg.run.experiment
+        elif cfg.run.resume not in ("", run_state.AUTO):
+            path = Path(cfg.run.resume).resolve().parent
+        else:
+            path = run_state.newest_run_folder(output) if wants_newest else None
+            path = path or output / new_run_name(cfg)
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
     return Path(distributed.run_on_primary(choose))
 
 
+def new_run_name(cfg: RunConfig) -> str:
+    """Return a folder's name from date, model and input size."""
+    size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
+
+
 class Session:
     """One run: its objects, built in order, and the loop over epochs."""
 
-    def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any]) -> None:
-        self.cfg, self.device, self.output_dir = cfg, device, output_dir
+    def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any],
+                 source: str) -> None:
+        self.cfg, self.device, self.output_dir, self.source = cfg, device, output_dir, source
         self.started = time.time()
         self.statistics_frozen = False
         self.world = distributed.world_size()
@@ -107,26 +143,46 @@ class Session:
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
         self.summary = CsvLog(output_dir / "summary.csv")
-        self.first_epoch = cfg.sched.start_epoch or 0
+        self.check_space()
+        self.vote = distributed.LateMax()
+        self.progress = Progress()
+        self.position = run_state.Position(cfg.sched.start_epoch or 0)
         if payload:
             self.resume(payload)
-        if (self.first_epoch >= self.epochs or self.training.is_finished) and not cfg.run.eval_only:
+        self.first_epoch = self.position.epoch
+        finished = self.training.is_finished and not self.position.batches  # else its evaluation is missing
+        if (self.first_epoch >= self.epochs or finished) and not cfg.run.eval_only:
             raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
                              f"after {self.epochs}; {self.training.steps} steps are done. Give more --epochs or "
                              "--max-steps, or --eval-only to evaluate.")
 
     def log_start(self) -> None:
-        for line in device_layer.tune(self.device):
+        lines = device_layer.tune(self.device)
+        if self.cfg.run.deterministic:
+            lines += device_layer.make_deterministic(self.device)
+        for line in lines:
             _logger.info("setting: %s", line)
         _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
                      self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
                      self.batch_size, self.workers, self.output_dir)
+
+    def check_space(self) -> None:
+        """Refuse to start where not even one checkpoint fits on the disk."""
+        model_bytes = sum(value.numel() * value.element_size() for value in self.training.model.state_dict().values())
+        copies = 2 + (self.training.ema is not None)  # weights, optimizer's state, average
+        free = shutil.disk_usage(self.output_dir).free
+        if free < copies * model_bytes and not self.cfg.run.eval_only:
+            raise ValueError(f"{self.output_dir} has {free / 2**20:.0f} MiB free, but one checkpoint takes about "
+                             f"{copies * model_bytes / 2**20:.0f} MiB: free some space, or choose another --output.")
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
         self.categories = self.train_set.parser.category_map
         self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
+        if self.cfg.data.workers is not None and self.cfg.data.workers > len(self.train_set):
+            raise ValueError(f"{self.cfg.data.workers} loader processes (-j) for {len(self.train_set)} training "
+                             f"pictures: some would have nothing to do. Give at most {len(self.train_set)}.")
         _logger.info("data: %d training and %d validation pictures, %s", len(self.train_set), len(self.val_set),
                      self.categories)
 
@@ -141,9 +197,8 @@ class Session:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
         place_model(model, device, cfg.model.same_padding, self.channels_last)
         if payload:
-            if payload.get("arch", cfg.model.name) != cfg.model.name:
-                raise ValueError(f"{cfg.run.resume} is a checkpoint of {payload['arch']}, but this run trains "
-                                 f"{cfg.model.name}: resume with --model {payload['arch']}.")
+            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size),
+                                 cfg.run.eval_only)
             load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
         ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
@@ -172,7 +227,7 @@ class Session:
         self.training = Training(
             bench, model, optimizer, schedule, precision, device, ema,
             (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
-            steps_per_epoch * self.epochs, cfg.run.max_steps)
+            steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
         _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
                      sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
                      *model.config.image_size, precision.level if precision.level == "O0" else
@@ -184,6 +239,8 @@ class Session:
                                                self.device, cfg.run.seed, self.channels_last)
         self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,
                                             self.device, cfg.run.val_skip, self.channels_last)
+        for loader in (self.train_loader, self.val_loader):
+            loader.loader.worker_init_fn = stopping.ignore_in_worker
         self.evaluator = CocoEvaluator(self.val_loader.dataset, distributed=True,
                                        max_det=max(100, model_config.max_det_per_image))
 
@@ -194,7 +251,7 @@ class Session:
         if "optimizer" in payload and not self.cfg.run.eval_only:
             stored = payload.get("config", {}).get("optim", {}).get("opt", self.cfg.optim.opt)
             if stored != self.cfg.optim.opt:  # torch would take its settings over and fail at the first step
-                raise ValueError(f"{self.cfg.run.resume} was trained with --opt {stored}, but this run has --opt "
+                raise ValueError(f"{self.source} was trained with --opt {stored}, but this run has --opt "
                                  f"{self.cfg.optim.opt}: give the same again, or start anew with --initial-checkpoint.")
             training.optimizer.load_state_dict(payload["optimizer"])
         if training.ema is not None and "state_dict_ema" in payload:
@@ -207,35 +264,115 @@ class Session:
             training.schedule.load_state_dict(payload["schedule"])
         if "best" in payload:
             self.manager.load_state_dict(payload["best"])
-        if "rng" in payload and distributed.is_primary():
-            restore_rng_state(payload["rng"])
+        run_state.restore_rank(payload, self.device, self.uneven_models())
         if self.cfg.sched.start_epoch is None:
-            self.first_epoch = payload.get("epoch", -1) + 1
-        _logger.info("resumed %s: continuing with epoch %d", self.cfg.run.resume, self.first_epoch)
+            self.position = run_state.read_position(payload, self.cfg.run.batch_size, len(self.train_set),
+                                                    self.cfg.optim.grad_accum)
+        within = f", batch {self.position.batches}" if self.position.batches else ""
+        _logger.info("resumed %s: continuing with epoch %d%s", self.source, self.position.epoch, within)
+
+    def uneven_models(self) -> dict[str, torch.nn.Module]:
+        """Return the networks whose batch-norm statistics differ between the processes within an epoch."""
+        if self.world == 1 or self.cfg.dist.sync_bn:
+            return {}
+        training = self.training
+        return {"model": training.model} | ({"ema": training.ema.module} if training.ema else {})
 
     def run(self) -> None:
-        """Train and evaluate epoch by epoch, then say where everything is."""
+        """Train and evaluate epoch by epoch, then say where everything is.
+
+        Raises:
+            StopRequested: on all ranks, when a signal came; the state is saved then.
+        """
         if self.cfg.run.eval_only:
             self.evaluate(max(0, self.first_epoch - 1))
             return
         if distributed.is_primary():
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
-            CsvLog(self.output_dir / LOSSES_NAME).drop_from("epoch", self.first_epoch)
+            CsvLog(self.output_dir / LOSSES_NAME).drop_from(self.first_epoch, self.position.batches)
+            self.summary.drop_from(self.first_epoch)
         for epoch in range(self.first_epoch, self.epochs):
-            self.train_set.set_epoch(epoch)
-            if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
-                self.freeze_statistics()
-            stats = train_one_epoch(self.training, self.train_loader, epoch)
-            self.share_batch_norm()
-            last = epoch + 1 == self.epochs or self.training.is_finished
-            metric = None
-            if last or (epoch + 1) % self.cfg.run.val_interval == 0:
-                metric = self.evaluate(epoch)
-            self.training.schedule.step(epoch + 1, metric)
-            self.finish_epoch(epoch, stats, metric)
-            if self.training.is_finished:
+            last = self.run_epoch(epoch)
+            if last:
                 break
+            signum = max(distributed.all_gather_object(stopping.requested()))
+            if signum:
+                raise stopping.StopRequested(signum)
         self.finish()
+
+    def run_epoch(self, epoch: int) -> bool:
+        """Train, evaluate and save an epoch, or what is left of it; return whether it was the last."""
+        start, self.position = self.position, run_state.Position()
+        self.progress = Progress(start.batches, None if start.totals is None else
+                                 torch.tensor(start.totals, device=self.device))
+        self.train_set.set_epoch(epoch)
+        if start.batches < len(self.train_loader):
+            self.train_loader.sampler.start = start.batches * self.batch_size
+        if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
+            self.freeze_statistics()
+        try:
+            stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
+                                    functools.partial(self.after_update, epoch))
+        except NonFiniteError as error:
+            raise self.explain(error) from None
+        if not start.trained:
+            self.share_batch_norm()
+        last = epoch + 1 == self.epochs or self.training.is_finished
+        metric = None
+        if last or (epoch + 1) % self.cfg.run.val_interval == 0:
+            try:
+                metric = self.evaluate(epoch)
+            except stopping.StopRequested:
+                self.save_recovery(epoch, trained=True)
+                raise
+        self.training.schedule.step(epoch + 1, metric)
+        self.finish_epoch(epoch, stats, metric)
+        return last
+
+    def explain(self, error: NonFiniteError) -> SystemExit:
+        """Write the batch behind an error down and return the error that ends the run."""
+        ids = [self.train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
+        path = write_postmortem(self.output_dir, self.training, error.images, error.target, ids)
+        return SystemExit(f"train.py: error: {error}. Step {self.training.steps}, pictures {ids}; losses and gradient "
+                          f"norms by module are in {path}. If they are finite there, lower --loss-scale; else lower "
+                          "--lr, or look at these pictures.")
+
+    def after_update(self, epoch: int, progress: Progress) -> None:
+        """Save the state within an epoch when it is due, and stop there when a signal asked any rank to.
+
+        Ranks agree by a reduction on the hosts whose result is read one update later, so nobody waits for it.
+        """
+        self.progress = progress
+        signum = self.vote(stopping.requested())
+        interval = self.cfg.run.recovery_interval
+        if signum or (interval and self.training.updates % interval == 0):
+            self.save_recovery(epoch)
+        if signum:
+            raise stopping.StopRequested(signum)
+
+    def save_recovery(self, epoch: int, trained: bool = False) -> None:
+        """Write recovery.pth.tar: all that is needed to go on within an epoch."""
+        cfg, progress = self.cfg, self.progress
+        ranks = distributed.gather_object(run_state.capture_rank(self.device, progress.totals, self.uneven_models()))
+
+        def write() -> None:
+            position = {"batches": progress.batches, "batch_size": cfg.run.batch_size, "trained": trained,
+                        "grad_accum": cfg.optim.grad_accum, "pictures": len(self.train_set)}
+            path = self.manager.save_recovery(self.payload(ranks) | {"epoch": epoch - 1, "progress": position})
+            _logger.info("saved %s: epoch %d, batch %d", path, epoch, progress.batches)
+        self.save(write)
+
+    def save(self, write: Callable[[], T]) -> T | None:
+        """Run what writes files on rank 0; with --save-errors warn, a failure is logged and None comes back."""
+        def guarded() -> T | None:
+            try:
+                return write()
+            except OSError as error:
+                if self.cfg.run.save_errors == "stop":
+                    raise
+                _logger.error("%s Training goes on (--save-errors warn).", error)
+                return None
+        return distributed.run_on_primary(guarded)
 
     def freeze_statistics(self) -> None:
         """Fix the batch-norm statistics for the rest of the run; they are equal on all ranks after every epoch."""
@@ -271,25 +408,26 @@ class Session:
         _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)", epoch, stats.loss,
                      stats.fps, stats.peak_memory_mib, stats.skipped)
 
-        def write() -> tuple[float | None, int | None]:
-            best = self.manager.save(self.payload(), epoch, metric)
+        ranks = distributed.gather_object(run_state.capture_rank(self.device))
+
+        def write() -> None:
             row = {"epoch": epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
                    "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.fps, "skipped": stats.skipped,
                    "AP": metric, "AP50": self.evaluator.stats.get("AP50") if metric is not None else None}
-            self.summary.append(row)
-            return best
-        best_metric, best_epoch = distributed.run_on_primary(write)
-        if metric is not None:
-            _logger.info("%s", format_best_metric(best_metric, best_epoch))
+            self.summary.append(row)  # before the checkpoint: resuming drops a row too many, but cannot add one
+            self.manager.save(self.payload(ranks), epoch, metric)
+        self.save(write)
+        if metric is not None and distributed.is_primary():
+            _logger.info("%s", format_best_metric(*self.manager.best))
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what a checkpoint holds; see effdet/checkpoint.py."""
         training, config = self.training, self.training.model.config
         content = {
             "version": CHECKPOINT_VERSION, "arch": config.name,
             "state_dict": training.precision.float_state_dict(training.model),
             "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
-            "scaler": training.precision.state_dict(), "rng": rng_state(), "step": training.steps,
+            "scaler": training.precision.state_dict(), "ranks": ranks, "step": training.steps,
             "config": to_plain(self.cfg), "model_config": model_config_to_plain(config),
             "category_map": self.categories.to_dict(), "image_size": list(config.image_size)}
         if training.ema is not None:

@@ -19,11 +19,11 @@ import torch
 from effdet import device as device_layer
 from effdet import distributed
 from effdet.amp import Precision
-from effdet.bench import DetBenchPredict
 from effdet.build import (
     Detector,
     build_dataset,
     build_eval_loader,
+    build_predict_bench,
     load_detector,
     load_published,
     place_model,
@@ -52,14 +52,17 @@ def main(argv: list[str] | None = None) -> int:
             detector = find_detector(cfg)
             dataset = open_dataset(cfg, detector)
             world = distributed.world_size()
+            channels_last = device_layer.use_channels_last(device)
             loader = build_eval_loader(dataset, cfg.data, detector.model.config,
                                        split_over_devices(cfg.run.batch_size, world),
-                                       workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip)
+                                       workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip,
+                                       channels_last)
             for line in device_layer.tune(device):
                 _logger.info("setting: %s", line)
             precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
-            place_model(detector.model, device, cfg.model.same_padding)
-            bench = DetBenchPredict(precision.prepare_model(detector.model)).to(device)
+            place_model(detector.model, device, cfg.model.same_padding, channels_last)
+            bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
+                                        cfg.run.tta_flip, cfg.run.tta_scales)
             bench.use_nms(cfg.model.nms, device)
         run(cfg, detector, bench, loader, device, precision)
     finally:
@@ -98,7 +101,7 @@ class TimedLoader:
         return len(self.loader)
 
 
-def run(cfg: ValidateConfig, detector: Detector, bench: DetBenchPredict, loader, device: torch.device,
+def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
     _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))

@@ -76,6 +76,7 @@ class Precision:
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
         self._skipped: Tensor | None = None  # on the device; read by skipped()
         self._skipped_before = 0
+        self._in_a_row: Tensor | None = None  # on the device: steps skipped since the last that was taken
         self._in_step = False  # between the first forward of a step and its update
 
     # -- before training ---------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class Precision:
         if flag is not None:
             found_inf = all_reduce_sum(torch.maximum(found_inf, flag)).clamp(max=1.0)
         self._skipped = found_inf if self._skipped is None else self._skipped + found_inf
+        self._in_a_row = found_inf if self._in_a_row is None else (self._in_a_row + 1) * found_inf
         _step_unless(optimizer, found_inf)
         self._in_step = False
         if self._scale_moves and self._scale is not None:
@@ -187,6 +189,10 @@ class Precision:
     def skipped(self) -> int:
         """Return the number of steps skipped so far; it waits for the device, so ask at log time only."""
         return self._skipped_before + (0 if self._skipped is None else int(self._skipped))
+
+    def skipped_in_a_row(self) -> Tensor:
+        """Return how many steps were skipped since the last that was not: a tensor without dimensions on the device."""
+        return torch.zeros((), device=self.device) if self._in_a_row is None else self._in_a_row
 
     def loss_scale(self) -> float | None:
         """Return the present loss scale, None where no loss is scaled; it waits for the device."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
+from .device import is_host
+from .labels_cpu import SparseMatcher
 from .nms import generate_detections
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
@@ -165,6 +167,7 @@ class AnchorLabeler:
         self.num_classes = num_classes
         self.match_threshold = match_threshold
         self.ignore_regions = ignore_regions
+        self._sparse: SparseMatcher | None = None
 
     def assign(self, gt_boxes_yxyx: Tensor, gt_classes: Tensor, filter_valid: bool = True
                ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +189,8 @@ class AnchorLabeler:
         boxes = gt_boxes_yxyx.to(device=anchors.device, dtype=torch.float32)
         classes = gt_classes.to(device=anchors.device, dtype=torch.int64)
         valid = classes > BACKGROUND if filter_valid else classes != IGNORE
+        if self._may_search(classes):
+            return self._matcher().targets(boxes, classes, valid, self.match_threshold)
 
         best_iou, best_slot, best_anchor, ignored = self._overlaps(boxes, classes, valid)
         matches = torch.where(best_iou >= self.match_threshold, best_slot, torch.full_like(best_slot, BACKGROUND))
@@ -201,6 +206,17 @@ class AnchorLabeler:
         codes = torch.stack(encode_boxes(matched.unbind(1), anchors.unbind(1)), -1)
         box_targets = torch.where(positive.unsqueeze(-1), codes, torch.zeros_like(codes))
         return class_targets, box_targets, positive.sum(1, dtype=torch.float32)
+
+    def _may_search(self, classes: Tensor) -> bool:
+        """Return whether the CPU's way gives these targets: it knows no ignore regions."""
+        return (is_host(classes.device) and self.anchors.boxes.dtype == torch.float32 and self.match_threshold > 0
+                and not (self.ignore_regions and bool((classes == IGNORE).any())))
+
+    def _matcher(self) -> SparseMatcher:
+        if self._sparse is None or self._sparse.boxes_yxyx is not self.anchors.boxes:
+            self._sparse = SparseMatcher(self.anchors.boxes, self.anchors.level_sizes,
+                                         self.anchors.get_anchors_per_location())
+        return self._sparse
 
     def _overlaps(self, boxes: Tensor, classes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return best IoU and slot for each anchor [B, N], best anchor for each slot [B, M], and ignored [B, N]."""

@@ -2,26 +2,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from timm_patches.norm_act import convert_norm_act
 from timm_patches.same_padding import convert_same_padding
 
 from . import device as device_layer
+from .bench import DetBenchPredict
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
 from .config.model_config import model_config_from_plain
-from .config.schema import DataConfig, EvalDataConfig, LossConfig, ModelConfig
+from .config.schema import DataConfig, DemoModelConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
 from .data.categories import CategoryMap
 from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
 from .data.transforms import transforms_coco_train
 from .factory import create_model_from_config, set_pad_type
+from .folding import fold_batch_norm
+from .predictor import Predictor
+from .tta import TtaBench, build_network_of_size, scaled_size
 
 _logger = logging.getLogger(__name__)
 
@@ -156,6 +161,8 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     report = convert_same_padding(model, mode)
     if mode == "kernel" and (report.converted or report.left):
         _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
+    if device_layer.is_host(device):
+        convert_norm_act(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
@@ -234,3 +241,81 @@ def load_published(model: Any) -> Detector:
     network = create_model_from_config(config, num_classes=model.num_classes, pad_type=model.pad_type,
                                        pretrained=True if model.pretrained == "url" else model.pretrained)
     return Detector(network.eval(), None, f"{config.name}, {config.num_classes} classes, weights {model.pretrained}")
+
+
+def build_predict_bench(model: nn.Module, device: torch.device, same_padding: str = "auto", flip: bool = False,
+                        scales: Sequence[float] = ()) -> DetBenchPredict | TtaBench:
+    """Put post-processing, and test-time augmentation if asked for, around a network.
+
+    Args:
+        model: a network with weights, placed on the device.
+        device, same_padding: where and how it runs; see `place_model`.
+        flip: also predict mirror images.
+        scales: factors of the input size to predict at as well; each is rounded to the next valid size.
+
+    Raises:
+        ValueError: a scale that gives a size which is there already.
+    """
+    bench = DetBenchPredict(model).to(device).eval()
+    if not flip and not scales:
+        return bench
+    sizes = [tuple(model.config.image_size)]
+    benches = [bench]
+    for scale in scales:
+        size = scaled_size(sizes[0], scale)
+        if scale <= 0 or size in sizes:
+            raise ValueError(f"scale {scale:g} of the input {sizes[0]} gives {size}, and {', '.join(map(str, sizes))} "
+                             "(height, width) is predicted already: leave it out or choose another")
+        sizes.append(size)
+        network = place_model(build_network_of_size(model, size), device, same_padding)
+        benches.append(DetBenchPredict(network).to(device).eval())
+    return TtaBench(benches, flip)
+
+
+def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str = "auto", batch_size: int = 1,
+                    flip: bool = False, scales: Sequence[float] = ()) -> Predictor:
+    """Choose the device and its settings for this process, and put a detector on it.
+
+    Args:
+        detector: of `load_detector`.
+        model: the model section.
+        device_name: kind of device, or 'auto'.
+        batch_size: pictures predicted together.
+        flip, scales: test-time augmentation; see `build_predict_bench`.
+    """
+    device = device_layer.pick_device(device_name)
+    device_layer.set_device(device)
+    device_layer.tune(device)
+    place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
+    if not scales:  # networks of other sizes are built from unfolded weights
+        fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
+    predictor = Predictor(detector.model, device, detector.category_map, batch_size)
+    predictor.bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
+    predictor.bench.use_nms(model.nms, device)
+    return predictor
+
+
+def load(checkpoint: str, device: str = "auto", batch_size: int = 8, use_ema: bool | None = None,
+         model: str | None = None, image_size: tuple[int, int] | None = None, max_det: int | None = None,
+         flip: bool = False, scales: Sequence[float] = ()) -> Predictor:
+    """Load a detector for prediction: `effdet.load(checkpoint).predict(pictures)`.
+
+    Args:
+        checkpoint: a checkpoint of train.py, or any file with weights of a known model.
+        device: 'auto', 'cpu', or another kind of device that `pick_device` knows.
+        batch_size: pictures predicted together.
+        use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
+        model: the model's name, for files that hold weights only.
+        image_size: another input height and width in pixels than the checkpoint's.
+        max_det: at most this many objects in a picture, instead of the model's own number.
+        flip: test-time augmentation: also predict mirror images.
+        scales: test-time augmentation: also predict at these factors of the input size.
+
+    Returns:
+        The predictor; see `Predictor.predict`.
+
+    Raises:
+        CheckpointError: the file is unusable or does not say which model it is; ValueError: no such device.
+    """
+    section = DemoModelConfig(name=model, image_size=None if image_size is None else list(image_size), max_det=max_det)
+    return build_predictor(load_detector(checkpoint, section, use_ema), section, device, batch_size, flip, scales)

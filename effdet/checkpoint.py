@@ -14,8 +14,10 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     state_dict_ema  dict, name -> tensor: the averaged weights; absent when none are kept
     ema             dict, the averager's counters
     optimizer, schedule, scaler   dict, their `state_dict()`
-    rng             dict, `rng_state()`; the caller may add a device's generator
+    ranks           list of a dict for each process: `rng` is its `rng_state()`, and more; see `effdet.run_state`
+    rng             dict, in files of older versions: that of the first process
     epoch           int, the last epoch that is complete in this file, from 0; training goes on at epoch + 1
+    progress        dict, in recovery.pth.tar: how far epoch + 1 has come; see `effdet.run_state`
     step            int, optimiser steps done so far
     metric          float or None, that epoch's ranking metric
     best            dict, `CheckpointManager.state_dict()` including that epoch
@@ -44,6 +46,7 @@ from effdet.checkpoint_io import (
     CheckpointError,
     CheckpointNotFoundError,
     load_checkpoint_file,
+    remove_leftovers,
     replacing,
     save_checkpoint,
 )
@@ -57,6 +60,7 @@ __all__ = [
     "KeyReport",
     "extract_state_dict",
     "find_newest_checkpoint",
+    "find_resumable",
     "load_checkpoint_file",
     "load_state_dict_report",
     "restore_rng_state",
@@ -69,6 +73,7 @@ _logger = logging.getLogger(__name__)
 CHECKPOINT_VERSION = 1
 LAST_NAME = "last.pth.tar"
 BEST_NAME = "model_best.pth.tar"
+RECOVERY_NAME = "recovery.pth.tar"
 
 
 class CheckpointManager:
@@ -79,7 +84,7 @@ class CheckpointManager:
     record that agrees with it.
 
     Args:
-        output_dir: the run's folder; made at the first save.
+        output_dir: the run's folder; made at the first save. What killed processes left half written is removed.
         keep_best: how many of the best epochs stay as `checkpoint-EPOCH.pth.tar`; 0 keeps none.
         save_every: also keep every epoch for which epoch + 1 is a multiple of this; 0 for none.
         higher_is_better: the direction of the metric.
@@ -100,6 +105,7 @@ class CheckpointManager:
         self.keep_best = keep_best
         self.save_every = save_every
         self.higher_is_better = higher_is_better
+        remove_leftovers(self.output_dir)
         self._best: tuple[float, int] | None = None  # stays when its epoch's own file goes: model_best remains
         self._ranking: list[tuple[float, int]] = []  # best first; (metric, epoch) of the files kept for their metric
 
@@ -117,7 +123,7 @@ class CheckpointManager:
     ) -> tuple[float | None, int | None]:
         """Write the epoch's checkpoint under the names it earns and remove those that fell out of the best.
 
-        Only files of this manager's own ranking are ever removed.
+        Only files of this manager's own ranking, and the recovery file, are ever removed.
 
         Args:
             payload: as in the module's docstring; `epoch`, `metric` and `best` are filled in here.
@@ -152,11 +158,23 @@ class CheckpointManager:
 
         stale = {e for _, e in dropped} | ({epoch} if any(e == epoch for _, e in self._ranking) and not keep else set())
         self._best, self._ranking = best, ranking
-        for old in stale:
-            if not self._is_regular(old):
-                with contextlib.suppress(OSError):
-                    self.path_of(old).unlink()
+        gone = [self.path_of(old) for old in stale if not self._is_regular(old)]
+        for path in [*gone, self.output_dir / RECOVERY_NAME]:  # a state within an epoch that is complete now
+            with contextlib.suppress(OSError):
+                path.unlink()
         return self.best
+
+    def save_recovery(self, payload: Mapping[str, Any]) -> Path:
+        """Write the state within an epoch, replacing the one before; the next complete epoch removes it.
+
+        Args:
+            payload: as in the module's docstring, with `epoch` and `progress`; `metric` and `best` are filled in here.
+        Raises:
+            TypeError, OSError: as `save_checkpoint`.
+        """
+        path = self.output_dir / RECOVERY_NAME
+        save_checkpoint(path, {**payload, "metric": None, "best": self.state_dict()})
+        return path
 
     def _is_better(self, metric: float, than: float) -> bool:
         return metric > than if self.higher_is_better else metric < than
@@ -211,6 +229,49 @@ def _link(source: Path, target: Path) -> None:
                 shutil.copyfileobj(reader, writer)
                 writer.flush()
                 os.fsync(writer.fileno())
+
+
+def find_resumable(folder: str | os.PathLike[str]) -> Path | None:
+    """Find the checkpoint of a run's folder that has come furthest and is whole.
+
+    What counts is what the files say of themselves, since copying a folder mixes up their times.
+
+    Args:
+        folder: the run's; folders below it are not looked into.
+    Returns:
+        The path, or None when the folder has no checkpoint or is not there. Files that are passed over are logged
+        with what is wrong with them.
+    Raises:
+        CheckpointError: there are checkpoints, but none can be resumed.
+    """
+    preference = {name: number for number, name in enumerate((BEST_NAME, RECOVERY_NAME, LAST_NAME))}
+    files: dict[int, Path] = {}  # one name for each file: several names are links to one
+    for path in sorted(Path(folder).glob("*"), key=lambda path: (preference.get(path.name, -1), path.name)):
+        if CHECKPOINT_NAME.search(path.name) and path.is_file():
+            files[path.stat().st_ino] = path
+    candidates, problems = [], []
+    for path in files.values():
+        try:
+            payload = load_checkpoint_file(path, skim=True)
+            if "optimizer" not in payload or "epoch" not in payload:
+                raise CheckpointError(f"{path} holds weights, but no optimizer and epoch to go on from.")
+            candidates.append((int(payload.get("step", 0)), int(payload["epoch"]), path))
+        except (CheckpointError, TypeError, ValueError) as error:
+            problems.append(str(error))
+    for problem in problems:
+        _logger.warning("passed over: %s", problem)
+    for _, _, path in sorted(candidates, reverse=True):
+        try:
+            extract_state_dict(load_checkpoint_file(path), use_ema=False)
+        except CheckpointError as error:
+            _logger.warning("passed over: %s", error)
+            problems.append(str(error))
+        else:
+            return path
+    if problems:
+        raise CheckpointError(f"None of the {len(problems)} checkpoint(s) in {folder} can be resumed. The first: "
+                              f"{problems[0]} To train anew, use another --experiment or remove them.")
+    return None
 
 
 def find_newest_checkpoint(dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:

@@ -10,6 +10,8 @@ import contextlib
 import os
 import re
 import time
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 CHECKPOINT_NAME = re.compile(r"^[^.].*\.(pth\.tar|pth|pt|safetensors)$")
+_TEMPORARY_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.tmp$")
 _LEFTOVER_AGE_S = 3600.0  # a temporary file this old belongs to a process that was killed, not to one that is writing
 
 
@@ -109,14 +112,42 @@ def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote; for the one process that writes here.
+
+    Those of a process that lives on this machine are left alone.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY_NAME.match(path.name)
+        if match and not _is_alive(int(match["pid"])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # the number of an earlier process, come round: this one is not writing now
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu",
+                         skim: bool = False) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
-    Reads this package's files, those of effdet and timm, plain state dicts and .safetensors.
+    Reads this package's files, those of effdet and timm, plain state dicts and .safetensors. Archives of torch.save
+    carry a CRC-32 of each of their parts, which torch itself does not compare; here damage is told from a misfit by it.
 
     Args:
         path: the file; one named *.safetensors is read with that package, any other by `torch.load(weights_only=True)`.
         map_location: where tensors go, as in `torch.load`.
+        skim: for a look at the numbers beside the tensors: checksums are not compared, and tensors stay on the disk
+            where the format allows it.
     Returns:
         The file's dict. Parsed arguments come as dicts and numpy scalars as Python numbers, whoever wrote them.
     Raises:
@@ -129,8 +160,11 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu"
         if path.suffix == ".safetensors":
             payload = _load_safetensors(path, map_location)
         else:
+            archive = zipfile.is_zipfile(path)
+            if archive and not skim:
+                _check_sums(path)
             with torch.serialization.safe_globals(_allowed_globals()):
-                payload = torch.load(path, map_location=map_location, weights_only=True)
+                payload = torch.load(path, map_location=map_location, weights_only=True, mmap=archive and skim)
         payload = _from_old_types(payload)
     except (CheckpointError, MemoryError):
         raise
@@ -141,6 +175,19 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu"
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path} holds a {_type_name(payload)}, not a dict of weights; use another file.")
     return payload
+
+
+def _check_sums(path: Path) -> None:
+    """Raise a CheckpointError when a part of an archive does not fit its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError,
+            OverflowError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is damaged: a checksum does not fit ({damaged}); "
+                              "copy it again or use another checkpoint.")
 
 
 def _allowed_globals() -> list[Any]:
@@ -205,6 +252,10 @@ def _explain_load_failure(path: Path, reason: str) -> str:
         )
     if "TorchScript" in reason:
         return f"{path} is an exported TorchScript model, not a checkpoint; give the checkpoint it was exported from."
+    if zipfile.is_zipfile(path):
+        return (f"{path} is an undamaged archive, but not a checkpoint that torch {torch.__version__} reads "
+                f"({reason.splitlines()[0] if reason else 'no reason given'}); use another file, or "
+                "the torch that wrote it.")
     with open(path, "rb") as file:
         damaged = file.read(4) == b"PK\x03\x04"  # what torch.save's archives start with
     what = "is truncated or damaged" if damaged else "is damaged, or not a checkpoint (torch.save's or .safetensors)"

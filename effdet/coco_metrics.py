@@ -155,7 +155,7 @@ def index_ground_truth(source: Mapping[str, Any]) -> COCO:
         annotations.append({
             'id': len(annotations) + 1, 'image_id': annotation['image_id'], 'category_id': annotation['category_id'],
             'bbox': list(box_xywh), 'area': annotation.get('area', box_xywh[2] * box_xywh[3]),
-            'iscrowd': int(annotation.get('iscrowd', 0))})
+            'iscrowd': int(annotation.get('iscrowd', 0)), 'difficult': int(annotation.get('difficult', 0))})
     if unusable:
         _logger.warning('%d ground-truth annotations without four finite bbox numbers are left out of the evaluation: '
                         'ids %s%s', len(unusable), unusable[:5], ' ...' if len(unusable) > 5 else '')

@@ -327,6 +327,12 @@ def set_rng_state(state: torch.Tensor | None, device: torch.device) -> None:
         module.set_rng_state(state.cpu(), device)
 
 
+def is_host(device: torch.device) -> bool:
+    """Return whether `device` is the processor that runs Python: reading a value waits for nothing there, and shapes
+    that depend on values are free. While a program is traced or compiled they are not, so then it is not."""
+    return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
@@ -348,6 +354,24 @@ def tune(device: torch.device) -> list[str]:
     if device.type == "npu":
         return _tune_npu()
     return []
+
+
+def make_deterministic(device: torch.device) -> list[str]:
+    """Choose algorithms that give the same bits each time, and say what that does not cover.
+
+    Returns:
+        Lines for the log.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    if device.type == "cpu":
+        return ["deterministic: the same bits on this machine with the same number of threads"]
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    if device.type == "npu":
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    return [f"deterministic: as far as {device.type} has such algorithms (torch warns of operators without one), on "
+            "the same kind and number of devices with the same libraries"]
 
 
 def _tune_npu() -> list[str]:

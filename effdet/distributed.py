@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from . import stopping
 from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
-    'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'barrier', 'broadcast_object',
+    'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'barrier', 'broadcast_object',
     'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
     'is_primary', 'launch', 'local_rank', 'primary_first', 'rank', 'run_on_primary', 'shutdown', 'world_size',
 ]
@@ -211,11 +212,36 @@ def _failure_text(error: BaseException) -> str:
     return f'rank 0 failed: {summary}\n{where}'.rstrip()
 
 
-def run_on_primary(fn: Callable[[], _T]) -> _T:
+class LateMax:
+    """Find the largest of the numbers that the ranks give, without waiting for any of them.
+
+    Each call starts one small reduction over gloo and returns the result of the call before, which has long arrived.
+    So every rank learns the same number at the same call. No accelerator takes part.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __call__(self, value: int) -> int:
+        """Give this rank's number and return the maximum of the previous call; with one process that of this one."""
+        if not is_distributed():
+            return value
+        largest = 0
+        if self._pending is not None:
+            work, tensor = self._pending
+            work.wait()
+            largest = tensor.tolist()[0]
+        tensor = torch.tensor([value], dtype=torch.int32)
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_get_host_group(), async_op=True), tensor
+        return largest
+
+
+def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
     """Run a function on rank 0 and hand its result, or its failure, to every rank.
 
     Args:
         fn: called on rank 0 only; its result must be picklable when there are several ranks.
+        interruptible: a signal that asks rank 0 to stop breaks it off (stopping.py); StopRequested on every rank.
 
     Returns:
         The result, equal on all ranks (a copy on all but rank 0).
@@ -224,18 +250,23 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
         RuntimeError: on the other ranks, with rank 0's error text; rank 0 raises its own error. A failure therefore
             ends every rank at once instead of leaving the others waiting in a collective.
     """
+    scope = stopping.interruptible if interruptible else contextlib.nullcontext
     if not is_distributed():
-        return fn()
+        with scope():
+            return fn()
     if not is_primary():
         payload = broadcast_object(None)
         if isinstance(payload, str):
             raise RuntimeError(payload)
+        if isinstance(payload, stopping.StopRequested):
+            raise payload
         return pickle.loads(payload)
     try:
-        result = fn()
+        with scope():
+            result = fn()
         payload = pickle.dumps(result)  # here, so that an unpicklable result is a failure of fn and reaches all ranks
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: the others must not wait for them
-        broadcast_object(_failure_text(error))
+        broadcast_object(error if isinstance(error, stopping.StopRequested) else _failure_text(error))
         raise
     broadcast_object(payload)
     return result
@@ -301,6 +332,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was only just given up is free
+        try:
+            probe.bind(('', port))
+        except OSError:
+            return False
+        return True
+
+
 def _core_count() -> int:
     # Containers and taskset restrict the process to fewer cores than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -311,6 +352,7 @@ def launch(
         num_processes: int,
         master_addr: str = '127.0.0.1',
         master_port: int | None = None,
+        max_restarts: int = 0,
 ) -> int:
     """Run a script in several processes of this machine under torch.distributed's elastic launcher, and wait.
 
@@ -322,7 +364,8 @@ def launch(
         script_argv: path of the script, then its arguments (`sys.argv` of the caller).
         num_processes: processes to start, >= 1, one a device.
         master_addr: address of this machine where the processes meet.
-        master_port: its TCP port; None picks a free one.
+        master_port: its TCP port; None picks a free one, and so does one that is taken.
+        max_restarts: how often all processes are started again after one of them failed.
 
     Returns:
         0 when all processes succeeded, else a non-zero exit code: the first failed process's own, or 128 + the
@@ -346,8 +389,12 @@ def launch(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if master_port is not None and not _is_free(master_port):
+        taken, master_port = master_port, None
+        _logger.warning('port %d is in use on this machine: a free one is taken instead', taken)
     arguments = torchrun.get_args_parser().parse_args([
-        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}',
+        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}', f'--max-restarts={max_restarts}',
+        f'--signals-to-handle={",".join(["SIGHUP", "SIGQUIT", *(s.name for s in stopping.SIGNALS)])}',
         f'--master-port={_free_port() if master_port is None else master_port}', *script_argv])
     inherited = os.environ.get('OMP_NUM_THREADS')
     if inherited is None:

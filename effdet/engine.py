@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import heartbeat, stopping
 from .amp import Precision
 from .device import peak_memory_bytes, synchronize
-from .distributed import all_reduce_mean, barrier, world_size
+from .distributed import all_gather_object, all_reduce_mean, world_size
 from .ema import ModelEma
 from .evaluator import Evaluator
 from .log import ThroughputMeter, format_interval_line
 from .schedule import Schedule
+from .statistics_guard import StatisticsGuard
 
 _logger = logging.getLogger(__name__)
 
@@ -45,14 +47,28 @@ class Training:
     log_interval: int = 50
     total_steps: int = 0  # batches in the whole run, for the ETA
     max_steps: int = 0  # stop after this many batches; 0: never
+    max_skipped: int = 0  # give up when so many updates in a row were skipped, found at a log line; 0: never
     updates: int = 0  # optimizer updates done
     steps: int = 0  # batches done
     throughput: ThroughputMeter = field(default_factory=ThroughputMeter)
+    guard: StatisticsGuard | None = None  # made by the first epoch
 
     @property
     def is_finished(self) -> bool:
         """True once `max_steps` batches are done."""
         return self.max_steps > 0 and self.steps >= self.max_steps
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had an inf or a NaN in their gradients.
+
+    Attributes:
+        images, target: this process's last batch, whose update was one of them.
+    """
+
+    def __init__(self, count: int, images: Tensor, target: Any) -> None:
+        super().__init__(f"{count} updates in a row were skipped, as their gradients have inf or NaN (--max-skipped)")
+        self.images, self.target = images, target
 
 
 @dataclass
@@ -68,29 +84,48 @@ class EpochStats:
     peak_memory_mib: float
 
 
-def train_one_epoch(run: Training, loader: Any, epoch: int) -> EpochStats:
+@dataclass
+class Progress:
+    """How far an epoch of training has come on this process."""
+
+    batches: int = 0
+    totals: Tensor | None = None  # sums of the losses (total, class, box) over them, on the device
+
+
+def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | None = None,
+                    after_update: Callable[[Progress], None] | None = None) -> EpochStats:
     """Train on every batch of `loader` once, logging as it goes.
 
     Args:
         run: what to train; its counters are advanced.
         loader: gives (images [B, 3, H, W], target) on the device; its sampler is told the epoch.
         epoch: number of the epoch, from 0.
+        start: where an epoch that was broken off goes on, between two updates; `loader` gives what comes behind it.
+        after_update: called after each update with the progress so far; what it raises ends the epoch there.
 
     Returns:
         The epoch's means; a batch that `max_steps` cuts off does not count.
 
     Raises:
         RuntimeError: the loader gave no batch.
+        NonFiniteError: on all processes together, after `max_skipped` skipped updates in a row.
     """
     if hasattr(loader.sampler, "set_epoch"):
         loader.sampler.set_epoch(epoch)
     run.bench.train()
-    clock = _Clock(run, len(loader), epoch)
+    start = start or Progress()
+    if run.guard is None:
+        run.guard = StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
+    run.guard.settle(damaged=False)
+    clock = _Clock(run, len(loader), epoch, start)
     run.optimizer.zero_grad()
-    num_batches = len(loader) if run.max_steps == 0 else min(len(loader), run.max_steps - run.steps)
+    num_batches = len(loader)
+    if run.max_steps > 0:
+        num_batches = min(num_batches, start.batches + run.max_steps - run.steps)
     clock.start()
-    for index, (images, target) in enumerate(loader):
+    for index, (images, target) in enumerate(loader if start.batches < num_batches else (), start.batches):
         clock.data_ready()
+        heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
         with _no_gradient_sync(run.bench, wanted=not updates_now):
@@ -102,7 +137,12 @@ def train_one_epoch(run: Training, loader: Any, epoch: int) -> EpochStats:
         if updates_now:
             _update(run)
         run.steps += 1
+        heartbeat.tick(run.steps, 0, f"between steps {run.steps} and {run.steps + 1}, waiting for data or saving")
         clock.step_done(output, images.shape[0], is_last)
+        if 0 < run.max_skipped <= clock.skipped_in_a_row:
+            raise NonFiniteError(clock.skipped_in_a_row, images, target)
+        if updates_now and after_update is not None:
+            after_update(Progress(clock.batches, clock.totals))
         if is_last:
             break
     if clock.batches == 0:
@@ -130,10 +170,12 @@ def _no_gradient_sync(bench: nn.Module, wanted: bool) -> contextlib.AbstractCont
 class _Clock:
     """Sums losses on the device, and times; reads the device only when a line is due."""
 
-    def __init__(self, run: Training, num_batches: int, epoch: int) -> None:
+    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress) -> None:
         self.run, self.num_batches, self.epoch = run, num_batches, epoch
-        self.batches = self.images = 0
-        self.totals: Tensor | None = None
+        self.batches = self.batches_before = start.batches
+        self.images = 0
+        self.totals = start.totals
+        self.skipped_in_a_row = 0  # as of the last log line
         self.data_s = self.interval_data_s = 0.0
         self.interval_batches = self.interval_images = 0
 
@@ -158,18 +200,24 @@ class _Clock:
         self.waiting_since = time.perf_counter()
 
     def _log(self, losses: Tensor) -> None:
-        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches))).tolist()
+        health = torch.stack((self.run.precision.skipped_in_a_row(), self.run.guard.damage(losses.device)))
+        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches, health))).tolist()
+        self.skipped_in_a_row, damaged = round(values[6]), values[7] > 0
+        self.run.guard.settle(damaged)
+        if damaged:
+            _logger.warning("batch-norm statistics were inf or NaN: those of the last log line were put back")
         now = time.perf_counter()
         interval_s, elapsed_s = max(now - self.interval_started, 1e-9), max(now - self.started, 1e-9)
         run = self.run
         fps = run.throughput.add(self.interval_images, interval_s)
-        step_average_s = elapsed_s / self.batches
+        done = self.batches - self.batches_before
+        step_average_s = elapsed_s / done
         end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
         _logger.info(format_interval_line(
             epoch=self.epoch, step=self.batches, steps=self.num_batches, loss=values[0], loss_average=values[3],
             class_loss=values[1], box_loss=values[2], step_s=interval_s / self.interval_batches,
             step_average_s=step_average_s, fps=fps, fps_average=self.images / elapsed_s, lr=run.schedule.lr,
-            data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / self.batches,
+            data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / done,
             eta_s=max(0, end - run.steps) * step_average_s))
         self.interval_started = now
         self.interval_batches = self.interval_images = 0
@@ -199,12 +247,18 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
     Returns:
         The evaluator's metric, the same on all processes, and the mean loss of this process's batches (None without
         one).
+
+    Raises:
+        StopRequested: on every process, when a signal asked one of them to stop (stopping.py).
     """
     bench.eval()
     total: Any = None
     batches = 0
     started = time.perf_counter()
     for images, target in loader:
+        if stopping.requested():
+            break
+        heartbeat.tick_within(f"evaluating, batch {batches + 1}")
         with autocast():
             output = bench(images, target)
         if isinstance(output, dict):
@@ -215,6 +269,10 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         if log_interval and batches % log_interval == 0:
             number = f"/{len(loader)}" if isinstance(loader, Sized) else ""
             _logger.info("Eval: [%d%s]  %.2f s per batch", batches, number, (time.perf_counter() - started) / batches)
-    barrier()
+    heartbeat.tick_within("evaluation: exchanging and scoring predictions", 3)
+    signum = max(all_gather_object(stopping.requested()))
+    if signum:
+        evaluator.reset()
+        raise stopping.StopRequested(signum)
     metric = evaluator.evaluate()
     return metric, None if total is None else float(total / batches)

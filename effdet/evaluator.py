@@ -19,8 +19,9 @@ from pycocotools.coco import COCO
 
 from .coco_metrics import ClassMetrics, CocoScores, index_ground_truth, score_rows, write_json
 from .distributed import gather_object, is_distributed, is_primary, run_on_primary
+from .voc_metrics import VocScores, score_voc
 
-__all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'create_evaluator']
+__all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'OpenImagesEvaluator', 'PascalEvaluator', 'create_evaluator']
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar('_T')
@@ -172,8 +173,8 @@ class Evaluator:
     def _spread(self) -> bool:
         return self.distributed and is_distributed()
 
-    def _on_primary(self, fn: Callable[[], _T]) -> _T:
-        return run_on_primary(fn) if self._spread else fn()
+    def _on_primary(self, fn: Callable[[], _T], interruptible: bool = False) -> _T:
+        return run_on_primary(fn, interruptible) if self._spread or not is_distributed() else fn()
 
 
 class CocoEvaluator(Evaluator):
@@ -199,12 +200,14 @@ class CocoEvaluator(Evaluator):
             numbers, AR100 included, though that keeps its name; below, COCO's 100 stays.
     """
 
+    metric = 'AP'  # the one of `stats` that `evaluate` returns
+
     def __init__(self, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> None:
         super().__init__(distributed, pred_yxyx)
         self.max_det = max_det
         self._parser = _find_parser(dataset)
         self._covered = _covered_img_ids(dataset, self._parser)
-        self._scores: CocoScores | None = None
+        self._scores: CocoScores | VocScores | None = None
         self._truth: COCO | None = None  # rank 0 only, at the first evaluation
         self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
 
@@ -228,9 +231,9 @@ class CocoEvaluator(Evaluator):
                 image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
         """
         shards = self._gather()
-        self._scores = self._on_primary(lambda: self._score(shards, output_result_file))
+        self._scores = self._on_primary(lambda: self._score(shards, output_result_file), interruptible=True)
         self.reset()
-        ap = self._scores.stats['AP']
+        ap = self._scores.stats[self.metric]
         return 0.0 if math.isnan(ap) else ap
 
     def save(self, result_file: str | os.PathLike[str]) -> None:
@@ -271,7 +274,7 @@ class CocoEvaluator(Evaluator):
         if not self._spread or is_primary():
             write_json(path, content)
 
-    def _evaluated(self) -> CocoScores:
+    def _evaluated(self) -> CocoScores | VocScores:
         if self._scores is None:
             raise RuntimeError('there are no numbers yet: call evaluate() first')
         return self._scores
@@ -330,7 +333,7 @@ class CocoEvaluator(Evaluator):
                             sum(dropped.values()), ', '.join(f'class {c}: {n}' for c, n in sorted(dropped.items())))
         return rows
 
-    def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores:
+    def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores | VocScores:
         """Compute all numbers from the gathered predictions; runs on rank 0 only."""
         images = self._last = self._merge(shards)
         truth = self._ground_truth()
@@ -340,7 +343,7 @@ class CocoEvaluator(Evaluator):
         covered = set(truth.getImgIds())
         if self._covered is not None:
             covered &= {_plain(image_id) for image_id in self._covered}
-        scores = score_rows(truth, rows, covered, self.max_det)
+        scores = self._compute(truth, rows, covered)
         if not any(line.count for line in scores.per_class):
             _logger.warning('the ground truth of these %d images has no boxes: nothing can be scored; AP is reported '
                             'as 0.0, and undefined (NaN) in the statistics', len(covered))
@@ -350,11 +353,32 @@ class CocoEvaluator(Evaluator):
         elif covered - images.keys():
             _logger.warning('%d of %d images were not predicted; their objects count as missed',
                             len(covered - images.keys()), len(covered))
-        _logger.info('COCO evaluation of %d boxes in %d images\n%s', len(rows), len(covered), scores.table())
+        _logger.info('Evaluation of %d boxes in %d images\n%s', len(rows), len(covered), scores.table())
         return scores
 
+    def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> CocoScores | VocScores:
+        return score_rows(truth, rows, covered, self.max_det)
 
-_EVALUATORS = {'coco': CocoEvaluator}
+
+class PascalEvaluator(CocoEvaluator):
+    """Evaluate boxes by Pascal VOC's metric, mAP at IoU 0.5; everything but the numbers is CocoEvaluator's.
+
+    `evaluate` returns the mean over the classes that have objects, and `stats` holds it as AP50. Objects marked as
+    difficult count neither way. Group boxes (crowd regions) are never missed, and detections inside them are ignored.
+    """
+
+    metric = 'AP50'
+
+    def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> VocScores:
+        return score_voc(truth, rows, covered)
+
+
+class OpenImagesEvaluator(PascalEvaluator):
+    """Evaluate boxes on Open Images: PascalEvaluator's numbers. Image-level labels are not considered, as in effdet."""
+
+
+_EVALUATORS = {'coco': CocoEvaluator, 'openimages': OpenImagesEvaluator, 'voc': PascalEvaluator,
+               'pascal': PascalEvaluator}
 
 
 def create_evaluator(
@@ -362,7 +386,7 @@ def create_evaluator(
     """Build the evaluator that fits a dataset's name.
 
     Args:
-        name: name of the dataset, 'coco' or one that contains it, as 'coco2017'.
+        name: name of the dataset, one that contains 'coco', 'voc', 'pascal' or 'openimages', as 'coco2017'.
         dataset, distributed, pred_yxyx, max_det: see CocoEvaluator.
 
     Returns:

@@ -42,11 +42,11 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
         picture = read_picture(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
         truth = parser.get_ann_info(index)
         objects = truth["cls"] > 0
-        (rows,) = predictor.predict([picture], score_threshold)
+        (found,) = predictor.predict([picture], score_threshold)
         drawn.append(draw_comparison(
             picture, truth["bbox"][objects][:, [1, 0, 3, 2]],
             [predictor.name_of(int(label) - 1) for label in truth["cls"][objects]],
-            rows[:, :4], [predictor.name_of(int(idx)) for idx in rows[:, 5]], rows[:, 4].tolist(), colors))
+            found.boxes_xyxy, found.names, found.scores.tolist(), colors))
         drawn[-1].save(output_dir / f"{Path(info['file_name']).stem}.jpg", quality=92)
     if not drawn:
         return output_dir

@@ -129,7 +129,7 @@ def _fetch(url: str) -> Path:
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, HTTP error; wrong hash
         raise CheckpointError(
             f"Could not download {url} ({error}). On a machine without network, download it elsewhere and put it at "
-            f"{path}, or give the path of a local file instead."
+            f"{path}, or give the path of a local file instead (--pretrained FILE)."
         ) from error
     return path
 

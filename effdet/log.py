@@ -154,18 +154,19 @@ class CsvLog:
                 writer.writeheader()
             writer.writerow(row)
 
-    def drop_from(self, column: str, number: int) -> None:
-        """Drop the rows whose `column` is `number` or more, and broken ones: a resumed run writes them anew.
+    def drop_from(self, number: int, step: int = 0) -> None:
+        """Drop the rows of epoch `number` and later, and broken ones: a resumed run writes them anew.
 
         Args:
-            column: one that holds whole numbers.
-            number: the first to go.
+            number: the first epoch to go.
+            step: in a file with steps, keep that epoch's rows up to this one.
         """
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in row.values() and int(row[column]) < number]
+            rows = [row for row in reader if None not in row.values() and
+                    (int(row["epoch"]), int(row.get("step", 1))) <= (number, step)]
         with _replacing(self.path) as file:
             writer = csv.DictWriter(file, reader.fieldnames or [], lineterminator="\n")
             writer.writeheader()

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_IGNORED_LOGIT = -1e4  # probability, loss and gradient are exactly 0 there
+from .device import is_host
+from .loss_cpu import IGNORED_LOGIT, focal_loss_and_gradient
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:
@@ -73,10 +74,20 @@ class _FocalLossSum(torch.autograd.Function):
             smoothing: label smoothing in 0..1.
         """
         with_gradient = ctx.needs_input_grad[0]
+        # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
+        gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        if is_host(logits.device) and gamma > 0:
+            total, gradient = focal_loss_and_gradient(
+                logits, class_targets.permute(0, 2, 3, 1), num_classes, alpha, gamma, smoothing, with_gradient,
+                gradient_dtype)
+            if with_gradient:
+                ctx.save_for_backward(gradient)
+                ctx.logits_dtype = logits.dtype
+            return total
         # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
         x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
         targets = class_targets.flatten(2).unsqueeze(2)
-        x = x.masked_fill(targets == -2, _IGNORED_LOGIT)
+        x = x.masked_fill(targets == -2, IGNORED_LOGIT)
         loss, gradient = _background_terms(x, gamma, smoothing, with_gradient)
         if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
             for terms in (loss, gradient) if with_gradient else (loss,):
@@ -95,8 +106,7 @@ class _FocalLossSum(torch.autograd.Function):
             correction = alpha * foreground_gradient - gradient.gather(2, index)
             gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
             gradient = gradient.flatten(1, 2).unflatten(2, logits.shape[2:])
-            # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
-            ctx.save_for_backward(gradient if logits.dtype == torch.float16 else gradient.to(logits.dtype))
+            ctx.save_for_backward(gradient.to(gradient_dtype))
             ctx.logits_dtype = logits.dtype
         return total
 

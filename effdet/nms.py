@@ -1,7 +1,8 @@
 """From head outputs to detections: candidate selection, exact class-aware NMS, soft-NMS; batched, fixed shapes.
 
-Nothing here waits for the device or loops over images or classes. The greedy loop runs `max_det` times, once for each
-detection kept, so its cost does not depend on what the network predicts.
+Nothing here waits for the device or loops over images or classes; a CPU, where neither costs anything, has its own way
+in nms_cpu.py. The greedy loop runs `max_det` times, once for each detection kept, so its cost does not depend on what
+the network predicts.
 """
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import nms_cpu
 from .boxes import clip_boxes_xyxy, decode_boxes
+from .device import is_host
 
 # Post-processing constants of the reference (google/automl, efficientdet/nms_np.py and rwightman/efficientdet-pytorch).
 IOU_THRESHOLD = 0.5
@@ -35,23 +38,21 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
     Returns:
         logits [B, k], codes [B, k, 4], anchor index int64 [B, k], class_idx int64 [B, k]; by falling logit.
     """
+    if is_host(cls_outputs[0].device):
+        return nms_cpu.select_candidates(cls_outputs, box_outputs, num_classes, max_detection_points)
+    # A pair among the k best belongs to one of the k anchors with the largest maxima over classes, so the search goes
+    # through the anchors and then through the pairs of k of them, not through all pairs.
     batch = cls_outputs[0].shape[0]
-    logits, indices, codes = [], [], []
-    offset = 0
-    for level_cls, level_box in zip(cls_outputs, box_outputs, strict=True):
-        flat = level_cls.permute(0, 2, 3, 1).reshape(batch, -1)
-        level_logits, level_indices = flat.topk(min(max_detection_points, flat.shape[1]), dim=1)
-        logits.append(level_logits)
-        indices.append(level_indices + offset)
-        offset += flat.shape[1]
-        codes.append(level_box.permute(0, 2, 3, 1).reshape(batch, -1, 4))
-    all_logits, all_indices = torch.cat(logits, 1), torch.cat(indices, 1)
-    top_logits, order = all_logits.topk(min(max_detection_points, all_logits.shape[1]), dim=1)
-    top_indices = all_indices.gather(1, order)
-    anchors = torch.div(top_indices, num_classes, rounding_mode="floor")
-    classes = top_indices - anchors * num_classes
-    top_codes = torch.cat(codes, 1).gather(1, anchors.unsqueeze(2).expand(-1, -1, 4))
-    return top_logits, top_codes, anchors, classes
+    logits = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, num_classes) for level in cls_outputs], 1)
+    codes = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
+    count = min(max_detection_points, logits.shape[1] * num_classes)
+    anchors = logits.amax(2).topk(min(count, logits.shape[1]), dim=1).indices
+    pairs = logits.gather(1, anchors.unsqueeze(2).expand(-1, -1, num_classes)).reshape(batch, -1)
+    top_logits, order = pairs.topk(count, dim=1)
+    rows = torch.div(order, num_classes, rounding_mode="floor")
+    anchors = anchors.gather(1, rows)
+    return (top_logits, codes.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors,
+            order - rows * num_classes)
 
 
 def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100,
@@ -69,6 +70,8 @@ def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: in
         index of the kept boxes int64 [B, min(max_det, k)], by falling score, and their scores; where fewer boxes were
         left the score is -1 and the index means nothing. Ties go to the first box.
     """
+    if is_host(boxes_xyxy.device):
+        return nms_cpu.batched_nms(boxes_xyxy, scores, classes, max_det, iou_threshold)
     x_min, y_min, x_max, y_max = boxes_xyxy.unbind(-1)
     areas = (x_max - x_min) * (y_max - y_min)
     positions = torch.arange(scores.shape[1], device=scores.device)

@@ -1,7 +1,9 @@
 """Detect objects in pictures: a network, the preprocessing it was trained with, and names for its classes."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,30 @@ from torch import nn
 from .bench import DetBenchPredict
 from .data import ResizePad, resolve_fill_color, resolve_input_config
 from .data.categories import CategoryMap
-from .device import to_device
+from .data.pictures import read_picture
+from .device import to_device, use_channels_last
+
+Picture = str | PathLike[str] | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The objects found in one picture, by falling score; all four fields have the same length, 0 when none was found.
+
+    Args:
+        boxes_xyxy: float32 [n, 4], x_min, y_min, x_max, y_max in the picture's pixels.
+        scores: float32 [n], in 0..1.
+        names: class names.
+        category_ids: int64 [n], the data set's numbers of the classes.
+    """
+
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    names: list[str]
+    category_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 class Predictor:
@@ -32,7 +57,8 @@ class Predictor:
         self.device = device
         self.batch_size = batch_size
         self.category_map = category_map
-        self.bench = DetBenchPredict(model).to(device).eval()
+        self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
+        self.bench = DetBenchPredict(model).to(device, memory_format=self._layout).eval()
         inputs = resolve_input_config({"interpolation": interpolation}, model.config)
         self._resize = ResizePad(inputs["input_size"][1:], inputs["interpolation"],
                                  resolve_fill_color(inputs["fill_color"], inputs["mean"]))
@@ -47,32 +73,66 @@ class Predictor:
         """Return the category id of a class, or its number from 1 when the weights came without names."""
         return class_idx + 1 if self.category_map is None else int(self.category_map.idx_to_id[class_idx])
 
-    @torch.no_grad()
-    def predict(self, pictures: Sequence[Image.Image], score_threshold: float = 0.0) -> list[np.ndarray]:
+    def predict(self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.0) -> list[Detections]:
         """Detect objects.
 
         Args:
-            pictures: RGB pictures of any size.
+            pictures: one picture or a sequence of them, of any size: a path, a Pillow picture, or uint8 pixels
+                [height, width, 3] in RGB or [height, width] in gray. Paths are read batch by batch.
             score_threshold: detections below are left out.
+
+        Returns:
+            A list with one result for each picture, in order.
+
+        Raises:
+            PictureError: a file that cannot be read; TypeError, ValueError: something that is no picture.
+        """
+        return [Detections(rows[:, :4], rows[:, 4], [self.name_of(int(idx)) for idx in rows[:, 5]],
+                           np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64))
+                for rows in self.predict_rows(pictures, score_threshold)]
+
+    @torch.no_grad()
+    def predict_rows(self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.0) -> list[np.ndarray]:
+        """Detect objects, in the network's own terms; arguments and errors are those of `predict`.
 
         Returns:
             For each picture float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
             class_idx from 0; [0, 6] when nothing was found.
         """
         results = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = pictures[start:start + self.batch_size]
+        for batch in self._batches(pictures):
             arrays, info = [], {"img_scale": [], "img_size": []}
             for picture in batch:
                 target: dict[str, Any] = {}
-                resized, target = self._resize(picture.convert("RGB"), target)
+                resized, target = self._resize(picture, target)
                 arrays.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
                 info["img_scale"].append(float(target["img_scale"]))
                 info["img_size"].append([float(side) for side in picture.size])
             images = to_device(torch.stack(arrays), self.device).float().sub(self._mean).div_(self._std)
+            images = images.contiguous(memory_format=self._layout)
             img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
             for rows in self.bench(images, img_info).cpu().numpy():
                 rows = rows[(rows[:, 4] > 0) & (rows[:, 4] >= score_threshold)]
                 rows[:, 5] -= 1
                 results.append(rows)
         return results
+
+    def _batches(self, pictures: Picture | Sequence[Picture]) -> Iterator[list[Image.Image]]:
+        single = isinstance(pictures, (str, PathLike, Image.Image)) or getattr(pictures, "ndim", None) in (2, 3)
+        listed = [pictures] if single else pictures
+        for start in range(0, len(listed), self.batch_size):
+            yield [_to_rgb_picture(picture) for picture in listed[start:start + self.batch_size]]
+
+
+def _to_rgb_picture(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    if isinstance(picture, (str, PathLike)):
+        return read_picture(picture)
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(f"a picture is a {type(picture).__name__}: give a path, a Pillow picture or a numpy array")
+    if picture.dtype != np.uint8 or picture.size == 0 or not (
+            picture.ndim == 2 or picture.ndim == 3 and picture.shape[2] == 3):
+        raise ValueError(f"a picture is an array {picture.dtype} {list(picture.shape)}: give uint8 [height, width, 3] "
+                         "in RGB order, or [height, width] in gray")
+    return Image.fromarray(picture).convert("RGB")

@@ -20,7 +20,8 @@ def needs_launch(device_list: Sequence[int]) -> bool:
     return len(device_list) > 1 and not distributed.is_launched()
 
 
-def launch(script: str, argv: Sequence[str] | None, device_list: Sequence[int], addr: str, port: int | None) -> int:
+def launch(script: str, argv: Sequence[str] | None, device_list: Sequence[int], addr: str, port: int | None,
+           max_restarts: int = 0) -> int:
     """Run a script once for each device and wait.
 
     Args:
@@ -28,13 +29,15 @@ def launch(script: str, argv: Sequence[str] | None, device_list: Sequence[int], 
         argv: its arguments; None for those of this process.
         device_list: device numbers, one process each.
         addr: address of this host for the processes to meet at.
-        port: TCP port there; None for a free one.
+        port: TCP port there; None, or one that is in use, for a free one.
+        max_restarts: how often all processes are started again after one of them failed.
 
     Returns:
         The exit code: 0 when all processes succeeded.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return distributed.launch([os.path.abspath(script), *arguments], len(device_list), addr, port)
+    return distributed.launch([os.path.abspath(script), *arguments], len(device_list), addr, port,
+                              max_restarts)
 
 
 def start(device_name: str, device_list: Sequence[int]) -> torch.device:

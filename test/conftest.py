@@ -21,3 +21,45 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data sets at {folder}, which are not on this machine")
     return folder
+
+
+SMALL_MODEL = {
+    "name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": (128, 128), "fpn_channels": 16,
+    "fpn_cell_repeats": 1, "box_class_repeats": 1, "pad_type": "same", "backbone_args": {"pad_type": "same"}}
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    """Write a checkpoint as train.py does, of a small model whose scores spread over 0..1; EMA weights differ."""
+    from effdet.checkpoint import CHECKPOINT_VERSION, save_checkpoint
+    from effdet.config.model_config import model_config_from_plain, model_config_to_plain
+    from effdet.data.categories import CategoryMap
+    from effdet.efficientdet import EfficientDet
+
+    torch.manual_seed(0)
+    network = EfficientDet(model_config_from_plain({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False)
+    for module in network.modules():  # an initial network's norm layers let next to nothing through
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.5
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 128, 128))
+        network.class_net.predict.conv_pw.weight.normal_(std=3.0)
+        network.box_net.predict.conv_pw.weight.normal_(std=0.5)
+    ema = {key: value.clone() for key, value in network.state_dict().items()}
+    trained = {key: value * 1.01 if value.is_floating_point() else value for key, value in ema.items()}
+    path = tmp_path_factory.mktemp("small") / "model_best.pth.tar"
+    save_checkpoint(path, {
+        "version": CHECKPOINT_VERSION, "arch": network.config.name, "state_dict": trained, "state_dict_ema": ema,
+        "optimizer": {"state": {}}, "epoch": 4, "step": 40, "metric": 0.25, "config": {"run": {"seed": 42}},
+        "model_config": model_config_to_plain(network.config), "image_size": [128, 128],
+        "category_map": CategoryMap((3, 7, 12), ("ball", "box", "star"), 3).to_dict()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def synthetic_pictures(tmp_path_factory) -> list[Path]:
+    """Return the files of eight pictures of the embedded data set."""
+    from effdet.data.synthetic import make_synthetic_dataset
+
+    root = make_synthetic_dataset(tmp_path_factory.mktemp("synthetic"), num_train=1, num_val=8)
+    return sorted((root / "val2017").iterdir())

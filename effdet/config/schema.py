@@ -261,6 +261,12 @@ class DistConfig(EvalDistConfig):
     dist_bn: str = setting(
         "reduce", "before each evaluation, average the batch-norm statistics of the devices ('reduce'), send those of "
         "the first to all ('broadcast'), or neither ('')", choices=("", "reduce", "broadcast"))
+    max_restarts: int = setting(
+        0, "with --device-list: when a process fails, start all of them again, up to N times; they resume by "
+        "themselves", low=0)
+    hang_timeout: float = setting(
+        1800.0, "seconds without progress on any device after which the processes are ended with an error that names "
+        "the one they wait for; 0: never", low=0)
 
 
 @dataclass
@@ -280,23 +286,45 @@ class RunSectionConfig(_BaseRunConfig):
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
-    resume: str = setting("", "continue the run of this checkpoint", metavar="PATH")
+    resume: str = setting(
+        "", "continue the run of this checkpoint; 'auto': the checkpoint of --experiment, or else of the newest run "
+        "under --output, that has come furthest and is whole; where there is none, train anew", metavar="PATH|auto")
     eval_only: bool = setting(False, "evaluate the given weights and stop, without training")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
+    recovery_interval: int = setting(
+        0, "also write recovery.pth.tar every N updates within an epoch; 0: only when a signal (SIGTERM, SIGINT, "
+        "SIGUSR1) ends the run, which then exits with 128 + the signal's number", low=0)
+    max_skipped: int = setting(
+        50, "stop when N updates in a row were skipped for inf or NaN in their gradients, and save the last batch for "
+        "a post-mortem; looked at with each log line; 0: go on", low=0)
+    deterministic: bool = setting(
+        False, "choose algorithms that give the same bits each time, slower; operators without one are warned of")
+    save_errors: str = setting("stop", "when a checkpoint cannot be written, as on a full disk: 'stop' the run, or "
+                               "'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
 
 
 @dataclass
-class EvalRunSectionConfig(_BaseRunConfig):
+class _PredictRunConfig(_BaseRunConfig):
+    """Say how a trained network is used."""
+
+    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
+                                   none="when the checkpoint has them")
+    tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")
+    tta_scales: list[float] = setting(
+        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0,
+        metavar="X,X")
+
+
+@dataclass
+class EvalRunSectionConfig(_PredictRunConfig):
     """Say what is evaluated, where, and what is written."""
 
     checkpoint: str = setting("", "weights to evaluate", metavar="PATH")
-    use_ema: bool | None = setting(None, "evaluate the averaged weights", off=("--no-ema",),
-                                   none="when the checkpoint has them")
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
@@ -304,15 +332,13 @@ class EvalRunSectionConfig(_BaseRunConfig):
 
 
 @dataclass
-class DemoRunSectionConfig(_BaseRunConfig):
+class DemoRunSectionConfig(_PredictRunConfig):
     """Say what is shown, where, and what is written."""
 
     batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
     images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
                                 flags=())
     checkpoint: str = setting("", "weights to use; empty: the newest under output/", metavar="PATH")
-    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
-                                   none="when the checkpoint has them")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
     output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
 

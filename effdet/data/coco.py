@@ -5,12 +5,9 @@ labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business,
 """
 
 import contextlib
-import gc
 import io
-import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 
 from .categories import CategoryMap, resolve_category_map
 from .coco_check import CocoArrays, check_coco, check_files, four_numbers
+from .coco_json import collector_paused, read_json
 from .dataset_report import DatasetError, DatasetReport
 from .image_table import ImageTable
 
@@ -74,58 +72,6 @@ def coco_paths(root: str | Path, split: str, year: str = "2017") -> tuple[Path, 
             f"{root} holds: {there}. For another layout name the image directory and the json themselves."
         )
     return img_dir, ann_path
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from looking through millions of new objects, none of which can be garbage yet.
-
-    That takes as long again as the work itself on a file of COCO's size.
-    """
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
-
-
-def _without_polygons(raw: bytes) -> bytes:
-    """Put a 0 for each list of polygons in the bytes of a json.
-
-    Polygons are most of an annotation file, no box needs them, and stepping over them is many times faster than parsing
-    their numbers. They hold neither quotes nor braces, so they end at the last bracket before the next of these.
-    """
-    key = b'"segmentation":'
-    parts, done, at = [], 0, raw.find(key)
-    while at >= 0:
-        start = at + len(key)
-        brace = raw.find(b"}", start)
-        quote = raw.find(b'"', start, brace)
-        close = raw.rfind(b"]", start, brace if quote < 0 else quote)
-        escaped = raw[at - 1 : at] == b"\\"  # then it is the end of some text
-        if close >= 0 and not escaped and raw[start : start + 8].lstrip()[:1] == b"[":
-            parts += raw[done:start], b"0"
-            done = start = close + 1
-        at = raw.find(key, start)
-    return b"".join([*parts, raw[done:]]) if parts else raw
-
-
-def _read_json(path: str | Path) -> Any:
-    """Parse a json without the segmentation of its annotations, which box detection does not use."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist")
-    try:
-        data = json.loads(_without_polygons(path.read_bytes()))
-    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
-        raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
-    annotations = data.get("annotations") if isinstance(data, dict) else None
-    for row in annotations if isinstance(annotations, list) else ():
-        if isinstance(row, dict):
-            row.pop("segmentation", None)
-    return data
 
 
 @dataclass
@@ -185,9 +131,9 @@ class CocoParser:
         img_dir = None if cfg.img_dir is None else Path(cfg.img_dir)
         if img_dir is not None and not img_dir.is_dir():
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
-        with _collector_paused():
+        with collector_paused():
             arrays, self.report = check_coco(
-                _read_json(self.ann_path), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
+                self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
             )
             self.report.raise_if_errors()
             self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
@@ -198,6 +144,10 @@ class CocoParser:
             self.category_map = cfg.category_map
         elif self.categories:
             self.category_map = CategoryMap.from_categories(self.categories)
+
+    def _read(self) -> Any:
+        """Give the parsed json; parsers of other formats give what they convert to."""
+        return read_json(self.ann_path)
 
     def _load(self, arrays: CocoArrays, min_img_size: int, skip_empty: bool) -> None:
         self.categories = arrays.categories
@@ -294,11 +244,11 @@ class CocoParser:
         Returns:
             {'images', 'annotations', 'categories', ...}; 'annotations' is empty for a file without labels.
         """
-        with _collector_paused():
+        with collector_paused():
             return self._coco_dict()
 
     def _coco_dict(self) -> dict[str, Any]:
-        data = _read_json(self.ann_path)
+        data = self._read()
         rows = [
             a
             for a in data.get("annotations", [])

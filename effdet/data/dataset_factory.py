@@ -8,7 +8,9 @@ from typing import Any
 from .categories import CategoryMap, resolve_category_map
 from .coco import UNLABELED_SPLITS, CocoParser, CocoParserCfg, coco_paths
 from .dataset import DetectionDatset
+from .open_images import OPEN_IMAGES_SPLITS, OpenImagesParserCfg
 from .parsers import create_parser
+from .voc import VOC_SPLITS, VocParserCfg
 
 _logger = logging.getLogger(__name__)
 
@@ -76,10 +78,12 @@ def create_dataset(
     """Open splits of a data set by effdet's names. Category ids are numbered as `create_parser` says.
 
     Args:
-        name: 'coco', 'coco2017' or 'coco2014'.
-        root: directory in COCO's layout.
-        splits: one or several of train, val, test, testdev.
-        crowd: 'drop' or 'ignore', see `CocoParserCfg`.
+        name: 'coco', 'coco2017', 'coco2014', 'voc2007', 'voc2012', 'voc0712' (2007 and 2012 together, tested on 2007's
+            test set), 'openimages' or 'openimages-challenge2019'.
+        root: directory in COCO's layout; for VOC the one that holds VOC2007/ and VOC2012/; for Open Images the one that
+            holds annotations/, train/ and validation/.
+        splits: one or several of train, val, test, testdev, as far as the data set has them.
+        crowd: 'drop' or 'ignore', see `CocoParserCfg`; for COCO.
 
     Returns:
         The data set, or a list of them when there are several splits.
@@ -88,14 +92,39 @@ def create_dataset(
         ValueError: unknown name or split; DatasetError, a kind of it, for errors in the data.
         FileNotFoundError: something is absent; the text says what is expected.
     """
-    if not name.lower().startswith("coco"):
-        raise ValueError(f"data set {name!r} is unknown, available: coco (2017), coco2017, coco2014")
-    year = "2014" if "coco2014" in name.lower() else "2017"
     datasets = []
     for split in [splits] if isinstance(splits, str) else splits:
-        img_dir, ann_path = coco_paths(root, split, year)
-        parser = create_parser("coco", cfg=_cfg(img_dir, ann_path, split, crowd))
+        img_dir, parser = _open_split(name.lower(), Path(root), split, crowd)
         for line in parser.report.lines():
             _logger.info(line)
         datasets.append(DetectionDatset(img_dir, parser))
     return datasets if len(datasets) > 1 else datasets[0]
+
+
+def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, CocoParser]:
+    smallest = 32 if split == "train" else 0
+    if name.startswith("coco"):
+        img_dir, ann_path = coco_paths(root, split, "2014" if "coco2014" in name else "2017")
+        return img_dir, create_parser("coco", cfg=_cfg(img_dir, ann_path, split, crowd))
+    if name.startswith("voc"):
+        year = next((key for key in ("voc0712", "voc2007") if key in name), "voc2012")
+        lists, annotations, pictures = zip(*_named_split(VOC_SPLITS[year], year, split), strict=True)
+        cfg = VocParserCfg([str(root / path) for path in lists], [str(root / path) for path in annotations],
+                           list(pictures), min_img_size=smallest)
+        return root, create_parser("voc", cfg=cfg)
+    if name.startswith("openimages"):
+        key = "openimages-challenge2019" if "challenge2019" in name else "openimages"
+        classes, all_splits = OPEN_IMAGES_SPLITS[key]
+        part = _named_split(all_splits, key, split)
+        cfg = OpenImagesParserCfg(
+            str(root / classes), str(root / part["info"]), str(root / part["boxes"]) if part["boxes"] else "",
+            prefix_levels=part["prefix_levels"], has_labels=bool(part["boxes"]), min_img_size=smallest)
+        return root / part["img_dir"], create_parser("openimages", cfg=cfg)
+    raise ValueError(f"data set {name!r} is unknown, available: coco (2017), coco2017, coco2014, "
+                     f"{', '.join([*VOC_SPLITS, *OPEN_IMAGES_SPLITS])}")
+
+
+def _named_split(splits: dict[str, Any], name: str, split: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}, choose one of {', '.join(splits)}")
+    return splits[split]

@@ -5,8 +5,11 @@ from typing import Any
 
 from .categories import CategoryMap
 from .coco import CocoParser, CocoParserCfg
+from .open_images import OpenImagesParser, OpenImagesParserCfg
+from .voc import VocParser, VocParserCfg
 
-__all__ = ["CocoParser", "CocoParserCfg", "create_parser"]
+__all__ = ["CocoParser", "CocoParserCfg", "OpenImagesParser", "OpenImagesParserCfg", "VocParser", "VocParserCfg",
+           "create_parser"]
 
 _logger = logging.getLogger(__name__)
 
@@ -22,14 +25,18 @@ def create_parser(name: str, **kwargs: Any) -> CocoParser:
     our own trainer, counts 0..C-1.
 
     Args:
-        name: 'coco'.
-        **kwargs: `cfg`, a `CocoParserCfg`.
+        name: 'coco', 'voc' or 'openimages'.
+        **kwargs: `cfg`, a `CocoParserCfg`, `VocParserCfg` or `OpenImagesParserCfg`.
 
     Raises:
         ValueError: unknown name.
     """
+    if name == "voc":
+        return VocParser(**kwargs)
+    if name == "openimages":
+        return OpenImagesParser(**kwargs)
     if name != "coco":
-        raise ValueError(f"parser {name!r} is unknown, available: 'coco'")
+        raise ValueError(f"parser {name!r} is unknown, available: 'coco', 'voc', 'openimages'")
     parser = CocoParser(**kwargs)
     if parser.cat_ids == _COCO_IDS and kwargs["cfg"].category_map is None:
         _logger.info("COCO's 80 category ids: 90 classes by category id, as in published COCO weights")

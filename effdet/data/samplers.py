@@ -44,6 +44,7 @@ class TrainSampler(Sampler[int]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
+        self.start = 0  # how many of its images the next pass leaves out: a run continued within an epoch has seen them
         total = len(dataset)
         self.num_samples = total // world_size if drop_last else -(-total // world_size)
 
@@ -64,7 +65,8 @@ class TrainSampler(Sampler[int]):
         total = self.num_samples * self.world_size
         if total > len(order):
             order = order.repeat(-(-total // len(order)))
-        return iter(order[self.rank : total : self.world_size].tolist())
+        start, self.start = self.start, 0
+        return iter(order[self.rank : total : self.world_size].tolist()[start:])
 
     def __len__(self) -> int:
         return self.num_samples

@@ -136,7 +136,7 @@ def single() -> CocoEvaluator:
     return evaluator
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_evaluator_gives_every_rank_the_number_of_one_process(tmp_path, single, processes, request):
     shards = SHARDS[processes]
     assert len({len(s) for s in shards}) > 1 and sum(map(len, shards)) == 9  # uneven, two repeats

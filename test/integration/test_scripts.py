@@ -11,15 +11,18 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -34,11 +37,12 @@ import validate
 from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic import CATEGORY_IDS, make_synthetic_dataset
+from effdet.evaluator import CocoEvaluator
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
 STEPS_PER_EPOCH = NUM_TRAIN // BATCH
-KEYS = {"version", "arch", "state_dict", "state_dict_ema", "ema", "optimizer", "schedule", "scaler", "rng", "epoch",
+KEYS = {"version", "arch", "state_dict", "state_dict_ema", "ema", "optimizer", "schedule", "scaler", "ranks", "epoch",
         "step", "metric", "best", "config", "model_config", "category_map", "image_size"}  # effdet/checkpoint.py
 
 
@@ -115,17 +119,36 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(output / "straight", argv, done.stdout)
 
 
+def interrupt(place: str, count: int) -> contextlib.AbstractContextManager:
+    """Send this process a real signal at a place in the run, at its `count`-th call from now."""
+    owner, name = {"update": (train.Session, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
+                   "scoring": (CocoEvaluator, "_score"), "epoch": (train.Session, "finish_epoch")}[place]
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def patched(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*args, **kwargs)
+    return mock.patch.object(owner, name, patched)
+
+
+STOPS = {"update": 2, "epoch": 1}  # both in epoch 0; the other places are in the slow test
+
+
 @pytest.fixture(scope="module")
 def resumed(data: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run of `run`, stopped after its second epoch and continued."""
+    """The run of `run`, stopped within an epoch and after one, and continued."""
     output = tmp_path_factory.mktemp("resumed")
-    argv = train_argv(data, output, "resumed")
-    code, first = call(train, *argv, "--max-steps", 2 * STEPS_PER_EPOCH)
-    assert code == 0, first
+    argv = [*train_argv(data, output, "resumed"), "--resume", "auto"]
+    for place, count in STOPS.items():
+        with interrupt(place, count):
+            code, printed = call(train, *argv)
+        assert code == 128 + signal.SIGUSR1, printed
+        assert "stopped by SIGUSR1; status 138. Continue with --resume " in printed.splitlines()[-1]
     argv = train_argv(data, output, "") + ["--resume", str(output / "resumed" / "last.pth.tar")]
-    code, second = call(train, *argv)
-    assert code == 0, second
-    return Run(output / "resumed", argv, second)
+    code, printed = call(train, *argv)
+    assert code == 0, printed
+    return Run(output / "resumed", argv, printed)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +259,11 @@ def test_the_best_checkpoint_is_the_epoch_with_the_best_metric(run):
 
 def test_resume_continues_the_same_run(run, resumed):
     assert [int(row["epoch"]) for row in resumed.summary()] == [0, 1, 2]
-    assert "continuing with epoch 2" in resumed.output and "Train: 2 [" in resumed.output
-    assert "Train: 1 [" not in resumed.output
+    log = (resumed.folder / "log.txt").read_text()
+    assert [line.rpartition("continuing with ")[2] for line in log.splitlines() if line.startswith("resumed ")] == [
+        "epoch 0, batch 2", "epoch 1"]
+    assert "no checkpoint in" in log.splitlines()[0] and log.count("Train: 0 [") == 2, "no step is done twice"
+    assert "Train: 0 [" not in resumed.output and not (resumed.folder / "recovery.pth.tar").exists()
     straight, continued = run.checkpoint(), resumed.checkpoint()
     assert continued["best"] == straight["best"] and len(continued["best"]["ranking"]) == EPOCHS
     for key in ("epoch", "step", "schedule"):
@@ -245,16 +271,93 @@ def test_resume_continues_the_same_run(run, resumed):
     assert continued["ema"] == pytest.approx(straight["ema"])
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "state_dict_ema"])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(run, resumed, kind):
-    straight, continued = run.checkpoint()[kind], resumed.checkpoint()[kind]
-    before = torch.load(run.folder / "checkpoint-1.pth.tar", weights_only=True)[kind]
-    assert straight.keys() == continued.keys()
-    moved = 0.0
-    for name, value in straight.items():
-        torch.testing.assert_close(continued[name], value, rtol=1e-6, atol=1e-6, msg=name)
-        moved = max(moved, float((value.float() - before[name].float()).abs().max()))
-    assert moved > 1e-3, "the last epoch changed nothing, so nothing was compared"
+def assert_same_bits(one: object, other: object, where: str = "") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same_bits(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same_bits(*pair, f"{where}/{number}")
+    else:
+        assert one == other, where
+
+
+def trace(folder: Path) -> list[tuple[str, ...]]:
+    """Return every number that a run logs and that is not a time."""
+    rows = []
+    for name in ("losses.csv", "summary.csv"):
+        with open(folder / name, newline="") as file:
+            rows += [tuple(value for key, value in row.items() if key != "img_per_s") for row in csv.DictReader(file)]
+    return rows
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = (torch.load(folder / "last.pth.tar", weights_only=True) for folder in (one, other))
+    for payload in (first, second):
+        del payload["config"]["run"]  # names of folders
+    assert_same_bits(first, second)
+    assert trace(one) == trace(other) != []
+
+
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed):
+    assert_same_run(run.folder, resumed.folder)
+    before, after = run.checkpoint("checkpoint-0.pth.tar"), run.checkpoint()
+    assert any(not torch.equal(before["state_dict"][name], value) for name, value in after["state_dict"].items())
+    with pytest.raises(AssertionError, match="/state_dict/"):
+        assert_same_bits(before["state_dict"], after["state_dict"], "/state_dict")
+
+
+def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
+    original, seen = train.train_one_epoch, []
+
+    def poisoned(training, loader, *more):
+        batches = list(loader)  # of the real loader
+        for images, target in batches[1:]:
+            images[0, 1, 30:40, 30:40] = float("nan")
+            seen.append(target["img_idx"].tolist())
+        return original(training, Batches(batches, loader.sampler), *more)
+
+    class Batches(list):
+        def __init__(self, batches, sampler) -> None:
+            super().__init__(batches)
+            self.sampler = sampler
+
+    with mock.patch.object(train, "train_one_epoch", poisoned):
+        code, output = call(train, *train_argv(data, tmp_path, "bad", "--max-skipped", "2", "--log-interval", "1"))
+    assert code == 1 and "Traceback" not in output, output
+    assert "2 updates in a row were skipped" in output.splitlines()[-1] and "nonfinite-rank0.pt" in output
+    found = torch.load(tmp_path / "bad" / "nonfinite-rank0.pt", weights_only=True)
+    ids = [image["id"] for image in json.loads((data / "annotations/instances_train2017.json").read_text())["images"]]
+    assert found["step"] == 3 and found["image_ids"] == [str(ids[index]) for index in seen[1]]
+    assert not math.isfinite(found["losses"]["loss"]) and torch.isnan(found["images"]).any()
+    assert not math.isfinite(found["gradient_norms"]["class_net.predict.conv_pw"])
+    assert {"backbone.blocks.0", "fpn.cell.0", "box_net.predict.conv_pw"} <= found["gradient_norms"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    (), ("--amp", "--amp-dtype", "bfloat16"), ("--grad-accum", "2", "-b", "2"), ("-j", "2", "--reprob", "0.5"),
+    ("--amp", "--amp-dtype", "bfloat16", "--opt-level", "O2", "--grad-accum", "2", "-b", "2"),
+    ("--opt", "fusedmomentum", "--freeze-bn-epochs", "2"), ("--sched", "plateau", "--lr-noise", "0.1", "0.9"),
+], ids=" ".join)
+def test_exact_resume_in_other_ways_of_training(options, data, tmp_path):
+    code, printed = call(train, *train_argv(data, tmp_path, "straight", *options))
+    assert code == 0, printed
+    for place, count in (("update", 1), ("update", 2), ("update", 3), ("evaluation", 2), ("scoring", 2), ("epoch", 1)):
+        name = f"{place}{count}"
+        argv = train_argv(data, tmp_path, name, *options, "--resume", "auto")
+        with interrupt(place, count):
+            code, printed = call(train, *argv)
+        assert code == 138, printed
+        code, printed = call(train, *argv)
+        assert code == 0, printed
+        assert_same_run(tmp_path / "straight", tmp_path / name)
+        shutil.rmtree(tmp_path / name)
 
 
 def test_eval_only_prints_the_metric_of_the_checkpoint_and_changes_nothing(run, data, tmp_path):
@@ -574,6 +677,9 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
         ["my.yaml", "optim.momentun", "did you mean optim.momentum"]),
     "YAML is missing": (train, lambda p: p.train("-c", NO_SUCH), [NO_SUCH, "No such file"]),
     "pretrained file is missing": (train, lambda p: p.train("--pretrained", NO_SUCH), [NO_SUCH, "No checkpoint"]),
+    "more workers than pictures": (train, lambda p: p.train("-j", 13), ["13 loader processes", "12", "at most 12"]),
+    "resume at another size": (train, lambda p: p.train("--image-size", 96, "--resume", p.last),
+                               ["64x64", "96x96", "--image-size 64 64", "--initial-checkpoint"]),
     "output below a file": (train, lambda p: p.train("--output", p.write("file", "") / "deeper"), ["file/deeper"]),
     "resume without a file": (train, lambda p: p.train("--resume", p.run.folder / "lost.pth.tar"),
                               ["lost.pth.tar", "last.pth.tar"]),

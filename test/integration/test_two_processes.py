@@ -73,7 +73,7 @@ def step_losses(folder: Path) -> list[tuple[float, ...]]:
     return [tuple(map(float, losses)) for losses in found]
 
 
-@pytest.mark.parametrize("launcher", ["--device-list", "torchrun"])
+@pytest.mark.parametrize("launcher", ["--device-list", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
     if launcher == "torchrun":
         printed = train(data, tmp_path / "pair", ("-m", "torch.distributed.run", "--nproc-per-node", 2,

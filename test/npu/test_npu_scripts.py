@@ -18,7 +18,7 @@ from effdet.data.synthetic import make_synthetic_dataset
 
 # As in test_two_processes.py: gradients of an initial network are huge, so that small steps keep traces comparable; no
 # drop path, whose random numbers each process draws for itself.
-COMMON = ["--image-size", "128", "-b", "8", "-j", "0", "--sched", "constant", "--warmup-epochs", "0",
+COMMON = ["--image-size", "64", "-b", "8", "-j", "0", "--sched", "constant", "--warmup-epochs", "0",
           "--cooldown-epochs", "0", "--lr", "3e-5", "--model-ema-decay", "0.5", "--log-interval", "1",
           "model.drop_path=0.0"]
 

@@ -122,6 +122,14 @@ def test_refused_sizes(size, words):
 
 # ---- the labeler
 
+@pytest.fixture(autouse=True, scope="module", params=["CPU's way", "accelerator's way"])
+def way(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "accelerator's way":
+            patch.setattr(anchors_module, "is_host", lambda device: False)
+        yield
+
+
 def label_slowly(anchors: Anchors, boxes: Tensor, classes: Tensor, threshold: float = 0.5, filter_valid: bool = True,
                  ignore_regions: bool = False) -> tuple[list, list, list]:
     """Label each image, ground truth by ground truth and anchor by anchor, in float32 like the fast one.
@@ -346,3 +354,22 @@ def test_codes_decode_to_the_matched_boxes():
     rows = (targets[0] >= 0).nonzero().squeeze(1)
     decoded = decode_box_outputs(codes[0, rows], GRID.boxes[rows])
     torch.testing.assert_close(decoded, boxes[0, targets[0, rows]], rtol=1e-4, atol=1e-3)
+
+
+def test_the_cpus_way_is_the_accelerators_way_on_a_full_grid(monkeypatch):
+    """All anchors of a network, boxes of every size and shape, also such that no anchor fits."""
+    anchors = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (128, 192))
+    rng = np.random.default_rng(5)
+    for threshold in (0.5, 0.35):
+        sides = np.exp(rng.uniform(0, 5.3, (4, 60, 2)))
+        low = rng.uniform(-10, 1, (4, 60, 2)) + rng.uniform(0, 1, (4, 60, 2)) * [128, 192]
+        boxes = torch.tensor(np.concatenate((low, low + sides), 2), dtype=torch.float32)
+        classes = torch.tensor(rng.integers(-1, 6, (4, 60)))
+        labeler = AnchorLabeler(anchors, 5, threshold)
+        results = []
+        for host in (True, False):
+            monkeypatch.setattr(anchors_module, "is_host", lambda device, host=host: host)
+            results.append(labeler.assign(boxes, classes))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+        assert (results[0][0] >= 0).sum() > 300

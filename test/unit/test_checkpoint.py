@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import pickle
 import random
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -153,6 +157,42 @@ def test_killed_while_writing_leaves_the_old_file_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def save_epochs_for_ever(folder: Path, first: int) -> None:
+    manager = ck.CheckpointManager(folder, keep_best=2)
+    if first:
+        manager.load_state_dict(ck.load_checkpoint_file(ck.find_resumable(folder))["best"])
+    for epoch in range(first, 10**6):
+        manager.save_recovery({**payload_of(epoch), "optimizer": {}, "epoch": epoch - 1, "step": 2 * epoch + 1})
+        manager.save({**payload_of(epoch), "optimizer": {}, "step": 2 * epoch + 2}, epoch, float(epoch % 3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_a_run_can_go_on(tmp_path, kills):
+    """Each child goes on where the files say; a SIGKILL at a random moment may only ever cost what was not saved."""
+    chance, reached, steps = random.Random(kills), 0, -1
+    for _ in range(kills):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                save_epochs_for_ever(tmp_path, reached)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.0, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        path = ck.find_resumable(tmp_path)
+        if path is None:
+            assert reached == 0 and not list(tmp_path.glob("*.pth.tar"))
+            continue
+        payload = ck.load_checkpoint_file(path)
+        assert payload["step"] >= steps, "it never falls behind what was there"
+        assert weight_in(path) == payload["step"] // 2 - (payload["step"] % 2 == 0)
+        steps, reached = payload["step"], payload["epoch"] + 1
+    assert reached > 1, "it got forward between the kills"
+    assert len(list(tmp_path.glob(".*.tmp"))) <= 1, "what was half written does not pile up"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of written files")
 def test_full_disk_leaves_the_old_file_whole_and_says_so(tmp_path):
     path = tmp_path / "last.pth.tar"
@@ -245,6 +285,43 @@ def test_truncated_at_any_offset_is_one_clear_error(tmp_path, archive):
         with pytest.raises(ck.CheckpointError, match="damaged") as caught:
             ck.load_checkpoint_file(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path):
+    """torch.load alone does not notice: it hands over the changed weights."""
+    path = tmp_path / "a.pth.tar"
+    payload = {"state_dict": small_model().state_dict(), "step": 3}
+    ck.save_checkpoint(path, payload)
+    content, chance, found, silent_torch = path.read_bytes(), random.Random(0), 0, 0
+    for _ in range(150):
+        position = chance.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            loaded = ck.load_checkpoint_file(path)
+        except ck.CheckpointError as error:
+            found += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+            with contextlib.suppress(Exception):
+                silent_torch += bool(torch.load(path, weights_only=True))
+        else:
+            assert loaded["step"] == 3 and same_weights(loaded["state_dict"], payload["state_dict"])
+    assert found > 10 and silent_torch > 0
+
+
+def test_damage_is_told_from_an_archive_of_something_else(tmp_path):
+    path = tmp_path / "a.pth.tar"
+    ck.save_checkpoint(path, {"state_dict": {"weight": torch.full((1000,), 3.0)}})
+    content = path.read_bytes()
+    place = content.index(struct.pack("<f", 3.0) * 4)
+    path.write_bytes(content[:place] + b"\x01" + content[place + 1:])
+    with pytest.raises(ck.CheckpointError, match=r"is damaged: a checksum does not fit \(\S+/data/0\); copy it again"):
+        ck.load_checkpoint_file(path)
+    with zipfile.ZipFile(tmp_path / "photos.pth", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    with pytest.raises(ck.CheckpointError, match="is an undamaged archive, but not a checkpoint"):
+        ck.load_checkpoint_file(tmp_path / "photos.pth")
 
 
 def test_truncated_archive_is_told_from_a_file_of_another_kind(tmp_path):
@@ -572,6 +649,32 @@ def test_newest_checkpoint_is_the_newest_that_can_be_read(tmp_path, caplog):
     assert "broken.pth" in caplog.text and "other.pth" in caplog.text
 
 
+def test_the_checkpoint_that_came_furthest_is_resumed_and_broken_ones_are_named(tmp_path, caplog):
+    assert ck.find_resumable(tmp_path / "absent") is None and ck.find_resumable(tmp_path) is None
+    manager = ck.CheckpointManager(tmp_path)
+    for epoch in range(3):
+        manager.save({**payload_of(float(epoch)), "optimizer": {}, "step": 10 * (epoch + 1)}, epoch, 0.1)
+    manager.save_recovery({**payload_of(9), "optimizer": {}, "epoch": 2, "step": 34})
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))  # as a copy may leave them
+    ck.save_checkpoint(tmp_path / "weights.pth", payload_of(7))
+    assert ck.find_resumable(tmp_path) == tmp_path / "recovery.pth.tar"
+    (tmp_path / "recovery.pth.tar").write_bytes(b"PK\x03\x04 half")
+    content = (tmp_path / "last.pth.tar").read_bytes()
+    place = content.index(struct.pack("<f", 2.0) * 3)
+    (tmp_path / "last.pth.tar").write_bytes(content[:place] + b"\x01" + content[place + 1:])  # checkpoint-2 as well
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert weight_in(ck.find_resumable(tmp_path)) == 1.0
+    text = caplog.text
+    assert re.search(r"recovery.pth.tar \(\d+ bytes\) is truncated or damaged", text)
+    assert "last.pth.tar" in text and "a checksum does not fit" in text and "no optimizer" in text
+    for path in tmp_path.glob("*.pth*"):
+        path.write_bytes(b"")
+    with pytest.raises(ck.CheckpointError, match=r"None of the \d+ checkpoint.*is empty.*another --experiment"):
+        ck.find_resumable(tmp_path)
+
+
 # ---- random state ----------------------------------------------------------------------------------------------------
 
 
@@ -659,6 +762,7 @@ def test_pretrained_offline_names_address_and_place(tmp_path, no_network, monkey
     with pytest.raises(ck.CheckpointError) as caught:
         load_pretrained(small_model(), url)
     assert url in str(caught.value) and str(tmp_path / "hub/checkpoints/tiny-0123abcd.pth") in str(caught.value)
+    assert "put it at" in str(caught.value) and "(--pretrained FILE)" in str(caught.value)
 
 
 def test_pretrained_file_put_into_the_cache_is_checked_and_used(tmp_path, no_network, monkeypatch):

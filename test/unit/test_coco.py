@@ -410,10 +410,10 @@ def test_polygons_are_stepped_over_and_nothing_else_changes(tmp_path, last, inde
         ann.clear()
         ann.update({**rest, "segmentation": polygons} if last else {"segmentation": polygons, **rest})
     path = write(tmp_path, json.dumps(data, indent=indent))
-    assert coco._read_json(path) == expected
-    assert coco._without_polygons(path.read_bytes()).count(b'"segmentation":0') == 6, "lists are never parsed"
-    assert coco._without_polygons(b'{"segmentation":[[1.5,2]],"a":[3]}') == b'{"segmentation":0,"a":[3]}'
-    assert coco._without_polygons(b'[{"segmentation": [[1.5]]}]') == b'[{"segmentation":0}]'
+    assert coco_json.read_json(path) == expected
+    assert coco_json.without_polygons(path.read_bytes()).count(b'"segmentation":0') == 6, "lists are never parsed"
+    assert coco_json.without_polygons(b'{"segmentation":[[1.5,2]],"a":[3]}') == b'{"segmentation":0,"a":[3]}'
+    assert coco_json.without_polygons(b'[{"segmentation": [[1.5]]}]') == b'[{"segmentation":0}]'
 
 
 def test_the_garbage_collector_rests_while_a_file_is_read(tmp_path, monkeypatch):

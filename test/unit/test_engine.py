@@ -17,10 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effdet import anchors as anchors_module
+from effdet import loss as loss_module
 from effdet.amp import Precision
 from effdet.bench import DetBenchTrain
 from effdet.ema import ModelEma
-from effdet.engine import Training, evaluate, train_one_epoch
+from effdet.engine import NonFiniteError, Training, evaluate, train_one_epoch
 from effdet.evaluator import Evaluator
 from effdet.factory import create_model
 from effdet.optim import build_optimizer
@@ -188,6 +190,45 @@ def test_a_spoilt_batch_skips_the_whole_update_it_belongs_to():
     assert (stats.skipped, run.updates) == (1, 3)
 
 
+class Normed(Regression):
+    """Regression behind a batch norm, whose running statistics see every picture first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.BatchNorm2d(3), *self.model)
+
+
+def poison(batches: Batches, *numbers: int) -> Batches:
+    for number in numbers:
+        batches[number][0][0, 0, 0, 0] = float("nan")
+    return batches
+
+
+def test_a_spoilt_batch_leaves_no_trace_in_running_statistics():
+    run = make_training(Normed(), ema=True, log_interval=2)
+    with captured_lines() as lines:
+        train_one_epoch(run, poison(make_batches(5), 1), epoch=0)
+    assert sum("those of the last log line were put back" in line for line in lines) == 1
+    for model in (run.model, run.ema.module):
+        assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+    clean = make_training(Normed(), ema=True, log_interval=2)
+    train_one_epoch(clean, make_batches(5), epoch=0)
+    assert not torch.equal(clean.model[0].running_mean, torch.zeros(3)), "they do move"
+    assert run.precision.skipped() == 1 and clean.precision.skipped() == 0
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run():
+    run = make_training(Normed(), log_interval=1)
+    run.max_skipped = 3
+    batches = poison(make_batches(9), 0, 1, 3, 4, 5, 7)
+    with pytest.raises(NonFiniteError, match="^3 updates in a row were skipped") as caught:
+        train_one_epoch(run, batches, epoch=0)
+    assert run.steps == 6 and caught.value.images is batches[5][0], "two in a row are none too many"
+    run = make_training(Normed(), log_interval=1)
+    train_one_epoch(run, batches, epoch=0)
+    assert run.precision.skipped() == 6, "without a limit it goes on"
+
+
 def test_an_empty_loader_is_an_error():
     with pytest.raises(RuntimeError, match="no batch"):
         train_one_epoch(make_training(Regression()), Batches([]), epoch=0)
@@ -308,6 +349,8 @@ def make_pictures(count: int) -> Batches:
 
 @pytest.mark.parametrize("options", [{"clip": (10.0, "norm")}, {"grad_accum": 2, "clip": (0.1, "value")}])
 def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
+    for module in (anchors_module, loss_module):  # the way of accelerators
+        monkeypatch.setattr(module, "is_host", lambda device: False)
     run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
     with captured_lines() as lines, reads_by_step(run, monkeypatch) as reads:
         train_one_epoch(run, make_pictures(5), epoch=0)

@@ -517,7 +517,7 @@ def test_create_evaluator_by_name():
     made = create_evaluator("COCO", dataset, distributed=True, pred_yxyx=True)
     assert made.distributed and made.pred_yxyx and made.max_det == 100
     assert made.evaluate() == 0.0  # distributed without a process group is one process
-    with pytest.raises(ValueError, match="no evaluator for 'voc2012': available are names that contain coco"):
-        create_evaluator("voc2012", dataset)
+    with pytest.raises(ValueError, match="no evaluator for 'kitti': available are names that contain coco, openi"):
+        create_evaluator("kitti", dataset)
     with pytest.raises(NotImplementedError, match="Evaluator must define evaluate"):
         Evaluator().evaluate()

@@ -20,16 +20,19 @@ PACKAGES = ("effdet", "timm_patches")
 # Top to bottom. A module imports only from rows below its own. A name that ends in ".*" stands for every module of that
 # folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("train", "validate", "demo"),
+    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint"),
     ("effdet.engine", "effdet.build", "effdet.gallery"),
-    ("effdet.factory", "effdet.predictor"),
+    ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints",
+     "effdet.run_state", "effdet.postmortem"),
     ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
-    ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.coco_metrics", "effdet.amp", "effdet.draw"),
-    ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log"),
+    ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.voc_metrics", "effdet.amp", "effdet.draw"),
+    ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
+     "effdet.coco_metrics"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms"),
-    ("effdet.nms", "effdet.checkpoint_io", "effdet.distributed"),
-    ("effdet.boxes", "effdet.device", "effdet.config", "effdet.config.*", "effdet.sync_batchnorm", "effdet.version"),
+     "effdet.soft_nms", "effdet.loss_cpu", "effdet.heartbeat", "effdet.statistics_guard"),
+    ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
+    ("effdet.boxes", "effdet.nms_cpu", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
+     "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
 SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house

@@ -172,15 +172,15 @@ def test_interval_lines_become_rows_of_losses(tmp_path) -> None:
 
 def test_a_resumed_run_drops_the_rows_it_will_write_anew(tmp_path) -> None:
     log = CsvLog(tmp_path / "losses.csv")
-    log.drop_from("epoch", 0)
+    log.drop_from(0)
     assert not log.path.exists(), "nothing to drop, nothing made"
     for epoch in (8, 9, 10, 11):
         log.append({"epoch": epoch, "loss": epoch / 2})
     with log.path.open("a", encoding="utf-8") as file:
         file.write("7")  # cut off by a crash
-    log.drop_from("epoch", 10)
+    log.drop_from(10)
     assert log.path.read_text(encoding="utf-8") == "epoch,loss\n8,4.0\n9,4.5\n"
-    log.drop_from("epoch", 0)
+    log.drop_from(0)
     assert log.path.read_text(encoding="utf-8") == "epoch,loss\n"
     assert [path.name for path in tmp_path.iterdir()] == ["losses.csv"]
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+import effdet
 from effdet.bench import DetBenchPredict
+from effdet.checkpoint import CheckpointError
+from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.data.categories import CategoryMap
 from effdet.factory import create_model
 from effdet.predictor import Predictor
@@ -61,7 +64,7 @@ def predict_by_hand(model: torch.nn.Module, picture: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize(("width", "height"), [(64, 96), (200, 120), (31, 77)])
 def test_detections_are_those_of_the_steps_done_by_hand(model, predictor, width, height):
     picture = make_picture(width, height)
-    (rows,) = predictor.predict([picture])
+    (rows,) = predictor.predict_rows([picture])
     expected = predict_by_hand(model, picture)
     assert rows.dtype == np.float32 and rows.shape == expected.shape == (20, 6)
     np.testing.assert_allclose(rows[:, 4], expected[:, 4], rtol=1e-3)
@@ -74,9 +77,9 @@ def test_detections_are_those_of_the_steps_done_by_hand(model, predictor, width,
 def test_the_same_pictures_give_the_same_bits(model):
     pictures = [make_picture(100, 80), make_picture(50, 90, seed=1), make_picture(64, 64, seed=2)]
     predictor = Predictor(model, CPU, batch_size=2)
-    first = predictor.predict(pictures)
-    again = Predictor(copy.deepcopy(model), CPU, batch_size=2).predict([picture.copy() for picture in pictures])
-    for rows, others, repeated in zip(first, again, predictor.predict(pictures), strict=True):
+    first = predictor.predict_rows(pictures)
+    again = Predictor(copy.deepcopy(model), CPU, batch_size=2).predict_rows([picture.copy() for picture in pictures])
+    for rows, others, repeated in zip(first, again, predictor.predict_rows(pictures), strict=True):
         assert rows.tobytes() == others.tobytes() == repeated.tobytes()
         assert len(rows) == 20
     assert first[0].tobytes() != first[1].tobytes()
@@ -84,22 +87,22 @@ def test_the_same_pictures_give_the_same_bits(model):
 
 def test_batches_keep_the_order_of_the_pictures(model, predictor):
     pictures = [make_picture(60 + 10 * seed, 80, seed) for seed in range(3)]
-    together = Predictor(model, CPU, batch_size=2).predict(pictures)
+    together = Predictor(model, CPU, batch_size=2).predict_rows(pictures)
     for rows, picture in zip(together, pictures, strict=True):
-        (alone,) = predictor.predict([picture])
+        (alone,) = predictor.predict_rows([picture])
         np.testing.assert_allclose(rows[:, 4], alone[:, 4], rtol=1e-4)
         np.testing.assert_allclose(rows[0], alone[0], rtol=1e-3, atol=1e-2)
 
 
 def test_a_gray_picture_is_its_rgb_version(predictor):
     gray = make_picture(70, 90).convert("L")
-    (rows,), (expected,) = predictor.predict([gray]), predictor.predict([gray.convert("RGB")])
+    (rows,), (expected,) = predictor.predict_rows([gray]), predictor.predict_rows([gray.convert("RGB")])
     assert rows.tobytes() == expected.tobytes() and len(rows) == 20
 
 
 @pytest.mark.parametrize(("width", "height"), [(4000, 40), (40, 4000), (1, 1), (3000, 2)])
 def test_boxes_stay_in_a_picture_of_any_shape(predictor, width, height):
-    (rows,) = predictor.predict([make_picture(width, height)])
+    (rows,) = predictor.predict_rows([make_picture(width, height)])
     assert len(rows) > 0 and np.isfinite(rows).all()
     assert (rows[:, :4] >= 0).all()
     assert (rows[:, [0, 2]] <= width).all() and (rows[:, [1, 3]] <= height).all()
@@ -109,16 +112,16 @@ def test_boxes_stay_in_a_picture_of_any_shape(predictor, width, height):
 
 def test_detections_below_the_threshold_are_left_out(predictor):
     picture = make_picture(90, 90)
-    (rows,) = predictor.predict([picture])
+    (rows,) = predictor.predict_rows([picture])
     threshold = float(rows[7, 4])
-    (kept,) = predictor.predict([picture], threshold)
+    (kept,) = predictor.predict_rows([picture], threshold)
     assert kept.tobytes() == rows[rows[:, 4] >= threshold].tobytes() and len(kept) == 8
-    (none,) = predictor.predict([picture], 1.0)
+    (none,) = predictor.predict_rows([picture], 1.0)
     assert none.shape == (0, 6) and none.dtype == np.float32
 
 
 def test_no_pictures_give_no_results(predictor):
-    assert predictor.predict([]) == []
+    assert predictor.predict_rows([]) == []
 
 
 def test_classes_have_the_names_and_ids_of_the_category_map(model):
@@ -129,3 +132,59 @@ def test_classes_have_the_names_and_ids_of_the_category_map(model):
     bare = Predictor(model, CPU)
     assert [bare.name_of(idx) for idx in range(2)] == ["class 1", "class 2"]
     assert [bare.category_id_of(idx) for idx in range(2)] == [1, 2]
+
+
+def test_a_checkpoint_is_loaded_and_predicts_from_paths_pictures_and_arrays(small_checkpoint, synthetic_pictures):
+    detector = effdet.load(small_checkpoint, device="cpu", batch_size=2)
+    paths = synthetic_pictures[:3]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    results = detector.predict(paths, score_threshold=0.3)
+    assert len(results) == 3 and min(map(len, results)) > 0
+    for kind in (pictures, [str(path) for path in paths], [np.asarray(picture) for picture in pictures]):
+        for found, expected in zip(detector.predict(kind, 0.3), results, strict=True):
+            assert found.boxes_xyxy.tobytes() == expected.boxes_xyxy.tobytes()
+            assert found.scores.tobytes() == expected.scores.tobytes() and found.names == expected.names
+    rows = detector.predict_rows(paths, 0.3)
+    for found, row in zip(results, rows, strict=True):
+        assert found.boxes_xyxy.dtype == found.scores.dtype == np.float32
+        assert found.boxes_xyxy.shape == (len(found), 4) and (found.scores >= np.float32(0.3)).all()
+        np.testing.assert_array_equal(found.boxes_xyxy, row[:, :4])
+        np.testing.assert_array_equal(found.scores, row[:, 4])
+        assert found.names == [("ball", "box", "star")[int(idx)] for idx in row[:, 5]]
+        assert found.category_ids.tolist() == [(3, 7, 12)[int(idx)] for idx in row[:, 5]]
+    for one in (str(paths[0]), pictures[0], np.asarray(pictures[0])):  # a single picture is a list of one
+        (found,) = detector.predict(one, 0.3)
+        assert found.names == results[0].names and len(found)
+    (none,) = detector.predict(paths[0], 1.0)
+    assert len(none) == 0 and none.names == [] and none.boxes_xyxy.shape == (0, 4)
+    assert none.category_ids.shape == (0,) and none.category_ids.dtype == np.int64
+
+
+def test_an_array_of_pictures_is_a_batch(predictor):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+    results, alone = predictor.predict(pixels), [predictor.predict(one)[0] for one in pixels]
+    assert [found.scores.tobytes() for found in results] == [found.scores.tobytes() for found in alone]
+
+
+@pytest.mark.parametrize(("picture", "message"), [
+    (np.zeros((3, 40, 50), np.uint8), r"uint8 \[3, 40, 50\]: give uint8 \[height, width, 3\]"),
+    (np.zeros((40, 50, 3), np.float32), r"float32 \[40, 50, 3\]"),
+    (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"),
+    (torch.zeros(40, 50, 3), "a picture is a Tensor: give a path"),
+    ("nothing.jpg", "nothing.jpg: no such file"),
+])
+def test_what_is_no_picture_is_refused(predictor, picture, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        predictor.predict([picture])
+
+
+def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_pictures, tmp_path,
+                                                            monkeypatch):
+    few = effdet.load(small_checkpoint, device="cpu", max_det=5, image_size=(128, 256))
+    assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_pictures[0])[0]) == 5
+    torch.save(torch.load(small_checkpoint, weights_only=True)["state_dict"], tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="does not say of which model"):
+        effdet.load(tmp_path / "weights.pth", device="cpu")
+    monkeypatch.setitem(efficientdet_model_param_dict, "pocket", dict(few.bench.config))
+    bare = effdet.load(tmp_path / "weights.pth", device="cpu", model="pocket", image_size=(128, 256))
+    assert bare.predict(synthetic_pictures[0])[0].names[0].startswith("class ")

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""One training step from tensors on the device: labels, forward, loss, backward, clipping, SGD with momentum.
+
+Ours is a batch of engine.train_one_epoch in a run set up by train.py, with the settings that it chooses for the device.
+The peer's is the step of its train.py, with labels made in the bench. Compared: losses, and how the first step changes
+the weights. Stochastic depth is on; both draw it from the same seed.
+"""
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pairing
+
+LR, MOMENTUM, WEIGHT_DECAY, CLIP = 0.01, 0.9, 4e-5, 10.0
+
+
+def build(side: str, case: Any) -> pairing.Work:
+    return (build_ours if side == "ours" else build_peer)(case)
+
+
+def build_ours(case: Any) -> pairing.Work:
+    import inputs
+    import torch
+
+    from effdet.engine import train_one_epoch
+    session = make_session(case, "--workers", "0")
+    training = session.training
+    layout = torch.channels_last if session.channels_last else torch.contiguous_format
+    images = inputs.make_images(case.batch, case.image_size).to(session.device).contiguous(memory_format=layout)
+    loader = OneBatch(images, inputs.make_target("ours", case.batch, case.image_size, case.classes, session.device))
+
+    def step() -> dict[str, float]:
+        stats = train_one_epoch(training, loader, 0)
+        return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
+    return pairing.Work(step, lambda: first_step(training.model, step), inputs.synchronizer(session.device),
+                        about={"channels_last": session.channels_last, "precision": training.precision.level})
+
+
+def make_session(case: Any, *flags: str) -> Any:
+    """Set a run of train.py up as its command line does."""
+    import inputs
+
+    from effdet.config.cli import parse_train_args
+    from effdet.processes import start
+    from train import Session
+    folder = Path(tempfile.mkdtemp(dir=case.folder))
+    precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
+    config = parse_train_args([
+        "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
+        str(case.batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
+        str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
+        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
+    session = Session(config, start(config.run.device, []), folder, {})
+    inputs.fill_weights(session.training.model)
+    return session
+
+
+class OneBatch:
+    """A loader of one batch, for engine.train_one_epoch."""
+
+    sampler = None
+
+    def __init__(self, *batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Any:
+        yield self.batch
+
+    def __len__(self) -> int:
+        return 1
+
+
+def build_peer(case: Any) -> pairing.Work:
+    import inputs
+    import peer
+    import torch
+    device = inputs.pick_device(case.device)
+    step, model = make_peer_step(case, device, labels_in_bench=True)
+    images = inputs.make_images(case.batch, case.image_size).to(device)
+    target = inputs.make_target("peer", case.batch, case.image_size, case.classes, device)
+
+    def run() -> dict[str, torch.Tensor]:
+        return step(images, target)
+    return pairing.Work(run, lambda: first_step(model, run), inputs.synchronizer(device),
+                        about={"patches": peer.patches})
+
+
+def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, Any]:
+    """Return the peer's training step, a function of images and target, and the network in it."""
+    import inputs
+    import torch
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV2
+
+    from effdet import DetBenchTrain
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    model = inputs.make_model(case).to(device)
+    bench = DetBenchTrain(model, create_labeler=labels_in_bench).to(device).train()
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(device.type) if case.dtype == "float16" else None
+    ema = ModelEmaV2(model, decay=0.9999) if case.ema else None
+
+    def step(images: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with inputs.autocast(device, case.dtype):
+            output = bench(images, target)
+        optimizer.zero_grad()
+        (output["loss"] if scaler is None else scaler.scale(output["loss"])).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        if ema is not None:
+            ema.update(model)
+        return {key: value.detach() for key, value in output.items()}
+    return step, model
+
+
+def first_step(model: Any, step: Any) -> dict[str, Any]:
+    """Take one step; return its losses and what it did to the weights: all of two biases, a norm for each tensor."""
+    import torch
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(0)
+    losses = step()
+    changes = {name: parameter.detach() - before[name] for name, parameter in sorted(model.named_parameters())}
+    biases = [name for name in changes if ".predict." in name and name.endswith("bias")]
+    return {
+        "losses": torch.tensor([float(losses[key]) for key in ("loss", "class_loss", "box_loss")]),
+        **{f"change of {name}": changes[name] for name in biases},
+        "change of all": torch.stack([change.norm() for change in changes.values()])}
+
+
+def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
+    data = pairing.make_file(folder, "make_coco_folder", max(options.batch), options.classes)
+    return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
+                              folder=folder, data=data, tolerance=TOLERANCES[dtype])
+            for dtype in options.dtype for batch in options.batch]
+
+
+# An initial network's gradients are huge and amplify rounding: torch's batch norm in channels-last alone is off by 1e-5.
+TOLERANCES = {"float32": {"losses": 1e-4, "": 2e-2}, "bfloat16": {"losses": 2e-2, "": 0.2},
+              "float16": {"losses": 5e-3, "": 0.1}}
+
+
+if __name__ == "__main__":
+    parser = pairing.make_parser(__doc__)
+    parser.set_defaults(dtype=pairing.fast_dtypes())
+    parser.add_argument("--ema", action="store_true", help="with the moving average of the weights on both sides")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(pairing.main(__file__, options, make_cases(options, folder)))

@@ -1,0 +1,70 @@
+"""Keep of a checkpoint what prediction needs: `python -m effdet.clean_checkpoint FILE --out FILE`."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .average_checkpoints import describe_model
+from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
+from .processes import one_line_errors
+
+_logger = logging.getLogger(__name__)
+_HASH_LENGTH = 8
+
+
+def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
+    """Reduce a checkpoint to one set of weights and what it says about its model: classes, input size, configuration.
+
+    Args:
+        path: the file.
+        use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
+
+    Returns:
+        The checkpoint, without the optimizer's and the run's state and without file paths.
+
+    Raises:
+        CheckpointError: unreadable, or without the weights asked for.
+    """
+    payload = load_checkpoint_file(path)
+    return {**describe_model(payload), "state_dict": extract_state_dict(payload, use_ema)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m effdet.clean_checkpoint", description="Keep of a checkpoint what prediction needs.",
+        epilog="example: python -m effdet.clean_checkpoint run/model_best.pth.tar --out detector.pth --hash")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--weights-only", action="store_true",
+                        help="a plain state dict without class names and configuration, as published files are")
+    parser.add_argument("--hash", action="store_true",
+                        help="put the start of the file's SHA-256 into its name, for checking a download")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
+                        help="the averaged weights or the trained ones (default: averaged if there are any)")
+    args = parser.parse_args(arguments)
+    path = Path(args.out)
+    with one_line_errors("effdet.clean_checkpoint"):
+        if path.exists() and path.samefile(args.checkpoint):
+            raise CheckpointError(f"{path} is the checkpoint itself, whose training state would be lost: name another "
+                                  "--out")
+        cleaned = clean_checkpoint(args.checkpoint, args.ema)
+        save_checkpoint(path, cleaned["state_dict"] if args.weights_only else cleaned)
+        if args.hash:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH_LENGTH]
+            stem, suffixes = path.name.partition(".")[::2]
+            named = path.with_name(f"{stem}-{digest}.{suffixes}" if suffixes else f"{stem}-{digest}")
+            os.replace(path, named)
+            path = named
+    before, after = (Path(file).stat().st_size / 1e6 for file in (args.checkpoint, path))
+    _logger.info("%s: %.1f MB of %.1f MB", path, after, before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The parser of data sets in other formats than COCO's: converted in memory, then treated as a COCO json."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+from .coco import CocoParser, CocoParserCfg
+
+
+class ConvertedParser(CocoParser):
+    """A CocoParser over a converted data set.
+
+    Args:
+        source: its name, for messages.
+        read: makes the content of a COCO json.
+        cfg: has_labels, bbox_yxyx, min_img_size, ignore_empty_gt and add_background as in effdet's parser configs.
+
+    Raises:
+        ValueError: add_background is off; DatasetError, a kind of it: errors in the data.
+    """
+
+    def __init__(self, source: str, read: Callable[[Any], dict[str, Any]], cfg: Any) -> None:
+        if not cfg.add_background:
+            raise ValueError("add_background=False is not supported: labels count from 1 here, 0 is the background")
+        self._convert, self._source_cfg = read, cfg
+        super().__init__(CocoParserCfg(
+            source, has_labels=cfg.has_labels, bbox_yxyx=cfg.bbox_yxyx, min_img_size=cfg.min_img_size,
+            ignore_empty_gt=cfg.ignore_empty_gt))
+
+    def _read(self) -> dict[str, Any]:
+        return self._convert(self._source_cfg)
+
+    @property
+    def coco(self) -> Any:
+        """The data set as a pycocotools COCO object."""
+        if self._coco is None:
+            from pycocotools.coco import COCO
+
+            self._coco = COCO()
+            self._coco.dataset = self.coco_dict()
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._coco.createIndex()
+        return self._coco

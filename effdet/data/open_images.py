@@ -1,0 +1,119 @@
+"""Read Open Images: csv files of classes, picture sizes and boxes, converted to the content of a COCO json."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .converted import ConvertedParser
+from .dataset_report import DatasetError
+
+_ANN = "annotations"
+_CHALLENGE = "annotations/challenge-2019/challenge-2019"
+
+
+def _split(img_dir: str, info: str, boxes: str, prefix_levels: int = 0) -> dict[str, Any]:
+    return {"img_dir": img_dir, "info": info, "boxes": boxes, "prefix_levels": prefix_levels}
+
+
+# By data set: the file of classes, and for each split the picture folder, sizes, boxes (none: no labels). As in effdet.
+OPEN_IMAGES_SPLITS = {
+    "openimages": (f"{_ANN}/class-descriptions-boxable.csv", {
+        "train": _split("train", f"{_ANN}/train-info.csv", f"{_ANN}/train-annotations-bbox.csv", 1),
+        "val": _split("validation", f"{_ANN}/validation-info.csv", f"{_ANN}/validation-annotations-bbox.csv"),
+        "test": _split("test", f"{_ANN}/test-info.csv", f"{_ANN}/test-annotations-bbox.csv")}),
+    "openimages-challenge2019": (f"{_CHALLENGE}-classes-description-500.csv", {
+        "train": _split("train", f"{_ANN}/train-info.csv", f"{_CHALLENGE}-train-detection-bbox.csv", 1),
+        "val": _split("validation", f"{_ANN}/validation-info.csv", f"{_CHALLENGE}-validation-detection-bbox.csv"),
+        "test": _split("challenge2019", f"{_ANN}/challenge-2019/challenge2019-info", "")}),
+}
+
+
+@dataclass
+class OpenImagesParserCfg:
+    """How to read a split of Open Images.
+
+    Args:
+        categories_filename: csv without a header: label such as /m/011k07, name.
+        img_info_filename: csv with the columns id, width, height.
+        bbox_filename: csv with ImageID, LabelName, XMin, XMax, YMin, YMax in 0..1 and, where known, IsGroupOf.
+        img_label_filename: not read, as in effdet.
+        masks_filename, task: masks are not supported; anything but '' and 'obj' is refused.
+        img_filename: file name of a picture with %s for its id.
+        prefix_levels: pictures lie in folders named by this many first letters of the id.
+        add_background: labels count from 1; anything but True is refused.
+        has_labels, bbox_yxyx, min_img_size, ignore_empty_gt: as in CocoParserCfg.
+    """
+
+    categories_filename: str
+    img_info_filename: str
+    bbox_filename: str
+    img_label_filename: str = ""
+    masks_filename: str = ""
+    img_filename: str = "%s.jpg"
+    task: str = "obj"
+    prefix_levels: int = 1
+    add_background: bool = True
+    has_labels: bool = True
+    bbox_yxyx: bool = True
+    min_img_size: int = 32
+    ignore_empty_gt: bool = False
+
+
+class OpenImagesParser(ConvertedParser):
+    """A split of Open Images; the k-th line of the classes has category id k. Group boxes are crowd regions."""
+
+    def __init__(self, cfg: OpenImagesParserCfg) -> None:
+        if cfg.masks_filename or cfg.task != "obj":
+            raise ValueError(f"task {cfg.task!r} with masks {cfg.masks_filename!r}: only boxes are read, task 'obj'")
+        super().__init__(str(cfg.bbox_filename or cfg.img_info_filename), read_open_images, cfg)
+
+
+def read_open_images(cfg: OpenImagesParserCfg) -> dict[str, Any]:
+    """Convert a split to the content of a COCO json; with labels only the pictures that have boxes, as in effdet.
+
+    Raises:
+        FileNotFoundError: no such file; DatasetError: columns are missing, or an unknown label or picture.
+    """
+    with _open(cfg.categories_filename) as file:
+        rows = [row for row in csv.reader(file) if row]
+    ids = {row[0]: number for number, row in enumerate(rows, start=1)}
+    categories = [{"id": ids[row[0]], "name": row[1] if len(row) > 1 else row[0]} for row in rows]
+    sizes = {row["id"]: (float(row["width"]), float(row["height"]))
+             for row in _rows(cfg.img_info_filename, ("id", "width", "height"))}
+    annotations: list[dict[str, Any]] = []
+    if cfg.has_labels:
+        for row in _rows(cfg.bbox_filename, ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")):
+            image_id, label = row["ImageID"], row["LabelName"]
+            if label not in ids or image_id not in sizes:
+                what, where = (f"label {label}", cfg.categories_filename) if label not in ids else (
+                    f"picture {image_id}", cfg.img_info_filename)
+                raise DatasetError(f"{cfg.bbox_filename} has a box of the {what}, which is not in {where}")
+            width, height = sizes[image_id]
+            x_min, x_max = float(row["XMin"]) * width, float(row["XMax"]) * width
+            y_min, y_max = float(row["YMin"]) * height, float(row["YMax"]) * height
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id, "category_id": ids[label],
+                "bbox": [x_min, y_min, x_max - x_min, y_max - y_min], "area": (x_max - x_min) * (y_max - y_min),
+                "iscrowd": int(row.get("IsGroupOf") == "1")})
+    listed = sorted({row["image_id"] for row in annotations}) if cfg.has_labels else list(sizes)
+    images = [{"id": image_id, "file_name": "/".join([*image_id[:cfg.prefix_levels], cfg.img_filename % image_id]),
+               "width": sizes[image_id][0], "height": sizes[image_id][1]} for image_id in listed]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; Open Images keeps it with its annotations (sizes of pictures: "
+                                "a csv with the columns id, width, height, made from the files)")
+    return open(path, newline="", encoding="utf-8")
+
+
+def _rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise DatasetError(f"{path} lacks the columns {', '.join(missing)}; it has {reader.fieldnames}")
+        yield from reader

@@ -1,0 +1,39 @@
+"""Write another data set's annotations as COCO json files, for train.py and validate.py; the pictures stay in place.
+
+`python -m effdet.data.to_coco voc2012 VOCdevkit --out DIR`
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..processes import one_line_errors
+from .dataset_factory import create_dataset
+
+_logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m effdet.data.to_coco", description=__doc__.partition(";")[0] + ".")
+    parser.add_argument("name", help="voc2007, voc2012, voc0712, openimages or openimages-challenge2019")
+    parser.add_argument("root", help="the data set's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for SPLIT.json")
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT")
+    args = parser.parse_args(arguments)
+    with one_line_errors("effdet.data.to_coco"):
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for split in args.splits:
+            dataset = create_dataset(args.name, args.root, split)
+            (out / f"{split}.json").write_text(json.dumps(dataset.parser.coco_dict()), encoding="utf-8")
+            flag = "train" if split == "train" else "val"
+            _logger.info("give train.py: --%s-images %s --%s-ann %s", flag, dataset.data_dir, flag,
+                         out / f"{split}.json")
+
+
+if __name__ == "__main__":
+    main()

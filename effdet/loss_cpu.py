@@ -1,0 +1,129 @@
+"""The focal loss of loss.py on a CPU: equal values, in one pass through memory.
+
+A CPU spends the loss on reading and writing the logits, not on arithmetic, and reading a value costs it nothing. So the
+logits are worked off in pieces that stay in the cache, every one as background, and the few at an anchor's own class
+are found and corrected afterwards. Accelerators need fixed shapes and few large kernels instead: loss.py.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits of one piece. Large enough that threads share it and the calls cost little, small enough for the cache.
+PIECE = 1 << 17
+
+LARGE = 80.0  # exp() of more overflows float32
+
+IGNORED_LOGIT = -1e4  # probability, loss and gradient are exactly 0 there
+
+
+def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
+                            smoothing: float, with_gradient: bool, gradient_dtype: torch.dtype
+                            ) -> tuple[Tensor, Tensor | None]:
+    """Sum the focal loss over one level and compute its gradient.
+
+    Args:
+        logits: [B, A * K, height, width], any float dtype.
+        class_targets: int64 [B, height, width, A]: 0..K-1, -1 background, -2 left out.
+        num_classes: K.
+        alpha, gamma, smoothing: of the focal loss; gamma above 0.
+        with_gradient: whether the gradient is wanted.
+        gradient_dtype: its dtype.
+
+    Returns:
+        A float32 scalar, and the gradient in the shape and memory layout of the logits, or None.
+    """
+    by_cell = logits.is_contiguous(memory_format=torch.channels_last)
+    logits = logits if by_cell else logits.contiguous()
+    gradient = torch.empty_like(logits, dtype=gradient_dtype) if with_gradient else None
+    flat = _in_memory_order(logits, by_cell)
+    flat_gradient = None if gradient is None else _in_memory_order(gradient, by_cell)
+    first, step, targets = _find_objects(class_targets, num_classes, by_cell)
+    ignored = first[targets == -2]
+    if len(ignored):
+        flat = flat.clone()
+        flat[(ignored.unsqueeze(1) + torch.arange(num_classes) * step).reshape(-1)] = IGNORED_LOGIT
+    total = _background(flat, flat_gradient, 1 - alpha, gamma, smoothing)
+
+    positive = targets >= 0
+    index = first[positive] + targets[positive] * step
+    own = flat[index].float()
+    old_loss, _ = _terms(own, gamma, smoothing)
+    new_loss, new_gradient = _terms(-own, gamma, smoothing)
+    total += (alpha * new_loss - (1 - alpha) * old_loss).sum(dtype=torch.float64)
+    if flat_gradient is not None:
+        flat_gradient[index] = (-alpha * new_gradient).to(gradient_dtype)
+    return total.float(), gradient
+
+
+def _find_objects(class_targets: Tensor, num_classes: int, by_cell: bool) -> tuple[Tensor, int, Tensor]:
+    """Find the anchors that are not plain background.
+
+    Returns:
+        position of each one's first logit in memory [n], steps from one class to the next, targets [n].
+    """
+    _, height, width, per_cell = class_targets.shape
+    found = (class_targets != -1).nonzero()
+    image, row, column, anchor = found.unbind(1)
+    cell = row * width + column
+    if by_cell:
+        first, step = ((image * height * width + cell) * per_cell + anchor) * num_classes, 1
+    else:
+        first, step = (image * per_cell + anchor) * num_classes * height * width + cell, height * width
+    return first, step, class_targets[image, row, column, anchor]
+
+
+def _in_memory_order(maps: Tensor, by_cell: bool) -> Tensor:
+    """View [B, C, height, width] as one row in the order of its memory."""
+    return (maps.permute(0, 2, 3, 1) if by_cell else maps).reshape(-1)
+
+
+def _background(x: Tensor, gradient: Tensor | None, weight: float, gamma: float, smoothing: float) -> Tensor:
+    """Treat each logit as background: write the gradient, return the loss, a float64 scalar; see loss.py."""
+    size = min(PIECE, len(x))
+    p, ce, modulator = (torch.empty(size) for _ in range(3))
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(x), PIECE):
+        piece = x[start:start + PIECE].float()
+        if len(piece) < size:
+            size = len(piece)
+            p, ce, modulator = p[:size], ce[:size], modulator[:size]
+        _background_piece(piece, gamma, smoothing, p, ce, modulator)
+        total += torch.dot(ce, modulator)
+        if gradient is not None:
+            # modulator * (gamma * (1 - p) * ce + p - smoothing / 2) * weight
+            ce.addcmul_(ce, p, value=-1.0)
+            torch.add(p, ce, alpha=gamma, out=ce)
+            if smoothing:
+                ce.sub_(0.5 * smoothing)
+            part = gradient[start:start + PIECE]
+            part.copy_(ce.mul_(modulator.mul_(weight)))
+    return total * weight
+
+
+def _background_piece(x: Tensor, gamma: float, smoothing: float, p: Tensor, ce: Tensor, modulator: Tensor) -> None:
+    """Write sigmoid(x), softplus(x) - smoothing / 2 * x and sigmoid(x)**gamma."""
+    if len(x) and x.amax() < LARGE:
+        torch.exp(x, out=modulator)  # sigmoid and softplus share it: half the time of torch's own two
+        torch.log1p(modulator, out=ce)
+        torch.add(modulator, 1.0, out=p)
+        torch.div(modulator, p, out=p)
+    else:
+        torch.sigmoid(x, out=p)
+        torch._C._nn.softplus(x, out=ce)
+    if smoothing:
+        ce.sub_(x, alpha=0.5 * smoothing)
+    if gamma == 1.5:
+        torch.sqrt(p, out=modulator).mul_(p)
+    elif gamma == 2.0:
+        torch.mul(p, p, out=modulator)
+    else:
+        torch.pow(p, gamma, out=modulator)
+
+
+def _terms(x: Tensor, gamma: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of logits as background, without the weight."""
+    p, ce, modulator = (torch.empty_like(x) for _ in range(3))
+    _background_piece(x, gamma, smoothing, p, ce, modulator)
+    return ce * modulator, (gamma * (1 - p) * ce + p - 0.5 * smoothing) * modulator
+

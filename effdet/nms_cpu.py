@@ -1,0 +1,98 @@
+"""Candidate selection and hard NMS of nms.py on a CPU: equal results, with as little work as the picture needs.
+
+Reading a value costs a CPU nothing, so work stops as soon as the answer is known; accelerators need the fixed shapes of
+nms.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FIRST_BLOCK = 256  # candidates compared at a time; most pictures need no second block
+_BLOCK = 512
+
+
+def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int,
+                      max_detection_points: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the (anchor, class) pairs with the largest logits; arguments and result of nms.select_candidates.
+
+    A pair among the k best belongs to one of the k anchors with the largest maxima over classes, and is not below the
+    smallest of those maxima: all others are looked at once, for the maximum.
+    """
+    batch = cls_outputs[0].shape[0]
+    by_anchor = [level.permute(0, 2, 3, 1).reshape(batch, -1, num_classes) for level in cls_outputs]
+    codes = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
+    maxima = torch.cat([level.amax(2) for level in by_anchor], 1)
+    starts = [0]
+    for level in by_anchor:
+        starts.append(starts[-1] + level.shape[1])
+    count = min(max_detection_points, starts[-1] * num_classes)
+    found = []
+    for image in range(batch):
+        values, anchors = maxima[image].topk(min(count, starts[-1]), sorted=False)
+        anchors = anchors.sort().values
+        cuts = torch.searchsorted(anchors, torch.tensor(starts)).tolist()
+        rows = torch.cat([level[image].index_select(0, anchors[low:high] - start) for level, start, low, high
+                          in zip(by_anchor, starts, cuts[:-1], cuts[1:], strict=False)]).reshape(-1)
+        # Fewer anchors than pairs wanted: then all pairs are in question.
+        places = (rows >= values.min()).nonzero().squeeze(1) if len(anchors) == count else torch.arange(len(rows))
+        best, order = rows[places].topk(count)
+        place = places[order]
+        found.append((best, anchors[torch.div(place, num_classes, rounding_mode="floor")], place % num_classes))
+    logits, anchors, classes = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return logits, codes.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, classes
+
+
+def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int, iou_threshold: float
+                ) -> tuple[Tensor, Tensor]:
+    """Drop boxes that overlap a better one of their class; arguments and result of nms.batched_nms."""
+    kept_indices = torch.zeros(scores.shape[0], min(max_det, scores.shape[1]), dtype=torch.int64)
+    kept_scores = scores.new_full(kept_indices.shape, -1.0)
+    for image, (image_boxes, image_scores, image_classes) in enumerate(zip(boxes_xyxy, scores, classes, strict=True)):
+        order = image_scores.argsort(descending=True, stable=True)
+        kept = order[_greedy(image_boxes[order], image_classes[order], kept_indices.shape[1], iou_threshold)]
+        kept_indices[image, :len(kept)] = kept
+        kept_scores[image, :len(kept)] = image_scores[kept]
+    return kept_indices, kept_scores
+
+
+def _greedy(boxes: Tensor, classes: Tensor, max_det: int, iou_threshold: float) -> Tensor:
+    """Return the first `max_det` boxes that no kept earlier one suppresses; boxes come by falling score."""
+    planes = (*boxes.unbind(1), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), classes)
+    kept = torch.zeros(0, dtype=torch.int64)
+    start, size = 0, _FIRST_BLOCK
+    while start < len(boxes) and len(kept) < max_det:
+        block = torch.arange(start, min(start + size, len(boxes)))
+        if len(kept):
+            block = block[~_suppresses(planes, kept, block, iou_threshold).any(0)]
+        block = _settle(_suppresses(planes, block, block, iou_threshold).triu_(1), block)
+        kept = torch.cat((kept, block))
+        start, size = start + size, _BLOCK
+    return kept[:max_det]
+
+
+def _suppresses(planes: tuple[Tensor, ...], first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:
+    """Return [n, m], whether box n of `first` and box m of `second` are of one class and overlap by more than that."""
+    x_min, y_min, x_max, y_max, areas, classes = (plane[first].unsqueeze(1) for plane in planes)
+    other_x_min, other_y_min, other_x_max, other_y_max, other_areas, other_classes = (plane[second] for plane in planes)
+    intersection = (torch.minimum(x_max, other_x_max) - torch.maximum(x_min, other_x_min)).clamp_(min=0)
+    intersection *= (torch.minimum(y_max, other_y_max) - torch.maximum(y_min, other_y_min)).clamp_(min=0)
+    iou = intersection / (other_areas + areas - intersection)
+    return (iou > iou_threshold) & (classes == other_classes)
+
+
+def _settle(suppresses: Tensor, block: Tensor) -> Tensor:
+    """Return the boxes of a block that stay, [n, m] saying that an earlier one n would drop m.
+
+    The kept boxes are the only set that holds exactly those boxes which none of its members drops. It is reached by
+    repeating that rule: each round settles at least one box more, in chains of overlaps one link.
+    """
+    matrix = suppresses.float()
+    keep = torch.ones(len(block))
+    while True:
+        new = (keep @ matrix == 0).float()
+        if torch.equal(new, keep):
+            return block[keep.bool()]
+        keep = new

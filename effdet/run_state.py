@@ -1,0 +1,183 @@
+"""Which state a run continues from, and what of it belongs to one process: random numbers, position, statistics.
+
+A checkpoint's `ranks` has an entry for each process that took part:
+
+    rng      dict, `checkpoint.rng_state()`, with `device`: the accelerator's generator, where there is one
+    kind     str, the kind of device
+    totals   list of three floats, sums of the losses of the epoch so far; only in recovery.pth.tar
+    buffers  dict, name -> tensor: batch-norm statistics of the trained and the averaged weights, where they differ
+             between processes; only in recovery.pth.tar
+
+`progress`, only in recovery.pth.tar, says how far epoch `epoch + 1` has come:
+
+    batches     int, batches done by each process
+    batch_size, grad_accum   int, pictures in a batch over all processes, batches to an update
+    pictures    int, pictures in the training set
+    trained     bool, training of the epoch is complete, its evaluation is not
+"""
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import device as device_layer
+from . import distributed
+from .checkpoint import CheckpointError, find_resumable, restore_rng_state, rng_state
+
+_logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass
+class Position:
+    """Where a run continues: an epoch, and for one that was broken off how far this process has come in it."""
+
+    epoch: int = 0
+    batches: int = 0
+    totals: list[float] | None = None
+    trained: bool = False  # only the evaluation of the epoch is missing
+
+
+# ---- which file ------------------------------------------------------------------------------------------------------
+
+def is_restart() -> bool:
+    """Tell whether a launcher has started this process again after a failure of the group."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def newest_run_folder(output: Path) -> Path | None:
+    """Return the run folder (one with a config.yaml or checkpoints) below `output` that was written to last."""
+    folders = [path for path in output.glob("*") if path.is_dir()
+               and ((path / "config.yaml").exists() or any(path.glob("*.pth.tar")))]
+    return max(folders, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+
+
+def find_checkpoint(folder: Path, otherwise: str = "") -> str:
+    """Return the checkpoint to continue from, the same on all ranks; `otherwise` where the folder has none.
+
+    Raises:
+        CheckpointError: the folder has checkpoints, but none can be resumed (RuntimeError on ranks other than 0).
+    """
+    def find() -> str:
+        path = find_resumable(folder)
+        if path is None:
+            _logger.info("no checkpoint in %s: %s", folder, f"starting from {otherwise}" if otherwise else
+                         "training anew")
+        return otherwise if path is None else str(path)
+    return distributed.run_on_primary(find)
+
+
+def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: list[int], eval_only: bool) -> None:
+    """Refuse to continue another model's run, or at another input size; classes are checked with the data.
+
+    Raises:
+        CheckpointError: names both sides.
+    """
+    stored = payload.get("arch", arch)
+    if stored != arch:
+        raise CheckpointError(f"{source} is a checkpoint of {stored}, but this run trains {arch}: resume with --model "
+                              f"{stored}.")
+    size = list(payload.get("image_size", image_size))
+    if size != image_size and not eval_only:
+        raise CheckpointError(
+            f"{source} was trained at {size[0]}x{size[1]}, but this run trains at {image_size[0]}x{image_size[1]}: "
+            f"resume with --image-size {size[0]} {size[1]}, or start a new run with --initial-checkpoint.")
+
+
+# ---- what belongs to one process -------------------------------------------------------------------------------------
+
+def capture_rank(device: torch.device, totals: Tensor | None = None,
+                 models: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+    """Return this process's entry of `ranks`.
+
+    Args:
+        device: whose generator goes in, beside those of the host.
+        totals: see the module's docstring.
+        models: by a name of one's own: those whose statistics differ between processes.
+    """
+    state: dict[str, Any] = {"rng": rng_state(), "kind": device.type}
+    generator = device_layer.rng_state(device)
+    if generator is not None:
+        state["rng"]["device"] = generator
+    if totals is not None:
+        state["totals"] = totals.tolist()
+    if models:
+        state["buffers"] = {f"{prefix}.{name}": buffer.detach().cpu().clone()
+                            for prefix, model in models.items() for name, buffer in model.named_buffers()}
+    return state
+
+
+def restore_rank(payload: Mapping[str, Any], device: torch.device, models: Mapping[str, nn.Module]) -> None:
+    """Put this process's random generators and statistics back, and say what cannot be the same as before.
+
+    Raises:
+        CheckpointError: a state that a generator does not take.
+    """
+    ranks, world = payload.get("ranks"), distributed.world_size()
+    if ranks is None:
+        if "rng" in payload and distributed.is_primary():
+            restore_rng_state(payload["rng"])
+        return
+    if len(ranks) != world:
+        _logger.warning("the checkpoint was written by %d process(es), this run has %d: random numbers start anew",
+                        len(ranks), world)
+        # Not those with which the run began: they would repeat.
+        device_layer.seed_everything(torch.initial_seed() + 1_000_003 * (int(payload.get("step", 0)) + 1))
+        return
+    mine = ranks[distributed.rank()]
+    restore_rng_state(mine["rng"])
+    if mine.get("kind", device.type) != device.type:
+        _logger.warning("the checkpoint was written on %s, this run is on %s: numbers will differ in rounding, and the "
+                        "device's random numbers start anew", mine["kind"], device.type)
+    else:
+        device_layer.set_rng_state(mine["rng"].get("device"), device)
+    _restore_buffers(mine.get("buffers", {}), models)
+
+
+@torch.no_grad()
+def _restore_buffers(stored: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> None:
+    for prefix, model in models.items():
+        for name, buffer in model.named_buffers():
+            if f"{prefix}.{name}" in stored:
+                buffer.copy_(stored[f"{prefix}.{name}"])
+
+
+def read_position(payload: Mapping[str, Any], batch_size: int, pictures: int, grad_accum: int) -> Position:
+    """Return where this process goes on.
+
+    With another global batch size the epoch goes on at the last whole update before the pictures already seen.
+
+    Args:
+        payload: the checkpoint.
+        batch_size: pictures in a batch over all processes, now.
+        pictures: pictures in the training set, now.
+        grad_accum: batches to an update, now.
+    """
+    position = Position(int(payload.get("epoch", -1)) + 1)
+    progress = payload.get("progress")
+    if progress is None:
+        return position
+    if progress["pictures"] != pictures:
+        _logger.warning("the training set had %d pictures, now it has %d: epoch %d starts anew", progress["pictures"],
+                        pictures, position.epoch)
+        return position
+    ranks, before = payload["ranks"], int(progress["batches"])
+    same = len(ranks) == distributed.world_size()
+    totals = [ranks[distributed.rank()]["totals"]] if same else [rank["totals"] for rank in ranks]
+    position.totals = [sum(values) / len(totals) for values in zip(*totals, strict=True)]
+    position.batches, position.trained = before, bool(progress["trained"])
+    unchanged = (progress["batch_size"], progress["grad_accum"]) == (batch_size, grad_accum)
+    if not unchanged and not position.trained:
+        position.batches = before * int(progress["batch_size"]) // batch_size // grad_accum * grad_accum
+        position.totals = [value * position.batches / max(before, 1) for value in position.totals]
+        _logger.warning("batch size or accumulation changed: epoch %d goes on at batch %d", position.epoch,
+                        position.batches)
+    return position

@@ -1,0 +1,128 @@
+"""Test-time augmentation: predict mirrored and resized versions of a batch, and fuse what they find.
+
+Lives here: the views and the fusion, on the device and with fixed shapes. A view of another size runs a network built
+for it that shares the weights.
+
+Source: the fusion averages boxes weighted by score, as Weighted Boxes Fusion does, https://arxiv.org/abs/1910.13302;
+here in one step around the boxes that survive NMS.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .anchors import IMAGE_STRIDE
+from .bench import DetBenchPredict
+from .boxes import clip_boxes_xyxy
+from .config import set_config_writeable
+from .efficientdet import EfficientDet
+from .nms import IOU_THRESHOLD, batched_nms
+
+
+def build_network_of_size(model: EfficientDet, image_size: tuple[int, int]) -> EfficientDet:
+    """Build the same network for another input size (height, width) in pixels; its weights are the given one's."""
+    config = copy.deepcopy(model.config)
+    set_config_writeable(config)
+    config.image_size = image_size
+    network = EfficientDet(config, pretrained_backbone=False)
+    network.load_state_dict(model.state_dict(), assign=True)
+    return network.eval()
+
+
+class TtaBench(nn.Module):
+    """Stand in for a DetBenchPredict and predict several views of each picture.
+
+    The views are the picture at each size, and its mirror image at each size where `flip` is set. A box of the result
+    is the average of the boxes of its class that overlap it, weighted by score; its score is the mean over the views of
+    the best score there, so an object that only some views see counts for less.
+    """
+
+    def __init__(self, benches: Sequence[DetBenchPredict], flip: bool) -> None:
+        """Wrap benches.
+
+        Args:
+            benches: the bench of the original input size first, then those of other sizes, with the same classes and
+                number of detections.
+            flip: also predict mirror images.
+        """
+        super().__init__()
+        self.benches = nn.ModuleList(benches)
+        self.flip = flip
+
+    @property
+    def anchors(self) -> nn.Module:
+        """The anchors of the original input size."""
+        return self.benches[0].anchors
+
+    def use_nms(self, name: str, device: torch.device) -> None:
+        """Choose how each view suppresses overlapping boxes; see DetBenchPredict.use_nms."""
+        for bench in self.benches:
+            bench.use_nms(name, device)
+
+    def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Detect objects; arguments and result are those of DetBenchPredict.forward."""
+        info = img_info or {}
+        height, width = x.shape[-2:]
+        views = []
+        for bench in self.benches:
+            sides = bench.anchors.image_size
+            resized = x if sides == (height, width) else F.interpolate(x, sides, mode="bilinear", align_corners=False)
+            factor = x.new_tensor([width / sides[1], height / sides[0]] * 2, dtype=torch.float32)
+            for mirrored in (False, True) if self.flip else (False,):
+                rows = bench(resized.flip(-1) if mirrored else resized)
+                boxes = rows[..., :4] * factor
+                if mirrored:
+                    x_min, y_min, x_max, y_max = boxes.unbind(-1)
+                    boxes = torch.stack((width - x_max, y_min, width - x_min, y_max), -1)
+                views.append(torch.cat((boxes, rows[..., 4:]), -1))
+        stacked = torch.stack(views, 1)  # [B, V, D, 6]
+        scale, size = info.get("img_scale"), info.get("img_size")
+        if scale is not None:
+            scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1, 1)
+            if size is not None:
+                limits = size.to(device=x.device, dtype=torch.float32) / scale
+                flat = clip_boxes_xyxy(stacked[..., :4].flatten(1, 2), limits)
+                stacked = torch.cat((flat.view(*stacked.shape[:3], 4), stacked[..., 4:]), -1)
+        fused = fuse_detections(stacked)
+        return fused if scale is None else torch.cat((fused[..., :4] * scale.unsqueeze(-1), fused[..., 4:]), -1)
+
+
+def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tensor:
+    """Fuse the detections of several views of the same pictures.
+
+    Args:
+        views: float [B, V, D, 6], rows x_min, y_min, x_max, y_max, score, class from 1; rows of score 0 are padding.
+        iou_threshold: boxes of one class that overlap by more than this are one object.
+
+    Returns:
+        float [B, D, 6] by falling score, zero rows as padding.
+    """
+    batch, num_views, count, _ = views.shape
+    rows = views.flatten(1, 2)
+    boxes, scores, classes = rows[..., :4], rows[..., 4], rows[..., 5]
+    index, kept_scores = batched_nms(boxes, scores, classes, count, iou_threshold)
+    centres = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, 6))
+    low = torch.maximum(centres[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(centres[:, :, None, 2:4], boxes[:, None, :, 2:])
+    common = (high - low).clamp_(min=0).prod(-1)  # [B, D, V * D]
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    iou = common / (areas.gather(1, index).unsqueeze(2) + areas.unsqueeze(1) - common)
+    itself = torch.arange(num_views * count, device=rows.device) == index.unsqueeze(-1)  # also a box without an area
+    same = itself | ((iou > iou_threshold) & (centres[:, :, None, 5] == classes[:, None, :]))
+    weights = torch.where(same, scores.unsqueeze(1), torch.zeros_like(iou))
+    fused_boxes = weights @ boxes / weights.sum(-1, keepdim=True).clamp_(min=1e-12)
+    fused_scores = weights.view(batch, count, num_views, count).amax(-1).mean(-1)
+    fused_scores = torch.where(kept_scores > 0, fused_scores, torch.zeros_like(fused_scores))
+    fused_scores, order = fused_scores.sort(dim=1, descending=True, stable=True)
+    fused = torch.cat((fused_boxes, centres[..., 5:]), -1).gather(1, order.unsqueeze(-1).expand(-1, -1, 5))
+    result = torch.cat((fused[..., :4], fused_scores.unsqueeze(-1), fused[..., 4:]), -1)
+    return torch.where(fused_scores.unsqueeze(-1) > 0, result, torch.zeros_like(result))
+
+
+def scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return the valid input size nearest to `scale` times the given one, both (height, width) in pixels."""
+    return tuple(max(IMAGE_STRIDE, round(side * scale / IMAGE_STRIDE) * IMAGE_STRIDE) for side in image_size)

@@ -1,0 +1,90 @@
+"""What docs/predict.md and docs/export.md show runs as it is written there."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import demo
+import validate
+from effdet.checkpoint import load_checkpoint_file
+from effdet.export import FORMATS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SCRIPTS = {"demo.py": demo, "validate.py": validate}
+needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_line(line: str) -> None:
+    words = shlex.split(line)
+    assert words[0] == "python"
+    if words[1] == "-m":
+        importlib.import_module(words[2]).main(words[3:])
+    else:
+        assert SCRIPTS[words[1]].main(words[2:]) == 0
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, small_checkpoint, synthetic_pictures):
+    """A folder with what the pages assume to be there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model_best.pth.tar", "checkpoint-1.pth.tar", "checkpoint-2.pth.tar"):
+        shutil.copy(small_checkpoint, tmp_path / name)
+    for name, source in zip(("a.jpg", "b.jpg"), synthetic_pictures, strict=False):
+        Image.open(source).convert("RGB").save(tmp_path / name)
+    (tmp_path / "data" / "val2017").mkdir(parents=True)
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "data" / "val2017")
+    width, height = Image.open("a.jpg").size
+    (tmp_path / "data" / "annotations").mkdir()
+    (tmp_path / "data" / "annotations" / "instances_val2017.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.jpg", "width": width, "height": height}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}],
+        "categories": [{"id": 3, "name": "ball"}, {"id": 7, "name": "box"}, {"id": 12, "name": "star"}]}))
+    return tmp_path
+
+
+def test_the_python_of_the_prediction_page(folder, capsys):
+    assert len(blocks("predict.md", "python")[0].strip().splitlines()) == 5
+    names: dict = {}
+    for block in blocks("predict.md", "python"):
+        exec(block, names)
+    assert {"ball", "box", "star"} & set(re.findall(r"'(\w+)'", capsys.readouterr().out))
+    assert names["detector"].bench.flip and len(names["detector"].bench.benches) == 2
+
+
+def test_the_commands_of_the_prediction_page(folder):
+    lines = "".join(blocks("predict.md", "bash")).splitlines()
+    for line in lines:
+        run_line(line)
+    assert len(lines) == 7 and len(list((folder / "output" / "demo").glob("?.png"))) == 2
+    assert load_checkpoint_file("average.pth.tar")["averaged_from"] == ["checkpoint-1.pth.tar"]
+    assert load_checkpoint_file("detector.pth")["category_map"]["names"] == ["ball", "box", "star"]
+    assert len(list(folder.glob("published-*.pth"))) == 1
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_the_export_page(folder, capsys):
+    for line in "".join(blocks("export.md", "bash")).splitlines():
+        run_line(line)
+    made = ["model_best.onnx", "raw.onnx", "dynamic.onnx", "raw.ts.pt", "raw.pt2"]
+    assert all((folder / name).stat().st_size > 1e5 for name in made)
+    assert {"".join(Path(name).suffixes) for name in made} == set(FORMATS.values())
+    exec(blocks("export.md", "python")[0], {})
+    assert re.findall(r"(?:ball|box|star) 0\.\d+ \[", capsys.readouterr().out)
+    import onnxruntime
+    (given,) = onnxruntime.InferenceSession("raw.onnx", providers=["CPUExecutionProvider"]).get_inputs()
+    (atc,) = blocks("export.md", "text")
+    assert given.name == "images" and given.shape == [1, 3, 128, 128]
+    assert f'--model=raw.onnx --output=raw --input_format=NCHW --input_shape="{given.name}:1,3,512,512"' in atc

@@ -1,0 +1,199 @@
+"""Exported files give the boxes that PyTorch gives, on real pictures, and say what they are."""
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effdet import export as export_module
+from effdet.bench import DetBenchPredict
+from effdet.boxes import pairwise_iou
+from effdet.build import load_detector
+from effdet.config.schema import DemoModelConfig
+from effdet.data.transforms import transforms_coco_eval
+from effdet.export import export, main
+
+needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+FACTS = {"model": "pocket", "input": "images", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+         "num_classes": 3, "class_names": ["ball", "box", "star"], "category_ids": [3, 7, 12]}
+
+
+@pytest.fixture(scope="module")
+def images(synthetic_pictures) -> torch.Tensor:
+    transform = transforms_coco_eval(128)
+    return torch.stack([transform(Image.open(path).convert("RGB"), {})[0] for path in synthetic_pictures[:4]])
+
+
+@pytest.fixture(scope="module")
+def bench(small_checkpoint) -> DetBenchPredict:
+    return DetBenchPredict(load_detector(small_checkpoint, DemoModelConfig()).model).eval()
+
+
+def run_onnx(path, images) -> list[np.ndarray]:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
+        None, {"images": images.numpy()})
+
+
+def metadata_of(path) -> dict:
+    import onnx
+
+    return json.loads({entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}["effdet"])
+
+
+def assert_same_detections(rows: np.ndarray, expected: torch.Tensor) -> None:
+    """Equal scores in order; where scores are not tied, equal classes and boxes."""
+    expected = expected.numpy()
+    assert rows.shape == expected.shape and rows.shape[1:] == (100, 6)
+    np.testing.assert_allclose(rows[..., 4], expected[..., 4], atol=1e-4)
+    assert (expected[..., 4] > 0).all()
+    for own, other in zip(rows, expected, strict=True):
+        apart = np.ones(100, dtype=bool)
+        gaps = np.diff(other[:, 4]) > -1e-4
+        apart[:-1] &= ~gaps
+        apart[1:] &= ~gaps
+        assert apart.sum() > 10
+        np.testing.assert_array_equal(own[apart, 5], other[apart, 5])
+        np.testing.assert_allclose(own[apart, :4], other[apart, :4], rtol=1e-3, atol=0.02)
+
+
+def assert_close_heads(outputs, bench, images) -> None:
+    with torch.no_grad():
+        expected = [level for head in bench.head_outputs(images) for level in head]
+    assert len(outputs) == 10
+    for own, other in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(own), other.numpy(), rtol=1e-3, atol=1e-3)
+
+
+@needs_onnx
+def test_onnx_with_nms_and_an_open_batch_gives_pytorchs_detections(small_checkpoint, bench, images, tmp_path):
+    path = tmp_path / "made" / "detector.onnx"
+    main([str(small_checkpoint), "--outputs", "detections", "--batch", "dynamic", "--out", str(path)])
+    assert metadata_of(path) == FACTS | {"outputs": ["detections"], "input_shape": ["batch", 3, 128, 128]}
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            expected = bench(batch)
+        (rows,) = run_onnx(path, batch)
+        assert_same_detections(rows, expected)
+    import onnx
+    model = onnx.load(str(path))
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 15)}
+    for first in rows[0, :20]:  # no box is left that overlaps a better one of its class
+        same = rows[0][(rows[0, :, 5] == first[5]) & (rows[0, :, 4] < first[4]) & (rows[0, :, 4] > 0)]
+        assert (pairwise_iou(torch.tensor(first[None, :4]), torch.tensor(same[:, :4])) <= 0.5 + 1e-4).all()
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_onnx_raw_heads_with_a_fixed_batch(small_checkpoint, bench, images, tmp_path):
+    path = tmp_path / "raw.onnx"
+    main([str(small_checkpoint), "--batch", "2", "--opset", "13", "--out", str(path)])
+    names = [f"{head}_p{level}" for head in ("class", "box") for level in range(3, 8)]
+    assert metadata_of(path) == FACTS | {"outputs": names, "input_shape": [2, 3, 128, 128]}
+    assert_close_heads(run_onnx(path, images[:2]), bench, images[:2])
+    with pytest.raises(Exception, match="(?i)invalid dimension|got: 4 expected: 2"):
+        run_onnx(path, images)
+
+
+def all_kinds():
+    for file_format in ("torchscript", "torch_export", "onnx"):
+        for outputs in ("raw", "detections"):
+            for batch in (1, None):
+                yield file_format, outputs, batch, 18 if file_format == "onnx" else 15
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(("file_format", "outputs", "batch", "opset"), list(all_kinds()))
+def test_every_kind_of_file_gives_pytorchs_numbers(small_checkpoint, bench, images, tmp_path, file_format, outputs,
+                                                   batch, opset):
+    detector = load_detector(small_checkpoint, DemoModelConfig())
+    path = tmp_path / "file"
+    facts = export(detector, path, file_format, outputs, batch, opset)
+    images = images if batch is None else images[:1]
+    with torch.no_grad():
+        if file_format == "onnx":
+            found = run_onnx(path, images)
+            assert metadata_of(path) == facts
+        elif file_format == "torchscript":
+            files = {"effdet.json": ""}
+            found = torch.jit.load(path, _extra_files=files)(images)
+            assert json.loads(files["effdet.json"]) == facts
+        else:
+            files = {"effdet.json": ""}
+            found = torch.export.load(path, extra_files=files).module()(images)
+            assert json.loads(files["effdet.json"]) == facts
+        if outputs == "raw":
+            assert_close_heads(found, bench, images)
+        else:
+            rows = found if isinstance(found, torch.Tensor) else found[0]
+            assert_same_detections(np.asarray(rows), bench(images))
+
+
+@needs_onnx
+def test_suppression_alone_against_pytorch_on_awkward_candidates(tmp_path):
+    """Ties apart, few candidates of a class, and nearly all suppressed: rows that are left over are zero."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    from effdet.nms import batched_nms
+    from effdet.onnx_nms import append_nms
+
+    torch.manual_seed(0)
+    corner = torch.rand(2, 300, 2) * torch.tensor([3.0, 300.0]).view(2, 1, 1)  # image 0: all on one spot
+    boxes = torch.cat((corner, corner + 20 + torch.rand(2, 300, 2)), 2)
+    scores = torch.rand(2, 300).sort(descending=True).values
+    classes = torch.randint(0, 4, (2, 300))
+    kinds = {"boxes": (TensorProto.FLOAT, [2, 300, 4]), "scores": (TensorProto.FLOAT, [2, 300]),
+             "classes": (TensorProto.INT64, [2, 300])}
+    values = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
+    ends = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
+    for value in values:
+        value.name = f"in_{value.name}"
+    nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name in kinds]
+    model = helper.make_model(helper.make_graph(nodes, "candidates", values, ends),
+                              opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    append_nms(model, 4, 100)
+    onnx.checker.check_model(model, full_check=True)
+    import onnxruntime
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (rows,) = session.run(None, {"in_boxes": boxes.numpy(), "in_scores": scores.numpy(), "in_classes": classes.numpy()})
+    index, kept = batched_nms(boxes, scores, classes, 100)
+    assert (kept[0] > 0).sum() < 20 and (kept[1] > 0).all()
+    for image in range(2):
+        count = int((kept[image] > 0).sum())
+        chosen = index[image, :count]
+        np.testing.assert_array_equal(rows[image, :count, :4], boxes[image, chosen].numpy())
+        np.testing.assert_array_equal(rows[image, :count, 4], scores[image, chosen].numpy())
+        np.testing.assert_array_equal(rows[image, :count, 5], classes[image, chosen].numpy() + 1)
+        assert (rows[image, count:] == 0).all()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--opset", "12"], r"opset 12 is not in 13\.\.20"),
+    (["--outputs", "detections", "--soft-nms"], "soft-NMS is no ONNX operator: export with --no-soft-nms"),
+])
+@needs_onnx
+def test_what_cannot_be_exported_is_refused(small_checkpoint, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        main([str(small_checkpoint), "--out", str(tmp_path / "x.onnx"), *flags])
+
+
+@pytest.mark.parametrize(("opset", "missing"), [(15, "onnx"), (18, "onnx and onnxscript")])
+def test_missing_packages_are_named(small_checkpoint, tmp_path, monkeypatch, opset, missing):
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=f"needs the package {missing}: pip install {missing.replace(' and', '')} "):
+        main([str(small_checkpoint), "--opset", str(opset), "--out", str(tmp_path / "x.onnx")])
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_batch_is_a_number_or_dynamic(small_checkpoint, capsys):
+    for wrong in ("0", "many"):
+        with pytest.raises(SystemExit):
+            main([str(small_checkpoint), "--batch", wrong])
+        assert f"'{wrong}' is neither a number from 1 nor 'dynamic'" in capsys.readouterr().err
