@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet.data import CategoryMap, DatasetError, coco, create_dataset, create_parser, open_coco, resolve_category_map
+from effdet.data import (
+    CategoryMap,
+    DatasetError,
+    coco,
+    coco_json,
+    create_dataset,
+    create_parser,
+    open_coco,
+    resolve_category_map,
+)
 from effdet.data.coco import CocoParser, CocoParserCfg, coco_paths
 from effdet.data.coco_check import check_coco
 from effdet.data.dataset_report import DROPPED, ERRORS, NOTED
