@@ -22,20 +22,21 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
     smallest of those maxima: all others are looked at once, for the maximum.
     """
     batch = cls_outputs[0].shape[0]
-    by_anchor = [level.permute(0, 2, 3, 1).reshape(batch, -1, num_classes) for level in cls_outputs]
+    levels = [_Level(level, num_classes) for level in cls_outputs]
     codes = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
-    maxima = torch.cat([level.amax(2) for level in by_anchor], 1)
+    maxima = [level.maxima() for level in levels]
     starts = [0]
-    for level in by_anchor:
+    for level in maxima:
         starts.append(starts[-1] + level.shape[1])
+    maxima = torch.cat(maxima, 1)
     count = min(max_detection_points, starts[-1] * num_classes)
     found = []
     for image in range(batch):
         values, anchors = maxima[image].topk(min(count, starts[-1]), sorted=False)
         anchors = anchors.sort().values
         cuts = torch.searchsorted(anchors, torch.tensor(starts)).tolist()
-        rows = torch.cat([level[image].index_select(0, anchors[low:high] - start) for level, start, low, high
-                          in zip(by_anchor, starts, cuts[:-1], cuts[1:], strict=False)]).reshape(-1)
+        rows = torch.cat([level.rows(image, anchors[low:high] - start) for level, start, low, high
+                          in zip(levels, starts, cuts[:-1], cuts[1:], strict=False)]).reshape(-1)
         # Fewer anchors than pairs wanted: then all pairs are in question.
         places = (rows >= values.min()).nonzero().squeeze(1) if len(anchors) == count else torch.arange(len(rows))
         best, order = rows[places].topk(count)
@@ -43,6 +44,28 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
         found.append((best, anchors[torch.div(place, num_classes, rounding_mode="floor")], place % num_classes))
     logits, anchors, classes = (torch.stack(parts) for parts in zip(*found, strict=True))
     return logits, codes.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, classes
+
+
+class _Level:
+    """The logits of one level, [B, A * K, height, width], by anchor, without a copy in either memory layout."""
+
+    def __init__(self, logits: Tensor, num_classes: int) -> None:
+        self.by_cell = logits.is_contiguous(memory_format=torch.channels_last)
+        if self.by_cell:
+            self.logits = logits.permute(0, 2, 3, 1).reshape(len(logits), -1, num_classes)  # [B, cells * A, K]
+        else:
+            self.logits = logits.flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
+
+    def maxima(self) -> Tensor:
+        """Return the largest logit of each anchor [B, cells * A]."""
+        return self.logits.amax(2) if self.by_cell else self.logits.amax(2).transpose(1, 2).flatten(1)
+
+    def rows(self, image: int, anchors: Tensor) -> Tensor:
+        """Return the logits [n, K] of some anchors of an image."""
+        if self.by_cell:
+            return self.logits[image].index_select(0, anchors)
+        per_cell = self.logits.shape[1]
+        return self.logits[image][anchors % per_cell, :, torch.div(anchors, per_cell, rounding_mode="floor")]
 
 
 def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int, iou_threshold: float

@@ -262,8 +262,10 @@ def candidates_slowly(logits: list[Tensor], codes: list[Tensor], image: int, num
 
 @pytest.mark.parametrize("num_classes, size, limit, expected_count", [
     (3, (32, 64), 50, 50), (3, (32, 64), 1, 1), (1, (128, 128), 5000, 3069), (7, (32, 64), 5000, 44 * 9 * 7)])
-def test_candidates_equal_the_sorted_list(num_classes, size, limit, expected_count):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_candidates_equal_the_sorted_list(num_classes, size, limit, expected_count, layout):
     logits, codes = make_heads(num_classes, size)
+    logits = [level.contiguous(memory_format=layout) for level in logits]
     top_logits, top_codes, anchors, classes = select_candidates(logits, codes, num_classes, limit)
     assert top_logits.shape == anchors.shape == classes.shape == (2, expected_count)
     for image in range(2):
