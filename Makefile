@@ -15,9 +15,10 @@ INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
 INSTALLED_PEER := $(VENV_PEER)/.requirements-peer
 BENCH_ARGS ?= --quick
 BENCHMARKS := train_step loss labels post_process predict optimizer loader train_run coco_evaluation memory startup scaling
-# Two test processes of one thread each: more only fight for cores, and a file stays in one process.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
-PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist loadfile test/npu
+# Two test processes of one thread each: more only fight for cores, and a file stays in one process. The order of files
+# stays, too: those with few, long tests come first.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder test/npu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
