@@ -20,7 +20,11 @@ import test_shell_scripts as on_cpu  # noqa: E402
 full_run = on_cpu.full_run
 # In this order: each script empties the log folder of the one before.
 test_one_device = on_cpu.test_one_device_from_inside_the_folder
-test_eight_devices = on_cpu.test_eight_processes
+
+
+def test_eight_devices(checkout):  # without the mark that it has on CPUs
+    on_cpu.test_eight_processes(checkout)
+
 
 
 @pytest.mark.slow
