@@ -53,7 +53,7 @@ def make_session(case: Any, *flags: str) -> Any:
         str(case.batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
         "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
-    session = Session(config, start(config.run.device, []), folder, {})
+    session = Session(config, start(config.run.device, []), folder, {}, "")
     inputs.fill_weights(session.training.model)
     return session
 
