@@ -289,10 +289,9 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
     place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
     if not scales:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
-    predictor = Predictor(detector.model, device, detector.category_map, batch_size)
-    predictor.bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
-    predictor.bench.use_nms(model.nms, device)
-    return predictor
+    bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
+    bench.use_nms(model.nms, device)
+    return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench)
 
 
 def load(checkpoint: str, device: str = "auto", batch_size: int = 8, use_ema: bool | None = None,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .boxes import pairwise_iou
+
 _FIRST_BLOCK = 256  # candidates compared at a time; most pictures need no second block
 _BLOCK = 512
 
@@ -83,27 +85,20 @@ def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: in
 
 def _greedy(boxes: Tensor, classes: Tensor, max_det: int, iou_threshold: float) -> Tensor:
     """Return the first `max_det` boxes that no kept earlier one suppresses; boxes come by falling score."""
-    planes = (*boxes.unbind(1), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), classes)
+    def suppresses(first: Tensor, second: Tensor) -> Tensor:
+        same_class = classes[first].unsqueeze(1) == classes[second]
+        return (pairwise_iou(boxes[first], boxes[second]) > iou_threshold) & same_class
+
     kept = torch.zeros(0, dtype=torch.int64)
     start, size = 0, _FIRST_BLOCK
     while start < len(boxes) and len(kept) < max_det:
         block = torch.arange(start, min(start + size, len(boxes)))
         if len(kept):
-            block = block[~_suppresses(planes, kept, block, iou_threshold).any(0)]
-        block = _settle(_suppresses(planes, block, block, iou_threshold).triu_(1), block)
+            block = block[~suppresses(kept, block).any(0)]
+        block = _settle(suppresses(block, block).triu_(1), block)
         kept = torch.cat((kept, block))
         start, size = start + size, _BLOCK
     return kept[:max_det]
-
-
-def _suppresses(planes: tuple[Tensor, ...], first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:
-    """Return [n, m], whether box n of `first` and box m of `second` are of one class and overlap by more than that."""
-    x_min, y_min, x_max, y_max, areas, classes = (plane[first].unsqueeze(1) for plane in planes)
-    other_x_min, other_y_min, other_x_max, other_y_max, other_areas, other_classes = (plane[second] for plane in planes)
-    intersection = (torch.minimum(x_max, other_x_max) - torch.maximum(x_min, other_x_min)).clamp_(min=0)
-    intersection *= (torch.minimum(y_max, other_y_max) - torch.maximum(y_min, other_y_min)).clamp_(min=0)
-    iou = intersection / (other_areas + areas - intersection)
-    return (iou > iou_threshold) & (classes == other_classes)
 
 
 def _settle(suppresses: Tensor, block: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Predictor:
     """Run a network on pictures of any size; the same pictures in the same order give the same result, bit for bit."""
 
     def __init__(self, model: nn.Module, device: torch.device, category_map: CategoryMap | None = None,
-                 batch_size: int = 1, interpolation: str = "bilinear") -> None:
+                 batch_size: int = 1, interpolation: str = "bilinear", bench: nn.Module | None = None) -> None:
         """Prepare a network for prediction.
 
         Args:
@@ -53,12 +53,13 @@ class Predictor:
             category_map: names and category ids of the classes; without it a class is called by its number.
             batch_size: pictures predicted together.
             interpolation: of the resize, 'bilinear' or 'bicubic'.
+            bench: what runs the network, a DetBenchPredict or a stand-in for one; None makes one.
         """
         self.device = device
         self.batch_size = batch_size
         self.category_map = category_map
         self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
-        self.bench = DetBenchPredict(model).to(device, memory_format=self._layout).eval()
+        self.bench = (DetBenchPredict(model) if bench is None else bench).to(device, memory_format=self._layout).eval()
         inputs = resolve_input_config({"interpolation": interpolation}, model.config)
         self._resize = ResizePad(inputs["input_size"][1:], inputs["interpolation"],
                                  resolve_fill_color(inputs["fill_color"], inputs["mean"]))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .anchors import IMAGE_STRIDE
 from .bench import DetBenchPredict
-from .boxes import clip_boxes_xyxy
+from .boxes import clip_boxes_xyxy, pairwise_iou
 from .config import set_config_writeable
 from .efficientdet import EfficientDet
 from .nms import IOU_THRESHOLD, batched_nms
@@ -106,11 +106,7 @@ def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tens
     boxes, scores, classes = rows[..., :4], rows[..., 4], rows[..., 5]
     index, kept_scores = batched_nms(boxes, scores, classes, count, iou_threshold)
     centres = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, 6))
-    low = torch.maximum(centres[:, :, None, :2], boxes[:, None, :, :2])
-    high = torch.minimum(centres[:, :, None, 2:4], boxes[:, None, :, 2:])
-    common = (high - low).clamp_(min=0).prod(-1)  # [B, D, V * D]
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
-    iou = common / (areas.gather(1, index).unsqueeze(2) + areas.unsqueeze(1) - common)
+    iou = pairwise_iou(centres[..., :4], boxes)  # [B, D, V * D]
     itself = torch.arange(num_views * count, device=rows.device) == index.unsqueeze(-1)  # also a box without an area
     same = itself | ((iou > iou_threshold) & (centres[:, :, None, 5] == classes[:, None, :]))
     weights = torch.where(same, scores.unsqueeze(1), torch.zeros_like(iou))

@@ -31,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
      "effdet.soft_nms", "effdet.loss_cpu", "effdet.heartbeat", "effdet.statistics_guard"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
-    ("effdet.boxes", "effdet.nms_cpu", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
+    ("effdet.nms_cpu",),
+    ("effdet.boxes", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
      "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
