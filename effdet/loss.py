@@ -17,43 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .device import is_host
-from .loss_cpu import IGNORED_LOGIT, focal_loss_and_gradient
-
-
-def _power(base: Tensor, exponent: float) -> Tensor:
-    """Return base**exponent for base in 0..1; the exponents in use are cheaper without pow()."""
-    if exponent == 1.5:
-        return base * base.sqrt()
-    if exponent == 2.0:
-        return base * base
-    return base.pow(exponent)
-
-
-def _background_terms(logits: Tensor, gamma: float, smoothing: float, with_gradient: bool
-                      ) -> tuple[Tensor, Tensor | None]:
-    """Return loss and gradient of each logit for target 0, without the factor 1 - alpha.
-
-    With p = sigmoid(x) and t = smoothing / 2: p^gamma * (softplus(x) - t x), whose derivative is
-    p^gamma * (gamma (1 - p) (softplus(x) - t x) + p - t), as dp/dx = p (1 - p).
-    """
-    p = logits.sigmoid()
-    ce = F.softplus(logits)
-    if smoothing:
-        ce = ce - 0.5 * smoothing * logits
-    modulator = _power(p, gamma)
-    if not with_gradient:
-        return ce.mul_(modulator), None
-    loss = modulator * ce
-    gradient = ce.mul_(gamma).mul_(1 - p).add_(p)
-    if smoothing:
-        gradient.sub_(0.5 * smoothing)
-    return loss, gradient.mul_(modulator)
-
-
-def _foreground_terms(logits: Tensor, gamma: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient of each logit for target 1, without the factor alpha: the mirror of the background's."""
-    loss, gradient = _background_terms(-logits, gamma, smoothing, with_gradient=True)
-    return loss, -gradient
+from .focal import IGNORED_LOGIT, background_terms, foreground_terms
+from .loss_cpu import focal_loss_and_gradient
 
 
 class _FocalLossSum(torch.autograd.Function):
@@ -88,7 +53,7 @@ class _FocalLossSum(torch.autograd.Function):
         x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
         targets = class_targets.flatten(2).unsqueeze(2)
         x = x.masked_fill(targets == -2, IGNORED_LOGIT)
-        loss, gradient = _background_terms(x, gamma, smoothing, with_gradient)
+        loss, gradient = background_terms(x, gamma, smoothing, with_gradient)
         if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
             for terms in (loss, gradient) if with_gradient else (loss,):
                 terms.masked_fill_(targets == -2, 0)
@@ -97,7 +62,7 @@ class _FocalLossSum(torch.autograd.Function):
         positive = targets >= 0
         index = targets.clamp(min=0)
         own = x.gather(2, index)  # [B, A, 1, cells]
-        foreground_loss, foreground_gradient = _foreground_terms(own, gamma, smoothing)
+        foreground_loss, foreground_gradient = foreground_terms(own, gamma, smoothing)
         correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
         total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
 

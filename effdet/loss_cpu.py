@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .focal import IGNORED_LOGIT, background_terms, foreground_terms
+
 # Logits of one piece. Large enough that threads share it and the calls cost little, small enough for the cache.
 PIECE = 1 << 17
 
 LARGE = 80.0  # exp() of more overflows float32
-
-IGNORED_LOGIT = -1e4  # probability, loss and gradient are exactly 0 there
 
 
 def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
@@ -48,11 +48,11 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
     positive = targets >= 0
     index = first[positive] + targets[positive] * step
     own = flat[index].float()
-    old_loss, _ = _terms(own, gamma, smoothing)
-    new_loss, new_gradient = _terms(-own, gamma, smoothing)
+    old_loss, _ = background_terms(own, gamma, smoothing, with_gradient=False)
+    new_loss, new_gradient = foreground_terms(own, gamma, smoothing)
     total += (alpha * new_loss - (1 - alpha) * old_loss).sum(dtype=torch.float64)
     if flat_gradient is not None:
-        flat_gradient[index] = (-alpha * new_gradient).to(gradient_dtype)
+        flat_gradient[index] = (alpha * new_gradient).to(gradient_dtype)
     return total.float(), gradient
 
 
@@ -79,7 +79,7 @@ def _in_memory_order(maps: Tensor, by_cell: bool) -> Tensor:
 
 
 def _background(x: Tensor, gradient: Tensor | None, weight: float, gamma: float, smoothing: float) -> Tensor:
-    """Treat each logit as background: write the gradient, return the loss, a float64 scalar; see loss.py."""
+    """Treat each logit as background: write the gradient, return the loss, a float64 scalar; see focal.py."""
     size = min(PIECE, len(x))
     p, ce, modulator = (torch.empty(size) for _ in range(3))
     total = torch.zeros((), dtype=torch.float64)
@@ -103,7 +103,7 @@ def _background(x: Tensor, gradient: Tensor | None, weight: float, gamma: float,
 
 def _background_piece(x: Tensor, gamma: float, smoothing: float, p: Tensor, ce: Tensor, modulator: Tensor) -> None:
     """Write sigmoid(x), softplus(x) - smoothing / 2 * x and sigmoid(x)**gamma."""
-    if len(x) and x.amax() < LARGE:
+    if x.amax() < LARGE:
         torch.exp(x, out=modulator)  # sigmoid and softplus share it: half the time of torch's own two
         torch.log1p(modulator, out=ce)
         torch.add(modulator, 1.0, out=p)
@@ -119,11 +119,3 @@ def _background_piece(x: Tensor, gamma: float, smoothing: float, p: Tensor, ce: 
         torch.mul(p, p, out=modulator)
     else:
         torch.pow(p, gamma, out=modulator)
-
-
-def _terms(x: Tensor, gamma: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient of logits as background, without the weight."""
-    p, ce, modulator = (torch.empty_like(x) for _ in range(3))
-    _background_piece(x, gamma, smoothing, p, ce, modulator)
-    return ce * modulator, (gamma * (1 - p) * ce + p - 0.5 * smoothing) * modulator
-

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "effdet.soft_nms", "effdet.loss_cpu", "effdet.heartbeat", "effdet.statistics_guard"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.nms_cpu",),
-    ("effdet.boxes", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
+    ("effdet.boxes", "effdet.focal", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
      "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
