@@ -1,7 +1,6 @@
 """Average the weights of several checkpoints of one model: `python -m effdet.average_checkpoints A B --out FILE`."""
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
-from .processes import one_line_errors
+from .processes import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -77,16 +76,13 @@ def _check_same_model(path: str, first: str, payload: Mapping[str, Any], descrip
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m effdet.average_checkpoints", description="Average the weights of checkpoints of one model.",
-        epilog="example: python -m effdet.average_checkpoints run/checkpoint-*.pth.tar --best 3 --out average.pth.tar")
+    parser = make_tool_parser("effdet.average_checkpoints", "Average the weights of checkpoints of one model.",
+                              "run/checkpoint-*.pth.tar --best 3 --out average.pth.tar")
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each file (default: equal)")
     parser.add_argument("--best", type=int, metavar="N", help="only the N with the best stored metric")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights of each or the trained ones (default: averaged if there are any)")
+    add_ema_argument(parser)
     args = parser.parse_args(arguments)
     with one_line_errors("effdet.average_checkpoints"):
         paths = args.checkpoints

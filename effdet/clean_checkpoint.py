@@ -1,7 +1,6 @@
 """Keep of a checkpoint what prediction needs: `python -m effdet.clean_checkpoint FILE --out FILE`."""
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 from .average_checkpoints import describe_model
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
-from .processes import one_line_errors
+from .processes import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 _HASH_LENGTH = 8
@@ -36,18 +35,15 @@ def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m effdet.clean_checkpoint", description="Keep of a checkpoint what prediction needs.",
-        epilog="example: python -m effdet.clean_checkpoint run/model_best.pth.tar --out detector.pth --hash")
+    parser = make_tool_parser("effdet.clean_checkpoint", "Keep of a checkpoint what prediction needs.",
+                              "run/model_best.pth.tar --out detector.pth --hash")
     parser.add_argument("checkpoint")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--weights-only", action="store_true",
                         help="a plain state dict without class names and configuration, as published files are")
     parser.add_argument("--hash", action="store_true",
                         help="put the start of the file's SHA-256 into its name, for checking a download")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights or the trained ones (default: averaged if there are any)")
+    add_ema_argument(parser)
     args = parser.parse_args(arguments)
     path = Path(args.out)
     with one_line_errors("effdet.clean_checkpoint"):

@@ -24,7 +24,7 @@ from .config.schema import DemoModelConfig
 from .data import resolve_input_config
 from .nms import select_candidates
 from .onnx_nms import append_nms
-from .processes import one_line_errors
+from .processes import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -189,10 +189,8 @@ def _batch(text: str) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m effdet.export", description="Write a checkpoint's network for other runtimes.",
-        epilog="example: python -m effdet.export model_best.pth.tar --format onnx --outputs detections")
+    parser = make_tool_parser("effdet.export", "Write a checkpoint's network for other runtimes.",
+                              "model_best.pth.tar --format onnx --outputs detections")
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or any weights of a known model")
     parser.add_argument("--format", choices=list(FORMATS), default="onnx")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
@@ -204,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="NAME", help="the model's name, for files that hold weights only")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="other input height and width")
     parser.add_argument("--max-det", type=int, metavar="N", help="rows of the detections (default: the model's, 100)")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights or the trained ones (default: averaged if there are any)")
+    add_ema_argument(parser)
     parser.add_argument("--soft-nms", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args(arguments)
     size = args.image_size and (args.image_size * 2)[:2]

@@ -1,6 +1,7 @@
-"""What a script does before and around its work: start one process for each device, pick the device, report errors."""
+"""What a script does before and around its work: parse, start one process for each device, pick it, report errors."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -81,3 +82,22 @@ def one_line_errors(program: str) -> Iterator[None]:
         _logger.debug("the error came from here", exc_info=True)
         sys.stdout.flush()
         raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
+
+
+def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Make the parser of a small command `python -m MODULE`, and send its log lines to the terminal as they are.
+
+    Args:
+        module: its dotted name.
+        description: one sentence.
+        example: arguments of a typical call.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    program = f"python -m {module}"
+    return argparse.ArgumentParser(prog=program, description=description, epilog=f"example: {program} {example}")
+
+
+def add_ema_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --ema / --no-ema: which of a checkpoint's two sets of weights is taken."""
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
+                        help="the averaged weights or the trained ones (default: averaged if there are any)")

@@ -3,13 +3,12 @@
 `python -m effdet.data.to_coco voc2012 VOCdevkit --out DIR`
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..processes import one_line_errors
+from ..processes import make_tool_parser, one_line_errors
 from .dataset_factory import create_dataset
 
 _logger = logging.getLogger(__name__)
@@ -17,8 +16,7 @@ _logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m effdet.data.to_coco", description=__doc__.partition(";")[0] + ".")
+    parser = make_tool_parser("effdet.data.to_coco", __doc__.partition(";")[0] + ".", "voc2012 VOCdevkit --out DIR")
     parser.add_argument("name", help="voc2007, voc2012, voc0712, openimages or openimages-challenge2019")
     parser.add_argument("root", help="the data set's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for SPLIT.json")
