@@ -45,7 +45,7 @@ def make_session(case: Any, *flags: str) -> Any:
 
     from effdet.config.cli import parse_train_args
     from effdet.processes import start
-    from train import Session
+    from effdet.session import Session
     folder = Path(tempfile.mkdtemp(dir=case.folder))
     precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
     config = parse_train_args([

@@ -29,7 +29,20 @@ from torch import Tensor, nn
 
 from . import device as device_layer
 from . import distributed
-from .checkpoint import CheckpointError, find_resumable, restore_rng_state, rng_state
+from .checkpoint import (
+    CHECKPOINT_VERSION,
+    CheckpointError,
+    CheckpointManager,
+    find_resumable,
+    restore_rng_state,
+    rng_state,
+)
+from .config.load import to_plain
+from .config.model_config import model_config_to_plain
+from .config.schema import RunConfig
+from .data.categories import CategoryMap
+from .engine import Training
+from .weights import extract_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -51,13 +64,6 @@ class Position:
 def is_restart() -> bool:
     """Tell whether a launcher has started this process again after a failure of the group."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def newest_run_folder(output: Path) -> Path | None:
-    """Return the run folder (one with a config.yaml or checkpoints) below `output` that was written to last."""
-    folders = [path for path in output.glob("*") if path.is_dir()
-               and ((path / "config.yaml").exists() or any(path.glob("*.pth.tar")))]
-    return max(folders, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
 def find_checkpoint(folder: Path, otherwise: str = "") -> str:
@@ -90,6 +96,62 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
         raise CheckpointError(
             f"{source} was trained at {size[0]}x{size[1]}, but this run trains at {image_size[0]}x{image_size[1]}: "
             f"resume with --image-size {size[0]} {size[1]}, or start a new run with --initial-checkpoint.")
+
+
+# ---- the whole state -------------------------------------------------------------------------------------------------
+
+def collect(training: Training, cfg: RunConfig, categories: CategoryMap,
+            ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a checkpoint holds, see checkpoint.py; `ranks` has an entry of each process."""
+    config = training.model.config
+    content = {
+        "version": CHECKPOINT_VERSION, "arch": config.name,
+        "state_dict": training.precision.float_state_dict(training.model),
+        "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
+        "scaler": training.precision.state_dict(), "ranks": ranks, "step": training.steps,
+        "config": to_plain(cfg), "model_config": model_config_to_plain(config),
+        "category_map": categories.to_dict(), "image_size": list(config.image_size)}
+    if training.ema is not None:
+        state = training.ema.state_dict()
+        content["state_dict_ema"] = state.pop("module")
+        content["ema"] = state
+    return content
+
+
+def restore(payload: dict[str, Any], source: str, training: Training, manager: CheckpointManager,
+            models: Mapping[str, nn.Module], cfg: RunConfig) -> None:
+    """Put a run back to where a checkpoint was written; the model has its weights already.
+
+    Args:
+        payload: what the checkpoint holds.
+        source: its file, for errors.
+        training: takes weights in their precision, optimizer, average, scaler, schedule and counters.
+        manager: takes the best metric so far.
+        models: those whose statistics differ between processes, see `capture_rank`.
+        cfg: the settings of this run.
+
+    Raises:
+        ValueError: the checkpoint was written with another optimizer.
+        CheckpointError: a state that a generator does not take.
+    """
+    training.precision.load_float_state_dict(training.model, extract_state_dict(payload, use_ema=False))
+    if "optimizer" in payload and not cfg.run.eval_only:
+        stored = payload.get("config", {}).get("optim", {}).get("opt", cfg.optim.opt)
+        if stored != cfg.optim.opt:  # torch would take its settings over and fail at the first step
+            raise ValueError(f"{source} was trained with --opt {stored}, but this run has --opt {cfg.optim.opt}: give "
+                             "the same again, or start anew with --initial-checkpoint.")
+        training.optimizer.load_state_dict(payload["optimizer"])
+    if training.ema is not None and "state_dict_ema" in payload:
+        counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # other trainers' files have none
+        training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})
+    if "scaler" in payload:
+        training.precision.load_state_dict(payload["scaler"])
+    training.steps, training.updates = payload.get("step", 0), payload.get("schedule", {}).get("updates", 0)
+    if "schedule" in payload:
+        training.schedule.load_state_dict(payload["schedule"])
+    if "best" in payload:
+        manager.load_state_dict(payload["best"])
+    restore_rank(payload, training.device, models)
 
 
 # ---- what belongs to one process -------------------------------------------------------------------------------------

@@ -34,10 +34,12 @@ import demo
 import effdet.data.synthetic
 import train
 import validate
+from effdet import session
 from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic import CATEGORY_IDS, make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
+from effdet.session import Session
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
@@ -121,8 +123,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def interrupt(place: str, count: int) -> contextlib.AbstractContextManager:
     """Send this process a real signal at a place in the run, at its `count`-th call from now."""
-    owner, name = {"update": (train.Session, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
-                   "scoring": (CocoEvaluator, "_score"), "epoch": (train.Session, "finish_epoch")}[place]
+    owner, name = {"update": (Session, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
+                   "scoring": (CocoEvaluator, "_score"), "epoch": (Session, "finish_epoch")}[place]
     original, calls = getattr(owner, name), iter(range(1, 1000))
 
     def patched(*args, **kwargs):
@@ -313,7 +315,7 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed)
 
 
 def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
-    original, seen = train.train_one_epoch, []
+    original, seen = session.train_one_epoch, []
 
     def poisoned(training, loader, *more):
         batches = list(loader)  # of the real loader
@@ -327,7 +329,7 @@ def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp
             super().__init__(batches)
             self.sampler = sampler
 
-    with mock.patch.object(train, "train_one_epoch", poisoned):
+    with mock.patch.object(session, "train_one_epoch", poisoned):
         code, output = call(train, *train_argv(data, tmp_path, "bad", "--max-skipped", "2", "--log-interval", "1"))
     assert code == 1 and "Traceback" not in output, output
     assert "2 updates in a row were skipped" in output.splitlines()[-1] and "nonfinite-rank0.pt" in output

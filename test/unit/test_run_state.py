@@ -11,6 +11,7 @@ from torch import nn
 
 from effdet import run_state
 from effdet.checkpoint import CheckpointError
+from effdet.run_folder import newest_run_folder
 
 CPU = torch.device("cpu")
 
@@ -72,13 +73,13 @@ def test_random_numbers_and_statistics_of_a_process_come_back():
 
 
 def test_the_newest_run_folder_is_found_also_before_its_first_checkpoint(tmp_path: Path):
-    assert run_state.newest_run_folder(tmp_path / "absent") is None
+    assert newest_run_folder(tmp_path / "absent") is None
     for age, name in enumerate(("stray", "young", "old")):
         (tmp_path / name).mkdir()
         if name != "stray":
             (tmp_path / name / ("config.yaml" if name == "young" else "last.pth.tar")).touch()
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    assert run_state.newest_run_folder(tmp_path) == tmp_path / "young"
+    assert newest_run_folder(tmp_path) == tmp_path / "young"
 
 
 def test_another_model_or_size_is_refused_with_both_sides():

@@ -1,0 +1,349 @@
+"""One training run: its objects, built in order from the settings, and the loop over epochs."""
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from . import device as device_layer
+from . import distributed, run_state, stopping
+from .amp import Precision
+from .bench import DetBenchPredict, DetBenchTrain
+from .build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
+from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
+from .config.load import dump_yaml, split_over_devices, workers_per_device
+from .config.schema import RunConfig
+from .ema import ModelEma
+from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
+from .evaluator import CocoEvaluator
+from .gallery import write_comparisons
+from .log import (
+    LOSSES_NAME,
+    METRICS_NAME,
+    CsvLog,
+    add_run_facts,
+    format_best_metric,
+    format_duration,
+    format_train_avg_fps,
+    setup_logging,
+)
+from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
+from .postmortem import write_postmortem
+from .run_folder import check_space, choose_output_dir
+from .schedule import build_schedule
+from .weights import extract_state_dict, load_state_dict_report
+
+_logger = logging.getLogger("effdet.train")
+T = TypeVar("T")
+
+
+def open_session(cfg: RunConfig, device: torch.device) -> Session:
+    """Find what to continue, make the run's folder and its log, and build the run."""
+    source = cfg.run.resume
+    wants_newest = source == run_state.AUTO or run_state.is_restart()
+    payload = {} if wants_newest or not source else load_checkpoint_file(source)
+    output_dir = choose_output_dir(cfg, wants_newest)
+    setup_logging(output_dir, distributed.rank())
+    if wants_newest:
+        source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
+        payload = load_checkpoint_file(source) if source else {}
+    return Session(cfg, device, output_dir, payload, source)
+
+
+class Session:
+    """One run: its objects, built in order, and the loop over epochs."""
+
+    def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any],
+                 source: str) -> None:
+        self.cfg, self.device, self.output_dir, self.source = cfg, device, output_dir, source
+        self.started = time.time()
+        self.statistics_frozen = False
+        self.world = distributed.world_size()
+        self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
+        self.workers = workers_per_device(cfg.data.workers, self.world)
+        self.channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
+        self.log_start()
+        device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+        self.build_data(payload.get("category_map"))
+        self.build_training(payload)
+        device_layer.seed_everything(cfg.run.seed + distributed.rank())
+        self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
+        self.summary = CsvLog(output_dir / "summary.csv")
+        if not cfg.run.eval_only:
+            check_space(output_dir, self.training)
+        self.vote = distributed.LateMax()
+        self.progress = Progress()
+        self.position = run_state.Position(cfg.sched.start_epoch or 0)
+        if payload:
+            run_state.restore(payload, source, self.training, self.manager, self.uneven_models(), cfg)
+            if cfg.sched.start_epoch is None:
+                self.position = run_state.read_position(payload, cfg.run.batch_size, len(self.train_set),
+                                                        cfg.optim.grad_accum)
+            within = f", batch {self.position.batches}" if self.position.batches else ""
+            _logger.info("resumed %s: continuing with epoch %d%s", source, self.position.epoch, within)
+        self.first_epoch = self.position.epoch
+        finished = self.training.is_finished and not self.position.batches  # else its evaluation is missing
+        if (self.first_epoch >= self.epochs or finished) and not cfg.run.eval_only:
+            raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
+                             f"after {self.epochs}; {self.training.steps} steps are done. Give more --epochs or "
+                             "--max-steps, or --eval-only to evaluate.")
+
+    def log_start(self) -> None:
+        lines = device_layer.tune(self.device)
+        if self.cfg.run.deterministic:
+            lines += device_layer.make_deterministic(self.device)
+        for line in lines:
+            _logger.info("setting: %s", line)
+        _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
+                     self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
+                     self.batch_size, self.workers, self.output_dir)
+
+    def build_data(self, stored: dict[str, Any] | None) -> None:
+        cfg = self.cfg
+        self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
+        self.categories = self.train_set.parser.category_map
+        self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
+        if self.cfg.data.workers is not None and self.cfg.data.workers > len(self.train_set):
+            raise ValueError(f"{self.cfg.data.workers} loader processes (-j) for {len(self.train_set)} training "
+                             f"pictures: some would have nothing to do. Give at most {len(self.train_set)}.")
+        _logger.info("data: %d training and %d validation pictures, %s", len(self.train_set), len(self.val_set),
+                     self.categories)
+
+    def build_training(self, payload: dict[str, Any]) -> None:
+        cfg, device = self.cfg, self.device
+        model = build_model(cfg.model, cfg.loss, self.categories.num_classes)
+        if cfg.dist.sync_bn and self.world > 1:
+            model = distributed.convert_sync_batchnorm(model)
+        if cfg.model.freeze_backbone:
+            _logger.info("backbone frozen: %s", freeze_backbone(model))
+        if cfg.model.freeze_bn:
+            _logger.info("batch norms frozen: %s", freeze_bn(model))
+        place_model(model, device, cfg.model.same_padding, self.channels_last)
+        if payload:
+            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size),
+                                 cfg.run.eval_only)
+            load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
+        ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
+        precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
+        precision.prepare_model(model)
+        optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
+                                    cfg.optim.opt_eps, masters=precision.master_parameters(model))
+        bench = DetBenchTrain(model, create_labeler=True).to(device)
+        bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+        if cfg.loss.dense_targets:
+            bench.use_dense_targets(device)
+        bench.normalize_over_ranks = self.world > 1
+        self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
+        self.eval_bench.use_nms(cfg.model.nms, device)
+        self.build_loaders(model.config)
+        steps_per_epoch = len(self.train_loader)
+        schedule, self.epochs = build_schedule(
+            optimizer, cfg.sched.sched, cfg.sched.epochs, cfg.sched.warmup_epochs, cfg.sched.warmup_lr,
+            cfg.sched.min_lr, cfg.sched.cooldown_epochs, cfg.sched.lr_noise, cfg.sched.lr_noise_pct,
+            cfg.sched.lr_noise_std, cycle_mul=cfg.sched.lr_cycle_mul, cycle_limit=cfg.sched.lr_cycle_limit,
+            decay_epochs=cfg.sched.decay_epochs, decay_milestones=cfg.sched.decay_milestones,
+            decay_rate=cfg.sched.decay_rate, patience=cfg.sched.patience_epochs, seed=cfg.run.seed,
+            updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
+        if self.world > 1:
+            ids = None if device.type == "cpu" else [device.index]
+            bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
+        self.training = Training(
+            bench, model, optimizer, schedule, precision, device, ema,
+            (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
+            steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
+        _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
+                     sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
+                     *model.config.image_size, precision.level if precision.level == "O0" else
+                     f"{precision.level} {cfg.amp.dtype}")
+
+    def build_loaders(self, model_config: Any) -> None:
+        cfg = self.cfg
+        self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
+                                               self.device, cfg.run.seed, self.channels_last)
+        self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,
+                                            self.device, cfg.run.val_skip, self.channels_last)
+        for loader in (self.train_loader, self.val_loader):
+            loader.loader.worker_init_fn = stopping.ignore_in_worker
+        self.evaluator = CocoEvaluator(self.val_loader.dataset, distributed=True,
+                                       max_det=max(100, model_config.max_det_per_image))
+
+    def uneven_models(self) -> dict[str, torch.nn.Module]:
+        """Return the networks whose batch-norm statistics differ between the processes within an epoch."""
+        if self.world == 1 or self.cfg.dist.sync_bn:
+            return {}
+        training = self.training
+        return {"model": training.model} | ({"ema": training.ema.module} if training.ema else {})
+
+    def run(self) -> None:
+        """Train and evaluate epoch by epoch, then say where everything is.
+
+        Raises:
+            StopRequested: on all ranks, when a signal came; the state is saved then.
+        """
+        if self.cfg.run.eval_only:
+            self.evaluate(max(0, self.first_epoch - 1))
+            return
+        if distributed.is_primary():
+            (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
+            CsvLog(self.output_dir / LOSSES_NAME).drop_from(self.first_epoch, self.position.batches)
+            self.summary.drop_from(self.first_epoch)
+        for epoch in range(self.first_epoch, self.epochs):
+            last = self.run_epoch(epoch)
+            if last:
+                break
+            signum = max(distributed.all_gather_object(stopping.requested()))
+            if signum:
+                raise stopping.StopRequested(signum)
+        self.finish()
+
+    def run_epoch(self, epoch: int) -> bool:
+        """Train, evaluate and save an epoch, or what is left of it; return whether it was the last."""
+        start, self.position = self.position, run_state.Position()
+        self.progress = Progress(start.batches, None if start.totals is None else
+                                 torch.tensor(start.totals, device=self.device))
+        self.train_set.set_epoch(epoch)
+        if start.batches < len(self.train_loader):
+            self.train_loader.sampler.start = start.batches * self.batch_size
+        if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
+            self.freeze_statistics()
+        try:
+            stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
+                                    functools.partial(self.after_update, epoch))
+        except NonFiniteError as error:
+            raise self.explain(error) from None
+        if not start.trained:
+            self.share_batch_norm()
+        last = epoch + 1 == self.epochs or self.training.is_finished
+        metric = None
+        if last or (epoch + 1) % self.cfg.run.val_interval == 0:
+            try:
+                metric = self.evaluate(epoch)
+            except stopping.StopRequested:
+                self.save_recovery(epoch, trained=True)
+                raise
+        self.training.schedule.step(epoch + 1, metric)
+        self.finish_epoch(epoch, stats, metric)
+        return last
+
+    def explain(self, error: NonFiniteError) -> SystemExit:
+        """Write the batch behind an error down and return the error that ends the run."""
+        ids = [self.train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
+        path = write_postmortem(self.output_dir, self.training, error.images, error.target, ids)
+        return SystemExit(f"train.py: error: {error}. Step {self.training.steps}, pictures {ids}; losses and gradient "
+                          f"norms by module are in {path}. If they are finite there, lower --loss-scale; else lower "
+                          "--lr, or look at these pictures.")
+
+    def after_update(self, epoch: int, progress: Progress) -> None:
+        """Save the state within an epoch when it is due, and stop there when a signal asked any rank to.
+
+        Ranks agree by a reduction on the hosts whose result is read one update later, so nobody waits for it.
+        """
+        self.progress = progress
+        signum = self.vote(stopping.requested())
+        interval = self.cfg.run.recovery_interval
+        if signum or (interval and self.training.updates % interval == 0):
+            self.save_recovery(epoch)
+        if signum:
+            raise stopping.StopRequested(signum)
+
+    def save_recovery(self, epoch: int, trained: bool = False) -> None:
+        """Write recovery.pth.tar: all that is needed to go on within an epoch."""
+        cfg, progress = self.cfg, self.progress
+        ranks = distributed.gather_object(run_state.capture_rank(self.device, progress.totals, self.uneven_models()))
+
+        def write() -> None:
+            position = {"batches": progress.batches, "batch_size": cfg.run.batch_size, "trained": trained,
+                        "grad_accum": cfg.optim.grad_accum, "pictures": len(self.train_set)}
+            payload = run_state.collect(self.training, cfg, self.categories, ranks)
+            path = self.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
+            _logger.info("saved %s: epoch %d, batch %d", path, epoch, progress.batches)
+        self.save(write)
+
+    def save(self, write: Callable[[], T]) -> T | None:
+        """Run what writes files on rank 0; with --save-errors warn, a failure is logged and None comes back."""
+        def guarded() -> T | None:
+            try:
+                return write()
+            except OSError as error:
+                if self.cfg.run.save_errors == "stop":
+                    raise
+                _logger.error("%s Training goes on (--save-errors warn).", error)
+                return None
+        return distributed.run_on_primary(guarded)
+
+    def freeze_statistics(self) -> None:
+        """Fix the batch-norm statistics for the rest of the run; they are equal on all ranks after every epoch."""
+        training = self.training
+        if not self.statistics_frozen:
+            self.statistics_frozen = True
+            _logger.info("batch-norm statistics fixed from here on: %d layers", freeze_bn_statistics(training.model))
+            if training.ema is not None:
+                training.ema.copy_buffers(training.model)
+
+    def share_batch_norm(self) -> None:
+        """Bring the batch-norm statistics of all processes together, for the evaluation and for the checkpoint."""
+        training = self.training
+        if self.world > 1 and not self.cfg.dist.sync_bn:
+            for model in (training.model, training.ema.module if training.ema else None):
+                if model is not None:
+                    distributed.distribute_bn(model, self.cfg.dist.dist_bn)
+
+    def evaluate(self, epoch: int) -> float:
+        training = self.training
+        if training.ema is not None and training.ema.updates > 0 and training.ema.is_cold():
+            _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "
+                            "until more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
+                            100 * training.ema.share_of_init())
+        metric, _ = evaluate(self.eval_bench, self.val_loader, self.evaluator, training.precision.autocast)
+        stats = self.evaluator.stats
+        _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, metric, stats["AP50"],
+                     stats["AP75"], "EMA" if training.ema else "trained")
+        return metric
+
+    def finish_epoch(self, epoch: int, stats: EpochStats, metric: float | None) -> None:
+        """Write summary.csv and the checkpoints of an epoch."""
+        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)", epoch, stats.loss,
+                     stats.fps, stats.peak_memory_mib, stats.skipped)
+
+        ranks = distributed.gather_object(run_state.capture_rank(self.device))
+
+        def write() -> None:
+            row = {"epoch": epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
+                   "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.fps, "skipped": stats.skipped,
+                   "AP": metric, "AP50": self.evaluator.stats.get("AP50") if metric is not None else None}
+            self.summary.append(row)  # before the checkpoint: resuming drops a row too many, but cannot add one
+            self.manager.save(run_state.collect(self.training, self.cfg, self.categories, ranks), epoch, metric)
+        self.save(write)
+        if metric is not None and distributed.is_primary():
+            _logger.info("%s", format_best_metric(*self.manager.best))
+
+    def finish(self) -> None:
+        """Draw predictions, and say what came out and where it is."""
+        metric, epoch = self.manager.best
+        if distributed.is_primary():
+            with self.training.precision.autocast():  # without an EMA the weights may be in half precision
+                pictures = write_comparisons(self.eval_bench.model, self.val_set, self.device,
+                                             self.output_dir / "pictures")
+            # A run continued in another folder may not have bettered the metric it started from.
+            best = self.output_dir / BEST_NAME
+            checkpoint = best if best.exists() else self.output_dir / LAST_NAME
+            self.evaluator.write_metrics(self.output_dir / METRICS_NAME)
+            add_run_facts(self.output_dir / METRICS_NAME, {
+                "model": self.cfg.model.name, "processes": self.world, "batch_size": self.cfg.run.batch_size,
+                "first_epoch": self.first_epoch, "steps": self.training.steps,
+                "img_per_s": self.training.throughput.average(), "best_AP": metric, "best_epoch": epoch,
+                "seconds": time.time() - self.started, "checkpoint": str(checkpoint)})
+            stats = self.evaluator.stats
+            _logger.info("%s", format_train_avg_fps(self.training.throughput))
+            _logger.info("%s", format_best_metric(metric, epoch))
+            _logger.info("AP %.4f  AP50 %.4f  (last epoch, %s)", stats["AP"], stats["AP50"],
+                         format_duration(time.time() - self.started))
+            _logger.info("checkpoint: %s", checkpoint)
+            _logger.info("pictures: %s", pictures)
+        distributed.barrier()
