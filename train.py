@@ -14,6 +14,7 @@ from effdet import distributed, heartbeat, stopping
 from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
+from effdet.data.bad_pictures import BadPicturesError
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.run_folder import new_run_name
 from effdet.session import open_session
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with stopping.listening():
+        with stopping.listening(), one_line_errors("train.py", (BadPicturesError,)):
             session.run()
         if watch is not None:
             watch.end()

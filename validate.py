@@ -31,6 +31,7 @@ from effdet.build import (
 from effdet.config.cli import parse_validate_args
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
+from effdet.data.bad_pictures import BadPicturesError
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator
 from effdet.log import add_run_facts, setup_logging
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
                                         cfg.run.tta_flip, cfg.run.tta_scales)
             bench.use_nms(cfg.model.nms, device)
-        run(cfg, detector, bench, loader, device, precision)
+        with one_line_errors("validate.py", (BadPicturesError,)):
+            run(cfg, detector, bench, loader, device, precision)
     finally:
         distributed.shutdown()
     return 0

@@ -19,6 +19,7 @@ from .config import get_efficientdet_config
 from .config.model_config import model_config_from_plain
 from .config.schema import DataConfig, DemoModelConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
+from .data.bad_pictures import BadPictures, default_limit
 from .data.categories import CategoryMap
 from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
@@ -33,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: int | None = None,
                   stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
-    """Open the training or the validation split that the config names.
+    """Open the training or the validation split that the config names; its unreadable pictures are put up with.
 
     Args:
         data: the data section.
@@ -50,13 +51,14 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
     if bool(images) != bool(ann):  # one of the two is given instead of the root's
         images_in_root, ann_in_root = coco_paths(data.root, split)
         images, ann = images or images_in_root, ann or ann_in_root
-    if images:
-        return open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
-                         seed=seed)
-    if not data.root:
+    if not images and not data.root:
         raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
                          f"--{split}-images DIR --{split}-ann FILE")
-    return open_coco(data.root, split, num_classes=num_classes, stored=stored, crowd=crowd, seed=seed)
+    dataset = open_coco(None if images else data.root, split, images=images or None, ann=ann or None,
+                        num_classes=num_classes, stored=stored, crowd=crowd, seed=seed)
+    limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
+    dataset.bad_pictures = BadPictures(len(dataset), limit, replace=split == "train")
+    return dataset
 
 
 def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,

@@ -250,13 +250,14 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
 
     Raises:
         StopRequested: on every process, when a signal asked one of them to stop (stopping.py).
+        BadPicturesError: on every process, when too many pictures cannot be read.
     """
     bench.eval()
     total: Any = None
     batches = 0
     started = time.perf_counter()
     for images, target in loader:
-        if stopping.requested():
+        if stopping.requested() or evaluator.is_hopeless:
             break
         heartbeat.tick_within(f"evaluating, batch {batches + 1}")
         with autocast():

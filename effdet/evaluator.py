@@ -18,6 +18,7 @@ import torch
 from pycocotools.coco import COCO
 
 from .coco_metrics import ClassMetrics, CocoScores, index_ground_truth, score_rows, write_json
+from .data.bad_pictures import BadPictureWatch, find_bad_pictures
 from .distributed import gather_object, is_distributed, is_primary, run_on_primary
 from .voc_metrics import VocScores, score_voc
 
@@ -87,6 +88,8 @@ class Evaluator:
         pred_yxyx: whether predicted boxes are y_min, x_min, y_max, x_max instead of x first.
     """
 
+    is_hopeless = False  # True: there are no numbers to be had any more, evaluate() will say why
+
     def __init__(self, distributed: bool = False, pred_yxyx: bool = False) -> None:
         self.distributed = distributed
         self.pred_yxyx = pred_yxyx
@@ -128,6 +131,8 @@ class Evaluator:
             finite = np.isfinite(rows).all(axis=1)
             bad += int(len(rows) - finite.sum())
             rows = rows[finite & (rows[:, 4] > 0)]
+            if self._is_bad(index):
+                rows = rows[:0]
             if self.pred_yxyx:
                 rows[:, :4] = rows[:, [1, 0, 3, 2]]
             self.img_indices.append(index)
@@ -152,6 +157,10 @@ class Evaluator:
     def _image_id(self, index: int) -> Any:
         """Return what tells one image from another; a subclass that knows the dataset returns its image id."""
         return index
+
+    def _is_bad(self, index: int) -> bool:
+        """Tell whether an image could not be read, so that nothing counts as found in it."""
+        return False
 
     def _gather(self) -> list[Any]:
         """Collect (img_indices, predictions) of every rank on rank 0, in rank order; empty on the others."""
@@ -189,6 +198,9 @@ class CocoEvaluator(Evaluator):
     `cat_ids_as_labels`). A predicted class without a category in the json is dropped and counted in the log: weights
     with 90 outputs for COCO's 80 classes have such.
 
+    A picture that could not be read counts as one in which nothing was found, where the dataset puts up with such
+    (`bad_pictures`, data/bad_pictures.py): its objects are missed, and the log names it.
+
     `stats` holds the last evaluation: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small,
     AR_medium, AR_large. A number is NaN where there is no ground truth for it (pycocotools says -1). It is empty
     before the first evaluation.
@@ -207,6 +219,8 @@ class CocoEvaluator(Evaluator):
         self.max_det = max_det
         self._parser = _find_parser(dataset)
         self._covered = _covered_img_ids(dataset, self._parser)
+        found = find_bad_pictures(dataset)
+        self._watch = None if found is None else BadPictureWatch(found[0], 'validation')
         self._scores: CocoScores | VocScores | None = None
         self._truth: COCO | None = None  # rank 0 only, at the first evaluation
         self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
@@ -229,7 +243,10 @@ class CocoEvaluator(Evaluator):
         Raises:
             ValueError: ground truth or category ids are not to be had from the dataset's parser, or a predicted
                 image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
+            BadPicturesError: more pictures could not be read than the dataset puts up with; raised on all ranks.
         """
+        if self._watch is not None:
+            self._watch.settle(together=self._spread)
         shards = self._gather()
         self._scores = self._on_primary(lambda: self._score(shards, output_result_file), interruptible=True)
         self.reset()
@@ -281,6 +298,13 @@ class CocoEvaluator(Evaluator):
 
     def _image_id(self, index: int) -> Any:
         return _plain(self._parser.img_ids[index])
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self._watch is not None and self._watch.bad.too_many
+
+    def _is_bad(self, index: int) -> bool:
+        return self._watch is not None and index in self._watch.bad
 
     def _check_indices(self, indices: np.ndarray) -> None:
         super()._check_indices(indices)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data.pictures import read_picture
+from .data.pictures import PictureError, read_picture
 from .draw import draw_comparison, make_class_colors, make_contact_sheet
 from .predictor import Predictor
 
@@ -39,7 +39,10 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
     drawn = []
     for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []:
         info = parser.img_infos[index]
-        picture = read_picture(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
+        try:
+            picture = read_picture(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
+        except PictureError:  # the evaluation has named it
+            continue
         truth = parser.get_ann_info(index)
         objects = truth["cls"] > 0
         (found,) = predictor.predict([picture], score_threshold)

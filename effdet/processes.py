@@ -15,6 +15,8 @@ from . import distributed
 
 _logger = logging.getLogger(__name__)
 
+INPUT_ERRORS = (ValueError, OSError, RuntimeError)
+
 
 def needs_launch(device_list: Sequence[int]) -> bool:
     """Tell whether this process should start one process for each of several devices, instead of working itself."""
@@ -70,15 +72,15 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
 
 
 @contextlib.contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
+def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
     """End the process with one line and status 1 when the input is at fault; other exceptions keep their traceback.
 
     Input errors are ValueError, OSError (a file) and RuntimeError raised while a run is set up, so use it around
-    the set-up only.
+    the set-up only, or name the `kinds` of errors.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except kinds as error:
         _logger.debug("the error came from here", exc_info=True)
         sys.stdout.flush()
         raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag

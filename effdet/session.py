@@ -19,6 +19,7 @@ from .build import build_dataset, build_eval_loader, build_model, build_train_lo
 from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
 from .config.load import dump_yaml, split_over_devices, workers_per_device
 from .config.schema import RunConfig
+from .data.bad_pictures import BadPicturesError, BadPictureWatch
 from .ema import ModelEma
 from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .evaluator import CocoEvaluator
@@ -107,6 +108,7 @@ class Session:
     def build_data(self, stored: dict[str, Any] | None) -> None:
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
+        self.bad_pictures = BadPictureWatch(self.train_set, "training")
         self.categories = self.train_set.parser.category_map
         self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
         if self.cfg.data.workers is not None and self.cfg.data.workers > len(self.train_set):
@@ -224,7 +226,7 @@ class Session:
         if last or (epoch + 1) % self.cfg.run.val_interval == 0:
             try:
                 metric = self.evaluate(epoch)
-            except stopping.StopRequested:
+            except (stopping.StopRequested, BadPicturesError):
                 self.save_recovery(epoch, trained=True)
                 raise
         self.training.schedule.step(epoch + 1, metric)
@@ -245,6 +247,7 @@ class Session:
         Ranks agree by a reduction on the hosts whose result is read one update later, so nobody waits for it.
         """
         self.progress = progress
+        self.bad_pictures.look()
         signum = self.vote(stopping.requested())
         interval = self.cfg.run.recovery_interval
         if signum or (interval and self.training.updates % interval == 0):
@@ -308,8 +311,9 @@ class Session:
 
     def finish_epoch(self, epoch: int, stats: EpochStats, metric: float | None) -> None:
         """Write summary.csv and the checkpoints of an epoch."""
-        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)", epoch, stats.loss,
-                     stats.fps, stats.peak_memory_mib, stats.skipped)
+        bad = self.bad_pictures.settle()
+        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", epoch, stats.loss,
+                     stats.fps, stats.peak_memory_mib, stats.skipped, f", {bad} unreadable picture(s)" if bad else "")
 
         ranks = distributed.gather_object(run_state.capture_rank(self.device))
 

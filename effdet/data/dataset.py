@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.utils.data as data
 
+from .bad_pictures import BadPictures, blank_item
 from .parsers import CocoParser, create_parser
-from .pictures import read_picture
+from .pictures import PictureError, read_picture
 
 
 @contextlib.contextmanager
@@ -62,6 +63,10 @@ class DetectionDatset(data.Dataset):
         transform: callable (picture, target) -> (picture, target), or None.
         seed: makes random transforms repeat (module docstring); None leaves the global generators alone, as effdet did.
 
+    Attributes:
+        bad_pictures: what becomes of pictures that cannot be read (bad_pictures.py); None, the default: their item
+            raises PictureError.
+
     Raises:
         ValueError: no parser.
         DatasetError: pictures of the json that are not in `data_dir`.
@@ -86,14 +91,30 @@ class DetectionDatset(data.Dataset):
         self.seed = seed
         # In shared memory, because persistent workers keep the copy of the data set they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.bad_pictures: BadPictures | None = None
 
-    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
-        index = int(index)
+    def _read(self, index: int) -> tuple[Any, dict[str, Any]]:
         info = self._parser.img_infos[index]
         target = {"img_idx": index, "img_size": (info["width"], info["height"])}
         if self._parser.has_labels:
             target.update(self._parser.get_ann_info(index))
-        img = read_picture(self.data_dir / info["file_name"], info["width"], info["height"])
+        return read_picture(self.data_dir / info["file_name"], info["width"], info["height"]), target
+
+    def _item_instead(self, index: int) -> tuple[Any, dict[str, Any]]:
+        item = self.bad_pictures.item_instead(index, self._read)
+        if item is None:
+            info = self._parser.img_infos[index]
+            item = blank_item(index, info["width"], info["height"], self._parser.has_labels)
+        return item
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        index = int(index)
+        try:
+            img, target = self._read(index)
+        except PictureError:
+            if self.bad_pictures is None:
+                raise
+            img, target = self._item_instead(index)
         if self.transform is None:
             return img, target
         if self.seed is None:

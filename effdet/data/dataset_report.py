@@ -61,6 +61,12 @@ ERRORS = {
 }
 
 
+def shown(value: object) -> str:
+    """Return a text of the data as messages show it: in one line, without what no terminal or file can take."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 class DatasetError(ValueError):
     """A data set that cannot be used as it is. The text lists every kind of error found."""
 

@@ -35,6 +35,8 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
     """
     try:
         with Image.open(path) as img:
+            if None not in (width, height) and sorted(img.size) != sorted((width, height)):
+                raise _wrong_size(img, width, height)  # before any pixel: a bomb of another size costs nothing
             img.load()
             img = _orient(img, width, height)
             rgb = _to_rgb(img)
@@ -46,7 +48,7 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
     # struct.error, a bomb warning's error.
     except Exception as e:
         raise PictureError(
-            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace it or take it out of the json."
+            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace it or leave it out."
         ) from e
     return rgb
 
@@ -65,7 +67,11 @@ def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Im
         return img
     if img.size == (height, width) and img.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
         return ImageOps.exif_transpose(img)
-    raise PictureError(
+    raise _wrong_size(img, width, height)
+
+
+def _wrong_size(img: Image.Image, width: int, height: int) -> PictureError:
+    return PictureError(
         f"is {img.size[0]}x{img.size[1]} pixels (width x height), the json says {width}x{height}. "
         "Correct the json, or put the picture its boxes were drawn on."
     )
