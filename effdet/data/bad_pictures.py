@@ -187,11 +187,11 @@ class BadPictureWatch:
     def _error_text(self, bad: list[int]) -> str:
         everything = ", that is all of them" if len(bad) == len(self.dataset) else ""
         return (f"{len(bad)} of {len(self.dataset)} {self.what} pictures cannot be read{everything}; at most "
-                f"{self.bad.limit} may be (--max-bad-images). See whether {self.dataset.data_dir} and the disk it is on "
-                "are still there; mend these files, take them out of the json, or allow more. "
-                + _list([self.named[index] for index in bad]))
+                f"{self.bad.limit} may be (--max-bad-images): {_list([self.named[index] for index in bad], 3)}. "
+                f"See whether {self.dataset.data_dir} and the disk it is on are still there; mend these files, take "
+                "them out of the json, or allow more.")
 
 
-def _list(texts: list[str]) -> str:
-    more = f"; and {len(texts) - _MAX_NAMED} more" if len(texts) > _MAX_NAMED else ""
-    return "; ".join(texts[:_MAX_NAMED]) + more
+def _list(texts: list[str], limit: int = _MAX_NAMED) -> str:
+    more = f"; and {len(texts) - limit} more" if len(texts) > limit else ""
+    return "; ".join(text.removesuffix(".") for text in texts[:limit]) + more

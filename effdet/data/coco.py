@@ -7,7 +7,6 @@ labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business,
 import contextlib
 import io
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +236,7 @@ class CocoParser:
     def coco_dict(self) -> dict[str, Any]:
         """Read the json again, for the evaluator, in a form pycocotools takes.
 
-        Annotations without a finite box go; a missing `iscrowd` becomes 0 and a missing `area` the box's; when
+        Annotations without a finite box go; `iscrowd` becomes 0 or 1 and an `area` that is no number the box's; when
         annotation ids are repeated, missing or 0 (which pycocotools takes for "unmatched") all are renumbered from 1.
         Polygons are left out. Anything else stays.
 
@@ -249,20 +248,26 @@ class CocoParser:
 
     def _coco_dict(self) -> dict[str, Any]:
         data = self._read()
+        listed = data.get("annotations")
         rows = [
             a
-            for a in data.get("annotations", [])
-            if isinstance(a, dict) and four_numbers(a.get("bbox")) and all(math.isfinite(v) for v in a["bbox"])
+            for a in (listed if isinstance(listed, list) else [])
+            if isinstance(a, dict) and four_numbers(a.get("bbox")) and all(abs(v) < 1e300 for v in a["bbox"])
         ]
         for ann in rows:
-            ann.setdefault("iscrowd", 0)
-            ann.setdefault("area", ann["bbox"][2] * ann["bbox"][3])
-        ids = {a.get("id") for a in rows}
-        if len(ids) < len(rows) or None in ids or 0 in ids:
+            ann["iscrowd"] = int(bool(ann.get("iscrowd")))
+            if type(ann.get("area")) not in (int, float):
+                ann["area"] = ann["bbox"][2] * ann["bbox"][3]
+        ids = {i for i in (a.get("id") for a in rows) if type(i) in (int, str) and i != 0}
+        if len(ids) < len(rows):
             for number, ann in enumerate(rows, start=1):
                 ann["id"] = number
         data["annotations"] = rows
-        data.setdefault("categories", [])
+        if not isinstance(data.get("categories"), list):
+            data["categories"] = []
+        names = {c["id"]: c["name"] for c in self.categories}
+        for row in data["categories"]:
+            row["name"] = names[row["id"]]
         sizes = {info["id"]: info for info in self.img_infos}
         for img in data["images"]:
             if img["id"] in sizes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .dataset_report import MAX_EXAMPLES, MIN_BOX_PX, DatasetError, DatasetReport
+from .dataset_report import MAX_EXAMPLES, MIN_BOX_PX, DatasetError, DatasetReport, shown
 from .pictures import PictureError, read_size
 
 
@@ -55,13 +55,14 @@ def check_coco(
     lists = ("images", "annotations", "categories") if has_labels else ("images",)
     absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
     if absent:
-        got = f"keys {sorted(map(str, data))[:8]}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        got = f"keys {sorted(map(shown, data))[:8]}" if isinstance(data, dict) else f"a {type(data).__name__}"
         raise DatasetError(
             f"{source} is not a COCO annotation file: it needs the lists {', '.join(lists)}; "
             f"{', '.join(absent)} missing, found {got}"
         )
     report = DatasetReport(source=source)
-    categories = _check_categories(data.get("categories") or [], report, has_labels)
+    rows = data.get("categories")
+    categories = _check_categories(rows if isinstance(rows, list) else [], report, has_labels)
     infos = _check_images(data["images"], report, img_dir)
     annotations = data["annotations"] if has_labels else []
     packed = _pack_annotations(annotations, categories, infos, report, keep_crowd)
@@ -76,27 +77,23 @@ def _row_images(arrays: CocoArrays) -> np.ndarray:
     return np.repeat(np.arange(len(arrays.img_infos)), np.diff(arrays.offsets))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_categories(rows: list, report: DatasetReport, has_labels: bool) -> list[dict[str, Any]]:
     if has_labels and not rows:
         report.add("no_categories", "")
     seen: dict[int, dict[str, Any]] = {}
     for row in rows:
         cat_id = row.get("id") if isinstance(row, dict) else None
-        if not _is_int(cat_id):
+        if type(cat_id) is not int or not -(2**63) <= cat_id < 2**63:
             report.add("category_fields", repr(row)[:60])
         elif cat_id in seen:
             report.add("duplicate_category_id", f"id {cat_id}: {seen[cat_id]['name']!r} and {row.get('name')!r}")
         else:
-            seen[cat_id] = {"id": cat_id, "name": str(row.get("name", cat_id))}
+            seen[cat_id] = {"id": cat_id, "name": shown(str(row.get("name", cat_id)))}
     return [seen[k] for k in sorted(seen)]
 
 
 def _is_side(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
+    return type(value) in _NUMBERS and 1 <= value < 2**31
 
 
 def _check_images(rows: list, report: DatasetReport, img_dir: Path | None) -> list[dict[str, Any]]:
@@ -104,7 +101,7 @@ def _check_images(rows: list, report: DatasetReport, img_dir: Path | None) -> li
     sizeless = []
     for row in rows:
         img_id, name = (row.get("id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
-        if not (_is_int(img_id) or isinstance(img_id, str)) or not isinstance(name, str) or not name:
+        if type(img_id) not in (int, str) or not isinstance(name, str) or not name:
             report.add("image_fields", repr(row)[:60])
             continue
         if img_id in infos:
@@ -159,7 +156,7 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
             try:
                 with os.scandir(img_dir / folder) as entries:
                     listings[folder] = {e.name for e in entries}
-            except OSError:
+            except (OSError, ValueError):  # ValueError: no file can have this name
                 listings[folder] = set()
         if base not in listings[folder]:
             missing.add(info["id"])
@@ -192,10 +189,13 @@ def _pack_annotations(
             report.add("duplicate_annotation_id", f"id {ann_id}")
         else:
             seen_ids.add(ann_id)
-        at = image_at.get(img_id) if type(img_id) in (int, str) else None
-        if at is None:
-            report.add("orphan_annotation", f"annotation {ann_id} of image {img_id}")
-        elif type(cat_id) is not int or cat_id not in cat_ids:
+        is_id = type(img_id) in (int, str)
+        at = image_at.get(img_id) if is_id else None
+        if not is_id or type(cat_id) is not int:
+            report.add("annotation_fields", f"annotation {ann_id}: image_id {img_id!r}, category_id {cat_id!r}"[:99])
+        elif at is None:
+            report.add("orphan_annotation", f"annotation {ann_id} of image {img_id!r}")
+        elif cat_id not in cat_ids:
             report.add("unknown_category", f"annotation {ann_id} of image {img_id}: category {cat_id}")
         elif not four_numbers(box):
             report.add("no_bbox", f"annotation {ann_id} of image {img_id}")
@@ -205,7 +205,7 @@ def _pack_annotations(
             boxes.append(box)
             crowd.append(bool(row.get("iscrowd") or row.get("ignore")))
             labels.append(ann_id)
-    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    xywh = _to_array(boxes)
     image, is_crowd = np.array(images, dtype=np.int64), np.array(crowd, dtype=bool)
     yxyx, keep = _check_boxes(xywh, image, is_crowd, infos, labels, report, keep_crowd)
     order = np.flatnonzero(keep)
@@ -213,6 +213,14 @@ def _pack_annotations(
     offsets = np.zeros(len(infos) + 1, dtype=np.int64)
     np.cumsum(np.bincount(image[order], minlength=len(infos)), out=offsets[1:])
     return offsets, yxyx[order].astype(np.float32), np.array(cats, dtype=np.int64)[order], is_crowd[order]
+
+
+def _to_array(boxes: list[list]) -> np.ndarray:
+    """Return boxes of four json numbers as float64 [n, 4]; integers beyond float64 become inf."""
+    try:
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    except OverflowError:
+        return np.array([[v if abs(v) < 1e300 else math.inf for v in box] for box in boxes], dtype=np.float64)
 
 
 def _check_boxes(

@@ -32,7 +32,8 @@ def without_polygons(raw: bytes) -> bytes:
     """Put a 0 for each list of polygons in the bytes of a json.
 
     Polygons are most of an annotation file, no box needs them, and stepping over them is many times faster than parsing
-    their numbers. They hold neither quotes nor braces, so they end at the last bracket before the next of these.
+    their numbers. They hold neither quotes nor braces, so they end at the last bracket before the next of these. A list
+    with anything but numbers in it, or with brackets that do not match, stays, for the json parser to judge.
     """
     key = b'"segmentation":'
     parts, done, at = [], 0, raw.find(key)
@@ -42,21 +43,33 @@ def without_polygons(raw: bytes) -> bytes:
         quote = raw.find(b'"', start, brace)
         close = raw.rfind(b"]", start, brace if quote < 0 else quote)
         escaped = raw[at - 1 : at] == b"\\"  # then it is the end of some text
-        if close >= 0 and not escaped and raw[start : start + 8].lstrip()[:1] == b"[":
+        if close >= 0 and not escaped and _is_numbers(raw[start : close + 1]):
             parts += raw[done:start], b"0"
             done = start = close + 1
         at = raw.find(key, start)
     return b"".join([*parts, raw[done:]]) if parts else raw
 
 
+def _is_numbers(part: bytes) -> bool:
+    """Tell whether this looks like a list of numbers, or of lists of them; where the commas are is not looked at."""
+    bare = part.translate(None, b"0123456789.+-eE \t\r\n")
+    return (bare.startswith(b"[") and bare.count(b"[") == bare.count(b"]") and b"][" not in bare
+            and not bare.translate(None, b"[],"))
+
+
 def read_json(path: str | Path) -> Any:
-    """Parse a json without the segmentation of its annotations, which box detection does not use."""
+    """Parse a json without the segmentation of its annotations, which box detection does not use.
+
+    Raises:
+        FileNotFoundError: no such file; OSError: it cannot be read; DatasetError: it is no json.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"annotation file {path} {what}")
     try:
         data = json.loads(without_polygons(path.read_bytes()))
-    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; lists in lists in lists
         raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
     annotations = data.get("annotations") if isinstance(data, dict) else None
     for row in annotations if isinstance(annotations, list) else ():

@@ -50,6 +50,10 @@ ERRORS = {
         "add them to the json, or name the image directory so that they can be read",
     ),
     "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
+    "annotation_fields": (
+        "annotations whose image_id or category_id is no id",
+        'give each annotation an "image_id" and a "category_id", written as in "images" and "categories"',
+    ),
     "unknown_category": (
         'annotations with a category_id that is not in "categories"',
         "add the category or remove the annotations",
@@ -61,9 +65,8 @@ ERRORS = {
 }
 
 
-def shown(value: object) -> str:
-    """Return a text of the data as messages show it: in one line, without what no terminal or file can take."""
-    text = str(value)
+def shown(text: str) -> str:
+    """Return a text of the data as messages show it: in one line, and without what no terminal or file can take."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -96,14 +99,14 @@ class DatasetReport:
         if kind not in DROPPED and kind not in NOTED and kind not in ERRORS:
             raise KeyError(kind)
         counter[kind] = counter.get(kind, 0) + count
-        shown = self.examples.setdefault(kind, [])
-        if example and len(shown) < MAX_EXAMPLES:
-            shown.append(example)
+        examples = self.examples.setdefault(kind, [])
+        if example and len(examples) < MAX_EXAMPLES:
+            examples.append(shown(example))
 
     def _line(self, kind: str, count: int, what: str, action: str) -> str:
-        shown = ", ".join(self.examples.get(kind, ()))
-        more = ", ..." if count > len(self.examples.get(kind, ())) and shown else ""
-        return f"{count} {what}" + (f" ({shown}{more})" if shown else "") + f": {action}"
+        examples = ", ".join(self.examples.get(kind, ()))
+        more = ", ..." if count > len(self.examples.get(kind, ())) and examples else ""
+        return f"{count} {what}" + (f" ({examples}{more})" if examples else "") + f": {action}"
 
     def lines(self) -> list[str]:
         """Give the report as lines for the log: the totals, then one line for each kind found."""

@@ -240,6 +240,7 @@ def change(data, where, **fields):
 BROKEN = {
     "unknown_category": (lambda d: change(d, "annotations", category_id=6), "annotation 1 of image 1: category 6"),
     "orphan_annotation": (lambda d: change(d, "annotations", image_id=77), "annotation 1 of image 77"),
+    "annotation_fields": (lambda d: change(d, "annotations", image_id=True), "annotation 1: image_id True"),
     "duplicate_image_id": (lambda d: change(d, "images", id=2), "id 2: 1.png and 2.png"),
     "duplicate_category_id": (lambda d: change(d, "categories", id=1000), "id 1000: 'c5' and 'c1000'"),
     "category_fields": (lambda d: change(d, "categories", id="5"), "{'id': '5'"),
