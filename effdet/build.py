@@ -23,6 +23,7 @@ from .data.bad_pictures import BadPictures, default_limit
 from .data.categories import CategoryMap
 from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
+from .data.dataset_report import DatasetError
 from .data.transforms import transforms_coco_train
 from .factory import create_model_from_config, set_pad_type
 from .folding import fold_batch_norm
@@ -56,6 +57,12 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
                          f"--{split}-images DIR --{split}-ann FILE")
     dataset = open_coco(None if images else data.root, split, images=images or None, ann=ann or None,
                         num_classes=num_classes, stored=stored, crowd=crowd, seed=seed)
+    report = dataset.parser.report
+    if split == "train" and len(dataset) and not report.num_boxes:
+        dropped = "".join(f", {reason}" for reason in report.reasons())
+        raise DatasetError(f"{report.source} has no box to train on: {report.num_images} images, "
+                           f"{report.num_annotations} annotations{dropped}. Annotate the pictures, or name another "
+                           "file.")
     limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
     dataset.bad_pictures = BadPictures(len(dataset), limit, replace=split == "train")
     return dataset

@@ -28,7 +28,8 @@ from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 __all__ = [
     'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'barrier', 'broadcast_object',
     'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
-    'is_primary', 'launch', 'local_rank', 'primary_first', 'rank', 'run_on_primary', 'shutdown', 'world_size',
+    'is_primary', 'launch', 'local_rank', 'local_world_size', 'primary_first', 'rank',
+    'run_on_primary', 'shutdown', 'world_size',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def local_rank() -> int:
     Unlike `rank()` it is right before the group runs, because the device is chosen by it.
     """
     return int(os.environ.get('LOCAL_RANK', rank()))
+
+
+def local_world_size() -> int:
+    """Return how many processes of the run are on this machine: `LOCAL_WORLD_SIZE` as the launcher sets it."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', world_size()))
 
 
 def is_distributed() -> bool:

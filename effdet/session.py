@@ -17,6 +17,7 @@ from .amp import Precision
 from .bench import DetBenchPredict, DetBenchTrain
 from .build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
 from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
+from .config.inert import inert_settings
 from .config.load import dump_yaml, split_over_devices, workers_per_device
 from .config.schema import RunConfig
 from .data.bad_pictures import BadPicturesError, BadPictureWatch
@@ -36,7 +37,7 @@ from .log import (
 )
 from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from .postmortem import write_postmortem
-from .run_folder import check_space, choose_output_dir
+from .run_folder import check_shared_memory, check_space, choose_output_dir, kept_unless_refused
 from .schedule import build_schedule
 from .weights import extract_state_dict, load_state_dict_report
 
@@ -50,11 +51,12 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     wants_newest = source == run_state.AUTO or run_state.is_restart()
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
-    setup_logging(output_dir, distributed.rank())
-    if wants_newest:
-        source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
-        payload = load_checkpoint_file(source) if source else {}
-    return Session(cfg, device, output_dir, payload, source)
+    with kept_unless_refused(output_dir):
+        setup_logging(output_dir, distributed.rank())
+        if wants_newest:
+            source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
+            payload = load_checkpoint_file(source) if source else {}
+        return Session(cfg, device, output_dir, payload, source)
 
 
 class Session:
@@ -99,8 +101,12 @@ class Session:
         lines = device_layer.tune(self.device)
         if self.cfg.run.deterministic:
             lines += device_layer.make_deterministic(self.device)
+        lines.append(f"learning rate {self.cfg.optim.lr:g} as given, for a global batch of {self.cfg.run.batch_size}: "
+                     "it is not scaled with it")
         for line in lines:
             _logger.info("setting: %s", line)
+        for line in inert_settings(self.cfg):
+            _logger.warning("setting: %s", line)
         _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
                      self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
                      self.batch_size, self.workers, self.output_dir)
@@ -166,6 +172,7 @@ class Session:
 
     def build_loaders(self, model_config: Any) -> None:
         cfg = self.cfg
+        check_shared_memory(distributed.local_world_size(), self.workers, self.batch_size, model_config.image_size)
         self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
                                                self.device, cfg.run.seed, self.channels_last)
         self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,

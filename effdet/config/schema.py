@@ -130,7 +130,7 @@ class EvalDataConfig:
         None, "loader processes over all devices; 0: load in the main process", flags=("-j", "--workers"), low=0,
         none="up to 4 per device")
     max_bad_images: int | None = setting(
-        0, "pictures of a split that may turn out to be unreadable; each is named, and nothing is detected in it", low=0)
+        0, "pictures that may turn out to be unreadable; each is named, and nothing is detected in it", low=0)
     interpolation: str = setting("bilinear", "resampling in evaluation", choices=("bilinear", "bicubic"))
     fill_color: str = setting(
         "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR")
@@ -143,8 +143,8 @@ class DataConfig(EvalDataConfig):
     train_images: str = setting("", "folder of the training pictures, instead of the one in --root", metavar="DIR")
     train_ann: str = setting("", "training annotations in COCO format, instead of those in --root", metavar="JSON")
     max_bad_images: int | None = setting(
-        None, "pictures of each split that may turn out to be unreadable during the run; each is named once and replaced "
-        "by another one, in evaluation nothing is detected in it; one more ends the run", low=0,
+        None, "pictures of each split that may turn out to be unreadable during the run; each is named once; training "
+        "takes another one instead, evaluation detects nothing in it; one more than N ends the run", low=0,
         none="1 % of the split, at least 10")
     train_interpolation: str = setting(
         "random", "resampling in training; 'random' draws one per picture", choices=("random", "bilinear", "bicubic"))

@@ -146,7 +146,7 @@ def _fill_size(info: dict[str, Any], img_dir: Path | None, report: DatasetReport
 
 def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetReport) -> set:
     """Look for every image's file, listing each directory once, and add those missing to the report. Returns the ids
-    of the missing."""
+    of the missing. Raises DatasetError for a directory that may not be read."""
     listings: dict[str, set[str]] = {}
     missing = set()
     for info in infos:
@@ -156,6 +156,9 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
             try:
                 with os.scandir(img_dir / folder) as entries:
                     listings[folder] = {e.name for e in entries}
+            except PermissionError as e:
+                raise DatasetError(f"image directory {img_dir / folder} may not be read: permission denied. Change its "
+                                   "permissions, or run as a user who may.") from e
             except (OSError, ValueError):  # ValueError: no file can have this name
                 listings[folder] = set()
         if base not in listings[folder]:

@@ -61,7 +61,7 @@ def read_json(path: str | Path) -> Any:
     """Parse a json without the segmentation of its annotations, which box detection does not use.
 
     Raises:
-        FileNotFoundError: no such file; OSError: it cannot be read; DatasetError: it is no json.
+        FileNotFoundError: no such file; DatasetError: it may not be read, or is no json.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,6 +69,9 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"annotation file {path} {what}")
     try:
         data = json.loads(without_polygons(path.read_bytes()))
+    except PermissionError as e:
+        raise DatasetError(f"annotation file {path} may not be read: permission denied. Change its permissions, or run "
+                           "as a user who may.") from e
     except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; lists in lists in lists
         raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
     annotations = data.get("annotations") if isinstance(data, dict) else None

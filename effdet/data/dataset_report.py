@@ -119,6 +119,10 @@ class DatasetReport:
         out += ["  error: " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items()]
         return out
 
+    def reasons(self) -> list[str]:
+        """Say briefly what was dropped: '3 boxes with zero or negative width or height'."""
+        return [f"{count} {DROPPED[kind][0]}" for kind, count in self.dropped.items()]
+
     def raise_if_errors(self) -> None:
         """Raise DatasetError naming every kind of error found; do nothing when there is none."""
         if self.errors:
