@@ -6,6 +6,7 @@ Finding them is `coco_check.py`'s job.
 from dataclasses import dataclass, field
 
 MAX_EXAMPLES = 3  # cases shown of each kind
+_MAX_SHOWN = 200  # characters of a text that comes from the data
 MIN_BOX_PX = 1.0  # the published recipe trains on no box narrower or lower than this
 
 # kind: (what the log says, what happens or what to do). The dict a kind is in says what it means.
@@ -66,7 +67,8 @@ ERRORS = {
 
 
 def shown(text: str) -> str:
-    """Return a text of the data as messages show it: in one line, and without what no terminal or file can take."""
+    """Return a text of the data as messages show it: in one short line, without what no terminal or file can take."""
+    text = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 

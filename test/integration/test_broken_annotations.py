@@ -165,9 +165,9 @@ COUNTED: dict[str, tuple[Callable, str, int]] = {
     "a negative place, partly inside": (more(bbox=[-10, -10, 30, 40]), "clipped_bbox", 1),
     "a giant box": (more(bbox=[-1e9, -1e9, 2e9, 2e9]), "clipped_bbox", 1),
     "a box of half a pixel": (more(bbox=[1, 2, 0.5, 40]), "tiny_bbox", 1),
-    "a crowd": (more(iscrowd=1), "crowd", 2),  # the data set has one
-    "a crowd by a text": (more(iscrowd="yes"), "crowd", 2),
-    "an ignored object": (more(ignore=1), "crowd", 2),
+    "a crowd": (more(iscrowd=1), "crowd", 1),
+    "a crowd by a text": (more(iscrowd="yes"), "crowd", 1),
+    "an ignored object": (more(ignore=1), "crowd", 1),
     "annotation ids used twice": (twice("annotations"), "duplicate_annotation_id", 1),
     "no annotation ids": (every("annotations", id=...), "duplicate_annotation_id", None),
     "annotation ids that are lists": (more(id=[1]), "duplicate_annotation_id", 1),
