@@ -94,9 +94,10 @@ def dead_workers_in_one_line(program: str) -> Iterator[None]:
         found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", _texts_of(error))
         if found is None:
             raise
-        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside"
-                         f"{f' ({found[2].strip()})' if found[2] else ''}, as the system does when memory runs out: use "
-                         "fewer of them (-j) or smaller batches, and continue with --resume auto.") from None
+        how = f" ({found[2].strip()})" if found[2] else ""
+        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
+                         "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
+                         "with --resume auto.") from None
 
 
 def _texts_of(error: BaseException | None) -> str:
