@@ -98,8 +98,7 @@ def test_a_killed_loader_process_is_one_line_and_other_errors_stay():
         for _ in loader:
             worker = loader.loader._iterator._workers[1]
             os.kill(worker.pid, signal.SIGKILL)
-            worker.join()
-            time.sleep(0.1)
+            time.sleep(5)  # less: its end breaks this off
     loader.close()
     assert str(caught.value).startswith(
         f"train.py: error: a loader process (pid {worker.pid}) was ended from outside (Killed), as the system does")
