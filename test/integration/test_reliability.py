@@ -87,6 +87,14 @@ def test_a_second_signal_ends_the_run_at_once(start):
         assert time.monotonic() - started < 1.5, run.output()
 
 
+def test_two_deterministic_runs_have_the_same_bits(start):
+    first, second = start("first", "--deterministic"), start("second", "--deterministic", "-j", 2)
+    assert [first.wait(), second.wait()] == [0, 0], first.output() + second.output()
+    assert "deterministic: the same bits on this machine with the same number of threads" in first.output()
+    assert losses(first.folder) == losses(second.folder) and len(losses(first.folder)) == 3 * NUM_TRAIN // BATCH
+    assert_same_weights(first.folder, second.folder)
+
+
 @pytest.mark.parametrize("launcher", ["--device-list", "torchrun"])
 def test_a_killed_process_is_replaced_and_the_group_resumes(start, launcher):
     if launcher == "torchrun":
