@@ -2,6 +2,7 @@
 """Train EfficientDet on data in COCO format, on one device or several. `python train.py --help` lists the settings."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,8 +16,8 @@ from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
 from effdet.data.bad_pictures import BadPicturesError
-from effdet.processes import launch, needs_launch, one_line_errors, start
-from effdet.run_folder import new_run_name
+from effdet.processes import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
+from effdet.run_folder import make_run_folder
 from effdet.session import open_session
 
 _logger = logging.getLogger("effdet.train")
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             arguments = list(sys.argv[1:] if argv is None else argv)
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
-                arguments += ["--experiment", new_run_name(cfg)]  # so that restarted processes find their run
+                arguments += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
             return launch(__file__, arguments, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port,
                           cfg.dist.max_restarts)
         device = start(cfg.run.device, cfg.dist.device_list)
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with stopping.listening(), one_line_errors("train.py", (BadPicturesError,)):
+        with (stopping.listening(), contextlib.closing(session), dead_workers_in_one_line("train.py"),
+              one_line_errors("train.py", (BadPicturesError,))):
             session.run()
         if watch is not None:
             watch.end()

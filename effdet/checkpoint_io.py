@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .device import old_tensor_globals
+
 CHECKPOINT_NAME = re.compile(r"^[^.].*\.(pth\.tar|pth|pt|safetensors)$")
 _TEMPORARY_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.tmp$")
 _LEFTOVER_AGE_S = 3600.0  # a temporary file this old belongs to a process that was killed, not to one that is writing
@@ -191,7 +193,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _allowed_globals() -> list[Any]:
-    """List what older trainers' files need besides torch's own safe types: parsed arguments and numpy's numbers.
+    """List what older files need besides torch's own safe types: parsed arguments, numpy's numbers, an NPU's tensors.
 
     None of these runs code from the file: a Namespace is a bag of attributes, numpy's rebuild a number or an array from
     bytes. numpy 2 moved its functions, so each is allowed under both module paths, whichever numpy wrote the file.
@@ -200,7 +202,7 @@ def _allowed_globals() -> list[Any]:
     functions = (core.multiarray.scalar, core.multiarray._reconstruct)
     both_paths = [(f, f"numpy.{folder}.multiarray.{f.__name__}") for f in functions for folder in ("core", "_core")]
     number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}  # numbers only: objects could be anything
-    return [argparse.Namespace, np.ndarray, np.dtype, *number_types, *both_paths]
+    return [argparse.Namespace, np.ndarray, np.dtype, *number_types, *both_paths, *old_tensor_globals()]
 
 
 def _check_is_file(path: Path) -> None:
@@ -244,7 +246,7 @@ def _from_old_types(value: Any) -> Any:
 
 def _explain_load_failure(path: Path, reason: str) -> str:
     """Word the failure of a file that torch or safetensors would not read."""
-    refused = re.search(r"GLOBAL ([\w.]+)", reason)
+    refused = re.search(r"(?:GLOBAL |but got <class ')([\w.]+)", reason)
     if refused:
         return (
             f"{path} holds Python objects ({refused[1].rstrip('.')}) whose loading could run code, so it was refused; "

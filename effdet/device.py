@@ -336,6 +336,21 @@ def is_host(device: torch.device) -> bool:
     return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+def old_tensor_globals() -> list[tuple[Any, str]]:
+    """Return what files of an Ascend NPU from before torch_npu 2.1 need to load anywhere: (function, its name there).
+
+    Their tensors are in the file as on a host, and are rebuilt there: the function that the name stands for would need
+    torch_npu and a device.
+    """
+    names = ("torch_npu.utils.storage._rebuild_npu_tensor", "torch._utils._rebuild_npu_tensor")  # from 1.8 on; 1.5
+    return [(_rebuild_old_npu_tensor, name) for name in names]
+
+
+def _rebuild_old_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any,
+                            _format: Any = None) -> torch.Tensor:
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)

@@ -353,6 +353,20 @@ def _core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: int = 5) -> None:
+    """Run torchrun, again at another port where somebody took `arguments.master_port` since it was found free."""
+    for left in reversed(range(attempts)):
+        try:
+            run(arguments)
+        except dist.DistNetworkError as error:
+            if 'EADDRINUSE' not in str(error) or not left:
+                raise
+            _logger.warning('port %d was taken by another process just now: trying another', arguments.master_port)
+            arguments.master_port = _free_port()
+        else:
+            return
+
+
 def launch(
         script_argv: Sequence[str],
         num_processes: int,
@@ -398,15 +412,16 @@ def launch(
     if master_port is not None and not _is_free(master_port):
         taken, master_port = master_port, None
         _logger.warning('port %d is in use on this machine: a free one is taken instead', taken)
+    master_port = master_port or _free_port()
     arguments = torchrun.get_args_parser().parse_args([
         f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}', f'--max-restarts={max_restarts}',
         f'--signals-to-handle={",".join(["SIGHUP", "SIGQUIT", *(s.name for s in stopping.SIGNALS)])}',
-        f'--master-port={_free_port() if master_port is None else master_port}', *script_argv])
+        f'--master-port={master_port}', *script_argv])
     inherited = os.environ.get('OMP_NUM_THREADS')
     if inherited is None:
         os.environ['OMP_NUM_THREADS'] = str(max(1, _core_count() // num_processes))
     try:
-        torchrun.run(arguments)
+        _run_at_a_free_port(torchrun.run, arguments)
     except ChildFailedError as error:
         failed_rank, failure = error.get_first_failure()
         _logger.error('process of rank %d ended with exit code %d; its own output says why', failed_rank,

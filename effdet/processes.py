@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -84,6 +85,30 @@ def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERR
         _logger.debug("the error came from here", exc_info=True)
         sys.stdout.flush()
         raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
+
+
+@contextlib.contextmanager
+def dead_workers_in_one_line(program: str) -> Iterator[None]:
+    """End the process with one line and status 1 when a loader process died; other errors keep their traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", _texts_of(error))
+        if found is None:
+            raise
+        how = f" ({found[2].strip()})" if found[2] else ""
+        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
+                         "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
+                         "with --resume auto.") from None
+
+
+def _texts_of(error: BaseException | None) -> str:
+    """Return the texts of an error and of those that led to it, the first cause first, in one line."""
+    texts: list[str] = []
+    while error is not None:
+        texts.insert(0, " ".join(str(error).split()))
+        error = error.__cause__ or error.__context__
+    return " ".join(texts)
 
 
 def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:

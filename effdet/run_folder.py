@@ -1,12 +1,21 @@
-"""The folder of a run: which one it is, what it is called, whether it can be written and there is room in it."""
+"""The folder of a run: which one, its name, whether it can be written, has room and is nobody else's just now."""
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 from . import distributed
 from .config.schema import RunConfig
@@ -16,6 +25,7 @@ from .processes import INPUT_ERRORS
 from .run_state import AUTO
 
 _PREFETCHED = 2  # batches that each loading process makes ahead, torch's default
+LOCK_NAME = ".lock"
 
 
 def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
@@ -25,15 +35,14 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
         ValueError: it cannot be made or written to; on the other ranks RuntimeError with the same text.
     """
     def choose() -> str:
-        output = Path(cfg.run.output)
-        if cfg.run.experiment:
-            path = output / cfg.run.experiment
-        elif cfg.run.resume not in ("", AUTO):
-            path = Path(cfg.run.resume).resolve().parent
-        else:
-            path = newest_run_folder(output) if wants_newest else None
-            path = path or output / new_run_name(cfg)
+        output = path = Path(cfg.run.output)
         try:
+            if cfg.run.experiment:
+                path = output / cfg.run.experiment
+            elif cfg.run.resume not in ("", AUTO):
+                path = Path(cfg.run.resume).resolve().parent
+            else:
+                path = (newest_run_folder(output) if wants_newest else None) or make_run_folder(cfg)
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
@@ -53,15 +62,59 @@ def kept_unless_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except INPUT_ERRORS:
-        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOSSES_NAME}:
+        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOSSES_NAME, LOCK_NAME}:
             shutil.rmtree(folder)
         raise
 
 
-def new_run_name(cfg: RunConfig) -> str:
-    """Return a folder's name from date, model and input size."""
+def make_run_folder(cfg: RunConfig) -> Path:
+    """Make a folder named by date, model and input size, which no other run has, also of those started just now."""
     size = "" if cfg.model.image_size is None else "-" + "x".join(map(str, cfg.model.image_size))
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{cfg.model.name}{size}"
+    Path(cfg.run.output).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = Path(cfg.run.output) / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("not reached: the count has no end")
+
+
+def hold_run_folder(folder: Path) -> IO[str] | None:
+    """Refuse to train in a folder in which another process trains now.
+
+    The system gives the folder up with this process, however it ends. Where it has no such locks, nothing is checked.
+
+    Returns:
+        The locked file, which holds the folder until it is closed; None on ranks other than 0.
+
+    Raises:
+        ValueError: another run has it (RuntimeError on ranks other than 0).
+    """
+    held: list[IO[str]] = []
+
+    def hold() -> None:
+        file = open(folder / LOCK_NAME, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"{folder} is in use: {owner} trains there. Wait until it has ended, or give another "
+                             "--experiment.") from None
+        except OSError:
+            pass  # a network file system without locks
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        held.append(file)
+    if fcntl is not None:
+        distributed.run_on_primary(hold)
+    return held[0] if held else None
 
 
 def newest_run_folder(output: Path) -> Path | None:

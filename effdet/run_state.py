@@ -140,7 +140,11 @@ def restore(payload: dict[str, Any], source: str, training: Training, manager: C
         if stored != cfg.optim.opt:  # torch would take its settings over and fail at the first step
             raise ValueError(f"{source} was trained with --opt {stored}, but this run has --opt {cfg.optim.opt}: give "
                              "the same again, or start anew with --initial-checkpoint.")
-        training.optimizer.load_state_dict(payload["optimizer"])
+        try:
+            training.optimizer.load_state_dict(payload["optimizer"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{source} holds the optimizer of another trainer or of other weights ({error}): "
+                                  "start anew with --initial-checkpoint, which takes the weights alone.") from error
     if training.ema is not None and "state_dict_ema" in payload:
         counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # other trainers' files have none
         training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})

@@ -37,7 +37,7 @@ from .log import (
 )
 from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from .postmortem import write_postmortem
-from .run_folder import check_shared_memory, check_space, choose_output_dir, kept_unless_refused
+from .run_folder import check_shared_memory, check_space, choose_output_dir, hold_run_folder, kept_unless_refused
 from .schedule import build_schedule
 from .weights import extract_state_dict, load_state_dict_report
 
@@ -48,15 +48,19 @@ T = TypeVar("T")
 def open_session(cfg: RunConfig, device: torch.device) -> Session:
     """Find what to continue, make the run's folder and its log, and build the run."""
     source = cfg.run.resume
-    wants_newest = source == run_state.AUTO or run_state.is_restart()
+    # A machine that joins a group anew counts no restart; all processes must read the same file.
+    wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
     with kept_unless_refused(output_dir):
+        held = None if cfg.run.eval_only else hold_run_folder(output_dir)
         setup_logging(output_dir, distributed.rank())
         if wants_newest:
             source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}
-        return Session(cfg, device, output_dir, payload, source)
+        session = Session(cfg, device, output_dir, payload, source)
+    session.held = held  # as long as the run
+    return session
 
 
 class Session:
@@ -181,6 +185,11 @@ class Session:
             loader.loader.worker_init_fn = stopping.ignore_in_worker
         self.evaluator = CocoEvaluator(self.val_loader.dataset, distributed=True,
                                        max_det=max(100, model_config.max_det_per_image))
+
+    def close(self) -> None:
+        """End the loader processes."""
+        for loader in (self.train_loader, self.val_loader):
+            loader.close()
 
     def uneven_models(self) -> dict[str, torch.nn.Module]:
         """Return the networks whose batch-norm statistics differ between the processes within an epoch."""

@@ -4,17 +4,21 @@ Lives here: the handlers, and what a signal means at the moment it comes. When a
 and what is saved is the business of those who call `requested`.
 
 The first SIGTERM, SIGINT or SIGUSR1 is remembered; the run ends itself with status 128 + the signal's number. A second
-signal kills the process at once; a shell reports the same status for it.
+signal kills the process at once; a shell reports the same status for it. The end of the launcher that started this
+process counts as SIGTERM: killed, it can send none, and its processes would keep the devices.
 """
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 # A terminal and a launcher, or a scheduler and its daemon, often send the same signal both: that is one request.
@@ -24,6 +28,7 @@ _requested = 0
 _requested_at = 0.0
 _raises = False
 _pid = 0
+_launcher = 0  # the process that watches over this one, where it is torchrun or ours
 
 
 class StopRequested(BaseException):
@@ -65,22 +70,26 @@ def _handle(signum: int, _frame: Any) -> None:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Within the block, remember signals instead of ending; without effect outside the main thread."""
-    global _requested, _pid
+    global _requested, _pid, _launcher
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _requested, _pid = 0, os.getpid()
+    _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _requested = 0
+        _requested = _launcher = 0
 
 
 def requested() -> int:
     """Return the number of the signal that asked this process to stop, 0 for none."""
+    if _launcher and not _requested and os.getppid() != _launcher:
+        _logger.warning("the launcher (process %d) is gone, so this process ends, too", _launcher)
+        _handle(signal.SIGTERM, None)
     return _requested
 
 

@@ -88,6 +88,19 @@ class PrefetchLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def close(self) -> None:
+        """End the loader's processes, also one that hangs; without it they end when nothing refers to the loader.
+
+        A traceback does, and processes that ignore SIGTERM (stopping.py) would then keep the interpreter from ending.
+        """
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
+        if workers:
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
     @property
     def sampler(self) -> Any:
         """The inner loader's sampler; `set_epoch` on a training one chooses the epoch."""

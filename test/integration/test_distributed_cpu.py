@@ -65,6 +65,30 @@ def test_launch_reports_a_killed_process_as_the_shell_does(tmp_path):
     assert _launch("killed", tmp_path, 2).returncode == 128 + 9
 
 
+PORTS = """
+import sys
+from effdet import distributed
+taken, free_port = int(sys.argv[1]), distributed._free_port
+answers = [taken]  # as if somebody had taken the port between looking and using it
+distributed._free_port = lambda: answers.pop() if answers else free_port()
+sys.exit(distributed.launch(sys.argv[2:], 2, master_port=taken))
+"""
+
+
+def test_launch_takes_another_port_when_one_is_in_use_or_is_taken_meanwhile(tmp_path):
+    with socket.socket() as occupied:
+        occupied.bind(("", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
+        done = subprocess.run([sys.executable, "-c", PORTS, port, str(WORKER), "place", str(tmp_path)],
+                              env=_environment(), timeout=TIMEOUT_S, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"port {port} is in use on this machine: a free one is taken instead" in done.stderr
+    assert f"port {port} was taken by another process just now: trying another" in done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"] != port
+
+
 # ---- collectives -----------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +176,8 @@ def test_evaluator_gives_every_rank_the_number_of_one_process(tmp_path, single, 
         assert [tuple(line) for line in out["per_class"]] == [tuple(line) for line in single.per_class()]
         assert out["collected"] == 0
         assert 0 < out["second_ap"] == ranks[0]["second_ap"] < out["ap"]  # 2 of 7 images: the others are missed
+        assert out["third_ap"] == out["second_ap"], "whichever rank has them"
+        assert out["float32"][0] == out["float32"][1] == pytest.approx(out["ap"], rel=1e-6)
         assert out["nothing_ap"] == 0.0
     rows = json.loads((out_dir / "results.json").read_text())
     assert len(rows) == 7 * 5  # each image once

@@ -2,22 +2,21 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from real_process import REPO, Process, losses, train_argv
 
 from effdet.data.synthetic import make_synthetic_dataset
 
-REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, BATCH = 24, 4
 pytestmark = pytest.mark.slow
 
@@ -27,54 +26,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_synthetic_dataset(tmp_path_factory.mktemp("data") / "set", num_train=NUM_TRAIN, num_val=6)
 
 
-class Process:
-    """train.py in a process of its own, whose output goes to a file."""
+class Run(Process):
+    """train.py with its output folder and a log of its own."""
 
-    def __init__(self, data: Path, output: Path, *more: object) -> None:
-        argv = ["--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu", "--epochs", 3,
-                "--warmup-epochs", 0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", output,
-                "--experiment", "run", "--resume", "auto", *more]
-        self.folder, self.log = output / "run", output.parent / f"{output.name}.txt"
-        self.before = self.log.stat().st_size if self.log.exists() else 0  # an earlier process's output
-        with open(self.log, "a") as file:
-            self.process = subprocess.Popen([sys.executable, "train.py", *map(str, argv)], cwd=REPO, stdout=file,
-                                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    def output(self) -> str:
-        return self.log.read_text()[self.before:]
-
-    def wait_for(self, pattern: str, timeout_s: float = 180) -> None:
-        end = time.monotonic() + timeout_s
-        while not re.search(pattern, self.output()):
-            assert time.monotonic() < end and self.process.poll() is None, self.output()
-            time.sleep(0.02)
-
-    def wait(self, timeout_s: float = 180) -> int:
-        return self.process.wait(timeout=timeout_s)
-
-    def pid_of_rank(self, rank: int) -> int:
-        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
-                return int(pid)
-        raise AssertionError(f"no process of rank {rank}")
+    def __init__(self, data: Path, output: Path, *more: object, launcher: Sequence[str] = ()) -> None:
+        self.folder = output / "run"
+        super().__init__([*launcher, "train.py", *train_argv(data, output, *more)],
+                         output.parent / f"{output.name}.txt")
 
 
 @pytest.fixture
 def start(data: Path, tmp_path: Path) -> Iterator:
-    running: list[Process] = []
+    running: list[Run] = []
 
-    def make(name: str, *more: object) -> Process:
-        running.append(Process(data, tmp_path / name, *more))
+    def make(name: str, *more: object, launcher: Sequence[str] = ()) -> Run:
+        running.append(Run(data, tmp_path / name, *more, launcher=launcher))
         return running[-1]
     yield make
     for one in running:
-        one.process.kill()
-        one.process.wait()
-
-
-def losses(folder: Path) -> list[tuple[str, ...]]:
-    with open(folder / "losses.csv", newline="") as file:
-        return [tuple(value for key, value in row.items() if key != "img_per_s") for row in csv.DictReader(file)]
+        one.end()
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -117,8 +87,21 @@ def test_a_second_signal_ends_the_run_at_once(start):
         assert time.monotonic() - started < 1.5, run.output()
 
 
-def test_a_killed_process_is_replaced_and_the_group_resumes(start):
-    run = start("run", "--device-list", "0,1", "--max-restarts", 1, "--recovery-interval", 2)
+def test_two_deterministic_runs_have_the_same_bits(start):
+    first, second = start("first", "--deterministic"), start("second", "--deterministic", "-j", 2)
+    assert [first.wait(), second.wait()] == [0, 0], first.output() + second.output()
+    assert "deterministic: the same bits on this machine with the same number of threads" in first.output()
+    assert losses(first.folder) == losses(second.folder) and len(losses(first.folder)) == 3 * NUM_TRAIN // BATCH
+    assert_same_weights(first.folder, second.folder)
+
+
+@pytest.mark.parametrize("launcher", ["--device-list", "torchrun"])
+def test_a_killed_process_is_replaced_and_the_group_resumes(start, launcher):
+    if launcher == "torchrun":
+        run = start("run", "--resume", "", "--recovery-interval", 2, launcher=[
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+    else:
+        run = start("run", "--device-list", "0,1", "--max-restarts", 1, "--recovery-interval", 2)
     run.wait_for(r"Train: 1 \[ *3/")
     os.kill(run.pid_of_rank(1), signal.SIGKILL)
     assert run.wait() == 0, run.output()
@@ -127,6 +110,35 @@ def test_a_killed_process_is_replaced_and_the_group_resumes(start):
     assert straight.wait() == 0, straight.output()
     assert losses(run.folder) == losses(straight.folder)
     assert_same_weights(run.folder, straight.folder)
+
+
+def test_another_number_of_processes_continues_the_run_and_is_said(start):
+    """One process, then two, then one again; each is stopped within an epoch or at the end of the run."""
+    first = start("run")
+    first.wait_for(r"Train: 0 \[ *3/")
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM, first.output()
+    steps = [torch.load(first.folder / "recovery.pth.tar", weights_only=True)["step"]]
+    assert 3 <= steps[0] <= 5
+
+    second = start("run", "--device-list", "0,1")
+    second.wait_for(r"Train: 1 \[ *2/")
+    second.process.send_signal(signal.SIGTERM)
+    assert second.wait() == 128 + signal.SIGTERM, second.output()
+    assert "written by 1 process(es), this run has 2: random numbers start anew" in second.output()
+    assert f"continuing with epoch 0, batch {steps[0]}" in second.output()
+    payload = torch.load(second.folder / "recovery.pth.tar", weights_only=True)
+    assert len(payload["ranks"]) == 2 and payload["epoch"] == 0
+    steps.append(payload["step"])
+
+    third = start("run")
+    assert third.wait() == 0, third.output()
+    assert "written by 2 process(es), this run has 1: random numbers start anew" in third.output()
+    assert f"continuing with epoch 1, batch {steps[1] - 6}" in third.output()
+    trace = losses(third.folder)
+    assert [row[:2] for row in trace] == [(str(epoch), str(batch)) for epoch in range(3) for batch in range(1, 7)]
+    payload = torch.load(third.folder / "last.pth.tar", weights_only=True)
+    assert (payload["step"], payload["epoch"], len(payload["ranks"])) == (3 * NUM_TRAIN // BATCH, 2, 1)
 
 
 def test_without_restarts_a_killed_process_ends_the_run(start):

@@ -5,6 +5,7 @@ process does without the seconds of importing torch. Two processes are in test_t
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -648,6 +650,14 @@ class Place:
             (root / split).symlink_to(self.data / split)
         return root
 
+    def of_another_trainer(self) -> Path:
+        """A file as effdet's training script writes it."""
+        weight = torch.zeros(3, requires_grad=True)
+        torch.save({"epoch": 7, "arch": "tf_efficientdet_d0", "state_dict": self.run.checkpoint()["state_dict"],
+                    "optimizer": torch.optim.SGD([weight], lr=0.1, momentum=0.9).state_dict(), "version": 2,
+                    "args": argparse.Namespace(lr=0.1), "metric": np.float64(0.25)}, self.tmp / "other.pth.tar")
+        return self.tmp / "other.pth.tar"
+
     def weights_only(self) -> Path:
         torch.save(self.run.checkpoint()["state_dict"], self.tmp / "weights.pth")
         return self.tmp / "weights.pth"
@@ -694,6 +704,8 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
                                 ["tf_efficientdet_d0", "tf_efficientdet_lite0", "--model"]),
     "resume with another optimizer": (train, lambda p: p.train("--opt", "fusedmomentum", "--resume", p.last),
                                       ["--opt adamw", "--opt fusedmomentum"]),
+    "resume of another trainer's file": (train, lambda p: p.train("--resume", p.of_another_trainer()),
+                                         ["other.pth.tar", "another trainer", "--initial-checkpoint"]),
     "resume of a finished run": (train, lambda p: p.train("--resume", p.last), ["nothing is left", "3", "--epochs"]),
     "resume of a run of as many steps": (
         train, lambda p: p.train("--resume", p.run.folder / "checkpoint-0.pth.tar", "--max-steps", 3),

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -247,6 +248,44 @@ def test_files_of_the_old_trainer_load_with_plain_values(tmp_path, archive):
     assert same_weights(ck.extract_state_dict(read), dict(model.state_dict()))
 
 
+class OldNpuTensor:
+    """Pickles as torch_npu before 2.1 pickled a tensor: a call of its own function with a number for the format."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self):
+        tensor = self.tensor
+        return sys.modules["torch_npu.utils.storage"]._rebuild_npu_tensor, (
+            tensor.storage(), tensor.storage_offset(), tuple(tensor.size()), tensor.stride(), False, OrderedDict(), 2)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
+def test_a_file_of_the_ascend_port_loads_without_its_device(tmp_path, monkeypatch, archive):
+    """Tensors as an NPU of that time wrote them, under DDP, with parsed arguments and a metric."""
+    model, path = small_model(), tmp_path / "last.pth.tar"
+    state = OrderedDict((f"module.{key}", OldNpuTensor(value)) for key, value in model.state_dict().items())
+    old = types.ModuleType("torch_npu.utils.storage")
+
+    def _rebuild_npu_tensor():
+        raise AssertionError("only its name is in the file")
+
+    _rebuild_npu_tensor.__module__, _rebuild_npu_tensor.__qualname__ = old.__name__, "_rebuild_npu_tensor"
+    old._rebuild_npu_tensor = _rebuild_npu_tensor
+    with monkeypatch.context() as patch:
+        for name in ("torch_npu", "torch_npu.utils"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, old.__name__, old)
+        torch.save({**old_style_payload(model), "state_dict": state, "amp": {"loss_scaler0": {"loss_scale": 128.0}}},
+                   path, _use_new_zipfile_serialization=archive)
+    read = ck.load_checkpoint_file(path)
+    assert same_weights(ck.extract_state_dict(read), dict(model.state_dict()))
+    assert (read["args"]["lr"], read["metric"], read["amp"]["loss_scaler0"]["loss_scale"]) == (0.16, 0.25, 128.0)
+    target = small_model(seed=3)
+    assert load_checkpoint(target, path, use_ema=False).complete and torch.equal(target.stem.weight, model.stem.weight)
+
+
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"], ids=["numpy1", "numpy2"])
 def test_numpy_scalars_load_under_the_module_path_of_either_numpy(tmp_path, module):
     written, path = tmp_path / "written.pth", tmp_path / "a.pth"
@@ -269,9 +308,20 @@ def test_safetensors_load(tmp_path):
     model = small_model()
     safetensors.save_file(dict(model.state_dict()), tmp_path / "a.safetensors")
     assert same_weights(ck.load_checkpoint_file(tmp_path / "a.safetensors"), dict(model.state_dict()))
-    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:50])
-    with pytest.raises(ck.CheckpointError, match="damaged"):
-        ck.load_checkpoint_file(tmp_path / "b.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert content[8:9] == b"{"
+    damages = {"cut": content[:50], "short": content[:-4], "longer": content + b"1234", "page": b"<html>404</html>",
+               "header": content[:8] + b"[" + content[9:], "length": b"\xff" + content[1:],
+               "pickle": pickle.dumps(Malicious(tmp_path / "pwned"))}
+    for name, damaged in damages.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(damaged)
+        with pytest.raises(ck.CheckpointError, match=rf"{name}.safetensors \(\d+ bytes\) .*damaged") as caught:
+            ck.load_checkpoint_file(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+    wrapped = {f"module.model.{key}": value for key, value in model.state_dict().items()}
+    safetensors.save_file(wrapped, tmp_path / "wrapped.safetensors")
+    assert load_checkpoint(small_model(seed=2), tmp_path / "wrapped.safetensors").complete
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
@@ -380,6 +430,22 @@ def test_malicious_file_is_refused_and_does_not_run(tmp_path, form):
         assert "mkdir" in str(caught.value) and "could run code" in str(caught.value)
         torch.load(path, weights_only=False)  # the payload is real: a trusting reader runs it
         assert target.is_dir()
+
+
+@pytest.mark.parametrize("where", ["namespace", "array", "scalar", "reduce"])
+def test_a_payload_behind_an_allowed_type_does_not_run(tmp_path, where):
+    """The types that older files need must not open a way around the refusal."""
+    target, path = tmp_path / "pwned", tmp_path / "evil.pth"
+    evil = Malicious(target)
+    hidden = {"namespace": argparse.Namespace(lr=evil), "array": np.array([evil], dtype=object),
+              "scalar": np.array([evil], dtype=object).reshape(()),
+              "reduce": {"w": OrderedDict(torch.nn.Linear(1, 1).state_dict()), "x": (evil,)}}[where]
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "args": hidden}, path)
+    with pytest.raises(ck.CheckpointError) as caught:
+        ck.load_checkpoint_file(path)
+    assert not target.exists() and "\n" not in str(caught.value) and "could run code" in str(caught.value)
+    torch.load(path, weights_only=False)
+    assert target.is_dir(), "the payload is real"
 
 
 def test_allow_list_does_not_leak_into_other_loads(tmp_path):

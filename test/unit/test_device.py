@@ -1,6 +1,7 @@
 """The device layer on a machine without accelerators: names, errors, moves, seeds."""
 import importlib.util
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,3 +71,16 @@ def test_cpu_memory_is_the_process_peak():
     before = device_layer.peak_memory_bytes(CPU)
     block = torch.ones(64 * 2**20 // 4)
     assert device_layer.peak_memory_bytes(CPU) >= max(before, block.numel() * 4)
+
+
+@pytest.mark.parametrize(("name", "strict", "words"), [
+    ("cpu", True, "the same bits on this machine with the same number of threads"),
+    ("cuda", False, "as far as cuda has such algorithms"), ("npu", False, "as far as npu has such algorithms")])
+def test_what_deterministic_promises_and_what_not_is_said(monkeypatch, name, strict, words):
+    calls: list[tuple] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, *, warn_only: calls.append((on, warn_only)))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(device_layer.os, "environ", {})
+    device = SimpleNamespace(type=name)  # torch knows no "npu" where torch_npu is not imported
+    assert [line for line in device_layer.make_deterministic(device) if words in line]
+    assert calls == [(True, not strict)], "an operator without such an algorithm is an error, or a warning"
