@@ -10,7 +10,7 @@ import sys
 # for, with an error that says what to do.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-from effdet import distributed, heartbeat, stopping
+from effdet import distributed, heartbeat, live_line, stopping
 from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with stopping.listening():
+        with stopping.listening(), live_line.ended():
             session.run()
         if watch is not None:
             watch.end()

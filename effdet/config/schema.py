@@ -306,6 +306,8 @@ class RunSectionConfig(_BaseRunConfig):
                                "'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
+    tensorboard: bool = setting(
+        False, "also write TensorBoard's event files into the run's folder; needs the package tensorboard")
 
 
 @dataclass
