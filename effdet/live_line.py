@@ -40,7 +40,7 @@ class LiveLineHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         live = getattr(record.msg, "live", None)
         if live is None:
-            self.stream.write(_CLEAR)
+            self._write(_CLEAR)
             super().emit(record)
             self._draw()
             return
@@ -59,30 +59,30 @@ class LiveLineHandler(logging.StreamHandler):
         """Leave the line as it is and go below it."""
         if self._values:
             self._draw()
-            self.stream.write("\n")
-            self.flush()
+            self._write("\n")
             self._values = {}
 
     def drop_line(self) -> None:
         """Take the line away."""
         if self._values:
             self._values = {}
-            self.stream.write(_CLEAR)
-            self.flush()
+            self._write(_CLEAR)
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError):  # the stream may be closed already
-            self.end_line()
+        self.end_line()
         super().close()
 
     def _draw(self) -> None:
-        if not self._values:
-            return
-        width = shutil.get_terminal_size((100, 24)).columns - 1
-        line = format_live_line(self._values, width, fancy="utf" in (self.stream.encoding or "").lower())
-        self.stream.write(_CLEAR + line)
-        self.flush()
-        self._drawn_at = time.monotonic()
+        if self._values:
+            width = shutil.get_terminal_size((100, 24)).columns - 1
+            fancy = "utf" in (self.stream.encoding or "").lower()
+            self._write(_CLEAR + format_live_line(self._values, width, fancy))
+            self._drawn_at = time.monotonic()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
+            self.stream.write(text)
+            self.flush()
 
 
 def format_live_line(values: Mapping[str, Any], width: int, fancy: bool = True) -> str:
@@ -114,7 +114,7 @@ def format_live_line(values: Mapping[str, Any], width: int, fancy: bool = True) 
     return (head + done * filled + left * (bar_width - filled) + "  ".join(text for _, text in fields))[:width]
 
 
-# ---- for those who have no handler at hand -----------------------------------------------------------------------------
+# ---- for those who have no handler at hand ---------------------------------------------------------------------------
 
 def current() -> LiveLineHandler | None:
     """Return the handler with the live line, None where standard output is no terminal."""

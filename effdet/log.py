@@ -25,9 +25,9 @@ METRICS_NAME = "metrics.json"
 def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
     """Send the packages' log to standard output, and on rank 0 to log.txt and its losses to losses.csv too.
 
-    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (live_line.py). Other ranks log warnings and errors, marked with their number. Handlers of
-    an earlier call are replaced, so that no line comes twice; records do not go on to the root logger for the same
-    reason.
+    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (live_line.py). Other ranks
+    log warnings and errors, marked with their number. Handlers of an earlier call are replaced, so that no line comes
+    twice; records do not go on to the root logger for the same reason.
 
     Args:
         output_dir: folder of the run, made if need be; the two files in it are appended to. None for no file.

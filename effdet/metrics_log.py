@@ -1,7 +1,7 @@
 """metrics.jsonl and TensorBoard: every number a run measures, as it goes on.
 
-metrics.jsonl has one json object a line. All have `kind`, `epoch` (from 0) and `global_step` (batches since the start of
-the run); numbers that are NaN or infinite are null. By kind:
+metrics.jsonl has one json object a line. All have `kind`, `epoch` (from 0) and `global_step` (batches since the start
+of the run); numbers that are NaN or infinite are null. By kind:
 
     interval     step, steps (batches of the epoch so far, and in all), loss, class_loss, box_loss (before its weight),
                  lr, img_per_s (over all devices), data_share (of the time, spent waiting for data), memory_mib (peak)
@@ -37,8 +37,8 @@ def check_tensorboard(wanted: bool) -> None:
         ValueError: it is wanted, and the package is not installed.
     """
     if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, "
-                         "or leave it out; the same numbers are in metrics.jsonl and report.html")
+        raise ValueError("--tensorboard needs the package tensorboard, which is not installed: pip install "
+                         "tensorboard, or leave it out; the same numbers are in metrics.jsonl and report.html")
 
 
 class MetricsLog:

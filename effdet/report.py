@@ -110,8 +110,8 @@ class Report:
             "precision": _precision(getattr(scores, "tables", None)),
             "confusion": _confusion(analysis, names),
             "worst": self._worst(analysis, names, truth),
-            "worst_note": "Those with the most errors, weighed by the share that errors have in the picture. Predictions "
-                          f"count from a score of {analysis.threshold:g} on; click a picture to enlarge it.",
+            "worst_note": "Those with the most errors, weighed by the share that errors have in the picture. "
+                          f"Predictions count from a score of {analysis.threshold:g} on; click a picture to enlarge.",
             "batch": _read_picture(self.path.with_name(BATCH_NAME)),
             "data": {"sets": sets, "edges": SIZE_EDGES_PX},
             "settings": {"changed": changed_settings(self.cfg), "yaml": dump_yaml(self.cfg)},
@@ -135,7 +135,7 @@ class Report:
                  for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large") if name in stats]
         best = max((row for row in evaluations if row.get("AP") is not None), key=lambda row: row["AP"], default=None)
         if best is not None:
-            tiles.append((f"best AP, epoch {best['epoch']}", f"{best['AP']:.3f}"))
+            tiles.append((f"best AP (epoch {best['epoch']})", f"{best['AP']:.3f}"))
         return [*tiles, *self.facts]
 
     def _curves(self, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pictures of a report: objects and predictions drawn by what became of them, and a training batch as it went in."""
+"""The pictures of a report: objects and predictions drawn by what became of them, a training batch as it went in."""
 from __future__ import annotations
 
 import base64

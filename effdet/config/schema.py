@@ -331,6 +331,10 @@ class EvalRunSectionConfig(_PredictRunConfig):
     log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
     metrics: str = setting("", "write the metrics to this file", metavar="JSON")
+    output: str = setting("output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none",
+                          metavar="DIR")
+    speed: bool = setting(
+        False, "also measure milliseconds a picture of the model and of the post-processing, on one batch repeated")
 
 
 @dataclass

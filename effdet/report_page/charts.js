@@ -28,7 +28,7 @@ function short(value) {
   if (size === 0) return "0";
   if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  if (size < 1e-3) return value.toExponential(2).replace(/\.?0*e/, "e");
+  if (size < 1e-4) return value.toExponential(2).replace(/\.?0*e/, "e");
   return `${+value.toPrecision(size >= 1000 ? 4 : 3)}`;
 }
 
@@ -48,7 +48,7 @@ function niceTicks(low, high, count) {
 function figure(title, height, draw) {
   const readout = make("div", { className: "readout" });
   const holder = make("div");
-  const box = make("figure", { className: "card" }, make("figcaption", {}, make("strong", {}, title), readout), holder);
+  const box = make("figure", { className: "card" }, make("figcaption", {}, make("strong", {}, title), make("span", { className: "where" })), readout, holder);
   let known = 0;
   const redraw = () => {
     const width = Math.floor(holder.clientWidth);
@@ -67,10 +67,9 @@ function figure(title, height, draw) {
 }
 
 function readoutOf(readout, where, entries, block) {
-  readout.replaceChildren(
-    ...entries.map((one) => make("span", {}, make("i", { className: block ? "block" : "", style: `background:${one.color}` }),
-      `${one.name} `, make("b", {}, one.text))),
-    ...(where ? [make("span", {}, where)] : []));
+  readout.replaceChildren(...entries.map((one) => make("span", {}, make("i", { className: block ? "block" : "", style: `background:${one.color}` }),
+    one.name, one.text ? make("b", {}, one.text) : null)));
+  readout.parentElement.querySelector(".where").textContent = where;
 }
 
 // The frame of a chart: y ticks with rules, x ticks, labels of both axes; returns the two scales.
@@ -108,11 +107,14 @@ function lineChart(title, series, options) {
     let low = options.whole || options.zero ? 0 : Math.min(...values);
     let high = options.whole ? 1 : Math.max(...values);
     if (high <= low) high = low + (Math.abs(low) || 1);
+    if (options.counts) high = Math.max(high, 4);
     const yTicks = niceTicks(low, high, 4);
-    if (!options.whole) high = Math.max(high, yTicks[yTicks.length - 1]);
+    const last = yTicks[yTicks.length - 1], step = yTicks.length > 1 ? last - yTicks[yTicks.length - 2] : 0;
+    if (step && last < high - step * 0.02) yTicks.push(+(last + step).toPrecision(12));
+    high = Math.max(high, yTicks[yTicks.length - 1]);
     const xLow = options.xLow ?? Math.min(...xs), xHigh = options.xHigh ?? Math.max(...xs);
     const spread = xHigh > xLow ? [xLow, xHigh] : [xLow - 0.5, xHigh + 0.5];
-    const xTicks = niceTicks(spread[0], spread[1], Math.min(8, width / 70)).filter((one) => !options.wholeX || Number.isInteger(one));
+    const xTicks = niceTicks(spread[0], spread[1], Math.min(8, width / 70));
     const { scaleX, scaleY, left, right, top, bottom } = frame(svg, width, height,
       { low: spread[0], high: spread[1], ticks: xTicks, format: options.xFormat || short, label: options.xLabel },
       { low, high, ticks: yTicks, format: options.tickFormat || short, label: options.unit });
@@ -190,7 +192,7 @@ function histogram(title, series, labels, names, options) {
 
 // A matrix of counts, each row shaded by its share; `labels` name rows and columns, the last of them is "nothing".
 function heatmap(rows, labels, lastRow, lastColumn, readout) {
-  const count = labels.length, cell = count > 24 ? 18 : count > 12 ? 26 : 36;
+  const count = labels.length, cell = count > 24 ? 19 : count > 12 ? 28 : 38;
   const clip = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text);
   const rowNames = [...labels, lastRow].map(clip), columnNames = [...labels, lastColumn].map(clip);
   const left = 14 + 6.6 * Math.max(...rowNames.map((name) => name.length));

@@ -79,7 +79,7 @@ function progress() {
     lineChart("Learning rate", [line("lr", BLUE, intervals.lr)], { ...common, zero: true }),
     lineChart("Throughput", [line("training", BLUE, intervals.img_per_s)], { ...common, zero: true, unit: "pictures / s" }),
     lineChart("Waiting for data", [line("share of the time", VIOLET, intervals.data_share)], { ...common, zero: true, format: percent, tickFormat: percent }),
-    lineChart("Skipped steps", [line("so far", RED, epochs.skipped, epochs.x)], { ...common, zero: true, unit: "updates with inf or NaN" })));
+    lineChart("Skipped steps", [line("so far", RED, epochs.skipped, epochs.x)], { ...common, zero: true, counts: true, unit: "updates with inf or NaN" })));
 }
 
 function accuracy() {
@@ -96,7 +96,7 @@ function accuracy() {
 function evaluationsBySize() {
   const { evaluations } = data;
   const lines = [["small", ORANGE], ["medium", GREEN], ["large", BLUE]].map(([name, color]) => ({ name, color, x: evaluations.x, y: evaluations[`AP_${name}`] || [] }));
-  return evaluations.x.length > 1 ? lineChart("AP by object size, over the run", lines, { xLabel: "epochs done", xWord: "epoch", zero: true, format: fraction }) : null;
+  return evaluations.x.length > 1 ? lineChart("AP by object size, over the run", lines, { xLabel: "epochs done", xWord: "epoch", xLow: 0, zero: true, format: fraction, height: 260 }) : null;
 }
 
 function precisionRecall() {
@@ -131,9 +131,10 @@ function confusion() {
   const found = data.confusion;
   if (!found) return;
   const readout = make("p", { className: "note", id: "cell" });
-  const top = found.top.length ? make("details", { open: found.labels.length > 24 }, make("summary", {}, "Most frequent confusions"),
+  const top = found.top.length ? make("div", { className: "card" }, make("strong", {}, "Most frequent confusions"),
     textTable(found.top.map(([truth, taken, count]) => [truth, `taken for ${taken}`, String(count)]))) : null;
-  section("confusion", "Confusions", found.note, make("div", { className: "scroll flat" }, heatmap(found.rows, found.labels, "nothing there", "missed", readout)), readout, top);
+  const matrix = make("div", { className: "scroll flat" }, heatmap(found.rows, found.labels, "nothing there", "missed", readout));
+  section("confusion", "Confusions", found.note, make("div", { className: "beside" }, make("div", {}, matrix, readout), top));
 }
 
 function worst() {
@@ -143,12 +144,17 @@ function worst() {
     make("p", { className: "note" }, key("rgb(46 160 88)", "right"), key("rgb(240 150 30)", "taken for another class"), key("rgb(222 58 48)", "missed, or nothing there")),
     make("div", { className: "pictures" }, ...data.worst.map((one) => make("div", { className: "card" },
       make("div", { className: "pair" }, ...["truth", "prediction"].map((side) => make("figure", {}, picture(one[side], `${one.file}, ${side}`, one.width, one.height), side))),
-      make("p", {}, `${one.file}: ${one.missed} missed, ${one.confused} taken for another class, ${one.false_alarms} with nothing there`)))));
+      make("p", {}, make("b", {}, one.file), ` ${errors(one)}`)))));
+}
+
+function errors(one) {
+  const parts = [[one.missed, "missed"], [one.confused, "taken for another class"], [one.false_alarms, "with nothing there"]];
+  return parts.filter(([count]) => count).map(([count, text]) => `${count} ${text}`).join(", ");
 }
 
 function batch() {
   if (data.batch) section("batch", "First training batch", "The first pictures as the network saw them: after augmentation, resizing and padding, with the boxes it learned from.",
-    make("div", { className: "card" }, picture(data.batch.source, "first training batch", data.batch.width, data.batch.height)));
+    make("div", { className: "scroll flat wide" }, picture(data.batch.source, "first training batch", data.batch.width, data.batch.height)));
 }
 
 function dataSets() {
@@ -162,6 +168,7 @@ function dataSets() {
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...["", ...sets.map((one) => one.name)].map((name) => make("th", {}, name)))),
     make("tbody", {}, ...[["pictures", (one) => one.pictures], ["without objects", (one) => one.empty], ["objects", (one) => one.boxes], ["crowd regions", (one) => one.crowd],
       ["smallest picture", (one) => size(one.picture_sizes[0])], ["median", (one) => size(one.picture_sizes[1])], ["largest", (one) => size(one.picture_sizes[2])]]
+      .filter(([name, of]) => name !== "crowd regions" || sets.some(of))
       .map(([name, of]) => make("tr", {}, make("td", {}, name), ...sets.map((one) => make("td", {}, String(of(one))))))));
   const ranges = bins.map((low, k) => `${k === 0 ? "under" : `${low} to`} ${k === bins.length - 1 ? "more" : edges[k + 1]} px`);
   const counts = sets[0].per_picture.map((_, k) => (k === 20 ? "20 and more" : String(k)));
@@ -172,8 +179,10 @@ function dataSets() {
 
 function settings() {
   const changed = data.settings.changed;
+  const table = make("table", { className: "text" }, make("thead", {}, make("tr", {}, ...["setting", "value", "default"].map((name) => make("th", {}, name)))),
+    textTable(changed).querySelector("tbody"));
   section("settings", "Settings and environment", changed.length ? "What differs from the defaults, then everything." : null, grid(
-    make("div", { className: "card" }, changed.length ? textTable(changed.map(([key, value, usual]) => [key, value, `default ${usual}`])) : "all settings have their defaults",
+    make("div", { className: "card" }, changed.length ? table : "all settings have their defaults",
       make("details", {}, make("summary", {}, "All settings, as YAML"), make("pre", {}, data.settings.yaml))),
     make("div", { className: "card" }, textTable(data.environment))));
 }
