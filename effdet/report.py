@@ -7,6 +7,7 @@ nothing from anywhere.
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import json
 import logging
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 from .config.load import dump_yaml, to_plain
+from .data.pictures import PictureError
 from .data_statistics import SIZE_EDGES_PX, describe_dataset
 from .error_analysis import Analysis, analyse
 from .evaluator import CocoEvaluator
@@ -157,7 +159,9 @@ class Report:
         drawn = []
         for picture in analysis.worst:
             info = truth.imgs[picture.image_id]
-            drawn.append(draw_errors(picture, folder / info["file_name"], info.get("width"), info.get("height"), names))
+            with contextlib.suppress(PictureError):  # the loader has said so
+                drawn.append(draw_errors(picture, folder / info["file_name"], info.get("width"), info.get("height"),
+                                         names))
         return drawn
 
 

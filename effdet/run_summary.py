@@ -77,7 +77,7 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
     lines = {
         "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
                  f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
-                 f"{count_macs(model, config.image_size) / 1e9:.2f} GMACs a picture",
+                 f"{_gmacs(model)} GMACs a picture",
         "train": _describe_split(train_set),
         "val": _describe_split(val_set),
         "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",
@@ -91,6 +91,13 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
         "folder": str(folder),
     }
     return [f"  {name:<10} {text}" for name, text in lines.items()]
+
+
+def _gmacs(model: nn.Module) -> str:
+    try:
+        return f"{count_macs(model, model.config.image_size) / 1e9:.2f}"
+    except Exception:  # a layer that torch cannot run without memory: a figure for the eye is no reason to end a run
+        return "n/a"
 
 
 def _millions(count: int) -> str:
