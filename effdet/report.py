@@ -244,8 +244,11 @@ def changed_settings(cfg: Any) -> list[tuple[str, str, str]]:
 def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return {None: "none", True: "on", False: "off", "": "none"}.get(value, str(value)) if not isinstance(
-        value, (int, float)) or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value in (None, "") else str(value)
 
 
 def describe_environment(device: str) -> list[tuple[str, str]]:

@@ -70,8 +70,8 @@ def draw_batch(images: Tensor, target: Mapping[str, Any], mean: Tensor, std: Ten
         names: of the classes, by class index.
         most: pictures drawn.
     """
-    with torch.no_grad():
-        pixels = (images[:most].float() * std.float() + mean.float()).round().clamp(0, 255).to(torch.uint8).cpu()
+    pixels = images[:most].detach().cpu().float() * std.cpu() + mean.cpu()
+    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     boxes, labels = target["bbox"][:most].cpu().numpy(), target["cls"][:most].cpu().numpy()
     colors = make_class_colors(names)
     drawn = []

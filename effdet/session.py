@@ -162,10 +162,6 @@ class Session:
             bench, model, optimizer, schedule, precision, device, ema,
             (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
             steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
-        _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
-                     sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
-                     *model.config.image_size, precision.level if precision.level == "O0" else
-                     f"{precision.level} {cfg.amp.dtype}")
 
     def build_loaders(self, model_config: Any) -> None:
         cfg = self.cfg
