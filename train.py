@@ -11,7 +11,7 @@ import sys
 # for, with an error that says what to do.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-from effdet import distributed, heartbeat, stopping
+from effdet import distributed, heartbeat, live_line, stopping
 from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (stopping.listening(), contextlib.closing(session), dead_workers_in_one_line("train.py"),
-              one_line_errors("train.py", (BadPicturesError,))):
+        with (stopping.listening(), live_line.ended(), contextlib.closing(session),
+              dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadPicturesError,))):
             session.run()
         if watch is not None:
             watch.end()

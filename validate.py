@@ -2,12 +2,14 @@
 """Evaluate a checkpoint on data in COCO format, on one device or several; `--help` lists the settings."""
 from __future__ import annotations
 
+import csv
 import logging
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
@@ -17,7 +19,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import torch
 
 from effdet import device as device_layer
-from effdet import distributed
+from effdet import distributed, live_line, report
 from effdet.amp import Precision
 from effdet.build import (
     Detector,
@@ -34,8 +36,9 @@ from effdet.config.schema import ValidateConfig
 from effdet.data.bad_pictures import BadPicturesError
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator
-from effdet.log import add_run_facts, setup_logging
+from effdet.log import METRICS_NAME, add_run_facts, setup_logging
 from effdet.processes import launch, needs_launch, one_line_errors, start
+from effdet.speed import Speed, measure_speed
 
 _logger = logging.getLogger("effdet.validate")
 
@@ -43,6 +46,8 @@ _logger = logging.getLogger("effdet.validate")
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_validate_args(argv)
     with one_line_errors("validate.py"):
+        if cfg.run.speed and (cfg.run.tta_flip or cfg.run.tta_scales):
+            raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")
         if needs_launch(cfg.dist.device_list):
             split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             return launch(__file__, argv, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port)
@@ -112,22 +117,60 @@ def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader,
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
     started, timed = time.time(), TimedLoader(loader)
-    metric, _ = evaluate(bench, timed, evaluator, precision.autocast, cfg.run.log_interval)
+    log_interval = 0 if live_line.current() else cfg.run.log_interval
+    with live_line.ended():
+        metric, _ = evaluate(bench, live_line.Watched(timed, "Evaluating"), evaluator, precision.autocast, log_interval)
+    facts = {"model": detector.model.config.name, "processes": distributed.world_size(),
+             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(timed.seconds, 1e-9),
+             "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint}
+    speed = measure(bench, loader, precision) if cfg.run.speed and len(loader.dataset) else None
+    if speed is not None:
+        facts |= {"model_ms": speed.model_ms, "post_processing_ms": speed.post_ms}
+        _logger.info("speed: %s", speed)
     if cfg.run.results:
         evaluator.save(cfg.run.results)
         _logger.info("results: %s", cfg.run.results)
-    if cfg.run.metrics:
-        evaluator.write_metrics(cfg.run.metrics)
-        if distributed.is_primary():
-            add_run_facts(cfg.run.metrics, {
-                "model": detector.model.config.name, "processes": distributed.world_size(),
-                "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(timed.seconds, 1e-9),
-                "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint})
-        _logger.info("metrics: %s", cfg.run.metrics)
     for row in evaluator.per_class():
         ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
+    if distributed.is_primary():
+        write_files(cfg, detector, evaluator, loader.dataset, device, facts)
     _logger.info("AP %.5f  AP50 %.5f", metric, evaluator.stats["AP50"])
+
+
+def measure(bench: torch.nn.Module, loader: Any, precision: Precision) -> Speed:
+    """Measure the speed on the first batch of this process."""
+    images, target = next(iter(loader))
+    return measure_speed(bench, images, target, precision.autocast)
+
+
+def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluator, dataset: Any, device: torch.device,
+                facts: dict[str, Any]) -> None:
+    """Write the numbers as json and csv, and the report."""
+    metrics = [Path(cfg.run.metrics)] if cfg.run.metrics else []
+    if cfg.run.output:
+        folder = Path(cfg.run.output)
+        metrics.append(folder / METRICS_NAME)
+    for path in metrics:
+        evaluator.write_metrics(path)
+        add_run_facts(path, facts)
+        _logger.info("metrics: %s", path)
+    if not cfg.run.output:
+        return
+    rows = evaluator.scores.class_rows()
+    with (folder / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    tiles = [("pictures / s, with loading", f"{facts['img_per_s']:.1f}")]
+    if "model_ms" in facts:
+        tiles += [("ms a picture, model", f"{facts['model_ms']:.2f}"),
+                  ("ms, post-processing", f"{facts['post_processing_ms']:.2f}")]
+    page = report.Report(folder / report.NAME, Path(cfg.run.checkpoint or cfg.model.pretrained).name, cfg,
+                         detector.model.config, dataset, device=device_layer.describe(device), facts=tiles)
+    page.write(evaluator)
+    _logger.info("classes: %s", folder / "per_class.csv")
+    _logger.info("report: %s", page.path)
 
 
 if __name__ == "__main__":

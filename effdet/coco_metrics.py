@@ -16,7 +16,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,19 @@ class ClassMetrics(NamedTuple):
     count: int  # ground-truth boxes that are not crowd regions
 
 
+class ClassTables(NamedTuple):
+    """More of each class, in the order of the per-class table; NaN where there is no ground truth."""
+
+    names: tuple[str, ...]  # of the columns of `ap`
+    ap: np.ndarray  # float32 [K, 4]
+    precision: np.ndarray  # float32 [3, K, 101]: at IoU .50, at .75 and the mean over .50:.95, at recalls 0, .01 .. 1
+
+
+def plain_number(value: float) -> float | None:
+    """Return what json has for a number: itself, or None where it is undefined (NaN)."""
+    return None if math.isnan(value) else float(value)
+
+
 @dataclass(frozen=True)
 class CocoScores:
     """The numbers of one evaluation, in plain types that travel between processes.
@@ -79,12 +92,14 @@ class CocoScores:
         per_class: one line per category, by ascending id.
         image_count: images that counted.
         max_dets: the three limits on the best detections per image and class; the last one is 100 or more.
+        tables: more of each class.
     """
 
     stats: dict[str, float]
     per_class: list[ClassMetrics]
     image_count: int
     max_dets: tuple[int, int, int]
+    tables: ClassTables | None = field(default=None, compare=False, repr=False)
 
     def table(self) -> str:
         """Return the 12 numbers as a text table of 12 lines."""
@@ -92,14 +107,19 @@ class CocoScores:
             f'{stat.name:<9}  IoU {"0.50:0.95" if stat.iou is None else f"{stat.iou:.2f}":<9}  area {stat.area:<6}  '
             f'best {self.max_dets[stat.limit]:>3}  {self.stats[stat.name]:6.3f}' for stat in _STATS)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as json values; undefined numbers are None."""
-        def number(value: float) -> float | None:
-            return None if math.isnan(value) else value
+    def class_rows(self) -> list[dict[str, Any]]:
+        """Return the per-class table with all of its columns as json values; undefined numbers are None."""
+        rows = [{**row._asdict(), 'AP': plain_number(row.AP), 'AP50': plain_number(row.AP50)} for row in self.per_class]
+        if self.tables is not None:
+            for row, values in zip(rows, self.tables.ap, strict=True):
+                row.update(zip(self.tables.names, map(plain_number, values.tolist()), strict=True))
+        return rows
 
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the curves as json values; undefined numbers are None."""
         return {
-            'stats': {name: number(value) for name, value in self.stats.items()},
-            'per_class': [{**row._asdict(), 'AP': number(row.AP), 'AP50': number(row.AP50)} for row in self.per_class],
+            'stats': {name: plain_number(value) for name, value in self.stats.items()},
+            'per_class': self.class_rows(),
             'image_count': self.image_count,
             'max_dets': list(self.max_dets),
         }
@@ -187,7 +207,8 @@ def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collecti
     tables = (_fill_by_hotcoco if by_hotcoco else _fill_by_pycocotools)(truth, rows, img_ids, limits)
     counts = Counter(a['category_id'] for a in truth.dataset['annotations']
                      if a['image_id'] in img_ids and not a['iscrowd'])
-    return CocoScores(_stats_of(tables), _classes_of(truth, tables, counts), len(img_ids), limits)
+    return CocoScores(_stats_of(tables), _classes_of(truth, tables, counts), len(img_ids), limits,
+                      _class_tables(tables))
 
 
 class _Tables(NamedTuple):
@@ -265,3 +286,16 @@ def _classes_of(truth: COCO, tables: _Tables, counts: Mapping[Any, int]) -> list
         ClassMetrics(k.item() if isinstance(k, np.generic) else k, str(truth.cats[k].get('name', k)),
                      _mean_defined(precision[:, :, at]), _mean_defined(at_50[:, :, at]), counts.get(k, 0))
         for at, k in enumerate(sorted(truth.getCatIds()))]
+
+
+def _class_tables(tables: _Tables) -> ClassTables:
+    """Read what a report shows of each category off the precision table."""
+    best = tables.precision[..., -1]  # [T, R, K, A]
+    at = {iou: best[np.isclose(_IOUS, iou)][0] for iou in (0.5, 0.75)}  # [R, K, A]
+    over_ious = best.mean(axis=0)  # a category is absent (-1) at all thresholds or at none
+    columns = {'AP75': at[0.75][..., 0].mean(axis=0)}
+    columns |= {f'AP_{area}': over_ious[..., k].mean(axis=0) for k, area in enumerate(_AREAS) if area != 'all'}
+    curves = np.stack([table[..., 0].T for table in (at[0.5], at[0.75], over_ious)])
+    ap = np.stack(list(columns.values()), axis=1)
+    return ClassTables(tuple(columns), np.where(ap < 0, np.nan, ap).astype(np.float32),
+                       np.where(curves < 0, np.nan, curves).astype(np.float32))

@@ -218,7 +218,7 @@ class _Clock:
             class_loss=values[1], box_loss=values[2], step_s=interval_s / self.interval_batches,
             step_average_s=step_average_s, fps=fps, fps_average=self.images / elapsed_s, lr=run.schedule.lr,
             data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / done,
-            eta_s=max(0, end - run.steps) * step_average_s))
+            eta_s=max(0, end - run.steps) * step_average_s, memory_mib=peak_memory_bytes(run.device) / 2**20))
         self.interval_started = now
         self.interval_batches = self.interval_images = 0
         self.interval_data_s = 0.0

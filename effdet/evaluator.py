@@ -230,6 +230,22 @@ class CocoEvaluator(Evaluator):
         """The 12 COCO numbers of the last evaluation by name, empty before the first."""
         return dict(self._scores.stats) if self._scores else {}
 
+    @property
+    def scores(self) -> CocoScores | VocScores | None:
+        """All numbers of the last evaluation, None before the first."""
+        return self._scores
+
+    @property
+    def scored_predictions(self) -> Mapping[Any, np.ndarray]:
+        """What the last evaluation scored, on rank 0: by image id float32 [n, 6], x_min, y_min, x_max, y_max in the
+        picture's pixels, score, class from 1. Empty on the other ranks."""
+        return self._last
+
+    @property
+    def ground_truth(self) -> COCO:
+        """The pycocotools index of the ground truth, made at first use; annotations are numbered anew from 1."""
+        return self._ground_truth()
+
     def evaluate(self, output_result_file: str | os.PathLike[str] = '') -> float:
         """Score everything added since the last call, and start anew.
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from .live_line import LiveLineHandler, is_terminal
+
 _LOGGER_NAMES = ("effdet", "timm_patches")
 LOSSES_NAME = "losses.csv"
 METRICS_NAME = "metrics.json"
@@ -23,9 +25,9 @@ METRICS_NAME = "metrics.json"
 def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
     """Send the packages' log to standard output, and on rank 0 to log.txt and its losses to losses.csv too.
 
-    Rank 0 logs from INFO on, in plain lines; other ranks log warnings and errors, marked with their number. Handlers of
-    an earlier call are replaced, so that no line comes twice; records do not go on to the root logger for the same
-    reason.
+    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (live_line.py). Other ranks
+    log warnings and errors, marked with their number. Handlers of an earlier call are replaced, so that no line comes
+    twice; records do not go on to the root logger for the same reason.
 
     Args:
         output_dir: folder of the run, made if need be; the two files in it are appended to. None for no file.
@@ -34,7 +36,8 @@ def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logge
     Returns:
         The logger 'effdet'.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]  # it flushes after each record
+    kind = LiveLineHandler if is_terminal(sys.stdout) else logging.StreamHandler
+    handlers: list[logging.Handler] = [kind(sys.stdout)]  # it flushes after each record
     if output_dir is not None and rank == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8"))
@@ -167,7 +170,7 @@ class CsvLog:
             reader = csv.DictReader(file)
             rows = [row for row in reader if None not in row.values() and
                     (int(row["epoch"]), int(row.get("step", 1))) <= (number, step)]
-        with _replacing(self.path) as file:
+        with replacing(self.path) as file:
             writer = csv.DictWriter(file, reader.fieldnames or [], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -194,12 +197,12 @@ def add_run_facts(path: str | Path, facts: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     content = json.loads(path.read_text(encoding="utf-8"))
-    with _replacing(path) as file:
+    with replacing(path) as file:
         json.dump({**content, "run": dict(facts)}, file, allow_nan=False)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """Open a text file that takes the place of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -211,9 +214,11 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 
 
 class IntervalLine(str):
-    """The training line of one log interval, with its main numbers by name in `values`."""
+    """The training line of one log interval, with its main numbers by name in `values`, and what a terminal shows
+    instead of it in `live` (live_line.py)."""
 
     values: dict[str, float]
+    live: dict[str, Any]
 
 
 def format_duration(seconds: float) -> str:
@@ -226,7 +231,8 @@ def format_duration(seconds: float) -> str:
 
 def format_interval_line(*, epoch: int, step: int, steps: int, loss: float, loss_average: float, class_loss: float,
                          box_loss: float, step_s: float, step_average_s: float, fps: float, fps_average: float,
-                         lr: float, data_s: float, data_average_s: float, eta_s: float) -> IntervalLine:
+                         lr: float, data_s: float, data_average_s: float, eta_s: float,
+                         memory_mib: float = 0.0) -> IntervalLine:
     """Format the training line of one log interval, with 'Loss:', 'Time:', 'FPS:', 'LR:' and 'Data:' in it.
 
     Args:
@@ -245,6 +251,7 @@ def format_interval_line(*, epoch: int, step: int, steps: int, loss: float, loss
         data_s: seconds per step spent waiting for data in this interval.
         data_average_s: the same over the epoch.
         eta_s: seconds to the end of the run.
+        memory_mib: peak memory so far; not in the line.
 
     Returns:
         One line without a newline; logged, it becomes a row of losses.csv as well.
@@ -256,6 +263,8 @@ def format_interval_line(*, epoch: int, step: int, steps: int, loss: float, loss
         f"LR: {lr:.3e}  Data: {data_s:.3f}s ({data_average_s:.3f}s)  ETA: {format_duration(eta_s)}")
     line.values = {"epoch": epoch, "step": step, "loss": loss, "class_loss": class_loss, "box_loss": box_loss,
                    "lr": lr, "img_per_s": fps}
+    line.live = {**line.values, "steps": steps, "data_share": data_s / step_s if step_s > 0 else 0.0,
+                 "memory_mib": memory_mib, "eta": format_duration(eta_s)}
     return line
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from . import device as device_layer
-from . import distributed, run_state, stopping
+from . import distributed, live_line, run_state, stopping
 from .amp import Precision
 from .bench import DetBenchPredict, DetBenchTrain
 from .build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
@@ -35,9 +35,11 @@ from .log import (
     format_train_avg_fps,
     setup_logging,
 )
+from .metrics_log import check_tensorboard
 from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from .postmortem import write_postmortem
 from .run_folder import check_shared_memory, check_space, choose_output_dir, hold_run_folder, kept_unless_refused
+from .run_record import RunRecord
 from .schedule import build_schedule
 from .weights import extract_state_dict, load_state_dict_report
 
@@ -47,6 +49,7 @@ T = TypeVar("T")
 
 def open_session(cfg: RunConfig, device: torch.device) -> Session:
     """Find what to continue, make the run's folder and its log, and build the run."""
+    check_tensorboard(cfg.run.tensorboard)
     source = cfg.run.resume
     # A machine that joins a group anew counts no restart; all processes must read the same file.
     wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
@@ -95,6 +98,8 @@ class Session:
             within = f", batch {self.position.batches}" if self.position.batches else ""
             _logger.info("resumed %s: continuing with epoch %d%s", source, self.position.epoch, within)
         self.first_epoch = self.position.epoch
+        self.record = RunRecord(cfg, output_dir, self.training, self.train_set, self.val_set, len(self.train_loader),
+                                self.epochs, self.channels_last)
         finished = self.training.is_finished and not self.position.batches  # else its evaluation is missing
         if (self.first_epoch >= self.epochs or finished) and not cfg.run.eval_only:
             raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
@@ -169,10 +174,6 @@ class Session:
             bench, model, optimizer, schedule, precision, device, ema,
             (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
             steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
-        _logger.info("model: %s, %.2f M parameters, %d classes, %dx%d, %s", model.config.name,
-                     sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_classes,
-                     *model.config.image_size, precision.level if precision.level == "O0" else
-                     f"{precision.level} {cfg.amp.dtype}")
 
     def build_loaders(self, model_config: Any) -> None:
         cfg = self.cfg
@@ -211,6 +212,7 @@ class Session:
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
             CsvLog(self.output_dir / LOSSES_NAME).drop_from(self.first_epoch, self.position.batches)
             self.summary.drop_from(self.first_epoch)
+        self.record.begin(self.first_epoch, self.position.batches)
         for epoch in range(self.first_epoch, self.epochs):
             last = self.run_epoch(epoch)
             if last:
@@ -231,7 +233,7 @@ class Session:
         if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
             self.freeze_statistics()
         try:
-            stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
+            stats = train_one_epoch(self.training, self.record.watch(self.train_loader), epoch, self.progress,
                                     functools.partial(self.after_update, epoch))
         except NonFiniteError as error:
             raise self.explain(error) from None
@@ -264,6 +266,7 @@ class Session:
         """
         self.progress = progress
         self.bad_pictures.look()
+        self.record.step(epoch, progress)
         signum = self.vote(stopping.requested())
         interval = self.cfg.run.recovery_interval
         if signum or (interval and self.training.updates % interval == 0):
@@ -319,7 +322,8 @@ class Session:
             _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "
                             "until more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
                             100 * training.ema.share_of_init())
-        metric, _ = evaluate(self.eval_bench, self.val_loader, self.evaluator, training.precision.autocast)
+        loader = live_line.Watched(self.val_loader, "Evaluating")
+        metric, _ = evaluate(self.eval_bench, loader, self.evaluator, training.precision.autocast)
         stats = self.evaluator.stats
         _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, metric, stats["AP50"],
                      stats["AP75"], "EMA" if training.ema else "trained")
@@ -340,6 +344,7 @@ class Session:
             self.summary.append(row)  # before the checkpoint: resuming drops a row too many, but cannot add one
             self.manager.save(run_state.collect(self.training, self.cfg, self.categories, ranks), epoch, metric)
         self.save(write)
+        self.record.add_epoch(epoch, stats, None if metric is None else self.evaluator)
         if metric is not None and distributed.is_primary():
             _logger.info("%s", format_best_metric(*self.manager.best))
 
@@ -366,4 +371,5 @@ class Session:
                          format_duration(time.time() - self.started))
             _logger.info("checkpoint: %s", checkpoint)
             _logger.info("pictures: %s", pictures)
+            self.record.end(checkpoint)
         distributed.barrier()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from .coco_metrics import ClassMetrics
+from .coco_metrics import ClassMetrics, plain_number
 
 MATCH_IOU = 0.5
 
@@ -39,15 +39,14 @@ class VocScores:
         """Return the mean as a line of text."""
         return f"mAP at IoU 0.50 (Pascal VOC)  {self.stats['AP50']:6.3f}"
 
+    def class_rows(self) -> list[dict[str, Any]]:
+        """Return the per-class table as json values; undefined numbers are None."""
+        return [{**row._asdict(), "AP": plain_number(row.AP), "AP50": plain_number(row.AP50)} for row in self.per_class]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as json values; undefined numbers are None."""
-        def number(value: float) -> float | None:
-            return None if math.isnan(value) else value
-
-        return {"stats": {name: number(value) for name, value in self.stats.items()},
-                "per_class": [{**row._asdict(), "AP": number(row.AP), "AP50": number(row.AP50)}
-                              for row in self.per_class],
-                "image_count": self.image_count}
+        return {"stats": {name: plain_number(value) for name, value in self.stats.items()},
+                "per_class": self.class_rows(), "image_count": self.image_count}
 
 
 def score_voc(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any]) -> VocScores:

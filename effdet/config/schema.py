@@ -312,6 +312,8 @@ class RunSectionConfig(_BaseRunConfig):
                                "'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
+    tensorboard: bool = setting(
+        False, "also write TensorBoard's event files into the run's folder; needs the package tensorboard")
 
 
 @dataclass
@@ -335,6 +337,10 @@ class EvalRunSectionConfig(_PredictRunConfig):
     log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
     metrics: str = setting("", "write the metrics to this file", metavar="JSON")
+    output: str = setting("output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none",
+                          metavar="DIR")
+    speed: bool = setting(
+        False, "also measure milliseconds a picture of the model and of the post-processing, on one batch repeated")
 
 
 @dataclass

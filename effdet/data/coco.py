@@ -225,6 +225,18 @@ class CocoParser:
         cls[self._is_crowd[span]] = IGNORE_CLS
         return {"bbox": bbox, "cls": cls}
 
+    def box_table(self) -> dict[str, np.ndarray]:
+        """Give the boxes of all images in use at once.
+
+        Returns:
+            'img_idx' int64 [n], ascending; 'bbox' float32 [n, 4] yxyx in pixels; 'category_id' [n]; 'crowd' bool [n].
+        """
+        counts = np.diff(self._offsets)[self._rows]
+        starts = np.repeat(self._offsets[self._rows] - np.concatenate(([0], counts.cumsum()[:-1])), counts)
+        rows = np.arange(len(starts)) + starts
+        return {"img_idx": np.repeat(np.arange(len(self._rows)), counts), "bbox": self._boxes_yxyx[rows],
+                "category_id": self._category_ids[rows], "crowd": self._is_crowd[rows]}
+
     def check_files(self, img_dir: str | Path) -> None:
         """Check once that every image is in `img_dir`, unless that was done when the json was read. Raises
         DatasetError."""

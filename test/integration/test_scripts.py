@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,8 @@ def train_argv(data: Path, output: Path, experiment: str, *more: str) -> list[st
 def call(script: ModuleType, *argv: object) -> tuple[int, str]:
     """Call a script's main() as the interpreter would, and put logging back; return exit code and output."""
     printed = io.StringIO()
+    if script is validate and "--output" not in argv:
+        argv += ("--output", "")  # not into the folder the tests run in
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             code = script.main([str(part) for part in argv])
@@ -182,7 +185,7 @@ def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
 
 
 def test_training_ends_with_the_numbers_and_where_everything_is(run):
-    average, best, numbers, checkpoint, pictures = run.output.splitlines()[-5:]
+    average, best, numbers, checkpoint, pictures, report, *following = run.output.splitlines()[-9:]
     stats = json.loads((run.folder / "metrics.json").read_text())["stats"]
     rows = run.summary()
     metric, epoch = max((float(row["AP"]), -int(row["epoch"])) for row in rows)
@@ -192,6 +195,9 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
     assert Path(checkpoint.removeprefix("checkpoint: ")) == run.folder / "model_best.pth.tar"
     assert Path(pictures.removeprefix("pictures: ")) == run.folder / "pictures" / "sheet.jpg"
     assert (run.folder / "model_best.pth.tar").is_file()
+    assert report == f"report: {run.folder / 'report.html'}" and (run.folder / "report.html").is_file()
+    assert [line.split()[:3] for line in following] == [
+        ["next:", "python", script] for script in ("validate.py", "demo.py", "train.py")]
     facts = json.loads((run.folder / "metrics.json").read_text())["run"]
     assert average.endswith(f" AvgFPS:{facts['img_per_s']:.2f}") and 0 < facts.pop("seconds") < 600
     assert facts == {"model": "tf_efficientdet_d0", "processes": 1, "batch_size": BATCH, "first_epoch": 0,
@@ -456,6 +462,48 @@ def coco_ap(ann: Path, results: Path, img_ids: list[int] | None = None) -> float
         score.accumulate()
         score.summarize()
     return float(score.stats[0])
+
+
+def test_what_a_run_says_to_do_next_works(run, data, tmp_path):
+    commands = [shlex.split(line.removeprefix("next: python ")) for line in run.output.splitlines()
+                if line.startswith("next: ")]
+    code, output = call(validate, *commands[0][1:], "--output", tmp_path / "v", "--speed")
+    assert code == 0, output
+    numbers = json.loads((tmp_path / "v" / "metrics.json").read_text())
+    best = json.loads((run.folder / "metrics.json").read_text())["run"]["best_AP"]
+    assert numbers["stats"]["AP"] == best
+    assert 0 < numbers["run"]["post_processing_ms"] < numbers["run"]["model_ms"]
+    assert re.search(r"^speed: [\d.]+ ms model \+ [\d.]+ ms post-processing a picture", output, re.MULTILINE)
+    with open(tmp_path / "v" / "per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["AP"]) for row in rows] == [
+        (row["name"], "" if row["AP"] is None else str(row["AP"])) for row in numbers["per_class"]]
+    assert {"AP75", "AP_small", "AP_medium", "AP_large", "count"} < set(rows[0])
+    assert (tmp_path / "v" / "report.html").stat().st_size > 20_000
+    code, output = call(demo, *commands[1][1:], "--output", tmp_path / "d")
+    assert code == 0 and list((tmp_path / "d").glob("*.jpg")) + list((tmp_path / "d").glob("*.png")), output
+    asked = parse_train_args(commands[2][1:])
+    assert asked.run.resume == str(run.folder / "last.pth.tar") and asked.sched.epochs == 2 * EPOCHS
+    assert asked.optim.lr == 0.002 and asked.run.batch_size == BATCH
+    code, output = call(validate, "--root", data, "--checkpoint", "x", "--speed", "--tta-flip")
+    assert code == 1 and "--speed measures one pass: leave --tta-flip" in output
+
+
+def test_metrics_of_a_run_are_in_one_file_once(run, resumed):
+    for each in (run, resumed):
+        rows = [json.loads(line) for line in (each.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [(row["epoch"], row["step"]) for row in rows if row["kind"] == "interval"] == [
+            (epoch, step) for epoch in range(EPOCHS) for step in (2, 3)]
+        assert [row["AP"] for row in rows if row["kind"] == "evaluation"] == [
+            float(row["AP"]) for row in each.summary()]
+        assert [row["global_step"] for row in rows if row["kind"] == "epoch"] == [3, 6, 9]
+        assert all(row["memory_mib"] > 100 and 0 <= row["data_share"] <= 1 for row in rows if row["kind"] == "interval")
+        with Image.open(each.folder / "train_batch.jpg") as image:
+            assert image.width > 4 * 64, "four pictures side by side"
+        data = json.loads(re.search(r'type="application/json">(.*?)</script>',
+                                    (each.folder / "report.html").read_text(), re.DOTALL)[1])
+        assert data["evaluations"]["AP"] == pytest.approx([float(row["AP"]) for row in each.summary()], rel=1e-5)
+        assert data["batch"] and data["data"]["sets"][0]["pictures"] == NUM_TRAIN
 
 
 def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path):

@@ -1,4 +1,4 @@
-"""What docs/predict.md and docs/export.md show runs as it is written there."""
+"""What docs/predict.md, docs/export.md and docs/reports.md show runs as it is written there."""
 from __future__ import annotations
 
 import importlib
@@ -14,6 +14,7 @@ from PIL import Image
 
 import demo
 import validate
+from effdet import metrics_log
 from effdet.checkpoint import load_checkpoint_file
 from effdet.export import FORMATS
 
@@ -71,6 +72,22 @@ def test_the_commands_of_the_prediction_page(folder):
     assert load_checkpoint_file("average.pth.tar")["averaged_from"] == ["checkpoint-1.pth.tar"]
     assert load_checkpoint_file("detector.pth")["category_map"]["names"] == ["ball", "box", "star"]
     assert len(list(folder.glob("published-*.pth"))) == 1
+
+
+def test_the_reports_page(folder):
+    (line,) = "".join(blocks("reports.md", "bash")).splitlines()
+    run_line(line)
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {
+        "metrics.json", "per_class.csv", "report.html"}
+    rows = ({"kind": "epoch", "epoch": 3}, {"kind": "evaluation", "epoch": 3, "AP": 0.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names: dict = {}
+    exec(blocks("reports.md", "python")[0], names)
+    assert names["ap"] == {3: 0.5}
+    page = (DOCS / "reports.md").read_text(encoding="utf-8")
+    for kind, keys in re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## metrics.jsonl")[2], re.MULTILINE):
+        told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", metrics_log.__doc__, re.DOTALL | re.MULTILINE)[1]
+        assert set(re.findall(r"`(\w+)`", keys)) <= set(re.findall(r"\w+", told)), kind
 
 
 @needs_onnx

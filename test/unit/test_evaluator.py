@@ -481,7 +481,8 @@ def test_summary_and_metrics_file(tmp_path, capsys, caplog):
     assert written["stats"]["AP"] == pytest.approx(1.0) and written["stats"]["AP_small"] is None
     for line, c in zip(written["per_class"], (1, 2), strict=True):
         one = pytest.approx(1.0)
-        assert line == {"category_id": c, "name": f"kind {c}", "AP": one, "AP50": one, "count": 1}
+        sizes = {"AP_small": None, "AP_medium": one if c == 2 else None, "AP_large": one if c == 1 else None}
+        assert line == {"category_id": c, "name": f"kind {c}", "AP": one, "AP50": one, "count": 1, "AP75": one} | sizes
     assert written["image_count"] == 2 and written["max_dets"] == [1, 10, 100]
 
 

@@ -1,0 +1,191 @@
+// The sections of the report, from the data in the page. A section without data is left out.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const [BLUE, ORANGE, GREEN, RED, VIOLET] = ["blue", "orange", "green", "red", "violet"].map((name) => `var(--${name})`);
+
+function section(id, title, note, ...content) {
+  const parts = content.filter(Boolean);
+  if (!parts.length) return;
+  document.getElementById("main").append(make("section", { id }, make("h2", {}, title), note ? make("p", { className: "note" }, note) : null, ...parts));
+  document.querySelector("#nav div").append(make("a", { href: `#${id}` }, title));
+}
+
+function grid(...content) {
+  const parts = content.filter(Boolean);
+  return parts.length ? make("div", { className: "grid" }, ...parts) : null;
+}
+
+function picture(source, alt, width, height) {
+  const image = make("img", { src: source, alt, width, height, loading: "lazy" });
+  image.addEventListener("click", () => {
+    const zoom = document.getElementById("zoom");
+    zoom.querySelector("img").src = source;
+    zoom.querySelector("img").alt = alt;
+    zoom.showModal();
+  });
+  return image;
+}
+
+// columns: [{key, name, format, meter}]; the first is text. Click on a head sorts by it, once more turns it round.
+function sortableTable(rows, columns, sortedBy) {
+  const body = make("tbody");
+  const heads = columns.map((column) => {
+    const button = make("button", { type: "button" }, column.name);
+    const head = make("th", { scope: "col" }, button);
+    button.addEventListener("click", () => {
+      const now = head.getAttribute("aria-sort");
+      sort(column, now ? now !== "descending" : column.key !== columns[0].key);
+    });
+    return head;
+  });
+  function sort(column, descending) {
+    const sign = descending ? -1 : 1;
+    const order = [...rows].sort((a, b) => {
+      const [one, other] = [a[column.key], b[column.key]];
+      const [gone, otherGone] = [one === null || one === undefined, other === null || other === undefined];
+      if (gone || otherGone) return gone - otherGone;  // what is undefined comes last either way
+      return sign * (typeof one === "string" ? one.localeCompare(other) : one - other);
+    });
+    heads.forEach((head, k) => (columns[k] === column ? head.setAttribute("aria-sort", descending ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
+    body.replaceChildren(...order.map((row) => make("tr", {}, ...columns.map((one) => {
+      const text = one.format ? one.format(row[one.key]) : row[one.key];
+      const meter = one.meter && isNumber(row[one.key])
+        ? make("span", { className: "meter" }, make("i", { style: `width:${100 * row[one.key]}%` })) : null;
+      return make("td", one === columns[0] ? { title: text } : {}, meter, text);
+    }))));
+  }
+  sort(columns.find((one) => one.key === sortedBy), true);
+  return make("div", { className: "scroll" }, make("table", { className: "sortable" }, make("thead", {}, make("tr", {}, ...heads)), body));
+}
+
+function textTable(rows) {
+  return make("table", { className: "text" }, make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell))))));
+}
+
+function head() {
+  const tiles = data.tiles.map(([name, value], k) => make("div", { className: k ? "tile" : "tile first" }, make("b", {}, value), make("span", {}, name)));
+  document.getElementById("head").append(make("h1", {}, data.title), make("p", { className: "sub" }, data.subtitle), make("div", { className: "tiles" }, ...tiles));
+  document.getElementById("nav").append(make("div"));
+}
+
+function progress() {
+  const { intervals, epochs, evaluations } = data;
+  const common = { xLabel: "epochs done", xWord: "epoch", xLow: 0, xHigh: Math.max(...intervals.x, ...epochs.x, ...evaluations.x, 0.001) };
+  const line = (name, color, y, x) => ({ name, color, y, x: x || intervals.x });
+  const weight = data.box_loss_weight;
+  section("progress", "Progress", "Means over short stretches of the run; point at a chart for its values.", grid(
+    lineChart("Loss", [line("total", BLUE, intervals.loss), line("class", ORANGE, intervals.class_loss), line(weight === 1 ? "box" : `box × ${weight}`, GREEN, intervals.box_loss)], { ...common, zero: true }),
+    lineChart("Average precision", [line("AP", BLUE, evaluations.AP, evaluations.x), line("AP50", ORANGE, evaluations.AP50, evaluations.x)], { ...common, zero: true, format: fraction }),
+    lineChart("Learning rate", [line("lr", BLUE, intervals.lr)], { ...common, zero: true }),
+    lineChart("Throughput", [line("training", BLUE, intervals.img_per_s)], { ...common, zero: true, unit: "pictures / s" }),
+    lineChart("Waiting for data", [line("share of the time", VIOLET, intervals.data_share)], { ...common, zero: true, format: percent, tickFormat: percent }),
+    lineChart("Skipped steps", [line("so far", RED, epochs.skipped, epochs.x)], { ...common, zero: true, counts: true, unit: "updates with inf or NaN" })));
+}
+
+function accuracy() {
+  const sizes = [["all", "AP"], ["small", "AP_small", "under 32² px"], ["medium", "AP_medium", "32² to 96² px"], ["large", "AP_large", "over 96² px"]];
+  const bars = make("div", { className: "bars" }, ...sizes.filter(([, key]) => key in data.stats).flatMap(([name, key, range]) => [
+    make("span", {}, name, range ? make("small", {}, ` ${range}`) : ""),
+    make("span", { className: "meter" }, make("i", { style: `width:${100 * (data.stats[key] || 0)}%` })), make("b", {}, fraction(data.stats[key]))]));
+  const over = evaluationsBySize();
+  const more = Object.entries(data.stats).filter(([key]) => !/^AP(_|$)/.test(key));
+  const numbers = make("div", { className: "card" }, make("strong", {}, "AP by object size"), bars, make("p", {}, more.map(([key, value]) => `${key} ${fraction(value)}`).join("  ·  ")));
+  section("accuracy", "Accuracy", data.accuracy_note, grid(precisionRecall(), numbers, over));
+}
+
+function evaluationsBySize() {
+  const { evaluations } = data;
+  const lines = [["small", ORANGE], ["medium", GREEN], ["large", BLUE]].map(([name, color]) => ({ name, color, x: evaluations.x, y: evaluations[`AP_${name}`] || [] }));
+  return evaluations.x.length > 1 ? lineChart("AP by object size, over the run", lines, { xLabel: "epochs done", xWord: "epoch", xLow: 0, zero: true, format: fraction, height: 260 }) : null;
+}
+
+function precisionRecall() {
+  if (!data.precision) return null;
+  const recalls = data.precision.all[0].map((_, k) => k / 100);
+  const chart = (curves) => lineChart("Precision over recall", [["IoU 0.50", BLUE], ["IoU 0.75", ORANGE], ["mean .50 to .95", GREEN]].map(([name, color], k) => ({ name, color, x: recalls, y: curves[k] })),
+    { whole: true, xLow: 0, xHigh: 1, xLabel: "recall", format: fraction, unit: "precision", restText: true, height: 260 });
+  const holder = make("div");
+  const choice = make("select", { ariaLabel: "class" }, make("option", { value: "all" }, "all classes (mean)"),
+    ...data.classes.map((row, k) => (data.precision.of[k] ? make("option", { value: String(k) }, row.name) : null)));
+  const show = () => {
+    const drawn = chart(choice.value === "all" ? data.precision.all : data.precision.of[choice.value]);
+    if (drawn) drawn.querySelector("figcaption").append(choice);
+    holder.replaceChildren(drawn || "");
+  };
+  choice.addEventListener("change", () => { show(); choice.focus(); });
+  show();
+  return holder;
+}
+
+function classes() {
+  if (!data.classes.length) return;
+  const has = (key) => data.classes.some((row) => row[key] !== undefined && row[key] !== null);
+  const columns = [{ key: "name", name: "class" }, { key: "AP", name: "AP", format: fraction, meter: true },
+    ...["AP50", "AP75", "AP_small", "AP_medium", "AP_large"].map((key) => ({ key, name: key.replace("AP_", ""), format: fraction })),
+    { key: "count", name: "objects" }, { key: "train", name: "in training" }];
+  section("classes", "Classes", "Click a column to sort by it. Small, medium and large are the AP of objects of that size; “objects” are those of the validation pictures.",
+    sortableTable(data.classes, columns.filter(({ key }) => key === "name" || has(key)), "AP"));
+}
+
+function confusion() {
+  const found = data.confusion;
+  if (!found) return;
+  const readout = make("p", { className: "note", id: "cell" });
+  const top = found.top.length ? make("div", { className: "card" }, make("strong", {}, "Most frequent confusions"),
+    textTable(found.top.map(([truth, taken, count]) => [truth, `taken for ${taken}`, String(count)]))) : null;
+  const matrix = make("div", { className: "scroll flat" }, heatmap(found.rows, found.labels, "nothing there", "missed", readout));
+  section("confusion", "Confusions", found.note, make("div", { className: "beside" }, make("div", {}, matrix, readout), top));
+}
+
+function worst() {
+  if (!data.worst.length) return;
+  const key = (color, text) => make("span", { className: "key" }, make("i", { style: `background:${color}` }), text);
+  section("worst", "Worst pictures", data.worst_note,
+    make("p", { className: "note" }, key("rgb(46 160 88)", "right"), key("rgb(240 150 30)", "taken for another class"), key("rgb(222 58 48)", "missed, or nothing there")),
+    make("div", { className: "pictures" }, ...data.worst.map((one) => make("div", { className: "card" },
+      make("div", { className: "pair" }, ...["truth", "prediction"].map((side) => make("figure", {}, picture(one[side], `${one.file}, ${side}`, one.width, one.height), side))),
+      make("p", {}, make("b", {}, one.file), ` ${errors(one)}`)))));
+}
+
+function errors(one) {
+  const parts = [[one.missed, "missed"], [one.confused, "taken for another class"], [one.false_alarms, "with nothing there"]];
+  return parts.filter(([count]) => count).map(([count, text]) => `${count} ${text}`).join(", ");
+}
+
+function batch() {
+  if (data.batch) section("batch", "First training batch", "The first pictures as the network saw them: after augmentation, resizing and padding, with the boxes it learned from.",
+    make("div", { className: "scroll flat wide" }, picture(data.batch.source, "first training batch", data.batch.width, data.batch.height)));
+}
+
+function dataSets() {
+  const sets = data.data.sets;
+  if (!sets.length) return;
+  const share = (counts) => { const sum = counts.reduce((a, b) => a + b, 0) || 1; return counts.map((one) => one / sum); };
+  const colors = [BLUE, ORANGE];
+  const edges = data.data.edges.map((edge) => Math.round(edge));
+  const bins = edges.slice(0, -1);
+  const size = (wh) => (wh ? `${wh[0]}×${wh[1]}` : "–");
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["", ...sets.map((one) => one.name)].map((name) => make("th", {}, name)))),
+    make("tbody", {}, ...[["pictures", (one) => one.pictures], ["without objects", (one) => one.empty], ["objects", (one) => one.boxes], ["crowd regions", (one) => one.crowd],
+      ["smallest picture", (one) => size(one.picture_sizes[0])], ["median", (one) => size(one.picture_sizes[1])], ["largest", (one) => size(one.picture_sizes[2])]]
+      .filter(([name, of]) => name !== "crowd regions" || sets.some(of))
+      .map(([name, of]) => make("tr", {}, make("td", {}, name), ...sets.map((one) => make("td", {}, String(of(one))))))));
+  const ranges = bins.map((low, k) => `${k === 0 ? "under" : `${low} to`} ${k === bins.length - 1 ? "more" : edges[k + 1]} px`);
+  const counts = sets[0].per_picture.map((_, k) => (k === 20 ? "20 and more" : String(k)));
+  section("data", "Data", null, grid(make("div", { className: "card" }, table),
+    histogram("Object size as the network sees it", sets.map((one, k) => ({ name: one.name, color: colors[k], y: share(one.sizes) })), bins.map((low, k) => (k % 2 ? "" : String(low))), ranges, { xLabel: "square root of the box area after resizing, px", unit: "share of objects", edges: true }),
+    histogram("Objects in a picture", sets.map((one, k) => ({ name: one.name, color: colors[k], y: share(one.per_picture) })), counts.map((_, k) => (k === 20 ? "20+" : k % 2 ? "" : String(k))), counts.map((text) => `${text} objects`), { xLabel: "objects", unit: "share of pictures" })));
+}
+
+function settings() {
+  const changed = data.settings.changed;
+  const table = make("table", { className: "text" }, make("thead", {}, make("tr", {}, ...["setting", "value", "default"].map((name) => make("th", {}, name)))),
+    textTable(changed).querySelector("tbody"));
+  section("settings", "Settings and environment", changed.length ? "What differs from the defaults, then everything." : null, grid(
+    make("div", { className: "card" }, changed.length ? table : "all settings have their defaults",
+      make("details", {}, make("summary", {}, "All settings, as YAML"), make("pre", {}, data.settings.yaml))),
+    make("div", { className: "card" }, textTable(data.environment))));
+}
+
+head(); progress(); accuracy(); classes(); confusion(); worst(); batch(); dataSets(); settings();
+document.getElementById("zoom").addEventListener("click", (event) => event.currentTarget.close());

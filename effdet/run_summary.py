@@ -1,0 +1,135 @@
+"""What a run is, on one screen at its start, and what to do next at its end: plain lines of text."""
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import LAST_NAME
+from .config.schema import RunConfig
+
+_NAMES_SHOWN = 8
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image_size: Sequence[int]) -> int:
+    """Count the multiplications with an addition that a network takes for one picture, in convolutions and linear
+    layers.
+
+    It runs on a copy without memory (torch's meta device), so it costs milliseconds for any size, and the weights are
+    not touched.
+
+    Args:
+        model: takes [1, 3, height, width]; on any device.
+        image_size: height and width in pixels.
+    """
+    shared = [*model.parameters(), *model.buffers()]
+    shells = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False)
+              if isinstance(t, nn.Parameter) else torch.empty_like(t, device="meta") for t in shared}
+    shadow = copy.deepcopy(model, shells).eval()  # deepcopy takes the shells for copies it has made already
+    total = 0
+
+    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        inputs = module.weight[0].numel()  # multiplications for one value of the output
+        total += output.numel() * inputs
+
+    for module in shadow.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = lambda x: x  # slow on the meta device, and it changes no shape
+    shadow(torch.empty(1, 3, *image_size, device="meta", dtype=next(shadow.parameters()).dtype))
+    return total
+
+
+def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: Any, device: str, world: int,
+                   channels_last: bool, epochs: int, steps_per_epoch: int, precision: str, folder: Path) -> list[str]:
+    """Return the lines of a run's start.
+
+    Args:
+        cfg: the resolved settings.
+        model: the network.
+        train_set, val_set: data sets with a `parser`.
+        device: what it is called.
+        world: processes.
+        channels_last, precision: chosen for the device.
+        epochs: in all, with the cooldown.
+        steps_per_epoch: batches.
+        folder: the run's.
+    """
+    config = model.config
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    names = train_set.parser.category_map.names
+    more = f", ... {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    optim, sched = cfg.optim, cfg.sched
+    update = cfg.run.batch_size * optim.grad_accum
+    accumulated = f" x {optim.grad_accum} accumulated" if optim.grad_accum > 1 else ""
+    ema = f"EMA {cfg.ema.decay:g}" if cfg.ema.enabled else "no EMA"
+    clip = f"clip {optim.clip_mode} {optim.clip_grad:g}" if optim.clip_grad else "no clipping"
+    end = f", at most {cfg.run.max_steps} steps" if cfg.run.max_steps else ""
+    lines = {
+        "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
+                 f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
+                 f"{_gmacs(model)} GMACs a picture",
+        "train": _describe_split(train_set),
+        "val": _describe_split(val_set),
+        "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",
+        "device": f"{device}, {world} process(es), {precision}, "
+                  f"{'channels-last' if channels_last else 'channels-first'}",
+        "batch": f"{cfg.run.batch_size}{accumulated} over all devices, {steps_per_epoch} steps an epoch",
+        "length": f"{epochs} epochs{end}, evaluated every {cfg.run.val_interval}",
+        "lr": f"{optim.lr:g} for {update} pictures an update ({optim.lr / update:.3g} each), {sched.sched}, "
+              f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",
+        "optimizer": f"{optim.opt}, weight decay {optim.weight_decay:g}, {clip}, {ema}",
+        "folder": str(folder),
+    }
+    return [f"  {name:<10} {text}" for name, text in lines.items()]
+
+
+def _gmacs(model: nn.Module) -> str:
+    try:
+        return f"{count_macs(model, model.config.image_size) / 1e9:.2f}"
+    except Exception:  # a layer that torch cannot run without memory: a figure for the eye is no reason to end a run
+        return "n/a"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _describe_split(dataset: Any) -> str:
+    report = getattr(dataset.parser, "report", None)
+    boxes = "" if report is None else f", {report.num_boxes} boxes"
+    return f"{len(dataset)} pictures{boxes}"
+
+
+def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, picture: Path | None) -> list[str]:
+    """Return command lines that work as they are: evaluate, predict, train on.
+
+    Args:
+        cfg: the run's settings.
+        folder: the run's.
+        checkpoint: the best one.
+        picture: one to predict.
+    """
+    data, run, amp = cfg.data, cfg.run, cfg.amp
+    where = [] if run.device == "auto" else ["--device", run.device]
+    validate = ["validate.py", "--checkpoint", str(checkpoint), "-b", str(run.batch_size), *where]
+    for flag, value in (("--root", data.root), ("--val-images", data.val_images), ("--val-ann", data.val_ann)):
+        validate += [flag, value] if value else []
+    validate += [] if data.workers is None else ["-j", str(data.workers)]
+    if cfg.dist.device_list:
+        validate += ["--device-list", ",".join(map(str, cfg.dist.device_list))]
+    if amp.enabled:
+        validate += ["--amp", "--opt-level", amp.opt_level, "--amp-dtype", amp.dtype]
+    demo = ["demo.py", str(picture), "--checkpoint", str(checkpoint), *where]
+    longer = ["--max-steps", str(2 * run.max_steps)] if run.max_steps else ["--epochs", str(2 * cfg.sched.epochs)]
+    resume = ["train.py", "-c", str(folder / "config.yaml"), "--resume", str(folder / LAST_NAME), *longer]
+    return [f"python {shlex.join(words)}" for words in (validate, demo, resume) if "None" not in words]
