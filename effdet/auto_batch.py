@@ -58,7 +58,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
         A size that was tried and fitted; 0 when not even 1 does.
     """
     good, bad = 0, most + 1
-    size = 1
+    size = min(2, most)  # batch norm refuses a single picture where it makes one cell, so 1 comes last
     while good < bad - 1 and size < bad:
         if not fits(size):
             bad = size

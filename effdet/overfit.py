@@ -50,7 +50,7 @@ class OverfitFacts:
     missed_unreached: int
     wrong_class: int  # predicted in place, but as another class only
     conflicts: int  # pairs of boxes in one picture, nearly equal, of different classes
-    beyond_limit: int  # boxes of pictures that have more than are predicted
+    beyond_limit: int  # boxes of pictures that have more of them than are predicted
     max_det: int
     frozen: Sequence[str] = ()  # flags that keep parts from learning
     ema_share: float = 0.0  # of the evaluated average that is still the initial weights
@@ -207,7 +207,8 @@ def _judge_lr(facts: OverfitFacts) -> str:
     text = f"the training loss went from {first:.3g} to {last:.3g} (least {least:.3g}) in {facts.steps} steps"
     if last > 1.3 * least or max(losses) > 1.3 * first or rises > 0.3 * len(losses):
         return f"{text}, up and down: --lr {lr:g} is likely too large, try {lr / 10:.2g}"
-    return f"{text}, slowly but steadily: --lr {lr:g} is likely too small, try {lr * 10:.2g}, or train longer (--epochs)"
+    text += f", slowly but steadily: --lr {lr:g} is likely too small"
+    return f"{text}, try {lr * 10:.2g}, or train longer (--epochs)"
 
 
 def report(session: Any, losses: Sequence[float]) -> int:
