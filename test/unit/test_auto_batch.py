@@ -103,7 +103,8 @@ def test_what_auto_says(caplog):
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ("-b many", "run.batch_size (--batch-size): got 'many', must be >= 1 or 'auto'"), ("-b 1.5", "must be >= 1 or 'auto'"), ("-b 0", "must be >= 1 or 'auto'"),
+    ("-b many", "run.batch_size (--batch-size): got 'many', must be >= 1 or 'auto'"),
+    ("-b 1.5", "must be >= 1 or 'auto'"), ("-b 0", "must be >= 1 or 'auto'"),
     ("-b auto --eval-only --pretrained", "-b auto is for training"),
     ("--lr-batch 8", "--lr-batch acts with -b auto only"), ("-b auto --overfit 8", "-b auto is for training")])
 def test_refusals(line, words, capsys):
