@@ -165,8 +165,9 @@ def test_a_rate_that_is_too_small_is_told(data, tmp_path, capsys, monkeypatch):
         logging.getLogger("effdet").propagate = True
     lines = capsys.readouterr().out.splitlines()
     assert status == 3
-    assert re.match(r"overfit: AP 0\.\d+ on the training pictures, expected 0.9 or more: the training loss went from .* "
-                    r"in 20 steps, slowly but steadily: --lr 1e-06 is likely too small, try 1e-05, .*; status 3$", lines[-1])
+    assert re.match(r"overfit: AP 0\.\d+ on the training pictures, expected 0.9 or more: the training loss went from "
+                    r".* in 20 steps, slowly but steadily: --lr 1e-06 is likely too small, try 1e-05, .*; status 3$",
+                    lines[-1])
     assert any(re.match(r"overfit: \d+ boxes: 0 found, 0 with another class only, \d+ missed", line) for line in lines)
     trained = {round(total, 3) for training, (total, count) in batches if training and count == 2}
     evaluated = {round(total, 3) for training, (total, count) in batches if not training and count == 2}
