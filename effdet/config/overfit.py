@@ -14,6 +14,8 @@ OVERFIT: dict[str, Any] = {
     "sched.epochs": 20,
     "sched.warmup_epochs": 1.0,
     "sched.cooldown_epochs": 0,
+    "sched.warmup_lr": 0.0,
+    "sched.min_lr": 0.0,
     "sched.lr_noise": None,
     "ema.enabled": False,
     "run.batch_size": 8,

@@ -149,6 +149,7 @@ def memory_of(pictures: int, monkeypatch):
     yield sizes
 
 
+@pytest.mark.slow
 def test_a_run_with_auto_is_the_run_with_the_number_it_found(data, tmp_path, monkeypatch, capsys):
     with memory_of(6, monkeypatch) as sizes:
         assert train.main(argv(data, tmp_path, "-b", "auto", "--experiment", "auto", "--opt", "adamw", "--lr", "0.01",
