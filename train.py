@@ -12,9 +12,11 @@ import sys
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 from effdet import distributed, heartbeat, live_line, stopping
+from effdet.auto_batch import AUTO
 from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
+from effdet.data import check as data_check
 from effdet.data.bad_pictures import BadPicturesError
 from effdet.processes import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
 from effdet.run_folder import make_run_folder
@@ -25,9 +27,12 @@ _logger = logging.getLogger("effdet.train")
 
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_train_args(argv)
+    if cfg.run.check:
+        return data_check.main(argv)
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
-            split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
+            if cfg.run.batch_size != AUTO:
+                split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             arguments = list(sys.argv[1:] if argv is None else argv)
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
                 arguments += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return stop.exit_code
     finally:
         distributed.shutdown()
-    return 0
+    return session.status
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,15 +49,9 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
     Raises:
         ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
     """
-    images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
-    if bool(images) != bool(ann):  # one of the two is given instead of the root's
-        images_in_root, ann_in_root = coco_paths(data.root, split)
-        images, ann = images or images_in_root, ann or ann_in_root
-    if not images and not data.root:
-        raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
-                         f"--{split}-images DIR --{split}-ann FILE")
-    dataset = open_coco(None if images else data.root, split, images=images or None, ann=ann or None,
-                        num_classes=num_classes, stored=stored, crowd=crowd, seed=seed)
+    images, ann = split_paths(data, split)
+    dataset = open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
+                        seed=seed)
     report = dataset.parser.report
     if split == "train" and len(dataset) and not report.num_boxes:
         dropped = "".join(f", {reason}" for reason in report.reasons())
@@ -66,6 +61,22 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
     limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
     dataset.bad_pictures = BadPictures(len(dataset), limit, replace=split == "train")
     return dataset
+
+
+def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Path]:
+    """Return the picture folder and the annotation file of a split, as `build_dataset` uses them.
+
+    Raises:
+        ValueError: the config names no data; FileNotFoundError: something is absent in the root.
+    """
+    images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
+    if not (images and ann):
+        if not data.root:
+            raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
+                             f"--{split}-images DIR --{split}-ann FILE")
+        images_in_root, ann_in_root = coco_paths(data.root, split)
+        images, ann = images or images_in_root, ann or ann_in_root  # one of the two may be given instead of the root's
+    return Path(images), Path(ann)
 
 
 def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
@@ -121,6 +132,13 @@ def _apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = No
         config.backbone_args = {**(config.backbone_args or {}), "drop_path_rate": model.drop_path}
 
 
+def resolve_model_config(model: Any, loss: LossConfig | None = None) -> Any:
+    """Return the model table's config with what the model and loss sections of a run set over it."""
+    config = get_efficientdet_config(model.name)
+    _apply_model_overrides(config, model, loss)
+    return config
+
+
 def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Module:
     """Build the network of a training run with the weights it starts from.
 
@@ -135,8 +153,7 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
     Raises:
         ValueError: a setting or a weight file does not fit the model.
     """
-    config = get_efficientdet_config(model.name)
-    _apply_model_overrides(config, model, loss)
+    config = resolve_model_config(model, loss)
     network = create_model_from_config(
         config, num_classes=num_classes, pretrained=True if model.pretrained == "url" else model.pretrained,
         pretrained_backbone=model.pretrained_backbone, pad_type=model.pad_type)

@@ -6,6 +6,7 @@ Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. No model code and no training log
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import logging
@@ -315,6 +316,31 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(module.max_memory_allocated(device))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """Return the size of an accelerator's memory in bytes; None for the CPU, which has none of its own."""
+    module = _module(device)
+    return None if module is None else int(module.mem_get_info(device)[1])
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached memory that nothing uses back to an accelerator; objects in reference cycles are collected first."""
+    gc.collect()
+    module = _module(device)
+    if module is not None:
+        module.synchronize(device)
+        module.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error says that an accelerator's memory is used up.
+
+    Besides torch's own class these are the libraries' errors, which find no workspace: CUBLAS_STATUS_ALLOC_FAILED,
+    CUDNN_STATUS_ALLOC_FAILED, and of older torch_npu a RuntimeError "NPU out of memory".
+    """
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def rng_state(device: torch.device) -> torch.Tensor | None:

@@ -26,7 +26,8 @@ from . import stopping
 from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
-    'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'barrier', 'broadcast_object',
+    'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'alone', 'barrier',
+    'broadcast_object',
     'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
     'is_primary', 'launch', 'local_rank', 'local_world_size', 'primary_first', 'rank',
     'run_on_primary', 'shutdown', 'world_size',
@@ -42,6 +43,9 @@ DEFAULT_TIMEOUT_S = 7200.0
 _host_group: tuple[Any, Any] | None = None
 
 
+_is_alone = False
+
+
 def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -53,7 +57,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """Return the number of processes in the running group, 1 without one."""
-    return dist.get_world_size() if _is_initialized() else 1
+    return dist.get_world_size() if _is_initialized() and not _is_alone else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Work as if there were no other processes: nothing in it waits for one, whatever happens to the others."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def local_rank() -> int:

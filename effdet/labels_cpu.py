@@ -70,6 +70,21 @@ class SparseMatcher:
         chosen = order[first]
         return image[box[chosen]], anchor[chosen], box[chosen]
 
+    def reached(self, gt_boxes: np.ndarray, threshold: float) -> np.ndarray:
+        """Tell which boxes some anchor overlaps with at least this IoU.
+
+        Args:
+            gt_boxes: float32 [G, 4] yxyx.
+            threshold: above 0.
+
+        Returns:
+            bool [G].
+        """
+        box, anchor = self._windows(gt_boxes, threshold)
+        found = np.zeros(len(gt_boxes), dtype=bool)
+        found[box[self._iou(gt_boxes, box, anchor) >= threshold]] = True
+        return found
+
     def _windows(self, gt_boxes: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """Return (box, anchor) for a superset of the pairs that reach the threshold.
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from . import auto_batch, distributed, live_line, overfit, run_state, stopping
 from . import device as device_layer
-from . import distributed, live_line, run_state, stopping
 from .amp import Precision
 from .bench import DetBenchPredict, DetBenchTrain
 from .build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
@@ -50,6 +50,7 @@ T = TypeVar("T")
 def open_session(cfg: RunConfig, device: torch.device) -> Session:
     """Find what to continue, make the run's folder and its log, and build the run."""
     check_tensorboard(cfg.run.tensorboard)
+    auto_batch.check_device(cfg, device)
     source = cfg.run.resume
     # A machine that joins a group anew counts no restart; all processes must read the same file.
     wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
@@ -75,12 +76,22 @@ class Session:
         self.started = time.time()
         self.statistics_frozen = False
         self.world = distributed.world_size()
-        self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
+        if cfg.run.batch_size == auto_batch.AUTO and payload:  # a run goes on as it was
+            cfg.optim.lr, cfg.optim.lr_batch = payload["config"]["optim"]["lr"], None
+            cfg.run.batch_size = payload["config"]["run"]["batch_size"]
+        auto = cfg.run.batch_size == auto_batch.AUTO
+        self.batch_size = 0 if auto else split_over_devices(cfg.run.batch_size, self.world)
+        if cfg.run.overfit and self.world > 1:
+            raise ValueError("--overfit trains on one device: start one process.")
+        self.status, self.epoch_losses = 0, []  # exit status; mean training loss of each epoch
         self.workers = workers_per_device(cfg.data.workers, self.world)
         self.channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
         self.log_start()
         device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
+        if auto:
+            self.batch_size = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
+                                                           self.train_set.parser, self.channels_last)
         self.build_training(payload)
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
@@ -116,26 +127,30 @@ class Session:
             _logger.info("setting: %s", line)
         for line in inert_settings(self.cfg):
             _logger.warning("setting: %s", line)
-        _logger.info("%s on %s, %d process(es), batch %d (%d each), %d loader process(es) each, output %s",
+        _logger.info("%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
                      self.cfg.model.name, device_layer.describe(self.device), self.world, self.cfg.run.batch_size,
-                     self.batch_size, self.workers, self.output_dir)
+                     self.batch_size or auto_batch.AUTO, self.workers, self.output_dir)
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
         self.bad_pictures = BadPictureWatch(self.train_set, "training")
         self.categories = self.train_set.parser.category_map
-        self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
+        if cfg.run.overfit:
+            self.train_set, self.val_set = overfit.choose_pictures(self.train_set, cfg)
+        else:
+            self.val_set = build_dataset(cfg.data, "val", stored=self.categories)
         if self.cfg.data.workers is not None and self.cfg.data.workers > len(self.train_set):
             raise ValueError(f"{self.cfg.data.workers} loader processes (-j) for {len(self.train_set)} training "
                              f"pictures: some would have nothing to do. Give at most {len(self.train_set)}.")
         _logger.info("data: %d training and %d validation pictures, %s", len(self.train_set), len(self.val_set),
                      self.categories)
 
-    def build_training(self, payload: dict[str, Any]) -> None:
-        cfg, device = self.cfg, self.device
+    def build_step(self, payload: dict[str, Any], alone: bool = False) -> auto_batch.Step:
+        """Build what one training step needs; `alone`: as if this were the only process."""
+        cfg, device, world = self.cfg, self.device, 1 if alone else self.world
         model = build_model(cfg.model, cfg.loss, self.categories.num_classes)
-        if cfg.dist.sync_bn and self.world > 1:
+        if cfg.dist.sync_bn and world > 1:
             model = distributed.convert_sync_batchnorm(model)
         if cfg.model.freeze_backbone:
             _logger.info("backbone frozen: %s", freeze_backbone(model))
@@ -155,7 +170,12 @@ class Session:
         bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
         if cfg.loss.dense_targets:
             bench.use_dense_targets(device)
-        bench.normalize_over_ranks = self.world > 1
+        bench.normalize_over_ranks = world > 1
+        return auto_batch.Step(model, ema, precision, optimizer, bench)
+
+    def build_training(self, payload: dict[str, Any]) -> None:
+        cfg, device = self.cfg, self.device
+        model, ema, precision, optimizer, bench = self.build_step(payload)
         self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
         self.eval_bench.use_nms(cfg.model.nms, device)
         self.build_loaders(model.config)
@@ -178,8 +198,12 @@ class Session:
     def build_loaders(self, model_config: Any) -> None:
         cfg = self.cfg
         check_shared_memory(distributed.local_world_size(), self.workers, self.batch_size, model_config.image_size)
-        self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
-                                               self.device, cfg.run.seed, self.channels_last)
+        if cfg.run.overfit:  # no augmentation: pictures as the evaluation sees them
+            self.train_loader = build_eval_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
+                                                  self.device, channels_last=self.channels_last)
+        else:
+            self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size,
+                                                   self.workers, self.device, cfg.run.seed, self.channels_last)
         self.val_loader = build_eval_loader(self.val_set, cfg.data, model_config, self.batch_size, self.workers,
                                             self.device, cfg.run.val_skip, self.channels_last)
         for loader in (self.train_loader, self.val_loader):
@@ -335,6 +359,7 @@ class Session:
         _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", epoch, stats.loss,
                      stats.fps, stats.peak_memory_mib, stats.skipped, f", {bad} unreadable picture(s)" if bad else "")
 
+        self.epoch_losses.append(stats.loss)
         ranks = distributed.gather_object(run_state.capture_rank(self.device))
 
         def write() -> None:
@@ -372,4 +397,6 @@ class Session:
             _logger.info("checkpoint: %s", checkpoint)
             _logger.info("pictures: %s", pictures)
             self.record.end(checkpoint)
+        if self.cfg.run.overfit:
+            self.status = overfit.report(self, self.epoch_losses)
         distributed.barrier()

@@ -12,8 +12,8 @@ _ConfigT = TypeVar("_ConfigT")
 
 def _in_range(value: Any, meta: Any) -> bool:
     """Return True when one value (a list's element or a scalar) lies within the declared bounds and choices."""
-    if meta["choices"] and value not in meta["choices"]:
-        return False
+    if meta["choices"] and isinstance(value, str):
+        return value in meta["choices"]
     if isinstance(value, float) and not math.isfinite(value):
         return False
     return not (meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]
@@ -102,5 +102,12 @@ def _check_train(cfg: Any) -> None:
              f"sched.start_epoch (--start-epoch): got {sched.start_epoch}, but epochs and cooldown end at {last}")
     _require(not (cfg.model.pretrained and cfg.model.initial_checkpoint),
              "--pretrained and --initial-checkpoint both name the weights to start from: give one")
+    auto = cfg.run.batch_size == "auto"
+    _require(auto or cfg.optim.lr_batch is None, "--lr-batch acts with -b auto only: give both, or leave it out")
+    _require(not (auto and (cfg.run.eval_only or cfg.run.overfit)),
+             "-b auto is for training: give -b N with --eval-only or --overfit")
+    _require(not (cfg.run.overfit and (cfg.run.resume or cfg.run.eval_only or len(cfg.dist.device_list) > 1)),
+             "--overfit trains anew on one device: leave out --resume, --eval-only and further devices")
+    _require(cfg.run.check or not cfg.run.html, "--html is where --check writes to: give --check as well")
     _require(not cfg.run.eval_only or bool(cfg.run.resume or cfg.model.initial_checkpoint or cfg.model.pretrained),
              "--eval-only needs weights: give --resume, --initial-checkpoint or --pretrained")

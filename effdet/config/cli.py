@@ -14,7 +14,7 @@ from .load import load_config
 from .options import Option, list_options, nearest
 from .schema import ConfigError, DemoConfig, RunConfig, ValidateConfig, flags_of, range_text
 
-__all__ = ["REFUSED", "parse_demo_args", "parse_train_args", "parse_validate_args"]
+__all__ = ["REFUSED", "parse_check_args", "parse_demo_args", "parse_train_args", "parse_validate_args"]
 _ConfigT = TypeVar("_ConfigT")
 
 _AMP = "use --amp with --opt-level O1 or O2, and --amp-dtype"
@@ -122,7 +122,7 @@ def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
             groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
         else:
             words = "|".join(word or "''" for word in meta["choices"])
-            metavar = words or meta["metavar"] or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
+            metavar = meta["metavar"] or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
             extra = {"nargs": "?", "const": meta["bare"]} if meta["bare"] else {}
             groups[section].add_argument(*flags, metavar=metavar, **extra, **common)
     for section, lines in plain.items():
@@ -224,6 +224,17 @@ def parse_train_args(argv: Sequence[str] | None = None) -> RunConfig:
         SystemExit: status 2 after one line on standard error when something is wrong; status 0 after --help.
     """
     return _parse(RunConfig, "train.py", "Train a detector on data in COCO format.", argv)
+
+
+def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
+    """Parse the command line of `python -m effdet.data.check [ROOT]`: train.py's flags; see `parse_train_args`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words.insert(0, "--root")
+    return _parse(RunConfig, "python -m effdet.data.check", "Check a data set in COCO format before training: ROOT (or "
+                  "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
+                  "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
+                  [*words, "--check"])
 
 
 def parse_validate_args(argv: Sequence[str] | None = None) -> ValidateConfig:

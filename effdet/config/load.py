@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from .check import check_config
 from .options import Option, list_options, nearest
+from .overfit import OVERFIT
 from .schema import ConfigError, RunConfig
 
 __all__ = ["dump_yaml", "from_plain", "load_config", "split_over_devices", "to_plain", "workers_per_device"]
@@ -32,11 +33,13 @@ def _convert(option: Option, value: Any) -> Any:
         return [part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""]
     if option.kinds == (bool,) and not isinstance(value, bool | str):
         raise ValueError("only true and false are allowed")
-    if option.kinds == (float, str):
+    if len(option.kinds) == 2:  # a number or a text
         if isinstance(value, bool | list | dict):
             raise ValueError("a single number or text is needed")
+        if isinstance(value, float) and option.kinds[0] is int:
+            raise ValueError("a whole number is needed")
         try:
-            return float(value)
+            return option.kinds[0](value)
         except ValueError:
             return value
     return value
@@ -105,6 +108,10 @@ def load_config(
     node = OmegaConf.structured(root)
     for path in files:
         _apply_tree(node, options, _read_yaml(path), str(path))
+    if "run.overfit" in {*(flags or {}), *(key for key, _ in overrides)}:
+        for key, value in OVERFIT.items():
+            _apply(node, options, key, value, "--overfit")
+    batch_below = OmegaConf.select(node, "run.batch_size")
     for key, (spelling, value) in (flags or {}).items():
         _apply(node, options, key, value, f"argument {spelling}")
     for key, text in overrides:
@@ -117,6 +124,8 @@ def load_config(
         if keep_text and not (value is None and option.optional):
             value = text
         _apply(node, options, key, value, f"{key}={text}")
+    if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
+        node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
     return check_config(OmegaConf.to_object(node))
 
 

@@ -184,6 +184,9 @@ class OptimConfig:
     opt: str = setting(
         "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead")
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
+    lr_batch: int | None = setting(
+        None, "with -b auto: batch size that --lr was chosen for; for a smaller one the rate is lowered in proportion",
+        low=1, none="the batch size of the YAML files, else 256")
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
     opt_eps: float | None = setting(
@@ -287,7 +290,9 @@ class _BaseRunConfig:
 class RunSectionConfig(_BaseRunConfig):
     """Say where the run takes place, how long, and what it keeps."""
 
-    batch_size: int = setting(256, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
+    batch_size: int | str = setting(
+        256, "pictures per step over all devices; 'auto': as many as fit the memory of an accelerator, found by "
+        "running training steps", flags=("-b", "--batch-size"), low=1, choices=("auto",), metavar="N|auto")
     seed: int = setting(42, "seed of every random generator; each process adds its rank", low=0)
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
@@ -295,6 +300,12 @@ class RunSectionConfig(_BaseRunConfig):
     resume: str = setting(
         "", "continue the run of this checkpoint; 'auto': the checkpoint of --experiment, or else of the newest run "
         "under --output, that has come furthest and is whole; where there is none, train anew", metavar="PATH|auto")
+    overfit: int = setting(
+        0, "learn N pictures of the training split by heart and evaluate on the same: without augmentation, with "
+        "settings that suit it where no flag says otherwise; AP should come near 1, and if it does not, the run says "
+        "what is likely wrong and exits with status 3; 0: train as usual", low=0)
+    check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
+    html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     eval_only: bool = setting(False, "evaluate the given weights and stop, without training")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
@@ -403,7 +414,9 @@ def flags_of(item: dataclasses.Field) -> tuple[str, ...]:
 def range_text(item: dataclasses.Field) -> str:
     """Return the allowed values of a field in words; empty when its type is the only limit."""
     meta = item.metadata
-    if meta["choices"]:
-        return "one of " + ", ".join(repr(word) for word in meta["choices"])
+    words = ", ".join(repr(word) for word in meta["choices"])
+    if words and meta["low"] is None:
+        return "one of " + words
     bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"]), ("<", meta["below"])]
-    return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    text = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    return f"{text} or {words}" if words else text

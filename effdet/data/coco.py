@@ -5,8 +5,10 @@ labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business,
 """
 
 import contextlib
+import copy
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,14 @@ class CocoParser:
             self.img_ids_invalid.append(info["id"])
         self.img_infos = ImageTable(infos)
         self._rows = np.array(rows, dtype=np.int64)
+
+    def subset(self, indices: Sequence[int]) -> "CocoParser":
+        """Return a parser of some images only, by dataset index, in the order given; an index may occur repeatedly."""
+        small = copy.copy(self)
+        small.img_ids = [self.img_ids[k] for k in indices]
+        small.img_infos = ImageTable(self.img_infos[k] for k in indices)
+        small._rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        return small
 
     @property
     def category_map(self) -> CategoryMap | None:

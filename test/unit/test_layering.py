@@ -21,13 +21,13 @@ PACKAGES = ("effdet", "timm_patches")
 # folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint"),
-    ("effdet.session",),
-    ("effdet.run_folder", "effdet.run_record"),
+    ("effdet.session", "effdet.data.check"),
+    ("effdet.run_folder", "effdet.run_record", "effdet.overfit", "effdet.auto_batch"),
     ("effdet.run_state", "effdet.postmortem"),
     ("effdet.engine", "effdet.build", "effdet.gallery", "effdet.report"),
     ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints",
      "effdet.report_pictures", "effdet.speed"),
-    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader"),
+    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader", "effdet.data.check_html"),
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.voc_metrics", "effdet.amp", "effdet.draw",
      "effdet.metrics_log", "effdet.run_summary"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",

@@ -1,0 +1,143 @@
+"""Look at a data set before training on it: `python -m effdet.data.check ROOT [flags of train.py] [--html PATH]`.
+
+Exit status: 0 clean, 3 with warnings, 4 with errors (training would refuse, or meet broken pictures); 1 when the check
+could not be made and 2 for a wrong flag, as everywhere.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..anchors import check_image_size
+from ..build import resolve_model_config, split_paths
+from ..config.cli import parse_check_args
+from ..config.schema import RunConfig
+from ..processes import one_line_errors
+from .anchor_reach import SIDE_EDGES_PX
+from .check_facts import DataFacts, SplitFacts, gather_facts
+from .check_html import write_html
+
+STATUS = {"note": 0, "warning": 3, "error": 4}
+_MOST_CLASSES = 100  # lines on the terminal
+_BAR_WIDTH = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    cfg = parse_check_args(arguments)
+    if int(os.environ.get("RANK", "0")):  # started once for each device: one of them looks
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with one_line_errors("effdet.data.check"):
+        facts, config = check(cfg)
+        print("\n".join(text_lines(facts, config)))
+        if cfg.run.html:
+            write_html(Path(cfg.run.html), facts, config, cfg.run.seed)
+            print(f"written: {cfg.run.html}")
+    print(verdict(facts))
+    return status_of(facts)
+
+
+def check(cfg: RunConfig) -> tuple[DataFacts, object]:
+    """Check the data of a run; return the facts and the model config they were measured for.
+
+    Raises:
+        ValueError: an image size that no model has, or no data named at all.
+    """
+    config = resolve_model_config(cfg.model, cfg.loss)
+    check_image_size(config.image_size)
+    paths: dict[str, tuple[Path, Path] | Exception] = {}
+    for name in ("train", "val"):
+        try:
+            paths[name] = split_paths(cfg.data, name)
+        except (ValueError, OSError) as error:
+            paths[name] = error
+    if all(isinstance(where, Exception) for where in paths.values()):
+        raise paths["train"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = cores if cfg.data.workers is None else cfg.data.workers
+    return gather_facts(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
+
+
+def status_of(facts: DataFacts) -> int:
+    """Return the exit status."""
+    return max((STATUS[finding.level] for finding in facts.findings), default=0)
+
+
+def verdict(facts: DataFacts) -> str:
+    """Return the last line: what the status says."""
+    count = {level: sum(finding.level == level for finding in facts.findings) for level in STATUS}
+    return (f"data check: {count['error']} error(s), {count['warning']} warning(s), {count['note']} note(s); "
+            f"status {status_of(facts)}")
+
+
+def text_lines(facts: DataFacts, config: object) -> list[str]:
+    """Return the report for a terminal."""
+    lines = []
+    for split in facts.splits:
+        lines += ["", *split_lines(split, config)]
+    if facts.categories is not None:
+        lines += ["", *class_lines(facts)]
+    if facts.suggestion is not None and facts.suggestion.better:
+        found = facts.suggestion
+        lines += ["", f"share of {found.boxes} train boxes that an anchor overlaps with IoU 0.5 or more, and the cost "
+                      "of a step:", f"  {100 * found.present.share:5.1f} %  1.0 x  as it is"]
+        lines += [f"  {100 * one.share:5.1f} %  {one.cost:.1f} x  {one.flags}" for one in found.better]
+    lines.append("")
+    lines += [f"{finding.level}: {finding.text}" for level in reversed(STATUS) for finding in facts.findings
+              if finding.level == level]
+    return lines
+
+
+def split_lines(split: SplitFacts, config: object) -> list[str]:
+    """Return a split's counts and the histogram of its boxes' sizes."""
+    report, scan, per_picture = split.report, split.scan, split.boxes_per_picture
+    height, width = config.image_size
+    bad = sum(scan.broken.values()) + report.errors.get("missing_image", 0)
+    empty = report.num_images_without_boxes
+    lines = [f"{split.name}: {report.source}, pictures in {split.img_dir}",
+             f"  {report.num_images} pictures ({empty} without boxes, {bad} broken or missing), "
+             f"{report.num_annotations} annotations, {len(split.sides_px)} boxes"
+             + (f" ({per_picture.mean():.1f} in a picture, at most {per_picture.max()})" if len(per_picture) else ""),
+             f"  {len(scan.names)} pictures decoded in {scan.seconds:.1f} s",
+             f"  box size (square root of the area) in the {height} x {width} (height x width) input of {config.name},",
+             "  and the share that no anchor overlaps with IoU 0.5:"]
+    counts = split.side_counts
+    for k, count in enumerate(counts):
+        if count:
+            bar = "#" * round(_BAR_WIDTH * count / counts.max()) or "."
+            missed = 100 * (1 - split.reached[k] / split.tested[k]) if split.tested[k] else float("nan")
+            lines.append(f"  {side_label(k):>10} px {count:9d}  {missed:5.1f} %  {bar}")
+    if split.tested.sum() < len(split.sides_px):
+        lines.append(f"  (anchors tested for {split.tested.sum()} of the boxes, drawn at random)")
+    return lines
+
+
+def side_label(k: int) -> str:
+    """Return the name of a bin of SIDE_EDGES_PX."""
+    low, high = SIDE_EDGES_PX[k : k + 2]
+    return f"{low:g}..{high:g}" if high < float("inf") else f"{low:g}.."
+
+
+def class_lines(facts: DataFacts) -> list[str]:
+    """Return the table of classes: boxes, and pictures with such boxes, in each split."""
+    names = [split.name for split in facts.splits]
+    rows = [(f"{i}", name, *(f"{boxes} ({pictures})" for boxes, pictures in
+                             (split.class_counts.get(i, (0, 0)) for split in facts.splits)))
+            for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
+    shown = [("id", "class", *(f"{name} boxes (pictures)" for name in names)), *rows[:_MOST_CLASSES]]
+    widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]
+    lines = [f"{facts.categories}"]
+    lines += ["  " + "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]),
+                                *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))])
+              for row in shown]
+    if len(rows) > _MOST_CLASSES:
+        lines.append(f"  ... {len(rows) - _MOST_CLASSES} more: the html has them all")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

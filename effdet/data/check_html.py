@@ -1,0 +1,117 @@
+"""The data check's facts as one html file: no scripts, nothing loaded from elsewhere."""
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..draw import draw_detections, make_class_colors
+from .anchor_reach import SIDE_EDGES_PX, find_reached, letterbox_boxes
+from .check_facts import DataFacts, SplitFacts
+from .pictures import PictureError, read_picture
+from .transforms import ResizePad
+
+_SAMPLES = 12
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--soft:#8882}
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto}
+th,td{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child,.text{text-align:left}
+.bar{width:40%;min-width:8rem}.bar i{display:block;height:.8rem;background:#3b82c4;border-radius:2px}
+li{margin:.3rem 0}.error::marker,.error b{color:#c33}.warning::marker,.warning b{color:#b70}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:.8rem}
+figure{margin:0}img{width:100%;height:auto;background:var(--soft)}figcaption{font-size:.8rem;overflow-wrap:anywhere}
+"""
+
+
+def write_html(path: Path, facts: DataFacts, config: Any, seed: int = 0) -> None:
+    """Write the page, its folder included.
+
+    Args:
+        path: the file.
+        facts: of the check.
+        config: the model config; samples are drawn in its input size.
+        seed: of the choice of samples.
+    """
+    levels = [finding.level for finding in facts.findings]
+    parts = [f"<h1>Data check</h1><p>{levels.count('error')} errors, {levels.count('warning')} warnings, "
+             f"{levels.count('note')} notes. Sizes are pixels of the {config.image_size[0]} x {config.image_size[1]} "
+             f"(height x width) input of {_text(config.name)}.</p><ul>"]
+    parts += [f'<li class="{finding.level}"><b>{finding.level}</b>: {_text(finding.text)}</li>' for level in
+              ("error", "warning", "note") for finding in facts.findings if finding.level == level]
+    parts.append("</ul>")
+    parts += [_split_part(split) for split in facts.splits]
+    if facts.suggestion is not None and facts.suggestion.better:
+        rows = [("as it is", f"{100 * facts.suggestion.present.share:.1f} %", "1.0 x")]
+        rows += [(one.flags, f"{100 * one.share:.1f} %", f"{one.cost:.1f} x") for one in facts.suggestion.better]
+        parts.append(f"<h2>Anchors</h2><p>Share of {facts.suggestion.boxes} train boxes that an anchor overlaps with "
+                     "IoU 0.5 or more, and the cost of a step.</p>" + _table(("setting", "reached", "cost"), rows))
+    if facts.categories is not None:
+        rows = [(name, str(i), *(f"{n}" for split in facts.splits for n in split.class_counts.get(i, (0, 0))))
+                for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
+        head = ("class", "id", *(f"{split.name} {what}" for split in facts.splits for what in ("boxes", "pictures")))
+        parts.append("<h2>Classes</h2>" + _table(head, rows))
+    for split in facts.splits:
+        parts.append(f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, facts, config, seed)}"
+                     "</div>")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-'
+                    f'width,initial-scale=1"><title>Data check</title><style>{_STYLE}</style>' + "\n".join(parts),
+                    encoding="utf-8", errors="replace")
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{_text(cell)}" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}" for cell in row) for row in rows)
+    return f"<div class=wide><table><tr>{cells}{body}</table></div>"
+
+
+def _split_part(split: SplitFacts) -> str:
+    report, counts = split.report, split.side_counts
+    rows = []
+    for k in np.flatnonzero(counts):
+        low, high = SIDE_EDGES_PX[k : k + 2]
+        missed = f"{100 * (1 - split.reached[k] / split.tested[k]):.1f} %" if split.tested[k] else ""
+        rows.append(f"<tr><td>{low:g}{f' to {high:g}' if np.isfinite(high) else ' and more'}<td>{counts[k]}<td>{missed}"
+                    f'<td class=bar><i style="width:{100 * counts[k] / counts.max():.1f}%"></i>')
+    return (f"<h2>{_text(split.name)}: {report.num_images} pictures, {len(split.sides_px)} boxes</h2>"
+            f"<p>{_text(report.source)}, pictures in {_text(split.img_dir)}</p>"
+            "<div class=wide><table><tr><th>box size, px<th>boxes<th>no anchor<th class=text>"
+            f"{''.join(rows)}</table></div>")
+
+
+def _samples(split: SplitFacts, facts: DataFacts, config: Any, seed: int) -> str:
+    """Return pictures with boxes, drawn at random, as the network's input shows them."""
+    arrays, drawn = split.arrays, []
+    names = {} if facts.categories is None else dict(zip(facts.categories.ids, facts.categories.names, strict=True))
+    colors = make_class_colors(list(names.values()))
+    for k in np.random.default_rng(seed).permutation(np.flatnonzero(split.boxes_per_picture)):
+        info, span = arrays.img_infos[k], slice(arrays.offsets[k], arrays.offsets[k + 1])
+        try:
+            picture = read_picture(split.img_dir / info["file_name"], info["width"], info["height"])
+        except PictureError:
+            continue
+        boxes = letterbox_boxes(arrays.boxes_yxyx[span], np.array([picture.size], dtype=np.float64), config.image_size)
+        labels = [names.get(i, str(i)) for i in arrays.category_ids[span].tolist()]
+        shown = ResizePad(config.image_size, fill_color=(127, 127, 127))(picture, {})[0]
+        file = io.BytesIO()
+        draw_detections(shown, boxes[:, [1, 0, 3, 2]], labels, colors=colors).save(file, "JPEG", quality=85)
+        missed = int((~find_reached(boxes, config)).sum())
+        drawn.append(f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+                     f"<figcaption>{_text(info['file_name'])}, {len(boxes)} boxes"
+                     f"{f', {missed} without an anchor' if missed else ''}</figcaption></figure>")
+        if len(drawn) == _SAMPLES:
+            break
+    return "".join(drawn)

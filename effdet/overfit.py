@@ -1,0 +1,230 @@
+"""`--overfit N`: learn a few pictures by heart, and say what is likely wrong when that fails.
+
+The settings that suit it are in config/overfit.py. Here: which pictures, what is measured after the training, and what
+follows from the measurements. `diagnose` takes numbers only.
+"""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .bench import DetBenchTrain
+from .boxes import pairwise_iou
+from .config.schema import RunConfig
+from .data.anchor_reach import find_reached, letterbox_boxes
+from .data.dataset import DetectionDatset
+from .engine import evaluate
+from .evaluator import CocoEvaluator
+
+_logger = logging.getLogger("effdet.train")
+
+PASS_AP = 0.9
+FAILED_STATUS = 3
+_BATCHES_PER_EPOCH = 10
+_PASSES_PER_EPOCH = 5
+_SCORE = 0.3  # predictions below do not count as found
+_IOU = 0.5
+
+
+@dataclass
+class OverfitFacts:
+    """What was measured in and after the run."""
+
+    ap: float
+    ap50: float
+    losses: Sequence[float]  # mean training loss of each epoch
+    eval_loss: float  # of the evaluated weights on the same pictures, in evaluation mode
+    steps: int
+    skipped: int  # of the steps, for an inf or NaN in the gradients
+    lr: float
+    boxes: int  # ground truth, crowd regions aside
+    unreached: int  # of them, no anchor overlaps with IoU 0.5
+    missed: int  # not predicted with IoU 0.5, whatever the class
+    missed_unreached: int
+    wrong_class: int  # predicted in place, but as another class only
+    conflicts: int  # pairs of boxes in one picture, nearly equal, of different classes
+    beyond_limit: int  # boxes of pictures that have more of them than are predicted
+    max_det: int
+    frozen: Sequence[str] = ()  # flags that keep parts from learning
+    ema_share: float = 0.0  # of the evaluated average that is still the initial weights
+    confused: Sequence[str] = field(default_factory=tuple)  # 'truth as prediction', the most frequent first
+
+
+def choose_pictures(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDatset, DetectionDatset]:
+    """Draw `run.overfit` pictures with boxes, by the run's seed.
+
+    Args:
+        dataset: the training split.
+        cfg: of the run.
+
+    Returns:
+        The pictures as a training set, each repeated so often that an epoch has several passes and steps, shuffled,
+        whole batches; and as a validation set.
+
+    Raises:
+        ValueError: there are fewer pictures with boxes.
+    """
+    count, batch, parser = cfg.run.overfit, cfg.run.batch_size, dataset.parser
+    full = [k for k in range(len(dataset)) if (parser.get_ann_info(k)["cls"] > 0).any()]
+    if len(full) < count:
+        raise ValueError(f"--overfit {count} needs as many pictures with boxes, but the training split has {len(full)}")
+    rng = np.random.default_rng(cfg.run.seed)
+    chosen = np.sort(rng.choice(full, count, replace=False))
+    batches = max(_BATCHES_PER_EPOCH, -(-_PASSES_PER_EPOCH * count // batch))
+    order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[:batches * batch]
+    val = DetectionDatset(dataset.data_dir, parser.subset(chosen), seed=dataset.seed)
+    val.img_ids = val.parser.img_ids  # the evaluator asks for them; its json has more
+    _logger.info("overfit: %d pictures, %d steps an epoch, no augmentation: %s", count, batches,
+                 ", ".join(info["file_name"] for info in val.parser.img_infos[:8]) + (", ..." if count > 8 else ""))
+    return DetectionDatset(dataset.data_dir, parser.subset(order), seed=dataset.seed), val
+
+
+def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
+    """Measure a finished run: session.Session, and the training loss of each of its epochs."""
+    cfg, training = session.cfg, session.training
+    eval_model = session.eval_bench.model
+    config, ap, ap50 = eval_model.config, session.evaluator.stats["AP"], session.evaluator.stats["AP50"]
+    _, eval_loss = evaluate(DetBenchTrain(eval_model).to(session.device), session.val_loader,
+                            CocoEvaluator(session.val_set), training.precision.autocast)
+    facts = OverfitFacts(
+        ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,
+        skipped=training.precision.skipped(), lr=cfg.optim.lr, boxes=0, unreached=0, missed=0, missed_unreached=0,
+        wrong_class=0, conflicts=0, beyond_limit=0, max_det=config.max_det_per_image,
+        frozen=[flag for flag, on in (("--freeze-backbone", cfg.model.freeze_backbone),
+                                      ("--freeze-bn", cfg.model.freeze_bn)) if on],
+        ema_share=training.ema.share_of_init() if training.ema else 0.0)
+    confused: dict[tuple[int, int], int] = {}
+    for index, found in predictions(session.eval_bench, session.val_loader, training.precision.autocast):
+        count_boxes(facts, confused, session.val_set.parser, index, found, config)
+    names = session.categories.class_names
+    facts.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
+                      sorted(confused.items(), key=lambda item: -item[1])[:3]]
+    return facts
+
+
+@torch.no_grad()
+def predictions(bench: nn.Module, loader: Any, autocast: Any) -> list[tuple[int, torch.Tensor]]:
+    """Return each picture's index and its detections [D, 6], on the host."""
+    bench.eval()
+    results = []
+    for images, target in loader:
+        with autocast():
+            detections = bench(images, target).cpu()
+        results += list(zip(target["img_idx"].tolist(), detections, strict=True))
+    return results
+
+
+def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parser: Any, index: int,
+                detections: torch.Tensor, config: Any) -> None:
+    """Add one picture's boxes to the counts: found, missed, of another class, out of the anchors' reach."""
+    info, truth = parser.img_infos[index], parser.get_ann_info(index)
+    keep = truth["cls"] > 0
+    boxes, classes = truth["bbox"][keep], truth["cls"][keep]
+    size = np.array([[info["width"], info["height"]]], dtype=np.float64)
+    reached = find_reached(letterbox_boxes(boxes, size, config.image_size), config)
+    facts.boxes += len(boxes)
+    facts.unreached += int((~reached).sum())
+    facts.beyond_limit += max(0, len(boxes) - facts.max_det)
+    boxes_xyxy = torch.from_numpy(np.ascontiguousarray(boxes[:, [1, 0, 3, 2]]))
+    same = pairwise_iou(boxes_xyxy, boxes_xyxy).numpy() > 0.9
+    facts.conflicts += int((same & (classes[:, None] < classes)).sum())
+    sure = detections[detections[:, 4] >= _SCORE]
+    overlaps = pairwise_iou(boxes_xyxy, sure[:, :4]).numpy() >= _IOU
+    for k, hits in enumerate(overlaps):
+        predicted = sure[hits, 5].long().tolist()  # the best score first
+        if not predicted:
+            facts.missed += 1
+            facts.missed_unreached += not reached[k]
+        elif classes[k] not in predicted:
+            facts.wrong_class += 1
+            pair = int(classes[k]), predicted[0]
+            confused[pair] = confused.get(pair, 0) + 1
+
+
+def diagnose(facts: OverfitFacts) -> list[str]:
+    """Say what is likely wrong, the likeliest first; empty when the pictures were learnt.
+
+    Args:
+        facts: of a finished run.
+
+    Returns:
+        Sentences, each with the number it rests on.
+    """
+    if facts.ap >= PASS_AP:
+        return []
+    first, last, boxes = facts.losses[0], facts.losses[-1], facts.boxes
+    learnt = last < 0.25 * first
+    found = []
+    if facts.frozen:
+        found.append(f"{' and '.join(facts.frozen)} keep the network from learning these pictures: leave them out")
+    if facts.skipped > 0.1 * facts.steps or not math.isfinite(last):
+        found.append(f"{facts.skipped} of {facts.steps} updates were skipped for inf or NaN in the gradients: lower "
+                     f"--lr ({facts.lr:g}), or with --amp the --loss-scale")
+    if not learnt:
+        found.append(_judge_lr(facts))
+    elif facts.eval_loss > 3 * last and facts.eval_loss - last > 0.1:
+        cause = ("the running batch-norm statistics do not fit the weights: raise model.bn_momentum or "
+                 "model.freeze_bn_epochs, or train longer")
+        if facts.ema_share > 0.05:
+            cause = (f"the averaged (EMA) weights are still {100 * facts.ema_share:.0f} % initial weights: train "
+                     "longer, or lower --model-ema-decay")
+        found.append(f"the loss is {last:.3g} in training but {facts.eval_loss:.3g} in evaluation, on the same "
+                     f"pictures: {cause}")
+    if facts.wrong_class > 0.05 * boxes and learnt:
+        clash = (f"; {facts.conflicts} pairs of nearly equal boxes in one picture have different classes, which no "
+                 "detector can learn" if facts.conflicts else "")
+        found.append(f"{facts.wrong_class} of {boxes} boxes are found with another class "
+                     f"({', '.join(facts.confused)}): look at the labels{clash}")
+    if facts.missed_unreached > 0.02 * boxes:
+        found.append(f"{facts.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {facts.missed_unreached} "
+                     "of these are missed: python -m effdet.data.check names settings that reach more")
+    if facts.beyond_limit:
+        found.append(f"{facts.beyond_limit} boxes are beyond the {facts.max_det} that are predicted in a picture: give "
+                     "a larger --max-det")
+    reached_missed = facts.missed - facts.missed_unreached
+    if reached_missed > 0.05 * boxes and learnt:
+        found.append(f"{reached_missed} of {boxes} boxes are missed although an anchor reaches them: small, crowded or "
+                     "hidden objects; train longer (--epochs), or enlarge --image-size")
+    if facts.ap50 >= PASS_AP:
+        found.append(f"the objects are found (AP50 {facts.ap50:.2f}), their boxes are not tight yet: train longer "
+                     "(--epochs)")
+    return found or [f"nothing that was measured explains it (the loss went from {first:.3g} to {last:.3g}): look at "
+                     "the drawn pictures, and train longer (--epochs)"]
+
+
+def _judge_lr(facts: OverfitFacts) -> str:
+    """Say whether a loss that did not fall enough speaks for a learning rate too large or too small."""
+    losses, lr = facts.losses, facts.lr
+    first, last, least = losses[0], losses[-1], min(losses)
+    rises = sum(later > 1.02 * earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    text = f"the training loss went from {first:.3g} to {last:.3g} (least {least:.3g}) in {facts.steps} steps"
+    if last > 1.3 * least or max(losses) > 1.3 * first or rises > 0.3 * len(losses):
+        return f"{text}, up and down: --lr {lr:g} is likely too large, try {lr / 10:.2g}"
+    text += f", slowly but steadily: --lr {lr:g} is likely too small"
+    return f"{text}, try {lr * 10:.2g}, or train longer (--epochs)"
+
+
+def report(session: Any, losses: Sequence[float]) -> int:
+    """Examine a run and log the answer; return the exit status."""
+    facts = examine(session, losses)
+    causes = diagnose(facts)
+    _logger.info("overfit: %d boxes: %d found, %d with another class only, %d missed (%d of them without an anchor); "
+                 "loss %.3g -> %.3g, in evaluation %.3g", facts.boxes,
+                 facts.boxes - facts.missed - facts.wrong_class, facts.wrong_class, facts.missed,
+                 facts.missed_unreached, facts.losses[0], facts.losses[-1], facts.eval_loss)
+    for cause in causes[1:]:
+        _logger.info("overfit: also: %s", cause)
+    if not causes:
+        _logger.info("overfit: AP %.3f: the pictures are learnt by heart; data, labels, loss and evaluation agree",
+                     facts.ap)
+        return 0
+    _logger.info("overfit: AP %.3f on the training pictures, expected %.1f or more: %s; status %d", facts.ap, PASS_AP,
+                 causes[0], FAILED_STATUS)
+    return FAILED_STATUS
