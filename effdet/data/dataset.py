@@ -87,13 +87,17 @@ class DetectionDatset(data.Dataset):
         # In shared memory, because persistent workers keep the copy of the data set they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
-        index = int(index)
+    def read(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """Read an item as it is on disk, without the transform."""
         info = self._parser.img_infos[index]
         target = {"img_idx": index, "img_size": (info["width"], info["height"])}
         if self._parser.has_labels:
             target.update(self._parser.get_ann_info(index))
-        img = read_picture(self.data_dir / info["file_name"], info["width"], info["height"])
+        return read_picture(self.data_dir / info["file_name"], info["width"], info["height"]), target
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        index = int(index)
+        img, target = self.read(index)
         if self.transform is None:
             return img, target
         if self.seed is None:
