@@ -16,7 +16,6 @@ from typing import Any
 
 import pairing
 
-
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "read_only": {},
     "default": {},  # flip and scale jitter
