@@ -77,15 +77,14 @@ def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple
     """Return the input sizes (height, width) to train at besides evaluating at `image_size`; none: only that one.
 
     Raises:
-        ValueError: a size that does not fit the network's stride.
+        ValueError: a number that does not fit the network's stride.
     """
-    sizes = []
     for longer in data.multi_scale:
         try:
-            sizes.append(check_image_size([round(side * longer / max(image_size)) for side in image_size]))
+            check_image_size(longer)
         except ValueError as error:
-            raise ValueError(f"--multi-scale {longer} in the shape of {tuple(image_size)}: {error}") from error
-    return sizes
+            raise ValueError(f"--multi-scale {longer}: {error}") from error
+    return [scaled_size(image_size, longer / max(image_size)) for longer in data.multi_scale]
 
 
 def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,

@@ -195,6 +195,11 @@ def create_loader(
     Raises:
         ValueError: a training set smaller than one global batch, or arguments that contradict each other.
     """
+    if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
+        raise ValueError(
+            "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
+            "DetBenchTrain.use_sizes), not by the loader: leave sampler and anchor_labeler out"
+        )
     base = unwrap_subset(dataset)
     base.transform = pipeline_transform(transform_fn) if is_pipeline(transform_fn) else transform_fn or _make_transform(
         input_size,
@@ -208,11 +213,6 @@ def create_loader(
     if hasattr(base, "seed"):
         base.seed = seed
     drop_last = is_training if drop_last is None else drop_last
-    if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
-        raise ValueError(
-            "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
-            "DetBenchTrain.use_sizes), not by the loader: leave sampler and anchor_labeler out"
-        )
     if sampler is None:
         sampler = _make_sampler(
             dataset, batch_size, is_training, drop_last, seed or 0, *_ranks(distributed, rank, world_size), multi_scale
