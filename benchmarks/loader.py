@@ -5,13 +5,14 @@ Training transforms with the defaults of each side's train.py, labels made in th
 make them in the bench). Random numbers differ between the sides, what they are drawn from does not; compared are the
 batches of the evaluation transform, where nothing is random. With workers each of them has one thread.
 
---augment measures our augmentations instead: reading and transforming a picture in one process, alone and with each of
-them switched on for every picture. The peer has none of them.
+--augment measures our augmentations instead: processor time to read and transform a picture in one process, without and
+with each of them, switched on for every picture. The peer has none of them.
 """
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from typing import Any
 
 import pairing
@@ -37,10 +38,12 @@ def build_augmentation(case: Any) -> pairing.Work:
     if case.augmentation != "read_only":
         dataset.transform = build_train_transform(dataset, DataConfig(**AUGMENTATIONS[case.augmentation]), inputs)
 
-    def run() -> None:
+    def measure() -> float:
+        started = time.process_time()
         for index in range(case.pictures):
             dataset[index]
-    return pairing.Work(run, dict)
+        return time.process_time() - started
+    return pairing.Work(measure, dict, measure=measure)
 
 
 def build(side: str, case: Any) -> pairing.Work:

@@ -5,12 +5,14 @@ or a quarter of a mosaic -> mixup. Random erasing follows on the device (`random
 scale jitter is off by default.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config.schema import DataConfig
 from .autoaugment import AutoAugment, ColorJitter
-from .mosaic import MosaicMixup
+from .mosaic import MosaicMixup, read_item
+from .pictures import PictureError
 from .transforms import transforms_coco_train
 from .user_transform import load_transform
 
@@ -24,11 +26,13 @@ def build_train_transform(dataset: Any, data: DataConfig, inputs: Mapping[str, A
         inputs: of `resolve_input_config`.
 
     Raises:
-        ValueError: the user's transform cannot be loaded.
+        ValueError: the user's transform cannot be loaded, or gives something unusable for the first picture.
     """
     before: list[Callable] = []
     if data.transform:
         before.append(load_transform(data.transform))
+        with contextlib.suppress(PictureError):
+            before[0](*read_item(dataset, 0))  # a mistake in it shows now, not in a loader process
     if data.aa:
         before.append(AutoAugment(data.aa))
     if data.color_jitter > 0:

@@ -470,6 +470,8 @@ def test_a_users_callable_runs_and_is_checked(own, root):
                           ("mirror", "give FILE.py:NAME")):
         with pytest.raises(ValueError, match=message):
             load_transform(spec)
+    with pytest.raises(ValueError, match="2 boxes and 1 labels"):
+        loader_of(root, transform=own + "lost_label")  # before any batch
     assert load_transform("effdet.data.transforms:clip_boxes").transform.__name__ == "clip_boxes"
     assert_same(list(loader_of(root, 0, transform=own + "jitter")), list(loader_of(root, 2, transform=own + "jitter")))
 
