@@ -4,17 +4,51 @@
 Training transforms with the defaults of each side's train.py, labels made in the loader on both sides (ours can also
 make them in the bench). Random numbers differ between the sides, what they are drawn from does not; compared are the
 batches of the evaluation transform, where nothing is random. With workers each of them has one thread.
+
+--augment measures our augmentations instead: processor time to read and transform a picture in one process, without and
+with each of them, switched on for every picture. The peer has none of them.
 """
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from typing import Any
 
 import pairing
 
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "read_only": {},
+    "default": {},  # flip and scale jitter
+    **{f"aa_{policy}": {"aa": policy} for policy in ("v0", "v1", "v2", "v3")},
+    "color_jitter": {"color_jitter": 0.4},
+    "mosaic": {"mosaic": 1.0},
+    "mixup": {"mixup": 1.0},
+    "mosaic_mixup": {"mosaic": 1.0, "mixup": 1.0},
+}
+
+
+def build_augmentation(case: Any) -> pairing.Work:
+    from effdet.config.schema import DataConfig
+    from effdet.data import open_coco
+    from effdet.data.augmentation import build_train_transform
+    dataset = open_coco(case.data, "train", seed=0)
+    inputs = {"input_size": (3, case.image_size, case.image_size), "fill_color": "mean",
+              "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    if case.augmentation != "read_only":
+        dataset.transform = build_train_transform(dataset, DataConfig(**AUGMENTATIONS[case.augmentation]), inputs)
+
+    def measure() -> float:
+        started = time.process_time()
+        for index in range(case.pictures):
+            dataset[index]
+        return time.process_time() - started
+    return pairing.Work(measure, dict, measure=measure)
+
 
 def build(side: str, case: Any) -> pairing.Work:
+    if hasattr(case, "augmentation"):
+        return build_augmentation(case)
     import inputs
     import torch
 
@@ -63,6 +97,9 @@ def make_peer(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     pictures = (64 if options.quick else options.pictures) // options.batch[0] * options.batch[0]
     data = pairing.make_file(folder, "make_coco_folder", pictures, options.classes)
+    if options.augment:
+        return [pairing.base_case(options, f"augment_{name}", batch=1, dtype="uint8", pictures=pictures, threads=1,
+                                  data=data, augmentation=name, unit="picture") for name in AUGMENTATIONS]
     tolerance = {"images": 1e-2, "label_num_positives": 0, "": 1e-4}  # pictures: one step of 255 in rounding
     return [pairing.base_case(options, f"loader{'' if labels else '_no_labels'}_{workers}_workers", dtype="float32",
                               pictures=pictures, workers=workers, labels=labels, data=data, threads=1,
@@ -75,6 +112,8 @@ if __name__ == "__main__":
     parser.set_defaults(batch=[8])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--pictures", type=int, default=256, help="in one epoch")
+    parser.add_argument("--augment", action="store_true", help="ms a picture of each augmentation, ours alone")
     options = parser.parse_args()
+    options.ours_only |= options.augment
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(pairing.main(__file__, options, make_cases(options, folder)))

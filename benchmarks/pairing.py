@@ -257,6 +257,8 @@ def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     def show(value: float) -> str:
         if case.get("unit", "s") == "bytes":
             return f"{value / 2**20:8.1f} MiB"
+        if case.get("unit") == "picture":
+            return f"{value * 1e3 / case['pictures']:8.2f} ms a picture"
         text = f"{value:8.3f} s" if value >= 1 else f"{value * 1e3:8.3f} ms"
         return f"{text} {case['pictures'] / value:8.1f}/s" if case.get("pictures") else text
 

@@ -109,10 +109,10 @@ class Anchors(nn.Module):
         self.boxes: Tensor
 
     @classmethod
-    def from_config(cls, config: Any) -> Anchors:
-        """Make the grid of a model config."""
+    def from_config(cls, config: Any, image_size: Sequence[int] | None = None) -> Anchors:
+        """Make the grid of a model config; `image_size` (height, width) goes before the config's."""
         return cls(config.min_level, config.max_level, config.num_scales, config.aspect_ratios, config.anchor_scale,
-                   config.image_size)
+                   image_size or config.image_size)
 
     def get_anchors_per_location(self) -> int:
         """Return the number of anchors at each cell."""

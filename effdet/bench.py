@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class _DetBench(nn.Module):
         if built_for != self.anchors.image_size:
             raise ValueError(f"config.image_size is {self.anchors.image_size}, but the network was built for images of "
                              f"{built_for} (height, width): set image_size before building the network.")
+        self.input_sizes = [self.anchors.image_size]  # that the network may be changed to; see head_outputs
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
         self.soft_nms = config.soft_nms
@@ -50,7 +51,13 @@ class _DetBench(nn.Module):
             raise ValueError(f"Soft-NMS and the device's own NMS ('{name}') exclude each other: choose one.")
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the model; ValueError when its class head has another number of classes than the config said."""
+        """Run the model; ValueError when its class head has another number of classes than the config said.
+
+        Where benches share a network, it takes the input size of the one that runs it.
+        """
+        size = tuple(x.shape[-2:])
+        if getattr(self.model, "input_size", size) != size and size in self.input_sizes:
+            self.model.set_input_size(size)
         cls_outputs, box_outputs = self.model(x)
         channels, per_cell = cls_outputs[0].shape[1], self.anchors.get_anchors_per_location()
         if channels != per_cell * self.num_classes:
@@ -124,6 +131,29 @@ class DetBenchTrain(_DetBench):
         self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         self.loss_fn = DetectionLoss(model.config)
         self.normalize_over_ranks = False
+        self._labelers: dict[tuple[int, int], AnchorLabeler] = {}  # of further input sizes
+
+    def use_sizes(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> None:
+        """Train with batches of these input sizes too; anchors and labels are those of the batch's size.
+
+        Args:
+            sizes: (height, width) in pixels.
+            device: where labels are made.
+
+        Raises:
+            ValueError: there is no labeler here, or the network cannot take such a size (EfficientDet.set_input_size).
+        """
+        if self.anchor_labeler is None:
+            raise ValueError("Several input sizes need the labeler in the bench: build it with create_labeler=True.")
+        base = self.anchors.image_size
+        for size in sizes:
+            self.model.set_input_size(size)
+            self.model.set_input_size(base)
+            if size != base:
+                anchors = Anchors.from_config(self.config, size).to(device)
+                self._labelers[size] = AnchorLabeler(anchors, self.num_classes, self.anchor_labeler.match_threshold,
+                                                     self.anchor_labeler.ignore_regions)
+            self.input_sizes.append(size)
 
     def use_dense_targets(self, device: torch.device) -> None:
         """Compute the class loss from one-hot targets made by the device: the same numbers, more memory and time."""
@@ -145,7 +175,7 @@ class DetBenchTrain(_DetBench):
         Raises:
             ValueError: the target lacks what is needed, or the class head does not have the config's number of classes.
         """
-        class_targets, box_targets, num_positives = self._labels(target)
+        class_targets, box_targets, num_positives = self._labels(target, tuple(x.shape[-2:]))
         if self.normalize_over_ranks:
             # The loss adds 1 to the sum; ranks average their gradients, so each divides by its share of (total + 1).
             total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
@@ -158,12 +188,13 @@ class DetBenchTrain(_DetBench):
                 cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
         return output
 
-    def _labels(self, target: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _labels(self, target: Mapping[str, Any], size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         if self.anchor_labeler is not None:
             if "bbox" not in target or "cls" not in target:
                 raise ValueError(f"The target needs 'bbox' and 'cls'; it has {sorted(target)}.")
             with torch.no_grad():
-                return self.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
+                labeler = self._labelers.get(size, self.anchor_labeler)
+                return labeler.batch_label_anchors(target["bbox"], target["cls"])
         if "label_num_positives" not in target:
             raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
                              "the bench with create_labeler=True, or the loader with an anchor_labeler.")

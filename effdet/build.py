@@ -14,18 +14,19 @@ from timm_patches.norm_act import convert_norm_act
 from timm_patches.same_padding import convert_same_padding
 
 from . import device as device_layer
+from .anchors import check_image_size
 from .bench import DetBenchPredict
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
 from .config.model_config import model_config_from_plain
 from .config.schema import DataConfig, DemoModelConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
+from .data.augmentation import build_train_transform, describe_augmentation
 from .data.bad_pictures import BadPictures, default_limit
 from .data.categories import CategoryMap
 from .data.coco import coco_paths
 from .data.dataset_factory import open_coco
 from .data.dataset_report import DatasetError
-from .data.transforms import transforms_coco_train
 from .factory import create_model_from_config, set_pad_type
 from .folding import fold_batch_norm
 from .predictor import Predictor
@@ -83,13 +84,27 @@ def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_
                        device: torch.device, seed: int, channels_last: bool) -> Any:
     """Make the loader of the augmented training split; sizes are those of this process."""
     inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
-    transform = transforms_coco_train(
-        inputs["input_size"][1:], data.train_interpolation, True, inputs["fill_color"], inputs["mean"], inputs["std"],
-        scale=(data.scale_min, data.scale_max), hflip=data.hflip)
+    transform = build_train_transform(dataset, data, inputs)
+    _logger.info("augmentation: %s", describe_augmentation(data))
     return create_loader(
         dataset, inputs["input_size"], batch_size, is_training=True, re_prob=data.reprob, re_mode=data.remode,
         re_count=data.recount, mean=inputs["mean"], std=inputs["std"], num_workers=num_workers, distributed=True,
-        pin_mem=True, transform_fn=transform, device=device, seed=seed, channels_last=channels_last)
+        pin_mem=True, transform_fn=transform, device=device, seed=seed, channels_last=channels_last,
+        multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]))
+
+
+def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the input sizes (height, width) to train at besides evaluating at `image_size`; none: only that one.
+
+    Raises:
+        ValueError: a number that does not fit the network's stride.
+    """
+    for longer in data.multi_scale:
+        try:
+            check_image_size(longer)
+        except ValueError as error:
+            raise ValueError(f"--multi-scale {longer}: {error}") from error
+    return [scaled_size(image_size, longer / max(image_size)) for longer in data.multi_scale]
 
 
 def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,

@@ -13,7 +13,7 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
-from .anchors import check_image_size
+from .anchors import check_image_size, get_feat_sizes
 from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
 from .config import set_config_readonly, set_config_writeable
 from .heads import HeadNet
@@ -63,7 +63,7 @@ class EfficientDet(nn.Module):
             RuntimeError: the backbone's weights cannot be fetched.
         """
         super().__init__()
-        self.image_size = check_image_size(config.image_size)
+        self.image_size = self.input_size = check_image_size(config.image_size)
         self.config = config
         if isinstance(config.image_size, Integral):
             set_config_writeable(config)
@@ -119,11 +119,38 @@ class EfficientDet(nn.Module):
         self.class_net.toggle_bn_level_first()
         self.box_net.toggle_bn_level_first()
 
+    def set_input_size(self, image_size: Sequence[int]) -> None:
+        """Take images of another size from now on; no weight depends on it, only the size that feature maps grow to.
+
+        Args:
+            image_size: (height, width) in pixels; config.image_size and self.image_size stay what they are.
+
+        Raises:
+            ValueError: a side that does not fit the network's stride, or so small that two levels have maps of one
+                size, where the network is another one.
+        """
+        image_size = check_image_size(image_size)
+        level = self.config.max_level
+        old, new = get_feat_sizes(self.input_size, level), get_feat_sizes(image_size, level)
+        for size in (self.input_size, image_size):
+            if min(size) <= 2 ** (level - 1):
+                raise ValueError(f"A network for images of {size} (height, width) cannot change its input size, nor be "
+                                 f"changed to it: each side must be more than {2 ** (level - 1)}.")
+        for module in self.fpn.modules():
+            if isinstance(module, ResampleFeatureMap):
+                module.input_size, module.output_size = (
+                    new[old.index(size)] for size in (module.input_size, module.output_size))
+                for layer in module.children():
+                    if isinstance(layer, Interpolate2d):
+                        layer.size = module.output_size
+        self.input_size = image_size
+
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Compute the heads' outputs.
 
         Args:
-            x: float [B, 3, H, W], normalised; (H, W) is the image_size the network was built for.
+            x: float [B, 3, H, W], normalised; (H, W) is the image_size the network was built for, or the one of
+                `set_input_size`.
 
         Returns:
             class logits [B, A * K, h, w] and box codes [B, A * 4, h, w], a list over levels for each, finest first.
@@ -131,8 +158,8 @@ class EfficientDet(nn.Module):
         Raises:
             ValueError: another height or width than that.
         """
-        if tuple(x.shape[-2:]) != self.image_size:
-            raise ValueError(f"This model was built for images of {self.image_size} (height, width) and got "
+        if tuple(x.shape[-2:]) != self.input_size:
+            raise ValueError(f"This model was built for images of {self.input_size} (height, width) and got "
                              f"{tuple(x.shape[-2:])}: resize the images, or set config.image_size before building it.")
         features = self.fpn(self.backbone(x))
         return self.class_net(features), self.box_net(features)

@@ -1,15 +1,18 @@
-"""Pictures of a data set with the truth beside what a model predicts."""
+"""Pictures to look at: a data set with the truth beside what a model predicts, and a batch as the network gets it."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+from .data.coco import IGNORE_CLS
 from .data.pictures import PictureError, read_picture
-from .draw import draw_comparison, make_class_colors, make_contact_sheet
+from .draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
 from .predictor import Predictor
 
 _CELL_WIDTH_PX = 640
@@ -57,3 +60,32 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
     height = round(_CELL_WIDTH_PX * float(np.median([image.height / image.width for image in drawn])))
     make_contact_sheet(drawn, columns=2, cell_px=(_CELL_WIDTH_PX, height)).save(sheet, quality=92)
     return sheet
+
+
+def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor], class_names: Sequence[str],
+                        mean: torch.Tensor, std: torch.Tensor, num_pictures: int = 16, cell_px: int = 400
+                        ) -> Image.Image:
+    """Draw a batch with its boxes as the network sees it, augmented and resized.
+
+    Args:
+        images: float [B, 3, H, W], normalised, on any device.
+        target: 'bbox' [B, M, 4] yxyx in input pixels, 'cls' [B, M]: 1..K, -1 padding, -2 an ignore region.
+        class_names: the K names.
+        mean, std: what the images were normalised with, in units of pixel values; a PrefetchLoader has both.
+        num_pictures: draw at most the first so many.
+        cell_px: width of each picture on the sheet.
+
+    Returns:
+        One picture, a sheet in up to four columns.
+    """
+    pixels = (images[:num_pictures].float().cpu() * std.cpu() + mean.cpu()).round().clamp(0, 255).to(torch.uint8)
+    boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().numpy()
+    colors = make_class_colors(class_names) | {"ignore": (128, 128, 128)}
+    drawn = []
+    for picture, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
+        shown = (labels > 0) | (labels == IGNORE_CLS)
+        names = ["ignore" if label == IGNORE_CLS else class_names[label - 1] for label in labels[shown]]
+        drawn.append(draw_detections(Image.fromarray(picture), rows[shown][:, [1, 0, 3, 2]], names, colors=colors))
+    height, width = images.shape[-2:]
+    columns = min(4, len(drawn))
+    return make_contact_sheet(drawn, columns, (cell_px, round(cell_px * height / width)))

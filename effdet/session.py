@@ -15,7 +15,14 @@ from . import auto_batch, distributed, live_line, overfit, run_state, stopping
 from . import device as device_layer
 from .amp import Precision
 from .bench import DetBenchPredict, DetBenchTrain
-from .build import build_dataset, build_eval_loader, build_model, build_train_loader, place_model
+from .build import (
+    build_dataset,
+    build_eval_loader,
+    build_model,
+    build_train_loader,
+    multi_scale_sizes,
+    place_model,
+)
 from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
 from .config.inert import inert_settings
 from .config.load import dump_yaml, split_over_devices, workers_per_device
@@ -168,6 +175,7 @@ class Session:
                                     cfg.optim.opt_eps, masters=precision.master_parameters(model))
         bench = DetBenchTrain(model, create_labeler=True).to(device)
         bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+        bench.use_sizes(multi_scale_sizes(cfg.data, model.config.image_size), device)
         if cfg.loss.dense_targets:
             bench.use_dense_targets(device)
         bench.normalize_over_ranks = world > 1

@@ -148,9 +148,20 @@ class DataConfig(EvalDataConfig):
         none="1 % of the split, at least 10")
     train_interpolation: str = setting(
         "random", "resampling in training; 'random' draws one per picture", choices=("random", "bilinear", "bicubic"))
-    scale_min: float = setting(0.1, "smallest factor of the random resize", above=0)
-    scale_max: float = setting(2.0, "largest factor of the random resize", above=0)
+    scale_min: float = setting(0.1, "scale jitter: smallest factor on the size that just fits the input", above=0)
+    scale_max: float = setting(2.0, "scale jitter: largest factor; what is too large is cropped at random", above=0)
     hflip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    transform: str = setting(
+        "", "your own transform of the picture as it was read: a callable (picture, target) -> (picture, target) or an "
+        "Albumentations pipeline", metavar="FILE.py:NAME")
+    aa: str = setting("", "AutoAugment policy for detection; v0 is the paper's", choices=("", "v0", "v1", "v2", "v3"))
+    color_jitter: float = setting(
+        0.0, "strength of random changes of brightness, contrast and saturation; 0: off", low=0)
+    mosaic: float = setting(0.0, "probability that four pictures are put together", low=0, high=1)
+    mixup: float = setting(0.0, "probability that a further picture is blended in", low=0, high=1)
+    multi_scale: list[int] = setting(
+        [], "train each batch at one of these input sizes: the longer side in pixels, shape as --image-size; "
+        "evaluation keeps to --image-size", low=32, metavar="N [N ...]")
     reprob: float = setting(0.0, "probability of random erasing", low=0, high=1)
     remode: str = setting("pixel", "what fills an erased area", choices=("const", "rand", "pixel"))
     recount: int = setting(1, "erased areas per picture", low=1)

@@ -1,5 +1,6 @@
 """Data: annotation files, pictures, transforms and loaders."""
 
+from .autoaugment import AutoAugment, ColorJitter
 from .categories import CategoryMap, resolve_category_map
 from .coco import CocoParser, coco_paths
 from .dataset import DetectionDatset, SkipSubset
@@ -7,6 +8,7 @@ from .dataset_factory import create_dataset, open_coco
 from .dataset_report import DatasetError, DatasetReport
 from .input_config import resolve_input_config
 from .loader import create_loader
+from .mosaic import MosaicMixup
 from .parsers import CocoParserCfg, create_parser
 from .pictures import PictureError
 from .transforms import (
@@ -27,11 +29,14 @@ from .transforms import (
     transforms_coco_eval,
     transforms_coco_train,
 )
+from .user_transform import UserTransform, load_transform
 
 __all__ = [
+    "AutoAugment",
     "CategoryMap",
     "CocoParser",
     "CocoParserCfg",
+    "ColorJitter",
     "Compose",
     "DatasetError",
     "DatasetReport",
@@ -42,18 +47,21 @@ __all__ = [
     "IMAGENET_INCEPTION_STD",
     "ImageToNumpy",
     "ImageToTensor",
+    "MosaicMixup",
     "Normalize",
     "PictureError",
     "RandomFlip",
     "RandomResizePad",
     "ResizePad",
     "SkipSubset",
+    "UserTransform",
     "clip_boxes",
     "clip_boxes_",
     "coco_paths",
     "create_dataset",
     "create_loader",
     "create_parser",
+    "load_transform",
     "open_coco",
     "resolve_category_map",
     "resolve_fill_color",

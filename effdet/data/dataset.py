@@ -107,14 +107,22 @@ class DetectionDatset(data.Dataset):
             item = blank_item(index, info["width"], info["height"], self._parser.has_labels)
         return item
 
-    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
-        index = int(index)
+    def read(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """Return an item as it is on disk, without transform; one that cannot be read is replaced (bad_pictures.py).
+
+        Raises:
+            PictureError: it cannot be read, and nothing says what to do then.
+        """
         try:
-            img, target = self._read(index)
+            return self._read(index)
         except PictureError:
             if self.bad_pictures is None:
                 raise
-            img, target = self._item_instead(index)
+            return self._item_instead(index)
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        index = int(index)
+        img, target = self.read(index)
         if self.transform is None:
             return img, target
         if self.seed is None:

@@ -13,6 +13,7 @@ import torch.utils.data
 from effdet.device import pick_device, supports_pinning, to_device
 
 from .collate import MAX_NUM_INSTANCES, DetectionFastCollate
+from .multi_scale import MultiScaleDataset, MultiScaleSampler
 from .random_erasing import RandomErasing
 from .samplers import EvalSampler, TrainSampler, unwrap_subset
 from .transforms import (
@@ -23,6 +24,7 @@ from .transforms import (
     transforms_coco_eval,
     transforms_coco_train,
 )
+from .user_transform import is_pipeline, pipeline_transform
 
 __all__ = [
     "DetectionFastCollate",
@@ -109,7 +111,8 @@ class PrefetchLoader:
     @property
     def dataset(self) -> Any:
         """The data set."""
-        return self.loader.dataset
+        dataset = self.loader.dataset
+        return dataset.dataset if isinstance(dataset, MultiScaleDataset) else dataset
 
 
 def _make_transform(input_size: Any, is_training: bool, **options: Any) -> Callable:
@@ -161,6 +164,7 @@ def create_loader(
     world_size: int | None = None,
     max_instances: int | None = None,
     multiprocessing_context: Any = None,
+    multi_scale: Sequence[tuple[int, int]] = (),
 ) -> Any:
     """Make a loader that gives (images [B, 3, H, W], target).
 
@@ -182,7 +186,9 @@ def create_loader(
         pin_mem: page-lock host batches, where the device gains from it.
         anchor_labeler: compute anchor targets in the workers, see `DetectionFastCollate`.
         transform_fn: callable (picture, target) -> (picture, target) instead of the default transforms; the default
-            collate takes pictures as arrays or tensors [3, H, W], and the prefetcher values of 0..255.
+            collate takes pictures as arrays or tensors [3, H, W], and the prefetcher values of 0..255. Or an
+            Albumentations pipeline that ends in one size, with bbox_params=BboxParams(format='pascal_voc',
+            label_fields=['cls']).
         collate_fn: instead of `DetectionFastCollate`.
         device: for the prefetcher; default is the best there is.
         drop_last: leave out an incomplete last batch; default in training, so that shapes are fixed.
@@ -194,6 +200,7 @@ def create_loader(
         rank, world_size: instead of the process group's.
         max_instances: fixed number of target slots, see `DetectionFastCollate`.
         multiprocessing_context: how workers start: 'fork', 'spawn', 'forkserver' or None for the default.
+        multi_scale: in training, sizes (height, width) in pixels; each batch has one of them, see `multi_scale.py`.
 
     Returns:
         A `PrefetchLoader`, or a torch DataLoader without the prefetcher.
@@ -201,8 +208,13 @@ def create_loader(
     Raises:
         ValueError: a training set smaller than one global batch, or arguments that contradict each other.
     """
+    if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
+        raise ValueError(
+            "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
+            "DetBenchTrain.use_sizes), not by the loader: leave sampler and anchor_labeler out"
+        )
     base = unwrap_subset(dataset)
-    base.transform = transform_fn or _make_transform(
+    base.transform = pipeline_transform(transform_fn) if is_pipeline(transform_fn) else transform_fn or _make_transform(
         input_size,
         is_training,
         interpolation=interpolation,
@@ -216,7 +228,7 @@ def create_loader(
     drop_last = is_training if drop_last is None else drop_last
     if sampler is None:
         sampler = _make_sampler(
-            dataset, batch_size, is_training, drop_last, seed or 0, *_ranks(distributed, rank, world_size)
+            dataset, batch_size, is_training, drop_last, seed or 0, *_ranks(distributed, rank, world_size), multi_scale
         )
     if collate_fn is not None and (anchor_labeler is not None or max_instances is not None):
         raise ValueError(
@@ -225,7 +237,7 @@ def create_loader(
     if use_prefetcher:
         device = pick_device() if device is None else torch.device(device)
     loader = torch.utils.data.DataLoader(
-        dataset,
+        MultiScaleDataset(dataset) if multi_scale else dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         sampler=sampler,
@@ -246,7 +258,8 @@ def create_loader(
 
 
 def _make_sampler(
-    dataset: Any, batch_size: int, is_training: bool, drop_last: bool, seed: int, rank: int, world_size: int
+    dataset: Any, batch_size: int, is_training: bool, drop_last: bool, seed: int, rank: int, world_size: int,
+    sizes: Sequence[tuple[int, int]]
 ) -> TrainSampler | EvalSampler:
     if not is_training:
         return EvalSampler(dataset, rank, world_size)
@@ -255,4 +268,6 @@ def _make_sampler(
             f"the training set has {len(dataset)} images, fewer than one global batch of {batch_size * world_size} "
             f"({world_size} x {batch_size}). Use a smaller batch, or more images."
         )
+    if sizes:
+        return MultiScaleSampler(dataset, rank, world_size, seed, drop_last, sizes, batch_size)
     return TrainSampler(dataset, rank, world_size, seed, drop_last)

@@ -78,7 +78,7 @@ def resolve_fill_color(fill_color: Any, img_mean: Sequence[float] = IMAGENET_DEF
     return rgb
 
 
-def _move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_hw: tuple[int, int]) -> Target:
+def move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_hw: tuple[int, int]) -> Target:
     """Scale, shift and clip the boxes; rows that clipping leaves without an area go, with their labels."""
     target = dict(target, img_scale=1.0 / scale)
     if "bbox" in target:
@@ -90,7 +90,7 @@ def _move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_
     return target
 
 
-def _scaled_size(img: Image.Image, scale: float) -> tuple[int, int]:
+def scaled_size(img: Image.Image, scale: float) -> tuple[int, int]:
     """(height, width) after scaling; a side never becomes 0, whatever the aspect ratio."""
     width, height = img.size
     return max(1, int(height * scale)), max(1, int(width * scale))
@@ -117,10 +117,10 @@ class ResizePad:
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
         width, height = img.size
         scale = min(self.target_size[0] / height, self.target_size[1] / width)
-        scaled_h, scaled_w = _scaled_size(img, scale)
+        scaled_h, scaled_w = scaled_size(img, scale)
         out = Image.new("RGB", (self.target_size[1], self.target_size[0]), color=self.fill_color)
         out.paste(img.resize((scaled_w, scaled_h), _pil_interp(self.interpolation)), (0, 0))
-        return out, _move_boxes(target, scale, (0, 0), (scaled_h, scaled_w))
+        return out, move_boxes(target, scale, (0, 0), (scaled_h, scaled_w))
 
 
 class RandomResizePad:
@@ -143,6 +143,10 @@ class RandomResizePad:
         self.interpolation = _RANDOM_INTERPOLATION if interpolation == "random" else (_pil_interp(interpolation),)
         self.fill_color = tuple(fill_color)
 
+    def set_size(self, size_hw: tuple[int, int]) -> None:
+        """Choose the output size (height, width) of the pictures that come next."""
+        self.target_size = size_hw
+
     def _resize(self, img: Image.Image, size_wh: tuple, crop_xyxy: tuple, method: Image.Resampling) -> Any:
         out = Image.new("RGB", self.target_size[::-1], color=self.fill_color)
         out.paste(pillow_resize_crop(img, size_wh, crop_xyxy, method), (0, 0))
@@ -153,13 +157,13 @@ class RandomResizePad:
         target_h, target_w = self.target_size
         factor = random.uniform(*self.scale)
         scale = min(factor * target_h / height, factor * target_w / width)
-        scaled_h, scaled_w = _scaled_size(img, scale)
+        scaled_h, scaled_w = scaled_size(img, scale)
         top = int(max(0, scaled_h - target_h) * random.uniform(0, 1))
         left = int(max(0, scaled_w - target_w) * random.uniform(0, 1))
         bottom, right = min(scaled_h, top + target_h), min(scaled_w, left + target_w)
         interpolation = random.choice(self.interpolation) if len(self.interpolation) > 1 else self.interpolation[0]
         out = self._resize(img, (scaled_w, scaled_h), (left, top, right, bottom), interpolation)
-        return out, _move_boxes(target, scale, (top, left), (bottom - top, right - left))
+        return out, move_boxes(target, scale, (top, left), (bottom - top, right - left))
 
 
 class RandomResizePadToNumpy(RandomResizePad):
@@ -170,8 +174,13 @@ class RandomResizePadToNumpy(RandomResizePad):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.set_size(self.target_size)
+
+    def set_size(self, size_hw: tuple[int, int]) -> None:
+        """Choose the output size (height, width) of the pictures that come next."""
+        super().set_size(size_hw)
         # To copy from: rows go over whole, where numpy would write a colour of three numbers one number at a time.
-        self._filled = np.full((*self.target_size, 3), self.fill_color, dtype=np.uint8)
+        self._filled = np.full((*size_hw, 3), self.fill_color, dtype=np.uint8)
 
     def _resize(self, img: Image.Image, size_wh: tuple, crop_xyxy: tuple, method: Image.Resampling) -> np.ndarray:
         pixels = resize_crop(img, size_wh, crop_xyxy, method)
@@ -243,7 +252,15 @@ class Normalize:
         return img.float().sub(self.mean).div(self.std), target
 
 
-_OWN = (ResizePad, RandomResizePad, RandomResizePadToNumpy, RandomFlip, ImageToNumpy, ImageToTensor, Normalize)
+_DRAW_STANDARD = {
+    ResizePad, RandomResizePad, RandomResizePadToNumpy, RandomFlip, ImageToNumpy, ImageToTensor, Normalize
+}
+
+
+def draws_standard(transform: type) -> type:
+    """Declare that a class of transforms draws all its random numbers from the standard `random` module."""
+    _DRAW_STANDARD.add(transform)
+    return transform
 
 
 class Compose:
@@ -255,7 +272,13 @@ class Compose:
     @property
     def draws_standard_only(self) -> bool:
         """Whether all random numbers come from the standard `random` module, as far as is known."""
-        return all(type(t) in _OWN for t in self.transforms)
+        return all(type(t) in _DRAW_STANDARD for t in self.transforms)
+
+    def set_size(self, size_hw: tuple[int, int]) -> None:
+        """Choose the output size (height, width) of the pictures that come next."""
+        for transform in self.transforms:
+            if hasattr(transform, "set_size"):
+                transform.set_size(size_hw)
 
     def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
         for transform in self.transforms:
@@ -299,6 +322,7 @@ def transforms_coco_train(
     *,
     scale: tuple[float, float] = (0.1, 2.0),
     hflip: float = 0.5,
+    before: Sequence[Callable] = (),
 ) -> Compose:
     """Make the training transform: horizontal flip, then scale jitter with a random crop. The first arguments are
     transforms_coco_eval's.
@@ -306,9 +330,10 @@ def transforms_coco_train(
     Args:
         scale: range of the scale jitter relative to the letterbox fit.
         hflip: probability of the flip.
+        before: transforms (Pillow picture, target) -> (Pillow picture, target) of the picture as it was read.
     """
     flip = RandomFlip(horizontal=True, prob=hflip)
     options = (img_size, scale, interpolation, resolve_fill_color(fill_color, mean))
     if use_prefetcher:
-        return Compose([flip, RandomResizePadToNumpy(*options)])
-    return Compose([flip, RandomResizePad(*options), *_to_output(False, mean, std)])
+        return Compose([*before, flip, RandomResizePadToNumpy(*options)])
+    return Compose([*before, flip, RandomResizePad(*options), *_to_output(False, mean, std)])

@@ -54,7 +54,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(first[kind][name], value) for name, value in second[kind].items()), kind
 
 
-@pytest.mark.parametrize("devices", [(), ("--device-list", "0,1")], ids=["1 process", "2 processes"])
+AUGMENTED = ("--image-size", 96, "--multi-scale", 96, 128, "--aa", "v1", "--color-jitter", 0.4, "--mosaic", 0.5,
+             "--mixup", 0.3, "--reprob", 0.5)
+
+
+@pytest.mark.parametrize("devices", [(), ("--device-list", "0,1"), AUGMENTED],
+                         ids=["1 process", "2 processes", "augmented"])
 def test_signals_end_a_run_within_seconds_and_nothing_is_lost(start, devices):
     straight = start("straight", *devices)
     assert straight.wait() == 0, straight.output()

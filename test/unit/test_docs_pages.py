@@ -1,4 +1,4 @@
-"""What docs/predict.md, docs/export.md and docs/reports.md show runs as it is written there."""
+"""What docs/predict.md, export.md, reports.md and augmentation.md show runs as it is written there."""
 from __future__ import annotations
 
 import importlib
@@ -105,3 +105,22 @@ def test_the_export_page(folder, capsys):
     (atc,) = blocks("export.md", "text")
     assert given.name == "images" and given.shape == [1, 3, 128, 128]
     assert f'--model=raw.onnx --output=raw --input_format=NCHW --input_shape="{given.name}:1,3,512,512"' in atc
+
+
+@pytest.mark.skipif(importlib.util.find_spec("albumentations") is None, reason="albumentations is not installed")
+def test_the_augmentation_page(folder, monkeypatch, capsys):
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+    data = folder / "data"
+    shutil.copytree(data / "val2017", data / "train2017")
+    shutil.copy(data / "annotations" / "instances_val2017.json", data / "annotations" / "instances_train2017.json")
+    names: dict = {}
+    for block in blocks("augmentation.md", "python"):
+        if block.startswith("# "):
+            (folder / block.splitlines()[0][2:]).write_text(block)
+        exec(block, names)
+    sheets = []
+    for line in "".join(blocks("augmentation.md", "bash")).splitlines():
+        run_line(line)
+        sheets.append((folder / "output" / "look" / "first_batch.png").read_bytes())
+    assert len(sheets) == len(set(sheets)) == 4
+    assert capsys.readouterr().out.count("1 pictures of 128x128: output/look/first_batch.png") == 4
