@@ -249,7 +249,8 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
 
     Args:
         model: a network with weights, placed on the device.
-        device, same_padding: where and how it runs; see `place_model`.
+        device: where it runs.
+        same_padding: see `place_model`.
         flip: also predict mirror images.
         scales: factors of the input size to predict at as well; each is rounded to the next valid size.
 
@@ -281,7 +282,8 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
         model: the model section.
         device_name: kind of device, or 'auto'.
         batch_size: pictures predicted together.
-        flip, scales: test-time augmentation; see `build_predict_bench`.
+        flip: test-time augmentation; see `build_predict_bench`.
+        scales: the same.
     """
     device = device_layer.pick_device(device_name)
     device_layer.set_device(device)

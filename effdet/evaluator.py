@@ -387,7 +387,10 @@ def create_evaluator(
 
     Args:
         name: name of the dataset, one that contains 'coco', 'voc', 'pascal' or 'openimages', as 'coco2017'.
-        dataset, distributed, pred_yxyx, max_det: see CocoEvaluator.
+        dataset: see CocoEvaluator, also for the next ones.
+        distributed: gather the detections of all processes.
+        pred_yxyx: boxes come as yxyx instead of xyxy.
+        max_det: detections counted per image.
 
     Returns:
         A fresh evaluator.

@@ -95,6 +95,7 @@ class Session:
                              "--max-steps, or --eval-only to evaluate.")
 
     def log_start(self) -> None:
+        """Choose the device's settings and log them, and where the run takes place."""
         lines = device_layer.tune(self.device)
         if self.cfg.run.deterministic:
             lines += device_layer.make_deterministic(self.device)
@@ -105,6 +106,7 @@ class Session:
                      self.batch_size, self.workers, self.output_dir)
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
+        """Open both splits and agree on the classes; `stored` is a checkpoint's category map."""
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
         self.categories = self.train_set.parser.category_map
@@ -116,6 +118,7 @@ class Session:
                      self.categories)
 
     def build_training(self, payload: dict[str, Any]) -> None:
+        """Build network, average, optimizer, benches, schedule; `payload` is the checkpoint to go on from, or empty."""
         cfg, device = self.cfg, self.device
         model = build_model(cfg.model, cfg.loss, self.categories.num_classes)
         if cfg.dist.sync_bn and self.world > 1:
@@ -163,6 +166,7 @@ class Session:
                      f"{precision.level} {cfg.amp.dtype}")
 
     def build_loaders(self, model_config: Any) -> None:
+        """Make the loaders of both splits and the evaluator."""
         cfg = self.cfg
         self.train_loader = build_train_loader(self.train_set, cfg.data, model_config, self.batch_size, self.workers,
                                                self.device, cfg.run.seed, self.channels_last)
@@ -295,6 +299,7 @@ class Session:
                     distributed.distribute_bn(model, self.cfg.dist.dist_bn)
 
     def evaluate(self, epoch: int) -> float:
+        """Evaluate the averaged weights, or the trained ones where there is no average; return COCO's AP, 0..1."""
         training = self.training
         if training.ema is not None and training.ema.updates > 0 and training.ema.is_cold():
             _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "

@@ -29,7 +29,10 @@ def setting(
             empty: no flag, only YAML and `section.field=value`.
         off: extra spellings that switch a boolean off, beside `--no-...` of each spelling in `flags`.
         none: what the value None stands for, shown as the default in the help.
-        low, high: inclusive bounds. above, below: exclusive bounds. They hold for each element of a list.
+        low: inclusive lower bound; all bounds hold for each element of a list.
+        high: inclusive upper bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
         choices: the allowed words.
         bare: value meant by the flag without an argument; None: the flag needs its argument.
         metavar: placeholder of the value in the help.
@@ -273,7 +276,7 @@ class DistConfig(EvalDistConfig):
 class _BaseRunConfig:
     """Say where every script runs."""
 
-    device: str = setting("auto", "kind of device: auto, cpu, or another name the device layer knows")
+    device: str = setting("auto", "kind of device: auto (the best there is), cpu, or torch's name of an accelerator")
     batch_size: int = setting(32, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
 
 
