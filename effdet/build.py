@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import device as device_layer
 from .bench import DetBenchPredict
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
-from .config.model_config import model_config_from_plain
+from .config.model_config import model_config_from_plain, published_model_name
 from .config.schema import DataConfig, DemoModelConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
 from .data.categories import CategoryMap
@@ -180,7 +181,7 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
 
     Args:
         path: a checkpoint of train.py, which says all there is to know; or any file with weights of a known model, such
-            as the published ones, for which `model.name` is needed.
+            as the published ones, for which `model.name` is needed unless the file still has its published name.
         model: the model section of a script; what it sets goes before the checkpoint.
         use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
         num_classes: class count asked for.
@@ -193,7 +194,7 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     """
     payload = load_checkpoint_file(path)
     state = extract_state_dict(payload, use_ema)
-    name = model.name or payload.get("arch")
+    name = model.name or payload.get("arch") or published_model_name(Path(path).name)
     if isinstance(payload.get("model_config"), Mapping):
         config = model_config_from_plain(payload["model_config"])
         if model.name and config.name != model.name:

@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="what is written (default onnx)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
     parser.add_argument("--outputs", choices=OUTPUTS, default="raw",
-                        help="raw (default): the heads' outputs; detections: with decoding and NMS, a fixed number of rows")
+                        help="raw (default): the heads' outputs; detections: decoding and NMS, a fixed number of rows")
     parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="pictures per batch (default 1)")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, metavar="N",
                         help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})")

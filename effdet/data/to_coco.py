@@ -16,7 +16,9 @@ _logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.data.to_coco", "Write another data set's annotations as COCO json.", "voc2012 VOCdevkit --out DIR")
+    parser = make_tool_parser("effdet.data.to_coco",
+                              "Write another data set's annotations as COCO json.",
+                              "voc2012 VOCdevkit --out DIR")
     parser.add_argument("name", help="voc2007, voc2012, voc0712, openimages or openimages-challenge2019")
     parser.add_argument("root", help="the data set's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for SPLIT.json")

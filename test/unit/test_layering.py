@@ -20,7 +20,8 @@ PACKAGES = ("effdet", "timm_patches")
 # Top to bottom. A module imports only from rows below its own. A name that ends in ".*" stands for every module of that
 # folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint"),
+    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint",
+     "effdet.convert_checkpoint"),
     ("effdet.session",),
     ("effdet.run_folder",),
     ("effdet.run_state", "effdet.postmortem"),
