@@ -1,7 +1,8 @@
 """Make a checkpoint that describes itself from weights of effdet 0.4.1 or of the same names.
 
-`python -m effdet.convert_checkpoint FILE --out FILE`. What lives here: the description that such files lack, and the command line. Reading them is in checkpoint_io.py, and
-the names of their tensors are ours. The way back is `python -m effdet.clean_checkpoint FILE --weights-only`.
+`python -m effdet.convert_checkpoint FILE --out FILE`. What lives here: the description that such files lack, and the
+command line. Reading them is in checkpoint_io.py, and the names of their tensors are ours. The way back is
+`python -m effdet.clean_checkpoint FILE --weights-only`.
 """
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def test_published_weights_become_a_checkpoint_with_names(network, tmp_path):
                              "--ann", categories_file(tmp_path, COCO_LIKE)])
     payload = load_checkpoint_file(out)
     assert (payload["arch"], payload["image_size"]) == (NAME, [128, 128])
-    assert payload["category_map"] == {"ids": [1, 35], "names": ["person", "skis"], "num_classes": 90, "id_indexed": True}
+    assert payload["category_map"] == {
+        "ids": [1, 35], "names": ["person", "skis"], "num_classes": 90, "id_indexed": True}
     detector = effdet.load(str(out), device="cpu")
     pixels = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
     (found,) = detector.predict(Image.fromarray(pixels))
