@@ -35,7 +35,8 @@ def _cell(text: str) -> str:
 
 def _row(key: str, option: Option) -> str:
     value = value_text(option)
-    flags = ", ".join(f"`{flag}{' ' + value if value else ''}`" for flag in flags_of(option.item)) or "(no flag)"
+    flags = ", ".join(f"`{flag}{' ' + value if value else ''}`" for flag in flags_of(option.item))
+    flags = flags or ("`PICTURE ...`" if key == "run.images" else "(no flag)")
     limits = "" if option.item.metadata["choices"] else range_text(option.item)
     default = default_text(option) + (f"; {limits}" if limits else "")
     return f"| {_cell(flags)} | `{key}` | {_cell(default)} | {_cell(option.item.metadata['text'])} |"

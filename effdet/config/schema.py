@@ -341,7 +341,7 @@ class DemoRunSectionConfig(_PredictRunConfig):
     batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
     images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
                                 flags=())
-    checkpoint: str = setting("", "weights to use; empty: the newest under output/", metavar="PATH")
+    checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
     output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
 
