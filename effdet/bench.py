@@ -50,7 +50,17 @@ class _DetBench(nn.Module):
             raise ValueError(f"Soft-NMS and the device's own NMS ('{name}') exclude each other: choose one.")
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the model; ValueError when its class head has another number of classes than the config said."""
+        """Run the model.
+
+        Args:
+            x: float [B, 3, H, W], normalised.
+
+        Returns:
+            Of each level, finest first: class logits [B, A * K, h, w], box codes [B, A * 4, h, w].
+
+        Raises:
+            ValueError: the class head has another number of classes than the config said.
+        """
         cls_outputs, box_outputs = self.model(x)
         channels, per_cell = cls_outputs[0].shape[1], self.anchors.get_anchors_per_location()
         if channels != per_cell * self.num_classes:
@@ -62,7 +72,17 @@ class _DetBench(nn.Module):
 
     def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
                      img_size: Tensor | None) -> Tensor:
-        """Turn head outputs into detections [B, max_det, 6]; see nms.make_detections. Runs in fp32 inside autocast."""
+        """Turn head outputs into detections, in float32 also inside autocast.
+
+        Args:
+            cls_outputs: class logits [B, A * K, h, w] of each level.
+            box_outputs: box codes [B, A * 4, h, w] of each level.
+            img_scale: [B] original pixels per input pixel; None leaves boxes in input pixels.
+            img_size: [B, 2] original width and height to clip to; None does not clip.
+
+        Returns:
+            float32 [B, max_det_per_image, 6] as from `nms.make_detections`.
+        """
         with torch.autocast(cls_outputs[0].device.type, enabled=False):
             logits, codes, indices, classes = select_candidates(
                 cls_outputs, box_outputs, self.num_classes, self.max_detection_points)

@@ -62,7 +62,18 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
 
 def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
                        device: torch.device, seed: int, channels_last: bool) -> Any:
-    """Make the loader of the augmented training split; sizes are those of this process."""
+    """Make the loader of the augmented training split.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        seed: of shuffling and augmentation, the same on all ranks.
+        channels_last: memory layout of the batches.
+    """
     inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
     transform = transforms_coco_train(
         inputs["input_size"][1:], data.train_interpolation, True, inputs["fill_color"], inputs["mean"], inputs["std"],
@@ -75,7 +86,18 @@ def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_
 
 def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,
                       device: torch.device, val_skip: int = 0, channels_last: bool = False) -> Any:
-    """Make the loader of the validation split: letterboxed, in order, every image once over all processes."""
+    """Make the loader of the validation split: letterboxed, in order, every image once over all processes.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        val_skip: take every Nth picture; 0 and 1: all.
+        channels_last: memory layout of the batches.
+    """
     inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
     if val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)

@@ -105,7 +105,11 @@ class CategoryMap:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "CategoryMap":
-        """Rebuild a map from `to_dict`'s result."""
+        """Rebuild a map from `to_dict`'s result.
+
+        Raises:
+            ValueError: a part is missing, or the parts do not fit together.
+        """
         missing = [k for k in ("ids", "names", "num_classes") if k not in state]
         if missing:
             raise ValueError(f"not a stored category map: {missing} missing, keys are {sorted(state)}")

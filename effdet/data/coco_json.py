@@ -50,7 +50,11 @@ def without_polygons(raw: bytes) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a json without the segmentation of its annotations, which box detection does not use."""
+    """Parse a json without the segmentation of its annotations, which box detection does not use.
+
+    Raises:
+        FileNotFoundError: no such file. DatasetError: no valid json.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"annotation file {path} does not exist")
