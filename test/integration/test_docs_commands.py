@@ -98,14 +98,14 @@ def test_translations_have_the_same_commands(translated):
     assert figures[0] == figures[1]
 
 
-def test_flags_of_commands_that_are_not_run_exist():
+def test_flags_of_commands_that_are_not_run_exist(monkeypatch):
+    monkeypatch.chdir(REPO)
     checked = 0
-    for page in PAGES:
+    for page in set(PAGES) - set(TRANSLATED):
         for words in commands(page):
             script = next((word for word in words if word in PARSERS), None)
             if script and reason_not_to_run(words):
-                with contextlib.chdir(REPO) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-                    PARSERS[script](words[words.index(script) + 1:])
+                PARSERS[script](words[words.index(script) + 1:])
                 checked += 1
     assert checked >= 8
 
@@ -238,14 +238,15 @@ def test_the_python_of_the_pages(home, monkeypatch, capsys, small_checkpoint, sy
     shutil.copy(small_checkpoint, "model_best.pth.tar")
     for name, source in zip(("a.jpg", "b.jpg"), synthetic_pictures, strict=False):
         Image.open(source).convert("RGB").save(name)
-    seen = {}
+    seen: dict = {}
+    assert blocks("README.zh-CN.md", "python") == blocks("README.md", "python")
     for page in PAGES:
-        if page not in RUN_ELSEWHERE | {"docs/own_data.md"}:
+        if page not in RUN_ELSEWHERE | {"docs/own_data.md", "README.zh-CN.md"}:
             for block in blocks(page, "python"):
                 seen[page] = {}
                 exec(block, seen[page])
                 efficientdet_model_param_dict.pop("mine", None)
-    assert set(seen) == {"README.md", "README.zh-CN.md", "docs/library.md", "docs/developing.md"}
+    assert set(seen) == {"README.md", "docs/library.md", "docs/developing.md"}
     assert {"ball", "box", "star"} & set(re.findall(r"'(\w+)'", capsys.readouterr().out))
     library = seen["docs/library.md"]
     assert library["losses"]["loss"].isfinite() and library["detections"].shape == (2, 100, 6)
