@@ -72,19 +72,21 @@ def make_weights(path: str, model_name: str, image_size: int, classes: int) -> N
     """Write a state dict with which the network behaves like a trained one: few high scores, that depend on the place.
 
     Drawn weights alone give outputs that are nearly the same everywhere. So batch norms take their statistics from a
-    batch, and the heads are scaled until logits have a standard deviation of 1.5 and box codes one of 0.2.
+    batch of 8, and the heads are scaled until the largest logit of the batch is 2 and box codes have a standard
+    deviation of 0.2: scores of exactly 1 would tie, and the order of ties is anybody's.
     """
     model = make_model(SimpleNamespace(model=model_name, image_size=image_size, classes=classes)).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     torch.manual_seed(0)
-    images = make_images(2, image_size, seed=1)
+    images = make_images(8, image_size)
     model(images)
-    outputs = model.eval()(images)
-    for net, levels, wanted in ((model.class_net, outputs[0], 1.5), (model.box_net, outputs[1], 0.2)):
+    logits, codes = (torch.cat([level.flatten() for level in levels]) for levels in model.eval()(images))
+    for net, factor in ((model.class_net, (2 + math.log(99)) / (logits.max() + math.log(99))),
+                        (model.box_net, 0.2 / codes.std())):
         last = [parameter for name, parameter in net.predict.named_parameters() if name.endswith("weight")][-1]
-        last.mul_(wanted / torch.cat([level.flatten() for level in levels]).std())
+        last.mul_(factor)
     torch.save(model.state_dict(), path)
 
 

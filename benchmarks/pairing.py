@@ -118,8 +118,9 @@ def compare(ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray],
         ours: arrays by name.
         peer: arrays by name.
         tolerances: the largest difference allowed, as a fraction of the peer's largest absolute value in that array; 0
-            for equality. One number, or by name with "" for the rest. A pair (difference, share) asks it of that share
-            of the elements only, for detections where two of almost the same score may change places.
+            for equality. One number, or by name with "" for the rest. A pair (difference, share) is for detections
+            [B, N, 6], where two of almost the same score may change places: that share of the rows must have a row of
+            the same picture and class (the last column) in the peer's that differs by no more.
 
     Returns:
         The difference found, by name, in the same measure.
@@ -139,15 +140,27 @@ def compare(ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray],
         if actual.size == 0:
             found[name] = 0.0
             continue
-        allowed = tolerances.get(name, tolerances[""]) if isinstance(tolerances, Mapping) else tolerances
-        allowed, share = allowed if isinstance(allowed, Sequence) else (allowed, 1.0)
-        differences = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-        largest = float(np.abs(expected.astype(np.float64)).max())
+        allowed = tolerances[name if name in tolerances else ""] if isinstance(tolerances, Mapping) else tolerances
+        actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+        by_row = isinstance(allowed, Sequence)
+        allowed, share = allowed if by_row else (allowed, 1.0)
+        differences = nearest_rows(actual, expected) if by_row else np.abs(actual - expected)
+        largest = float(np.abs(expected).max())
         difference = float(np.quantile(differences, share, method="higher"))
         found[name] = difference / largest if largest else difference
         if found[name] > allowed:
             raise Disagreement(f"'{name}' differs by {found[name]:.3g} of its largest value; allowed is {allowed:g}")
     return found
+
+
+def nearest_rows(ours: np.ndarray, peer: np.ndarray) -> np.ndarray:
+    """Return [B, N]: the largest difference of each row [x1, y1, x2, y2, score, class] to the peer's row nearest to it.
+
+    A row whose class the peer has nowhere in that picture differs by inf.
+    """
+    differences = np.abs(ours[:, :, None] - peer[:, None])
+    differences[..., -1] = np.where(differences[..., -1] > 0, np.inf, 0)
+    return differences.max(-1).min(-1)
 
 
 def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:

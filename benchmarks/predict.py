@@ -32,7 +32,7 @@ def build(side: str, case: Any) -> pairing.Work:
         rows = run().float()
         if case.dtype != "float32":
             return {"scores": rows[..., 4]}
-        return {"scores": rows[..., 4], "boxes": rows[..., :4], "classes": rows[..., 5]}
+        return {"scores": rows[..., 4], "detections": rows}
     return pairing.Work(run, outputs, inputs.synchronizer(device))
 
 
@@ -47,7 +47,7 @@ def make_bench(side: str, model: Any, device: Any, batch: int) -> Any:
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     weights = pairing.make_file(folder, "make_weights", options.model, options.image_size, options.classes)
-    tolerances = {"float32": {"scores": 1e-3, "": (1e-3, 0.98)}, "bfloat16": 0.1, "float16": 2e-2}
+    tolerances = {"float32": {"scores": 1e-3, "detections": (1e-3, 0.98)}, "bfloat16": 0.1, "float16": 2e-2}
     return [pairing.base_case(options, "predict", batch=batch, dtype=dtype, pictures=batch, weights=weights,
                               tolerance=tolerances[dtype])
             for dtype in options.dtype for batch in options.batch]

@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 SMALLEST = 1 << 22  # elements: below, everything is in the cache anyhow, and calls would cost more than they save
-PIECE = 1 << 16  # elements of one piece
+PIECE = 1 << 17  # elements of one piece
 
 
 class _BatchNormSiLU(torch.autograd.Function):

@@ -61,11 +61,17 @@ def test_sides_that_disagree_are_not_timed(peer, message):
 
 
 def test_tolerances_have_names_and_shares():
-    ours = {"a": np.array([1.0, 1.0]), "b": np.array([0.0] * 98 + [9.0] * 2)}
-    peer = {"a": np.array([1.0, 1.0]), "b": np.array([0.0] * 100)}
-    assert pairing.compare(ours, peer, {"a": 0, "": (1e-3, 0.97)}) == {"a": 0.0, "b": 0.0}
-    with pytest.raises(pairing.Disagreement, match="'b' differs by 9"):
-        pairing.compare(ours, peer, {"a": 0, "": (1e-3, 0.99)})
+    peer = np.zeros((2, 50, 6))
+    peer[..., 0] = np.arange(50)
+    ours = peer[:, ::-1].copy()  # the order does not matter
+    ours[1, :2, 1] = 9
+    a = np.array([1.0, 1.0])
+    assert pairing.compare({"a": a, "b": ours}, {"a": a, "b": peer}, {"a": 0, "": (1e-3, 0.97)}) == {"a": 0, "b": 0}
+    with pytest.raises(pairing.Disagreement, match="'b' differs by 0.184"):
+        pairing.compare({"a": a, "b": ours}, {"a": a, "b": peer}, {"a": 0, "": (1e-3, 0.99)})
+    ours[..., 5] = 1
+    with pytest.raises(pairing.Disagreement, match="'b' differs by inf"):
+        pairing.compare({"a": a, "b": ours}, {"a": a, "b": peer}, {"a": 0, "": (1e-3, 0.5)})
 
 
 def test_without_a_peer_the_figure_is_of_ours_alone():
