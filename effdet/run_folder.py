@@ -12,12 +12,7 @@ from .run_state import AUTO
 
 
 def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
-    """Return the run's folder, the same on all ranks: the resumed run's own, or a new one, which is made.
-
-    Args:
-        cfg: the run's config.
-        wants_newest: without --experiment, go on in the folder below --output that was written to last.
-    """
+    """Return the run's folder, the same on all ranks: the resumed run's own, or a new one, which is made."""
     def choose() -> str:
         output = Path(cfg.run.output)
         if cfg.run.experiment:

@@ -99,7 +99,7 @@ def value_text(option: Option) -> str:
     if option.kinds == (bool,):
         return ""
     words = "|".join(word or "''" for word in meta["choices"])
-    return words or meta["metavar"] or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
+    return meta["metavar"] or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
 
 
 def _help_text(option: Option) -> str:

@@ -50,11 +50,7 @@ def without_polygons(raw: bytes) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a json without the segmentation of its annotations, which box detection does not use.
-
-    Raises:
-        FileNotFoundError: no such file. DatasetError: no valid json.
-    """
+    """Parse a json without the segmentation of its annotations, which box detection does not use."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"annotation file {path} does not exist")
