@@ -227,8 +227,11 @@ def _check_boxes(
     report: DatasetReport,
     keep_crowd: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the boxes [n, 4] into kinds, each into the first that fits. Returns them clipped, yxyx, and which ones to
-    keep."""
+    """Sort the boxes [n, 4] into kinds, each into the first that fits.
+
+    Returns:
+        The boxes clipped, yxyx, and which ones to keep, bool [n].
+    """
     sizes = np.array([(i["width"], i["height"]) for i in infos], dtype=np.float64).reshape(-1, 2)
     width, height = sizes[image].T if len(image) else (np.zeros(0), np.zeros(0))
     with np.errstate(invalid="ignore", over="ignore"):
