@@ -1,7 +1,7 @@
 """Every command in README.md and docs/ is run as it stands there, or stands in NOT_RUN with the reason.
 
 What is smaller than on the page: SMALLER, flags put behind a command (the last of two equal flags wins), and the
-fixture `home`, which makes tiny data sets. docs/predict.md and docs/export.md are run by test/unit/test_docs_pages.py.
+fixture `home`, which makes tiny data sets. Pages with a test of their own are in test/unit/test_docs_pages.py.
 """
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from effdet.config.model_config import efficientdet_model_param_dict
 REPO = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md",
          *sorted(str(page.relative_to(REPO)) for page in (REPO / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"docs/predict.md", "docs/export.md"}  # test/unit/test_docs_pages.py
+_OTHER_TEST = (REPO / "test" / "unit" / "test_docs_pages.py").read_text(encoding="utf-8")
+RUN_ELSEWHERE = {f"docs/{page}" for page in re.findall(r'blocks\("(\w+\.md)"', _OTHER_TEST)}
 TRANSLATED = {"README.zh-CN.md": "README.md", "docs/ascend.zh-CN.md": "docs/ascend.md"}
 SCRIPTS = {"train.py": train, "validate.py": validate, "demo.py": demo}
 PARSERS = {"train.py": parse_train_args, "validate.py": parse_validate_args, "demo.py": parse_demo_args}
