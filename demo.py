@@ -1,5 +1,12 @@
 #!/usr/bin/env python3
-"""Detect objects in pictures and draw them. Without arguments: the newest checkpoint on the default data set."""
+"""Detect objects in pictures, draw them, and write what was found as a table and a json.
+
+Examples:
+  python demo.py                       (newest checkpoint, default data set)
+  python demo.py a.jpg b.jpg --checkpoint output/train/RUN/model_best.pth.tar
+  python demo.py "pics/*.jpg" --score-thr 0.3 --output drawn
+  python demo.py pics --model tf_efficientdet_d0 --checkpoint WEIGHTS.pth
+"""
 from __future__ import annotations
 
 import glob
@@ -33,7 +40,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_demo_args(argv)
+    """Parse the command line, detect and draw, and return the exit status."""
+    cfg = parse_demo_args(argv, __doc__)
     setup_logging(None)
     with one_line_errors("demo.py"):
         checkpoint = find_checkpoint(cfg)

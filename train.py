@@ -1,5 +1,18 @@
 #!/usr/bin/env python3
-"""Train EfficientDet on data in COCO format, on one device or several. `python train.py --help` lists the settings."""
+"""Train EfficientDet on data in COCO format, on one device or several.
+
+Examples:
+  python train.py --root DIR -c configs/own_data.yaml
+  python train.py --root DIR -c configs/own_data.yaml --image-size 256 320
+  python train.py --root DIR -c configs/own_data.yaml --pretrained FILE
+  python train.py --root DIR --device npu --amp        (or cuda)
+  python train.py --root DIR --device-list 0,1,2,3 -b 128 --sync-bn
+  python train.py --root DIR --experiment NAME --resume auto
+  python train.py --root DIR optim.lr=0.16 loss.gamma=2.0
+
+DIR holds annotations/instances_{train,val}2017.json, train2017/, val2017/.
+A run writes into output/train/RUN. docs/flags.md is this list as a page.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +39,8 @@ _logger = logging.getLogger("effdet.train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_train_args(argv)
+    """Parse the command line, train, and return the exit status."""
+    cfg = parse_train_args(argv, __doc__)
     if cfg.run.check:
         return data_check.main(argv)
     with one_line_errors("train.py"):

@@ -1,5 +1,15 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint on data in COCO format, on one device or several; `--help` lists the settings."""
+"""Evaluate a checkpoint on data in COCO format, on one device or several.
+
+Examples:
+  python validate.py --root DIR --checkpoint output/train/RUN/model_best.pth.tar
+  python validate.py --root DIR --checkpoint FILE --results detections.json
+  python validate.py --root DIR --checkpoint FILE --tta-flip
+  python validate.py --root COCO --model tf_efficientdet_d0 --pretrained
+  python validate.py --val-images pics --val-ann val.json --checkpoint FILE
+
+A checkpoint of train.py knows its model, input size and classes.
+"""
 from __future__ import annotations
 
 import csv
@@ -44,7 +54,8 @@ _logger = logging.getLogger("effdet.validate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_validate_args(argv)
+    """Parse the command line, evaluate, and return the exit status."""
+    cfg = parse_validate_args(argv, __doc__)
     with one_line_errors("validate.py"):
         if cfg.run.speed and (cfg.run.tta_flip or cfg.run.tta_scales):
             raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")

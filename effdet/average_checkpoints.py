@@ -77,8 +77,9 @@ def _check_same_model(path: str, first: str, payload: Mapping[str, Any], descrip
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = make_tool_parser("effdet.average_checkpoints", "Average the weights of checkpoints of one model.",
-                              "run/checkpoint-*.pth.tar --best 3 --out average.pth.tar")
-    parser.add_argument("checkpoints", nargs="+")
+                              "a.pth.tar b.pth.tar --weights 2 1 --out average.pth.tar\n"
+                              "run/checkpoint-*.pth.tar --best 3 --out avg.pth.tar")
+    parser.add_argument("checkpoints", nargs="+", help="files of one model with the same classes")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each file (default: equal)")
     parser.add_argument("--best", type=int, metavar="N", help="only the N with the best stored metric")

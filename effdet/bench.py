@@ -51,9 +51,18 @@ class _DetBench(nn.Module):
             raise ValueError(f"Soft-NMS and the device's own NMS ('{name}') exclude each other: choose one.")
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the model; ValueError when its class head has another number of classes than the config said.
+        """Run the model.
 
         Where benches share a network, it takes the input size of the one that runs it.
+
+        Args:
+            x: float [B, 3, H, W], normalised.
+
+        Returns:
+            Of each level, finest first: class logits [B, A * K, h, w], box codes [B, A * 4, h, w].
+
+        Raises:
+            ValueError: the class head has another number of classes than the config said.
         """
         size = tuple(x.shape[-2:])
         if getattr(self.model, "input_size", size) != size and size in self.input_sizes:
@@ -69,7 +78,17 @@ class _DetBench(nn.Module):
 
     def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
                      img_size: Tensor | None) -> Tensor:
-        """Turn head outputs into detections [B, max_det, 6]; see nms.make_detections. Runs in fp32 inside autocast."""
+        """Turn head outputs into detections, in float32 also inside autocast.
+
+        Args:
+            cls_outputs: class logits [B, A * K, h, w] of each level.
+            box_outputs: box codes [B, A * 4, h, w] of each level.
+            img_scale: [B] original pixels per input pixel; None leaves boxes in input pixels.
+            img_size: [B, 2] original width and height to clip to; None does not clip.
+
+        Returns:
+            float32 [B, max_det_per_image, 6] as from `nms.make_detections`.
+        """
         with torch.autocast(cls_outputs[0].device.type, enabled=False):
             logits, codes, indices, classes = select_candidates(
                 cls_outputs, box_outputs, self.num_classes, self.max_detection_points)

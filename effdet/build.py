@@ -18,7 +18,7 @@ from .anchors import check_image_size
 from .bench import DetBenchPredict
 from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
-from .config.model_config import model_config_from_plain
+from .config.model_config import model_config_from_plain, published_model_name
 from .config.schema import DataConfig, DemoModelConfig, EvalDataConfig, LossConfig, ModelConfig
 from .data import SkipSubset, create_loader, resolve_input_config
 from .data.augmentation import build_train_transform, describe_augmentation
@@ -82,7 +82,18 @@ def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Pa
 
 def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
                        device: torch.device, seed: int, channels_last: bool) -> Any:
-    """Make the loader of the augmented training split; sizes are those of this process."""
+    """Make the loader of the augmented training split.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        seed: of shuffling and augmentation, the same on all ranks.
+        channels_last: memory layout of the batches.
+    """
     inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
     transform = build_train_transform(dataset, data, inputs)
     _logger.info("augmentation: %s", describe_augmentation(data))
@@ -109,7 +120,18 @@ def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple
 
 def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,
                       device: torch.device, val_skip: int = 0, channels_last: bool = False) -> Any:
-    """Make the loader of the validation split: letterboxed, in order, every image once over all processes."""
+    """Make the loader of the validation split: letterboxed, in order, every image once over all processes.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        val_skip: take every Nth picture; 0 and 1: all.
+        channels_last: memory layout of the batches.
+    """
     inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
     if val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
@@ -221,7 +243,7 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
 
     Args:
         path: a checkpoint of train.py, which says all there is to know; or any file with weights of a known model, such
-            as the published ones, for which `model.name` is needed.
+            as the published ones, for which `model.name` is needed unless the file still has its published name.
         model: the model section of a script; what it sets goes before the checkpoint.
         use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
         num_classes: class count asked for.
@@ -234,7 +256,7 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     """
     payload = load_checkpoint_file(path)
     state = extract_state_dict(payload, use_ema)
-    name = model.name or payload.get("arch")
+    name = model.name or payload.get("arch") or published_model_name(Path(path).name)
     if isinstance(payload.get("model_config"), Mapping):
         config = model_config_from_plain(payload["model_config"])
         if model.name and config.name != model.name:
@@ -290,7 +312,8 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
 
     Args:
         model: a network with weights, placed on the device.
-        device, same_padding: where and how it runs; see `place_model`.
+        device: where it runs.
+        same_padding: see `place_model`.
         flip: also predict mirror images.
         scales: factors of the input size to predict at as well; each is rounded to the next valid size.
 
@@ -322,7 +345,8 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
         model: the model section.
         device_name: kind of device, or 'auto'.
         batch_size: pictures predicted together.
-        flip, scales: test-time augmentation; see `build_predict_bench`.
+        flip: test-time augmentation; see `build_predict_bench`.
+        scales: the same.
     """
     device = device_layer.pick_device(device_name)
     device_layer.set_device(device)

@@ -88,6 +88,7 @@ class CheckpointManager:
         keep_best: how many of the best epochs stay as `checkpoint-EPOCH.pth.tar`; 0 keeps none.
         save_every: also keep every epoch for which epoch + 1 is a multiple of this; 0 for none.
         higher_is_better: the direction of the metric.
+
     Raises:
         ValueError: a negative count.
     """
@@ -129,8 +130,10 @@ class CheckpointManager:
             payload: as in the module's docstring; `epoch`, `metric` and `best` are filled in here.
             epoch: the epoch just completed, from 0.
             metric: its ranking metric; None when there was no evaluation. A NaN or an infinity is never among the best.
+
         Returns:
             The best (metric, epoch) including this one; (None, None) while there was no metric yet.
+
         Raises:
             TypeError, OSError: as `save_checkpoint`; the record of the best is then as before.
         """
@@ -169,6 +172,7 @@ class CheckpointManager:
 
         Args:
             payload: as in the module's docstring, with `epoch` and `progress`; `metric` and `best` are filled in here.
+
         Raises:
             TypeError, OSError: as `save_checkpoint`.
         """
@@ -200,6 +204,7 @@ class CheckpointManager:
 
         Args:
             state: what `state_dict` returned.
+
         Raises:
             CheckpointError: not such a record, or one ranked in the other direction.
         """
@@ -238,9 +243,11 @@ def find_resumable(folder: str | os.PathLike[str]) -> Path | None:
 
     Args:
         folder: the run's; folders below it are not looked into.
+
     Returns:
         The path, or None when the folder has no checkpoint or is not there. Files that are passed over are logged
         with what is wrong with them.
+
     Raises:
         CheckpointError: there are checkpoints, but none can be resumed.
     """
@@ -279,6 +286,7 @@ def find_newest_checkpoint(dirs: str | os.PathLike[str] | Iterable[str | os.Path
 
     Args:
         dirs: one folder or several; those that do not exist are passed over.
+
     Returns:
         The path with the latest modification time; where one file has several names, model_best before last before any
         other. None when there is no such file.
@@ -319,6 +327,7 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
     Args:
         state: what `rng_state` returned, also after a checkpoint was loaded.
+
     Raises:
         CheckpointError: a state that a generator does not take.
     """

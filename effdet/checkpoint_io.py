@@ -65,6 +65,7 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
     Args:
         path: the file; its folder is made if absent.
         payload: keys as in the docstring of `effdet.checkpoint`; tensors and plain types only, nested freely.
+
     Raises:
         TypeError: for any other type in the payload, with the path of keys to it; nothing is written.
         OSError: when the disk does not take it; the old file is untouched.
@@ -150,8 +151,10 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu"
         map_location: where tensors go, as in `torch.load`.
         skim: for a look at the numbers beside the tensors: checksums are not compared, and tensors stay on the disk
             where the format allows it.
+
     Returns:
         The file's dict. Parsed arguments come as dicts and numpy scalars as Python numbers, whoever wrote them.
+
     Raises:
         CheckpointNotFoundError: no such file.
         CheckpointError: a folder, or an empty, truncated, foreign or unsafe file.

@@ -36,8 +36,8 @@ def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = make_tool_parser("effdet.clean_checkpoint", "Keep of a checkpoint what prediction needs.",
-                              "run/model_best.pth.tar --out detector.pth --hash")
-    parser.add_argument("checkpoint")
+                              "model_best.pth.tar --out detector.pth --hash")
+    parser.add_argument("checkpoint", help="a checkpoint of train.py, or of effdet's or timm's trainer")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--weights-only", action="store_true",
                         help="a plain state dict without class names and configuration, as published files are")

@@ -53,7 +53,7 @@ def _npu_module() -> Any:
             ) from error
         raise RuntimeError(
             f"torch_npu {installed} is installed but does not load: {error}. Check that its version fits torch "
-            f"({torch.__version__}), Python and CANN; README's table of versions says which go together.") from error
+            f"({torch.__version__}), Python and CANN; docs/ascend.md lists which go together.") from error
     return torch.npu
 
 
@@ -357,8 +357,11 @@ def set_rng_state(state: torch.Tensor | None, device: torch.device) -> None:
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether `device` is the processor that runs Python: reading a value waits for nothing there, and shapes
-    that depend on values are free. While a program is traced or compiled they are not, so then it is not."""
+    """Return whether `device` is the processor that runs Python.
+
+    Reading a value waits for nothing there, and shapes that depend on values are free. While a program is traced or
+    compiled they are not, so then it is not.
+    """
     return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 

@@ -38,8 +38,10 @@ def match_picture(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicte
     both sides is then matched without regard to classes.
 
     Args:
-        objects_xyxy: [M, 4]. object_classes: [M].
-        predicted_xyxy: [N, 4], by falling score. predicted_classes: [N].
+        objects_xyxy: [M, 4].
+        object_classes: [M].
+        predicted_xyxy: [N, 4], by falling score.
+        predicted_classes: [N].
         crowds_xyxy: [C, 4], regions in which predictions without an object do not count; None for none.
     """
     object_of = np.full(len(predicted_xyxy), -1)

@@ -237,8 +237,10 @@ class CocoEvaluator(Evaluator):
 
     @property
     def scored_predictions(self) -> Mapping[Any, np.ndarray]:
-        """What the last evaluation scored, on rank 0: by image id float32 [n, 6], x_min, y_min, x_max, y_max in the
-        picture's pixels, score, class from 1. Empty on the other ranks."""
+        """What the last evaluation scored, by image id, on rank 0; empty on the other ranks.
+
+        Float32 [n, 6]: x_min, y_min, x_max, y_max in the picture's pixels, score, class from 1.
+        """
         return self._last
 
     @property
@@ -317,6 +319,7 @@ class CocoEvaluator(Evaluator):
 
     @property
     def is_hopeless(self) -> bool:
+        """True once more pictures could not be read than are allowed."""
         return self._watch is not None and self._watch.bad.too_many
 
     def _is_bad(self, index: int) -> bool:
@@ -427,7 +430,10 @@ def create_evaluator(
 
     Args:
         name: name of the dataset, one that contains 'coco', 'voc', 'pascal' or 'openimages', as 'coco2017'.
-        dataset, distributed, pred_yxyx, max_det: see CocoEvaluator.
+        dataset: see CocoEvaluator, also for the next ones.
+        distributed: gather the detections of all processes.
+        pred_yxyx: boxes come as yxyx instead of xyxy.
+        max_det: detections counted per image.
 
     Returns:
         A fresh evaluator.

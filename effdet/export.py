@@ -190,12 +190,15 @@ def _batch(text: str) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = make_tool_parser("effdet.export", "Write a checkpoint's network for other runtimes.",
-                              "model_best.pth.tar --format onnx --outputs detections")
+                              "model_best.pth.tar --format onnx --outputs detections\n"
+                              "model_best.pth.tar --format torchscript --out raw.ts.pt\n"
+                              "weights.pth --model tf_efficientdet_d0 --batch dynamic")
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or any weights of a known model")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx")
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx",
+                        help="what is written (default onnx)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
     parser.add_argument("--outputs", choices=OUTPUTS, default="raw",
-                        help="raw: the heads' outputs; detections: with decoding and NMS, a fixed number of rows")
+                        help="raw (default): the heads' outputs; detections: decoding and NMS, a fixed number of rows")
     parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="pictures per batch (default 1)")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, metavar="N",
                         help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})")
@@ -203,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="other input height and width")
     parser.add_argument("--max-det", type=int, metavar="N", help="rows of the detections (default: the model's, 100)")
     add_ema_argument(parser)
-    parser.add_argument("--soft-nms", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--soft-nms", action=argparse.BooleanOptionalAction, default=None,
+                        help="which NMS goes with the detections (default: the model's)")
     args = parser.parse_args(arguments)
     size = args.image_size and (args.image_size * 2)[:2]
     with one_line_errors("effdet.export"):

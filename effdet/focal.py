@@ -23,7 +23,7 @@ def _power(base: Tensor, exponent: float) -> Tensor:
 
 def background_terms(logits: Tensor, gamma: float, smoothing: float, with_gradient: bool
                       ) -> tuple[Tensor, Tensor | None]:
-    """Return loss and gradient of each logit for target 0, without the factor 1 - alpha.
+    """Return loss and gradient of each logit for target 0, in the logits' shape, without the factor 1 - alpha.
 
     With p = sigmoid(x) and t = smoothing / 2: p^gamma * (softplus(x) - t x), whose derivative is
     p^gamma * (gamma (1 - p) (softplus(x) - t x) + p - t), as dp/dx = p (1 - p).

@@ -71,7 +71,8 @@ def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor]
         images: float [B, 3, H, W], normalised, on any device.
         target: 'bbox' [B, M, 4] yxyx in input pixels, 'cls' [B, M]: 1..K, -1 padding, -2 an ignore region.
         class_names: the K names.
-        mean, std: what the images were normalised with, in units of pixel values; a PrefetchLoader has both.
+        mean: [1, 3, 1, 1], what the images were normalised with, in units of pixel values; a PrefetchLoader has it.
+        std: likewise.
         num_pictures: draw at most the first so many.
         cell_px: width of each picture on the sheet.
 
@@ -85,7 +86,10 @@ def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor]
     for picture, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
         shown = (labels > 0) | (labels == IGNORE_CLS)
         names = ["ignore" if label == IGNORE_CLS else class_names[label - 1] for label in labels[shown]]
-        drawn.append(draw_detections(Image.fromarray(picture), rows[shown][:, [1, 0, 3, 2]], names, colors=colors))
+        image = Image.fromarray(picture)
+        factor = cell_px / image.width  # resized before drawing, so that labels can be read
+        image = image.resize((cell_px, round(image.height * factor)), Image.Resampling.BILINEAR)
+        drawn.append(draw_detections(image, rows[shown][:, [1, 0, 3, 2]] * factor, names, colors=colors))
     height, width = images.shape[-2:]
     columns = min(4, len(drawn))
     return make_contact_sheet(drawn, columns, (cell_px, round(cell_px * height / width)))

@@ -75,6 +75,7 @@ class Heartbeat(threading.Thread):
         self.join(timeout=1.0)
 
     def run(self) -> None:
+        """Beat and listen until `end` is called; the thread's body."""
         beats = 0
         try:
             while not self._ended.wait(min(self.limit_s / 5, 10.0)):

@@ -47,8 +47,10 @@ def load_pretrained(
         url: an http(s) address, kept in torch.hub's cache and checked against the hash in its name, or a local path.
         filter_fn: changes the state dict before it is fitted, for example to drop a head.
         strict: refuse weights that do not fit in every name and shape; otherwise load those that do and log the others.
+
     Returns:
         What was loaded and what was not; None for an empty `url` (no published weights), which is logged as a warning.
+
     Raises:
         CheckpointError: not downloadable, damaged, or not fitting; the text names the place to put the file by hand.
     """
@@ -82,8 +84,10 @@ def load_checkpoint(
             trained ones.
         device: where the file's tensors go before they are copied into the model.
         strict: as in `load_pretrained`.
+
     Returns:
         What was loaded and what was not.
+
     Raises:
         CheckpointError: unreadable, without the weights asked for, or not fitting.
     """

@@ -38,6 +38,7 @@ class LiveLineHandler(logging.StreamHandler):
         self._drawn_at = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Redraw the live line, or write another record above it."""
         live = getattr(record.msg, "live", None)
         if live is None:
             self._write(_CLEAR)
@@ -69,6 +70,7 @@ class LiveLineHandler(logging.StreamHandler):
             self._write(_CLEAR)
 
     def close(self) -> None:
+        """Leave the last line standing."""
         self.end_line()
         super().close()
 

@@ -214,8 +214,10 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 class IntervalLine(str):
-    """The training line of one log interval, with its main numbers by name in `values`, and what a terminal shows
-    instead of it in `live` (live_line.py)."""
+    """The training line of one log interval, with its main numbers by name in `values`.
+
+    `live` is what a terminal shows instead of it (live_line.py).
+    """
 
     values: dict[str, float]
     live: dict[str, Any]

@@ -87,7 +87,12 @@ def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int
     """Compute `focal_loss_sum` from one-hot targets by autograd: the same number, in more memory and time.
 
     Args:
-        logits, class_targets, num_classes, alpha, gamma, label_smoothing: as for `focal_loss_sum`.
+        logits: as for `focal_loss_sum`, like the next five.
+        class_targets: see there.
+        num_classes: K.
+        alpha: see there.
+        gamma: see there.
+        label_smoothing: see there.
         one_hot: maps int32 [B, n] and K to float32 [B, n, K], all zero for a negative index; default is this module's.
     """
     flat = class_targets.flatten(1)

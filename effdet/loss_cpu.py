@@ -26,7 +26,9 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
         logits: [B, A * K, height, width], any float dtype.
         class_targets: int64 [B, height, width, A]: 0..K-1, -1 background, -2 left out.
         num_classes: K.
-        alpha, gamma, smoothing: of the focal loss; gamma above 0.
+        alpha: weight of the positives, 0..1.
+        gamma: focusing exponent, above 0.
+        smoothing: label smoothing, 0..1.
         with_gradient: whether the gradient is wanted.
         gradient_dtype: its dtype.
 

@@ -76,8 +76,9 @@ class MetricsLog:
         """Write one line; it is on disk when this returns.
 
         Args:
-            kind, values: see the module's docstring.
+            kind: see the module's docstring.
             epoch: from 0.
+            values: see the module's docstring.
         """
         step = self.global_step()
         row = {"kind": kind, "epoch": epoch, "global_step": step, **{key: _finite(v) for key, v in values.items()}}

@@ -151,8 +151,11 @@ def npu_nms(operator: Callable[..., tuple[Tensor, ...]], num_classes: int, boxes
     Args:
         operator: torch_npu's npu_batch_nms, or a function like it.
         num_classes: K.
-        boxes_xyxy, scores, classes, iou_threshold: as for `batched_nms`.
+        boxes_xyxy: as for `batched_nms`.
+        scores: see there.
+        classes: see there.
         max_det: 1..1000, the operator's limit.
+        iou_threshold: see `batched_nms`.
 
     Returns:
         boxes [B, max_det, 4], scores [B, max_det], class_idx [B, max_det]; where fewer boxes were left the score is -1.

@@ -33,7 +33,8 @@ def write_postmortem(folder: Path, run: Any, images: Tensor, target: dict[str, A
     Args:
         folder: the run's.
         run: the engine's Training.
-        images, target: the batch, as the model got it.
+        images: the batch, as the model got it.
+        target: the same.
         image_ids: ids in the annotation file of its pictures.
 
     Returns:

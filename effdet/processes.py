@@ -117,11 +117,13 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
     Args:
         module: its dotted name.
         description: one sentence.
-        example: arguments of a typical call.
+        example: arguments of a typical call; several, one a line.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     program = f"python -m {module}"
-    return argparse.ArgumentParser(prog=program, description=description, epilog=f"example: {program} {example}")
+    examples = "\n".join(f"  {program} {arguments}" for arguments in example.splitlines())
+    return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_ema_argument(parser: argparse.ArgumentParser) -> None:

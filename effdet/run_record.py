@@ -1,7 +1,7 @@
-"""What a training run leaves behind and shows beside its checkpoints: metrics, TensorBoard, report, first batch, live
-line, and the summaries at its start and end.
+"""What a training run leaves behind and shows beside its checkpoints.
 
-All of it happens on rank 0, and none of it reads the device, but for the first batch, once.
+That is: metrics, TensorBoard, the report, the first batch, the live line, and the summaries at its start and end. All
+of it happens on rank 0, and none of it reads the device, but for the first batch, once.
 """
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from . import distributed, live_line, metrics_log, report
 from .config.schema import RunConfig
 from .engine import EpochStats, Progress, Training
 from .evaluator import CocoEvaluator
-from .report_pictures import BATCH_NAME, draw_batch
+from .gallery import draw_training_batch
+from .report_pictures import BATCH_NAME
 from .run_summary import describe_start, next_commands
 
 _logger = logging.getLogger("effdet.train")
@@ -109,8 +110,8 @@ class _FirstBatch:
 
     def _draw(self, images: Any, target: Any) -> None:
         try:
-            sheet = draw_batch(images, target, self.loader.mean, self.loader.std,
-                               self.dataset.parser.category_map.class_names)
+            sheet = draw_training_batch(images, target, self.dataset.parser.category_map.class_names,
+                                        self.loader.mean, self.loader.std, num_pictures=8)
             sheet.save(self.path, quality=85)
         except Exception as error:  # a picture for the eye is no reason to end a run
             _logger.warning("the first training batch could not be drawn (%s: %s)", type(error).__name__, error)

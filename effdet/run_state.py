@@ -84,6 +84,13 @@ def find_checkpoint(folder: Path, otherwise: str = "") -> str:
 def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: list[int], eval_only: bool) -> None:
     """Refuse to continue another model's run, or at another input size; classes are checked with the data.
 
+    Args:
+        payload: the loaded checkpoint.
+        source: its path, for the message.
+        arch: name of the model that this run trains.
+        image_size: its input height and width.
+        eval_only: allow another input size.
+
     Raises:
         CheckpointError: names both sides.
     """

@@ -18,8 +18,7 @@ _NAMES_SHOWN = 8
 
 @torch.no_grad()
 def count_macs(model: nn.Module, image_size: Sequence[int]) -> int:
-    """Count the multiplications with an addition that a network takes for one picture, in convolutions and linear
-    layers.
+    """Count the multiply-accumulates of a network's convolutions and linear layers for one picture.
 
     It runs on a copy without memory (torch's meta device), so it costs milliseconds for any size, and the weights are
     not touched.
@@ -55,12 +54,14 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
     Args:
         cfg: the resolved settings.
         model: the network.
-        train_set, val_set: data sets with a `parser`.
+        train_set: a data set with a `parser`.
+        val_set: likewise.
         device: what it is called.
         world: processes.
-        channels_last, precision: chosen for the device.
+        channels_last: as chosen for the device.
         epochs: in all, with the cooldown.
         steps_per_epoch: batches.
+        precision: as chosen for the device.
         folder: the run's.
     """
     config = model.config

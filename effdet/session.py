@@ -125,6 +125,7 @@ class Session:
                              "--max-steps, or --eval-only to evaluate.")
 
     def log_start(self) -> None:
+        """Choose the device's settings and log them, and where the run takes place."""
         lines = device_layer.tune(self.device)
         if self.cfg.run.deterministic:
             lines += device_layer.make_deterministic(self.device)
@@ -139,6 +140,7 @@ class Session:
                      self.batch_size or auto_batch.AUTO, self.workers, self.output_dir)
 
     def build_data(self, stored: dict[str, Any] | None) -> None:
+        """Open both splits and agree on the classes; `stored` is a checkpoint's category map."""
         cfg = self.cfg
         self.train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
         self.bad_pictures = BadPictureWatch(self.train_set, "training")
@@ -182,6 +184,7 @@ class Session:
         return auto_batch.Step(model, ema, precision, optimizer, bench)
 
     def build_training(self, payload: dict[str, Any]) -> None:
+        """Build network, average, optimizer, benches, schedule; `payload` is the checkpoint to go on from, or empty."""
         cfg, device = self.cfg, self.device
         model, ema, precision, optimizer, bench = self.build_step(payload)
         self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
@@ -204,6 +207,7 @@ class Session:
             steps_per_epoch * self.epochs, cfg.run.max_steps, cfg.run.max_skipped)
 
     def build_loaders(self, model_config: Any) -> None:
+        """Make the loaders of both splits and the evaluator."""
         cfg = self.cfg
         check_shared_memory(distributed.local_world_size(), self.workers, self.batch_size, model_config.image_size)
         if cfg.run.overfit:  # no augmentation: pictures as the evaluation sees them
@@ -349,6 +353,7 @@ class Session:
                     distributed.distribute_bn(model, self.cfg.dist.dist_bn)
 
     def evaluate(self, epoch: int) -> float:
+        """Evaluate the averaged weights, or the trained ones where there is no average; return COCO's AP, 0..1."""
         training = self.training
         if training.ema is not None and training.ema.updates > 0 and training.ema.is_cold():
             _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "

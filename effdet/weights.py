@@ -41,8 +41,10 @@ def extract_state_dict(payload: Mapping[str, Any], use_ema: bool | None = False)
     Args:
         payload: what `load_checkpoint_file` returned: a trainer's checkpoint, or the weights themselves.
         use_ema: False for the trained weights, True for the averaged ones, None for the averaged ones if there are any.
+
     Returns:
         name -> tensor, without the prefixes "module.", "_orig_mod." and "model.", without a bench's anchors.
+
     Raises:
         CheckpointError: the kind asked for is not there; says what is.
     """
@@ -110,8 +112,10 @@ def load_state_dict_report(model: nn.Module, state_dict: Mapping[str, torch.Tens
         model: the model, on any device; changed in place.
         state_dict: name -> tensor.
         strict: refuse any difference before anything is copied; if False load every tensor that fits.
+
     Returns:
         The report; `complete` under strict.
+
     Raises:
         CheckpointError: strict and something differs, or nothing at all fits; counts, first names and the remedy.
     """

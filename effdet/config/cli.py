@@ -6,6 +6,7 @@ in REFUSED, each with what to do instead.
 import argparse
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
@@ -79,22 +80,37 @@ def _off_spellings(option: Option) -> tuple[str, ...]:
     return made + option.item.metadata["off"]
 
 
-def _help_text(option: Option) -> str:
-    meta, default = option.item.metadata, option.default
+def default_text(option: Option) -> str:
+    """Return the default of a field in the words of the help."""
+    default = option.default
     if default is None:
-        shown = meta["none"]
-    elif isinstance(default, list):
-        shown = ",".join(map(str, default)) or "none"
-    else:
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default) or "none"
+        return option.item.metadata["none"]
+    if isinstance(default, list):
+        return ",".join(map(str, default)) or "none"
+    return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default) or "none"
+
+
+def value_text(option: Option) -> str:
+    """Return the placeholder of a field's value; empty for a flag that takes none."""
+    meta = option.item.metadata
+    if option.kinds == (bool,):
+        return ""
+    words = "|".join(word or "''" for word in meta["choices"])
+    return meta["metavar"] or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
+
+
+def _help_text(option: Option) -> str:
+    meta = option.item.metadata
     limits = "" if meta["choices"] else range_text(option.item)
-    return f"{meta['text']}{f' [{limits}]' if limits else ''} (default: {shown})".replace("%", "%%")
+    return f"{meta['text']}{f' [{limits}]' if limits else ''} (default: {default_text(option)})".replace("%", "%%")
 
 
-def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
-    """Generate the parser of one script: a group per section, a flag per field."""
-    parser = _Parser(prog=prog, description=what, allow_abbrev=False,
-                     usage=f"{prog} [-c FILE.yaml] [--flag value ...] [section.field=value ...]{positional}")
+def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser:
+    """Generate the parser of one script: a group per section, a flag per field; `about` heads and ends the help."""
+    what, _, examples = about.strip().partition("\n\n")
+    parser = _Parser(prog=prog, description=textwrap.fill(what, 78), epilog=examples, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     usage=f"{prog} [-c FILE] [--flag value ...] [section.field=value ...]{positional}")
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE",
                         help="YAML file with the settings that differ from the defaults; give it again for more files, "
                              "the later one wins")
@@ -105,10 +121,10 @@ def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
         section = key.partition(".")[0]
         if section not in groups:
             section_type = typing.get_type_hints(root)[section]
-            groups[section] = parser.add_argument_group(section, section_type.__doc__)
+            groups[section] = parser.add_argument_group(section, textwrap.fill(section_type.__doc__, 76))
         flags, meta = list(flags_of(option.item)), option.item.metadata
         if positional and key == "run.images":
-            parser.description += f" The arguments: {meta['text']}."
+            parser.description += "\n" + textwrap.fill(f"The arguments: {meta['text']}.", 78)
             continue
         if not flags:
             plain.setdefault(section, []).append(f"{key}: {_help_text(option)}")
@@ -118,12 +134,12 @@ def _build_parser(root: type, prog: str, what: str, positional: str) -> _Parser:
             off = _off_spellings(option)
             groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
         else:
-            words = "|".join(word or "''" for word in meta["choices"])
-            metavar = meta["metavar"] or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
             extra = {"nargs": "?", "const": meta["bare"]} if meta["bare"] else {}
-            groups[section].add_argument(*flags, metavar=metavar, **extra, **common)
+            groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
     for section, lines in plain.items():
-        groups[section].description += " Without a flag, only in YAML or as section.field=value: " + ". ".join(lines)
+        wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
+        wrapped.insert(0, "\nWithout a flag, only in YAML or as section.field=value:")
+        groups[section].description += "\n".join(wrapped)
     return parser
 
 
@@ -187,10 +203,10 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
         raise ConfigError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), known)}")
 
 
-def _parse(root: type[_ConfigT], prog: str, what: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
+def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
     options = list_options(root)
-    parser = _build_parser(root, prog, what, " [IMAGE|FOLDER|GLOB ...]" if images else "")
+    parser = _build_parser(root, prog, about, "\n               [PICTURE ...]" if images else "")
     namespace, extras = parser.parse_known_args(_prepare_argv(sys.argv[1:] if argv is None else argv, options))
     try:
         _refuse_unknown(extras, parser)
@@ -208,11 +224,12 @@ def _parse(root: type[_ConfigT], prog: str, what: str, argv: Sequence[str] | Non
         parser.error(str(error))
 
 
-def parse_train_args(argv: Sequence[str] | None = None) -> RunConfig:
+def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunConfig:
     """Parse the command line of train.py.
 
     Args:
         argv: the arguments without the program's name; None: those of the process.
+        about: text of --help: what the script does, then, after an empty line, examples.
 
     Returns:
         The resolved and checked config.
@@ -220,7 +237,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> RunConfig:
     Raises:
         SystemExit: status 2 after one line on standard error when something is wrong; status 0 after --help.
     """
-    return _parse(RunConfig, "train.py", "Train a detector on data in COCO format.", argv)
+    return _parse(RunConfig, "train.py", about, argv)
 
 
 def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
@@ -234,11 +251,11 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
                   [*words, "--check"])
 
 
-def parse_validate_args(argv: Sequence[str] | None = None) -> ValidateConfig:
+def parse_validate_args(argv: Sequence[str] | None = None, about: str = "") -> ValidateConfig:
     """Parse the command line of validate.py; see `parse_train_args`."""
-    return _parse(ValidateConfig, "validate.py", "Evaluate a detector on data in COCO format.", argv)
+    return _parse(ValidateConfig, "validate.py", about, argv)
 
 
-def parse_demo_args(argv: Sequence[str] | None = None) -> DemoConfig:
+def parse_demo_args(argv: Sequence[str] | None = None, about: str = "") -> DemoConfig:
     """Parse the command line of demo.py, whose positional arguments become `run.images`; see `parse_train_args`."""
-    return _parse(DemoConfig, "demo.py", "Draw a detector's boxes into pictures.", argv, images=True)
+    return _parse(DemoConfig, "demo.py", about, argv, images=True)

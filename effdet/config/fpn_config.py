@@ -38,6 +38,11 @@ class _Layout:
 def bifpn_config(min_level: int, max_level: int, weight_method: str | None = None) -> DictConfig:
     """Lay out a BiFPN cell: a top-down path, then a bottom-up path that also sees the cell's inputs.
 
+    Args:
+        min_level: level of the finest feature map, whose stride is 2**min_level.
+        max_level: level of the coarsest.
+        weight_method: how a node weighs its inputs: 'attn', 'fastattn' or 'sum'; None is 'fastattn'.
+
     Source: EfficientDet, https://arxiv.org/abs/1911.09070, section 3.2 and figure 2d.
     """
     layout = _Layout(min_level, max_level, weight_method)

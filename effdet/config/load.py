@@ -159,7 +159,9 @@ def split_over_devices(total: int, devices: int, what: str = "batch size", zero_
     """Split a global count evenly.
 
     Args:
-        total: the count over all devices. devices: at least 1. what: its name in the message.
+        total: the count over all devices.
+        devices: at least 1.
+        what: its name in the message.
         zero_ok: allow a total of 0 (as for loader processes).
 
     Returns:

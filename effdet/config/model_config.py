@@ -198,6 +198,12 @@ def get_efficientdet_config(model_name: str = "tf_efficientdet_d1") -> DictConfi
     return config
 
 
+def published_model_name(file_name: str) -> str | None:
+    """Return the model whose published weights have this file name; None for any other name."""
+    urls = {row["name"]: row.get("url") or "" for row in efficientdet_model_param_dict.values()}
+    return next((name for name, url in urls.items() if url and url.rpartition("/")[2] == file_name), None)
+
+
 def model_config_to_plain(config: DictConfig) -> dict[str, Any]:
     """Return a model config as plain dicts, lists and numbers, for a checkpoint."""
     return OmegaConf.to_container(config, resolve=True)

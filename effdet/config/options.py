@@ -19,6 +19,7 @@ class Option:
 
     @property
     def type_name(self) -> str:
+        """The allowed types in words, for messages."""
         if self.is_list:
             return {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}[self.kinds[0]]
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -26,11 +27,13 @@ class Option:
 
     @property
     def default(self) -> Any:
+        """The value when nobody sets the field; a list is a new one each time."""
         factory = self.item.default_factory
         return self.item.default if factory is dataclasses.MISSING else factory()
 
 
 def flatten_type(hint: Any) -> list[Any]:
+    """Return the members of a union of types, however nested; any other hint alone."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return [part for one in typing.get_args(hint) for part in flatten_type(one)] if union else [hint]
 

@@ -29,7 +29,10 @@ def setting(
             empty: no flag, only YAML and `section.field=value`.
         off: extra spellings that switch a boolean off, beside `--no-...` of each spelling in `flags`.
         none: what the value None stands for, shown as the default in the help.
-        low, high: inclusive bounds. above, below: exclusive bounds. They hold for each element of a list.
+        low: inclusive lower bound; all bounds hold for each element of a list.
+        high: inclusive upper bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
         choices: the allowed words.
         bare: value meant by the flag without an argument; None: the flag needs its argument.
         metavar: placeholder of the value in the help.
@@ -293,7 +296,7 @@ class DistConfig(EvalDistConfig):
 class _BaseRunConfig:
     """Say where every script runs."""
 
-    device: str = setting("auto", "kind of device: auto, cpu, or another name the device layer knows")
+    device: str = setting("auto", "kind of device: auto (the best there is), cpu, or torch's name of an accelerator")
     batch_size: int = setting(32, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
 
 
@@ -372,7 +375,7 @@ class DemoRunSectionConfig(_PredictRunConfig):
     batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
     images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
                                 flags=())
-    checkpoint: str = setting("", "weights to use; empty: the newest under output/", metavar="PATH")
+    checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
     output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
 

@@ -215,6 +215,7 @@ class AutoAugment:
         self.steps = POLICIES[policy]
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Any, Target]:
+        """Apply the steps of one sub-policy, drawn at random."""
         for step in random.choice(self.steps):
             img, target = run_step(step, img, target)
         return img, target
@@ -232,6 +233,7 @@ class ColorJitter:
         self.strength = strength
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        """Change brightness, contrast and saturation in an order drawn at random; boxes stay as they are."""
         for name in random.sample(("Brightness", "Contrast", "Color"), 3):
             img = _ENHANCERS[name](img).enhance(random.uniform(max(0, 1 - self.strength), 1 + self.strength))
         return img, target

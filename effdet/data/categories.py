@@ -66,16 +66,14 @@ class CategoryMap:
 
     @classmethod
     def from_categories(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | None = None) -> "CategoryMap":
-        """Make a map from the `categories` list of a COCO json: dense, or id-indexed with `num_classes` classes when
-        that is given."""
+        """Make a map from the `categories` list of a COCO json: dense, or id-indexed when `num_classes` is given."""
         rows = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in categories)
         ids, names = tuple(i for i, _ in rows), tuple(n for _, n in rows)
         return cls(ids, names, len(ids) if num_classes is None else num_classes, id_indexed=num_classes is not None)
 
     @cached_property
     def idx_to_id(self) -> np.ndarray:
-        """int64 [C]: the category id of each class index (a class without a category in an id-indexed map has id idx
-        + 1)."""
+        """int64 [C]: the category id of each class index; idx + 1 for a class without a category (id-indexed map)."""
         return np.arange(1, self.num_classes + 1) if self.id_indexed else np.array(self.ids, dtype=np.int64)
 
     @cached_property
@@ -107,7 +105,11 @@ class CategoryMap:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "CategoryMap":
-        """Rebuild a map from `to_dict`'s result."""
+        """Rebuild a map from `to_dict`'s result.
+
+        Raises:
+            ValueError: a part is missing, or the parts do not fit together.
+        """
         missing = [k for k in ("ids", "names", "num_classes") if k not in state]
         if missing:
             raise ValueError(f"not a stored category map: {missing} missing, keys are {sorted(state)}")

@@ -55,6 +55,7 @@ class SplitFacts:
 
     @property
     def reached_share(self) -> float:
+        """Share of the boxes tested that an anchor reaches."""
         return float(self.reached.sum() / max(1, self.tested.sum()))
 
     @property
@@ -86,9 +87,11 @@ class DataFacts:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, level: str, text: str) -> None:
+        """Add a finding."""
         self.findings.append(Finding(level, text))
 
     def split(self, name: str) -> SplitFacts | None:
+        """Return the facts of a split by its name, or None."""
         return next((split for split in self.splits if split.name == name), None)
 
 

@@ -248,8 +248,11 @@ class CocoParser:
                 "category_id": self._category_ids[rows], "crowd": self._is_crowd[rows]}
 
     def check_files(self, img_dir: str | Path) -> None:
-        """Check once that every image is in `img_dir`, unless that was done when the json was read. Raises
-        DatasetError."""
+        """Check once that every image is in `img_dir`, unless that was done when the json was read.
+
+        Raises:
+            DatasetError: pictures are missing; names them.
+        """
         if not self._files_checked:
             check_files(self.img_infos, Path(img_dir), self.report)
             self.report.raise_if_errors()
@@ -298,8 +301,7 @@ class CocoParser:
 
     @property
     def coco(self) -> Any:
-        """The file as a pycocotools COCO object, polygons included; read on first use and not carried to other
-        processes."""
+        """The file as a pycocotools COCO object with polygons; read on first use, not carried to other processes."""
         if self._coco is None:
             from pycocotools.coco import COCO
 

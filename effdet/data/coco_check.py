@@ -145,8 +145,14 @@ def _fill_size(info: dict[str, Any], img_dir: Path | None, report: DatasetReport
 
 
 def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetReport) -> set:
-    """Look for every image's file, listing each directory once, and add those missing to the report. Returns the ids
-    of the missing. Raises DatasetError for a directory that may not be read."""
+    """Look for every image's file, listing each directory once, and add those missing to the report.
+
+    Returns:
+        The ids of the missing.
+
+    Raises:
+        DatasetError: a directory may not be read.
+    """
     listings: dict[str, set[str]] = {}
     missing = set()
     for info in infos:
@@ -235,8 +241,11 @@ def _check_boxes(
     report: DatasetReport,
     keep_crowd: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the boxes [n, 4] into kinds, each into the first that fits. Returns them clipped, yxyx, and which ones to
-    keep."""
+    """Sort the boxes [n, 4] into kinds, each into the first that fits.
+
+    Returns:
+        The boxes clipped, yxyx, and which ones to keep, bool [n].
+    """
     sizes = np.array([(i["width"], i["height"]) for i in infos], dtype=np.float64).reshape(-1, 2)
     width, height = sizes[image].T if len(image) else (np.zeros(0), np.zeros(0))
     with np.errstate(invalid="ignore", over="ignore"):

@@ -50,6 +50,7 @@ class DetectionFastCollate:
         self.anchor_labeler = anchor_labeler
 
     def __call__(self, batch: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Stack samples (picture, target) to a batch: images [B, C, H, W], and a tensor [B, ...] for each key."""
         images = _stack_images([sample[0] for sample in batch])
         target = {}
         for key in batch[0][1]:

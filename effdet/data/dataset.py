@@ -50,7 +50,7 @@ def _seeded(numbers: tuple[int, ...], standard_only: bool = False) -> Iterator[N
 
 
 class DetectionDatset(data.Dataset):
-    """Serve pictures with their boxes. (The spelling is effdet's.)
+    """Serve pictures with their boxes; the spelling is effdet's.
 
     An item is (picture, target): an RGB Pillow picture, or what the transform made of it, and a dict with `img_idx`
     (the dataset index), `img_size` (original width, height in pixels) and, with labels, `bbox` float32 [n, 4] yxyx
@@ -148,8 +148,7 @@ class DetectionDatset(data.Dataset):
         self._transform = transform
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentations come next, in this process and in running workers. The training
-        sampler calls it."""
+        """Choose the epoch whose augmentations come next, here and in running workers; the sampler calls it."""
         self._epoch.fill_(epoch)
 
 

@@ -16,8 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str) -> CocoParserCfg:
-    """Small images are left out of training, as in effdet; evaluation keeps every image, or it would score another
-    data set."""
+    """Make the parser's settings for one split of a COCO data set.
+
+    Small images are left out of training, as in effdet; evaluation keeps all, or it would score another data set.
+    """
     return CocoParserCfg(
         ann_filename=str(ann_path),
         img_dir=img_dir,

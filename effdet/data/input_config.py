@@ -19,10 +19,10 @@ def _channels(values: Sequence[float], name: str) -> tuple[float, ...]:
 def resolve_input_config(
     args: Mapping[str, Any] | Namespace, model_config: Mapping[str, Any] | None = None, model: Any = None
 ) -> dict[str, Any]:
-    """Choose input size, interpolation, mean, std and fill colour: what `args` gives, else the model's config, else
-    the default.
+    """Choose input size, interpolation, mean, std and fill colour.
 
-    The size comes from the model alone, because the model is built for it.
+    What `args` gives comes first, then the model's config, then the default. The size comes from the model alone,
+    because the model is built for it.
 
     Args:
         args: options; read are interpolation, mean, std and fill_color, where present and not None.

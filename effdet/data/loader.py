@@ -179,8 +179,13 @@ def create_loader(
         is_training: training transform, shuffling and equal shares for all processes.
         use_prefetcher: True: batches arrive on `device`, normalised there. False: on the host, as the transform and
             collate made them; the default transforms then normalise in the workers.
-        re_prob, re_mode, re_count: random erasing in training, with the prefetcher.
-        interpolation, fill_color, mean, std: for the default transforms and the normalisation.
+        re_prob: random erasing in training, with the prefetcher: probability, 0..1.
+        re_mode: what fills an area: 'const', 'rand' or 'pixel'.
+        re_count: most areas in a picture.
+        interpolation: of the default transforms.
+        fill_color: of the padding: 'mean', or RGB 0..255.
+        mean: of the pixels, 0..1 a channel, for the normalisation.
+        std: of the pixels.
         num_workers: loading processes; 0 loads in this one.
         distributed: take rank and world size from the process group.
         pin_mem: page-lock host batches, where the device gains from it.
@@ -195,9 +200,11 @@ def create_loader(
         persistent_workers: keep workers between passes; default when there are any.
         seed: of the shuffling and of the augmentations, the same on all ranks; None leaves augmentations to the
             global generators.
-        channels_last, dtype: of the images, with the prefetcher.
+        channels_last: memory layout of the images, with the prefetcher.
+        dtype: of the images, with the prefetcher.
         sampler: instead of ours; it alone then decides order and shares.
-        rank, world_size: instead of the process group's.
+        rank: instead of the process group's.
+        world_size: the same.
         max_instances: fixed number of target slots, see `DetectionFastCollate`.
         multiprocessing_context: how workers start: 'fork', 'spawn', 'forkserver' or None for the default.
         multi_scale: in training, sizes (height, width) in pixels; each batch has one of them, see `multi_scale.py`.

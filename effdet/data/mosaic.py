@@ -60,6 +60,7 @@ class MosaicMixup:
         self.resize.set_size(size_hw)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
+        """Map a picture and its target to the network's input size, alone or together with others."""
         first = self.before(img, target)
         if random.random() < self.mosaic:
             pixels, target = self._put_together([first, *(self._read_another() for _ in range(3))])

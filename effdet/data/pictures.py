@@ -25,7 +25,8 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
 
     Args:
         path: the file.
-        width, height: the size the json gives, in pixels; None skips the check.
+        width: in pixels, as the json says; None skips the check.
+        height: the same.
 
     Returns:
         A loaded Pillow picture in mode RGB.

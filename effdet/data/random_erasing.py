@@ -19,8 +19,7 @@ def _get_pixels(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Make what replaces a patch of `patch_size` (C, h, w): noise per pixel, one random colour, or zeros (the mean
-    colour)."""
+    """Make what replaces a patch of `patch_size` (C, h, w): noise per pixel, one random colour, or 0 (the mean)."""
     shape = patch_size if per_pixel else (patch_size[0], 1, 1)
     if per_pixel or rand_color:
         return torch.randn(shape, dtype=dtype, device=device)

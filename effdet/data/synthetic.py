@@ -267,11 +267,15 @@ def _write_split(out_dir: Path, split: str, count: int, seed: int) -> dict:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description="Make the embedded data set in COCO's layout.")
+    parser = argparse.ArgumentParser(
+        prog="python -m effdet.data.synthetic", description="Make the embedded data set in COCO's layout.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Examples:\n  python -m effdet.data.synthetic --out data/synthetic\n"
+               "  python -m effdet.data.synthetic --out tiny --num-train 12 --num-val 4")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-train", type=int, default=400, metavar="N", help="pictures for training")
-    parser.add_argument("--num-val", type=int, default=100, metavar="N", help="pictures for validation")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another set of pictures (default 0)")
+    parser.add_argument("--num-train", type=int, default=400, metavar="N", help="pictures for training (default 400)")
+    parser.add_argument("--num-val", type=int, default=100, metavar="N", help="pictures for validation (default 100)")
     options = parser.parse_args(arguments)
     make_synthetic_dataset(options.out, options.seed, options.num_train, options.num_val)
 

@@ -98,6 +98,10 @@ def make_colours(kind: str, behind: np.ndarray, rng: np.random.Generator) -> tup
     Args:
         kind: one of KINDS.
         behind: mean colour [3] of what the object will cover, 0..1.
+        rng: draws the colours.
+
+    Returns:
+        Two colours [3], 0..1.
     """
     def draw(usual_hue: float | None) -> np.ndarray:
         hues = [rng.random() if usual_hue is None else (usual_hue + rng.normal(0, 0.035)) % 1 for _ in range(4)]

@@ -16,11 +16,14 @@ _logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.data.to_coco", __doc__.partition(";")[0] + ".", "voc2012 VOCdevkit --out DIR")
+    parser = make_tool_parser("effdet.data.to_coco",
+                              "Write another data set's annotations as COCO json.",
+                              "voc2012 VOCdevkit --out DIR")
     parser.add_argument("name", help="voc2007, voc2012, voc0712, openimages or openimages-challenge2019")
     parser.add_argument("root", help="the data set's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for SPLIT.json")
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT")
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT",
+                        help="parts of the data set (default: train val)")
     args = parser.parse_args(arguments)
     with one_line_errors("effdet.data.to_coco"):
         out = Path(args.out)

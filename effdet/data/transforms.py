@@ -115,6 +115,7 @@ class ResizePad:
         _pil_interp(self.interpolation)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        """Return the letterboxed picture and its target, boxes moved."""
         width, height = img.size
         scale = min(self.target_size[0] / height, self.target_size[1] / width)
         scaled_h, scaled_w = scaled_size(img, scale)
@@ -153,6 +154,7 @@ class RandomResizePad:
         return out
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Any, Target]:
+        """Return the picture at a random size and its target, boxes moved and clipped."""
         width, height = img.size
         target_h, target_w = self.target_size
         factor = random.uniform(*self.scale)
@@ -203,6 +205,7 @@ class RandomFlip:
         self.prob = prob
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        """Return the picture and its target, both mirrored or neither."""
         flip_x = self.horizontal and random.random() < self.prob
         flip_y = self.vertical and random.random() < self.prob
         width, height = img.size
@@ -224,6 +227,7 @@ class ImageToNumpy:
     """Turn the picture into uint8 numpy [C, H, W]."""
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
+        """Return the pixels and the target as it is."""
         pixels = np.array(img, dtype=np.uint8)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
@@ -237,6 +241,7 @@ class ImageToTensor:
         self.dtype = dtype
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[torch.Tensor, Target]:
+        """Return the pixels and the target as it is."""
         pixels, target = ImageToNumpy()(img, target)
         return torch.from_numpy(pixels).to(self.dtype), target
 
@@ -249,6 +254,7 @@ class Normalize:
         self.std = torch.tensor([255 * x for x in std], dtype=torch.float32).view(-1, 1, 1)
 
     def __call__(self, img: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
+        """Return the normalised picture and the target as it is."""
         return img.float().sub(self.mean).div(self.std), target
 
 
@@ -281,6 +287,7 @@ class Compose:
                 transform.set_size(size_hw)
 
     def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
+        """Return what the last transform makes of picture and target."""
         for transform in self.transforms:
             img, target = transform(img, target)
         return img, target
@@ -303,7 +310,11 @@ def transforms_coco_eval(
 
     Args:
         img_size: output size in pixels, an int or (height, width).
+        interpolation: as ResizePad's.
         use_prefetcher: True ends in uint8 numpy [3, H, W]; False in a normalised float32 tensor.
+        fill_color: of the padding: 'mean', or RGB 0..255.
+        mean: of the pixels, 0..1 a channel.
+        std: of the pixels.
 
     Returns:
         A callable (picture, target) -> (picture, target).
@@ -324,10 +335,15 @@ def transforms_coco_train(
     hflip: float = 0.5,
     before: Sequence[Callable] = (),
 ) -> Compose:
-    """Make the training transform: horizontal flip, then scale jitter with a random crop. The first arguments are
-    transforms_coco_eval's.
+    """Make the training transform: horizontal flip, then scale jitter with a random crop.
 
     Args:
+        img_size: as for `transforms_coco_eval`, like the next five.
+        interpolation: as RandomResizePad's.
+        use_prefetcher: see there.
+        fill_color: see there.
+        mean: see there.
+        std: see there.
         scale: range of the scale jitter relative to the letterbox fit.
         hflip: probability of the flip.
         before: transforms (Pillow picture, target) -> (Pillow picture, target) of the picture as it was read.

@@ -94,6 +94,7 @@ class UserTransform:
         return UserTransform, (self.transform,)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+        """Run it on a picture and its target; ValueError when what comes back cannot be trained on."""
         result = self._run_pipeline(img, target) if self.is_pipeline else self.transform(img, target)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             raise ValueError(f"transform {self} returned {type(result).__name__}; needed is (picture, target)")

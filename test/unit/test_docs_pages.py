@@ -10,11 +10,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import demo
 import validate
-from effdet import metrics_log
+from effdet import create_model, metrics_log
 from effdet.checkpoint import load_checkpoint_file
 from effdet.export import FORMATS
 
@@ -65,13 +66,17 @@ def test_the_python_of_the_prediction_page(folder, capsys):
 
 
 def test_the_commands_of_the_prediction_page(folder):
+    published = create_model("tf_efficientdet_d0", pretrained_backbone=False).state_dict()  # not the real weights
+    for name in ("tf_efficientdet_d0_34-f153e0cf.pth", "weights.pth"):
+        torch.save(published, name)
     lines = "".join(blocks("predict.md", "bash")).splitlines()
     for line in lines:
         run_line(line)
-    assert len(lines) == 7 and len(list((folder / "output" / "demo").glob("?.png"))) == 2
+    assert len(lines) == 9 and len(list((folder / "output" / "demo").glob("?.png"))) == 2
     assert load_checkpoint_file("average.pth.tar")["averaged_from"] == ["checkpoint-1.pth.tar"]
     assert load_checkpoint_file("detector.pth")["category_map"]["names"] == ["ball", "box", "star"]
     assert len(list(folder.glob("published-*.pth"))) == 1
+    assert load_checkpoint_file("d0.pth")["category_map"]["names"] == ["ball", "box", "star"]
 
 
 def test_the_reports_page(folder):

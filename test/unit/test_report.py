@@ -22,8 +22,9 @@ from effdet.data.dataset_factory import open_coco
 from effdet.data.synthetic import make_synthetic_dataset
 from effdet.data_statistics import SIZE_EDGES_PX, describe_dataset
 from effdet.evaluator import CocoEvaluator
+from effdet.gallery import draw_training_batch
 from effdet.report import Report, changed_settings
-from effdet.report_pictures import BATCH_NAME, draw_batch
+from effdet.report_pictures import BATCH_NAME
 
 REPO = Path(__file__).resolve().parents[2]
 ODD_NAME = "</script><b>ball & co"  # a class name must stay text
@@ -77,7 +78,7 @@ def page(sets, tmp_path_factory) -> tuple[Path, CocoEvaluator]:
     target = {"bbox": torch.tensor([[[8.0, 8, 40, 40]]] * 4), "cls": torch.ones(4, 1, dtype=torch.int64)}
     mean, std = torch.full((1, 3, 1, 1), 120.0), torch.full((1, 3, 1, 1), 60.0)
     names = val_set.parser.category_map.class_names
-    draw_batch(images, target, mean, std, names).save(folder / BATCH_NAME)
+    draw_training_batch(images, target, names, mean, std).save(folder / BATCH_NAME)
     evaluator = evaluate(val_set)
     cfg = parse_train_args(["--root", "data", "--lr", "0.08"])
     made = Report(folder / report.NAME, "a run", cfg, get_efficientdet_config("tf_efficientdet_d0"), val_set,
