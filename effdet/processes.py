@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -84,6 +85,12 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
 
 
+def _folded(command: str) -> str:
+    """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
+    parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)
+    return "  " + " \\\n      ".join(parts)
+
+
 def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
     """Make the parser of a small command `python -m MODULE`, and send its log lines to the terminal as they are.
 
@@ -94,7 +101,7 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     program = f"python -m {module}"
-    examples = "\n".join(f"  {program} {arguments}" for arguments in example.splitlines())
+    examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
     return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
