@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -111,6 +112,12 @@ def _texts_of(error: BaseException | None) -> str:
     return " ".join(texts)
 
 
+def _folded(command: str) -> str:
+    """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
+    parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)
+    return "  " + " \\\n      ".join(parts)
+
+
 def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
     """Make the parser of a small command `python -m MODULE`, and send its log lines to the terminal as they are.
 
@@ -121,7 +128,7 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     program = f"python -m {module}"
-    examples = "\n".join(f"  {program} {arguments}" for arguments in example.splitlines())
+    examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
     return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 

@@ -111,6 +111,19 @@ def test_flags_of_commands_that_are_not_run_exist(monkeypatch):
     assert checked >= 8
 
 
+@pytest.mark.parametrize(("script", "count"), [("train.py", 7), ("validate.py", 5), ("demo.py", 4)])
+def test_the_examples_of_the_help_are_valid(script, count, monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        SCRIPTS[script].main(["--help"])
+    printed = capsys.readouterr().out
+    examples = re.findall(rf"^  python {script}(.*?)(?:  +\(.*)?$", printed.partition("Examples:")[2], re.MULTILINE)
+    assert len(examples) == count and max(map(len, printed.splitlines())) <= 80
+    for arguments in examples:
+        PARSERS[script](shlex.split(arguments))
+
+
 def test_make_has_the_targets_that_the_pages_name():
     listed = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^([a-z-]+) ", listed, re.MULTILINE))
