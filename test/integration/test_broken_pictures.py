@@ -319,7 +319,7 @@ def encoded() -> list[bytes]:
     return files
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(which=st.integers(0, 5), changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
        length=st.floats(0.02, 1))
 def test_damaged_bytes_give_a_picture_or_the_one_error(which, changes, length, encoded):
