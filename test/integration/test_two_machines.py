@@ -1,7 +1,7 @@
 """A run over two machines, which are network namespaces of this one, and the loss of one of them.
 
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch's launcher: without it (torch 2.13) the machine that stayed does not tell
-one that joins anew where the processes meet, and both give up after a minute.
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch's launcher: without it (torch 2.13) the machine that stayed does not
+tell one that joins anew where the processes meet, and both give up after a minute.
 """
 from __future__ import annotations
 
