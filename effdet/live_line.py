@@ -51,7 +51,9 @@ class LiveLineHandler(logging.StreamHandler):
             self.end_line()
 
     def step(self, **values: Any) -> None:
-        """Move the line on between two records, at most ten times a second; `steps` of a new line must be given."""
+        """Move the line on between two records, at most ten times a second; a new one needs `step` and `steps`."""
+        if not self._values and values["step"] >= values["steps"]:
+            return  # its last record has ended the line
         self._values.update(values)
         if time.monotonic() - self._drawn_at >= _REDRAW_S:
             self._draw()

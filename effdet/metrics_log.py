@@ -15,6 +15,7 @@ be cut, it hides what lies behind (purge_step).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import logging
@@ -118,16 +119,15 @@ def _ends_with_newline(file: Any) -> bool:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl in order, without broken ones; empty where there is no file."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # cut off by a crash
-            if isinstance(row, dict) and "kind" in row and "epoch" in row:
-                rows.append(row)
-    return rows
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # all at once is several times faster than one by one
+    except ValueError:
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut off by a crash
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "kind" in row and "epoch" in row]
 
 
 def drop_from(path: Path, epoch: int, step: int = 0) -> None:

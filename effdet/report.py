@@ -192,9 +192,12 @@ def _thin(values: Sequence[float | None]) -> list[float | None]:
     """Return at most _MOST_POINTS means of neighbours; None where nothing is defined."""
     if len(values) <= _MOST_POINTS:
         return list(values)
-    parts = np.array_split(np.array([np.nan if value is None else value for value in values], dtype=float),
-                           _MOST_POINTS)
-    return [None if np.isnan(part).all() else float(np.nanmean(part)) for part in parts]
+    given = np.array(values, dtype=float)  # None becomes NaN
+    part = np.arange(len(given)) * _MOST_POINTS // len(given)
+    count = np.bincount(part, ~np.isnan(given))
+    total = np.bincount(part, np.nan_to_num(given))
+    return [value if number else None for value, number in zip((total / np.maximum(count, 1)).tolist(), count.tolist(),
+                                                               strict=True)]
 
 
 def _precision(tables: Any) -> dict[str, Any] | None:

@@ -68,14 +68,14 @@ function figure(title, height, draw) {
 
 function readoutOf(readout, where, entries, block) {
   readout.replaceChildren(...entries.map((one) => make("span", {}, make("i", { className: block ? "block" : "", style: `background:${one.color}` }),
-    one.name, one.text ? make("b", {}, one.text) : null)));
+    `${one.name} `, one.text ? make("b", {}, one.text) : null)));
   readout.parentElement.querySelector(".where").textContent = where;
 }
 
 // The frame of a chart: y ticks with rules, x ticks, labels of both axes; returns the two scales.
 function frame(svg, width, height, x, y) {
   const widest = Math.max(...y.ticks.map((tick) => y.format(tick).length));
-  const left = Math.max(30, 8 + 6.6 * widest), right = 10, top = y.label ? 22 : 10, bottom = 38;
+  const left = Math.max(32, 13 + 6.8 * widest), right = 10, top = y.label ? 22 : 10, bottom = 38;
   const scaleX = (value) => left + ((value - x.low) / (x.high - x.low || 1)) * (width - left - right);
   const scaleY = (value) => height - bottom - ((value - y.low) / (y.high - y.low || 1)) * (height - top - bottom);
   if (y.label) shape(svg, "text", { x: 0, y: 10 }, y.label);

@@ -141,14 +141,14 @@ function worst() {
   if (!data.worst.length) return;
   const key = (color, text) => make("span", { className: "key" }, make("i", { style: `background:${color}` }), text);
   section("worst", "Worst pictures", data.worst_note,
-    make("p", { className: "note" }, key("rgb(46 160 88)", "right"), key("rgb(240 150 30)", "taken for another class"), key("rgb(222 58 48)", "missed, or nothing there")),
+    make("p", { className: "note" }, key("rgb(46 160 88)", "right"), key("rgb(240 150 30)", "taken for another class"), key("rgb(222 58 48)", "missed, or a false alarm")),
     make("div", { className: "pictures" }, ...data.worst.map((one) => make("div", { className: "card" },
       make("div", { className: "pair" }, ...["truth", "prediction"].map((side) => make("figure", {}, picture(one[side], `${one.file}, ${side}`, one.width, one.height), side))),
       make("p", {}, make("b", {}, one.file), ` ${errors(one)}`)))));
 }
 
 function errors(one) {
-  const parts = [[one.missed, "missed"], [one.confused, "taken for another class"], [one.false_alarms, "with nothing there"]];
+  const parts = [[one.missed, "missed"], [one.confused, "taken for another class"], [one.false_alarms, one.false_alarms > 1 ? "false alarms" : "false alarm"]];
   return parts.filter(([count]) => count).map(([count, text]) => `${count} ${text}`).join(", ");
 }
 

@@ -42,7 +42,7 @@ def save_weights(path, favourite_id: int) -> None:
 def run_validate(root, weights, *flags: str) -> list[dict]:
     results = root / "results.json"
     code = validate.main(["--root", str(root), "--checkpoint", str(weights), "--image-size", "64", "-j", "0", "-b", "3",
-                          "--device", "cpu", "--results", str(results), *flags])
+                          "--device", "cpu", "--output", "", "--results", str(results), *flags])
     assert code == 0
     return json.loads(results.read_text())
 

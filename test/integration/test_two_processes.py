@@ -108,11 +108,13 @@ def test_two_processes_evaluate_as_one(alone, data, tmp_path):
     metrics, rows = [], []
     for number, more in enumerate((("-b", 1), ("-b", 2, "--device-list", "0,1"))):
         done = spawn("validate.py", "--root", data, "--checkpoint", alone / "last.pth.tar", "-j", 0, "--device", "cpu",
-                     "--metrics", tmp_path / f"{number}.json", "--results", tmp_path / f"rows{number}.json", *more)
+                     "--metrics", tmp_path / f"{number}.json", "--results", tmp_path / f"rows{number}.json",
+                     "--output", tmp_path / f"out{number}", *more)
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("\nAR_large ") == 1, "the table comes from one process"
         metrics.append(json.loads((tmp_path / f"{number}.json").read_text()))
         rows.append(json.loads((tmp_path / f"rows{number}.json").read_text()))
+        assert (tmp_path / f"out{number}" / "report.html").is_file() and done.stdout.count("\nreport: ") == 1
     facts = [content.pop("run") for content in metrics]  # how fast, and on how many processes
     assert [entry["processes"] for entry in facts] == [1, 2]
     assert metrics[0] == metrics[1] and metrics[0]["stats"]["AP50"] > 0

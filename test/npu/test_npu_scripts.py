@@ -96,7 +96,7 @@ def test_a_checkpoint_evaluates_alike_everywhere(runs, data, tmp_path):
         for device in ("npu", "cpu"):
             results = tmp_path / f"{source}-{device}.json"
             assert validate.main(["--root", str(data), "--checkpoint", str(runs[source] / "last.pth.tar"), "-j", "0",
-                                  "-b", "4", "--device", device, "--results", str(results)]) == 0
+                                  "-b", "4", "--device", device, "--output", "", "--results", str(results)]) == 0
             rows.append(json.loads(results.read_text()))
         scores = [sorted((row["score"] for row in part), reverse=True) for part in rows]
         assert len(rows[0]) == len(rows[1]) > 0
@@ -107,7 +107,7 @@ def test_a_checkpoint_evaluates_alike_everywhere(runs, data, tmp_path):
 def test_half_precision_evaluation_and_the_npus_own_nms_run(runs, data, tmp_path):
     metrics = tmp_path / "metrics.json"
     assert validate.main(["--root", str(data), "--checkpoint", str(runs["npu"] / "last.pth.tar"), "-j", "0", "-b", "4",
-                          "--device", "npu", "--amp", "--nms", "npu", "--metrics", str(metrics)]) == 0
+                          "--device", "npu", "--amp", "--nms", "npu", "--output", "", "--metrics", str(metrics)]) == 0
     assert 0 <= json.loads(metrics.read_text())["stats"]["AP50"] <= 1
 
 

@@ -90,7 +90,9 @@ def test_the_reports_page(folder):
     exec(blocks("reports.md", "python")[0], names)
     assert names["ap"] == {3: 0.5}
     page = (DOCS / "reports.md").read_text(encoding="utf-8")
-    for kind, keys in re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## metrics.jsonl")[2], re.MULTILINE):
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## metrics.jsonl")[2], re.MULTILINE)
+    assert [kind for kind, _ in table] == ["kind", "interval", "epoch", "evaluation"]
+    for kind, keys in table[1:]:
         told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", metrics_log.__doc__, re.DOTALL | re.MULTILINE)[1]
         assert set(re.findall(r"`(\w+)`", keys)) <= set(re.findall(r"\w+", told)), kind
 

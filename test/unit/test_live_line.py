@@ -86,6 +86,7 @@ def test_one_line_for_an_epoch_and_records_above_it(terminal, tmp_path):
     logger.warning("careful")
     assert terminal.screen()[1] == "careful" and "50/100" in terminal.screen()[2], "the line moves down"
     logger.info(format_interval_line(**{**LINE, "step": 100}))
+    live_line.step(epoch=3, step=100, steps=100)  # as the loop does after each update
     logger.info("Eval: 3  AP: 0.5")
     screen = terminal.screen()
     assert screen[:2] == ["hello", "careful"] and "100/100" in screen[2] and screen[3:] == ["Eval: 3  AP: 0.5", ""]
