@@ -20,8 +20,6 @@ from .boxes import pairwise_iou
 from .config.schema import RunConfig
 from .data.anchor_reach import find_reached, letterbox_boxes
 from .data.dataset import DetectionDatset
-from .engine import evaluate
-from .evaluator import CocoEvaluator
 
 _logger = logging.getLogger("effdet.train")
 
@@ -91,8 +89,9 @@ def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
     cfg, training = session.cfg, session.training
     eval_model = session.eval_bench.model
     config, ap, ap50 = eval_model.config, session.evaluator.stats["AP"], session.evaluator.stats["AP50"]
-    _, eval_loss = evaluate(DetBenchTrain(eval_model).to(session.device), session.val_loader,
-                            CocoEvaluator(session.val_set), training.precision.autocast)
+    bench = DetBenchTrain(eval_model).to(session.device).eval()
+    bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+    eval_loss, predictions = predict(bench, session.val_loader, training.precision.autocast)
     facts = OverfitFacts(
         ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,
         skipped=training.precision.skipped(), lr=cfg.optim.lr, boxes=0, unreached=0, missed=0, missed_unreached=0,
@@ -101,7 +100,7 @@ def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
                                       ("--freeze-bn", cfg.model.freeze_bn)) if on],
         ema_share=training.ema.share_of_init() if training.ema else 0.0)
     confused: dict[tuple[int, int], int] = {}
-    for index, found in predictions(session.eval_bench, session.val_loader, training.precision.autocast):
+    for index, found in predictions:
         count_boxes(facts, confused, session.val_set.parser, index, found, config)
     names = session.categories.class_names
     facts.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
@@ -110,15 +109,15 @@ def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
 
 
 @torch.no_grad()
-def predictions(bench: nn.Module, loader: Any, autocast: Any) -> list[tuple[int, torch.Tensor]]:
-    """Return each picture's index and its detections [D, 6], on the host."""
-    bench.eval()
-    results = []
+def predict(bench: nn.Module, loader: Any, autocast: Any) -> tuple[float, list[tuple[int, torch.Tensor]]]:
+    """Return the mean loss of the batches, and each picture's index and detections [D, 6] on the host."""
+    losses, results = [], []
     for images, target in loader:
         with autocast():
-            detections = bench(images, target).cpu()
-        results += list(zip(target["img_idx"].tolist(), detections, strict=True))
-    return results
+            output = bench(images, target)
+        losses.append(float(output["loss"]))
+        results += list(zip(target["img_idx"].tolist(), output["detections"].cpu(), strict=True))
+    return sum(losses) / len(losses), results
 
 
 def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parser: Any, index: int,

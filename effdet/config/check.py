@@ -103,7 +103,7 @@ def _check_train(cfg: Any) -> None:
     _require(not (cfg.model.pretrained and cfg.model.initial_checkpoint),
              "--pretrained and --initial-checkpoint both name the weights to start from: give one")
     auto = cfg.run.batch_size == "auto"
-    _require(auto or cfg.optim.lr_batch is None, "--lr-batch acts with -b auto only: give both, or leave it out")
+    _require(auto or cfg.optim.lr_batch is None, "optim.lr_batch acts with -b auto only: give both, or leave it out")
     _require(not (auto and (cfg.run.eval_only or cfg.run.overfit)),
              "-b auto is for training: give -b N with --eval-only or --overfit")
     _require(not (cfg.run.overfit and (cfg.run.resume or cfg.run.eval_only or len(cfg.dist.device_list) > 1)),

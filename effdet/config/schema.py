@@ -200,7 +200,7 @@ class OptimConfig:
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
     lr_batch: int | None = setting(
         None, "with -b auto: batch size that --lr was chosen for; for a smaller one the rate is lowered in proportion",
-        low=1, none="the batch size of the YAML files, else 256")
+        low=1, flags=(), none="the batch size of the YAML files, else 256")
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
     opt_eps: float | None = setting(

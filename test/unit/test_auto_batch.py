@@ -86,7 +86,7 @@ def test_other_errors_are_not_taken_for_a_full_memory():
 @pytest.mark.parametrize(("line", "lr_batch", "size", "lr"), [
     ("-b auto", 256, 64, 0.08), ("-b auto", 256, 256, 0.32), ("-b auto", 256, 512, 0.32),
     ("-c configs/own_data.yaml -b auto", 8, 4, 0.005), ("-c configs/own_data.yaml -b auto", 8, 96, 0.01),
-    ("-b auto --lr 0.1 --lr-batch 32", 32, 16, 0.05)])
+    ("-b auto --lr 0.1 optim.lr_batch=32", 32, 16, 0.05)])
 def test_the_rate_goes_down_with_the_batch_and_never_up(line, lr_batch, size, lr):
     cfg = parse_train_args(line.split())
     assert cfg.optim.lr_batch == lr_batch
@@ -106,7 +106,7 @@ def test_what_auto_says(caplog):
     ("-b many", "run.batch_size (--batch-size): got 'many', must be >= 1 or 'auto'"),
     ("-b 1.5", "must be >= 1 or 'auto'"), ("-b 0", "must be >= 1 or 'auto'"),
     ("-b auto --eval-only --pretrained", "-b auto is for training"),
-    ("--lr-batch 8", "--lr-batch acts with -b auto only"), ("-b auto --overfit 8", "-b auto is for training")])
+    ("optim.lr_batch=8", "optim.lr_batch acts with -b auto only"), ("-b auto --overfit 8", "-b auto is for training")])
 def test_refusals(line, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_train_args(line.split())
