@@ -82,14 +82,12 @@ def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor]
     pixels = (images[:num_pictures].float().cpu() * std.cpu() + mean.cpu()).round().clamp(0, 255).to(torch.uint8)
     boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().numpy()
     colors = make_class_colors(class_names) | {"ignore": (128, 128, 128)}
+    height, width = images.shape[-2:]
+    size_wh = cell_px, round(cell_px * height / width)
     drawn = []
     for picture, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
         shown = (labels > 0) | (labels == IGNORE_CLS)
         names = ["ignore" if label == IGNORE_CLS else class_names[label - 1] for label in labels[shown]]
-        image = Image.fromarray(picture)
-        factor = cell_px / image.width  # resized before drawing, so that labels can be read
-        image = image.resize((cell_px, round(image.height * factor)), Image.Resampling.BILINEAR)
-        drawn.append(draw_detections(image, rows[shown][:, [1, 0, 3, 2]] * factor, names, colors=colors))
-    height, width = images.shape[-2:]
-    columns = min(4, len(drawn))
-    return make_contact_sheet(drawn, columns, (cell_px, round(cell_px * height / width)))
+        resized = Image.fromarray(picture).resize(size_wh)  # before drawing, so that labels can be read
+        drawn.append(draw_detections(resized, rows[shown][:, [1, 0, 3, 2]] * (cell_px / width), names, colors=colors))
+    return make_contact_sheet(drawn, 4, size_wh)
