@@ -117,7 +117,7 @@ def test_the_end_of_the_launcher_asks_to_stop_but_that_of_a_shell_does_not(monke
         monkeypatch.setattr(os, "getppid", lambda: parent)
         with stopping.listening():
             assert stopping.requested() == 0
-            monkeypatch.setattr(os, "getppid", lambda: 1)
+            monkeypatch.setattr(os, "getppid", lambda: parent + 1)
             assert stopping.requested() == stopping.requested() == asked
         assert stopping.requested() == 0
     assert caplog.text.count(f"the launcher (process {parent}) is gone") == 1
