@@ -23,6 +23,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_synthetic_dataset(tmp_path_factory.mktemp("whole") / "set", num_train=4, num_val=1)
 
 
+@pytest.fixture(scope="module")
+def before(whole: Path) -> Any:
+    """What the check says of the whole data set."""
+    return open_split(whole).parser.report
+
+
 @pytest.fixture
 def root(whole: Path, tmp_path: Path) -> Path:
     return copy_set(whole, tmp_path / "set")
@@ -180,9 +186,8 @@ COUNTED: dict[str, tuple[Callable, str, int]] = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_counted_and_the_rest_is_trained_on(name, root):
+def test_counted_and_the_rest_is_trained_on(name, root, before):
     change, kind, count = COUNTED[name]
-    before = open_split(root).parser.report
     write_ann(root, change(read_ann(root)))
     dataset = open_split(root)
     report = dataset.parser.report
