@@ -220,7 +220,7 @@ def check_run(folder: Path) -> None:
     names = set(re.findall(r"`([\w./-]+)`", "".join(re.findall(r"^\| (`.*?) \|", page.partition("What a run leaves")[2],
                                                               re.MULTILINE))))
     names -= {"checkpoint-N.pth.tar", "recovery.pth.tar"}
-    assert len(names) >= 8 and all((folder / name).exists() for name in names), sorted(names)
+    assert len(names) >= 8 and not [name for name in names if not (folder / name).exists()]
     assert len(list(folder.glob("checkpoint-*.pth.tar"))) == 1
     with open(folder / "summary.csv", newline="") as file:
         (row,) = csv.DictReader(file)
