@@ -145,8 +145,10 @@ def test_runs_side_by_side_keep_to_themselves(start, tmp_path):
     runs = [start(f"log{number}", *options) for number in range(3)]
     runs[0].wait_for(r"Train: 0 \[ *2/", 600)
     folder = Path(re.search(r"output (\S+)", runs[0].output())[1])
+    os.kill(runs[0].pid_of_rank(0), signal.SIGSTOP)  # so that it is still there
     fourth = start("log3", "--epochs", 1, "--experiment", folder.name)
     assert fourth.wait(600) == 1, fourth.output()
+    os.kill(runs[0].pid_of_rank(0), signal.SIGCONT)
     assert "is in use: process " in fourth.output().splitlines()[-1] and str(folder) in fourth.output()
     assert [run.wait(900) for run in runs] == [0, 0, 0], [run.output() for run in runs]
     folders = sorted((tmp_path / "out").iterdir())
