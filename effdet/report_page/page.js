@@ -180,7 +180,7 @@ function dataSets() {
 function settings() {
   const changed = data.settings.changed;
   const table = make("table", { className: "text" }, make("thead", {}, make("tr", {}, ...["setting", "value", "default"].map((name) => make("th", {}, name)))),
-    textTable(changed).querySelector("tbody"));
+    textTable(changed.map(([key, ...rest]) => [key.replace(/[._]/g, "$&\u200b"), ...rest])).querySelector("tbody"));
   section("settings", "Settings and environment", changed.length ? "What differs from the defaults, then everything." : null, grid(
     make("div", { className: "card" }, changed.length ? table : "all settings have their defaults",
       make("details", {}, make("summary", {}, "All settings, as YAML"), make("pre", {}, data.settings.yaml))),
