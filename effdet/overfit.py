@@ -27,6 +27,7 @@ PASS_AP = 0.9
 FAILED_STATUS = 3
 _BATCHES_PER_EPOCH = 10
 _PASSES_PER_EPOCH = 5
+_LEARNT_LOSS, _EXPLODED_LOSS = 0.5, 10.0  # an untrained network has a loss of 2 to 3, pictures known by heart 0.01
 _SCORE = 0.3  # predictions below do not count as found
 _IOU = 0.5
 
@@ -159,7 +160,7 @@ def diagnose(facts: OverfitFacts) -> list[str]:
     if facts.ap >= PASS_AP:
         return []
     first, last, boxes = facts.losses[0], facts.losses[-1], facts.boxes
-    learnt = last < 0.25 * first
+    learnt = last < min(0.25 * first, _LEARNT_LOSS)
     found = []
     if facts.frozen:
         found.append(f"{' and '.join(facts.frozen)} keep the network from learning these pictures: leave them out")
@@ -204,7 +205,7 @@ def _judge_lr(facts: OverfitFacts) -> str:
     first, last, least = losses[0], losses[-1], min(losses)
     rises = sum(later > 1.02 * earlier for earlier, later in zip(losses, losses[1:], strict=False))
     text = f"the training loss went from {first:.3g} to {last:.3g} (least {least:.3g}) in {facts.steps} steps"
-    if last > 1.3 * least or max(losses) > 1.3 * first or rises > 0.3 * len(losses):
+    if last > 1.3 * least or max(losses) > min(1.3 * first, _EXPLODED_LOSS) or rises > 0.3 * len(losses):
         return f"{text}, up and down: --lr {lr:g} is likely too large, try {lr / 10:.2g}"
     text += f", slowly but steadily: --lr {lr:g} is likely too small"
     return f"{text}, try {lr * 10:.2g}, or train longer (--epochs)"

@@ -33,6 +33,7 @@ def causes(**changes) -> list[str]:
      "likely too small, try 0.05"),
     ({"losses": [2.0, 0.9, 2.5, 1.5]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
     ({"losses": [2.0, 90.0, 9.0, 3.0]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
+    ({"losses": [702.0, 549.0, 57.0], "eval_loss": 1e21}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
     ({"eval_loss": 2.5}, "the loss is 0.05 in training but 2.5 in evaluation, on the same pictures: the running batch"),
     ({"eval_loss": 2.5, "ema_share": 0.4}, "the averaged (EMA) weights are still 40 % initial weights"),
     ({"wrong_class": 10, "confused": ["cat as dog (10)"]}, "10 of 40 boxes are found with another class (cat as dog "
