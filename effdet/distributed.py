@@ -125,7 +125,16 @@ def init_process_group(backend: str, device: torch.device | None = None, timeout
     options: dict[str, Any] = {}
     if backend == 'nccl' and device is not None and device.index is not None:
         options['device_id'] = device
-    dist.init_process_group(backend, init_method='env://', timeout=datetime.timedelta(seconds=timeout_s), **options)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if restart == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1':
+        options['init_method'] = 'env://'
+    else:
+        # torch 2.13's launcher keeps its store over a restart: a process that is early would read there where those
+        # that have died were to be reached. Machines of one group may count differently, so only for one of them.
+        store, number, world = next(dist.rendezvous('env://', timeout=timeout))
+        options |= {'store': dist.PrefixStore(f'restart{restart}', store), 'rank': number, 'world_size': world}
+    dist.init_process_group(backend, timeout=timeout, **options)
     _get_host_group(timeout_s)
     return True
 
