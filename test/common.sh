@@ -113,7 +113,8 @@ eval_case() {
     local kind=$1 log=$2
     shift 2
     command=("$ROOT/validate.py" "$@" --root "$data_path" --addr "$(host_ip)" --checkpoint "$pth_path"
-        --output "$TEST_DIR/output/${log%%/*}" --metrics "$TEST_DIR/output/${log%%/*}/metrics.json" ${extra_flags[@]+"${extra_flags[@]}"})
+        --output "$TEST_DIR/output/${log%%/*}" --metrics "$TEST_DIR/output/${log%%/*}/metrics.json"
+        ${extra_flags[@]+"${extra_flags[@]}"})
     execute "$log"
     report "$kind" "$(last_value --metrics "${command[@]}")"
 }
