@@ -434,7 +434,7 @@ def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path)
                       "--no-model-ema", "--max-steps", "1", "--val-skip", str(NUM_VAL))
     code, output = call(train, *argv)
     assert code == 0, output
-    assert "(trained weights)" in output and "O2 bfloat16" in output
+    assert "(trained weights)" in output and "mixed precision O2 in bfloat16" in output
     assert (tmp_path / "half" / "pictures" / "sheet.jpg").is_file()
     payload = torch.load(tmp_path / "half" / "last.pth.tar", weights_only=True)
     assert set(payload) == KEYS - {"state_dict_ema", "ema"}

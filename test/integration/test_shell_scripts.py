@@ -121,7 +121,8 @@ def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log
         assert (folder / f"train_{case}_loss.txt").read_text().splitlines() == expected_losses
         logged = re.findall(r"^Train: .* Loss: (\S+) ", log_file.read_text(), re.MULTILINE)
         assert logged == expected_losses and len(logged) > 0
-    assert files == {log_file.name, f"{case}.log"} | ({f"train_{case}_loss.txt"} if losses else {"metrics.json"})
+    evaluated = {"metrics.json", "per_class.csv", "report.html"}
+    assert files == {log_file.name, f"{case}.log"} | ({f"train_{case}_loss.txt"} if losses else evaluated)
     values = dict(line.split(" = ") for line in (folder / f"{case}.log").read_text().splitlines())
     assert values == {
         "Network": "EfficientDetD0", "RankSize": str(facts["processes"]), "BatchSize": str(facts["batch_size"]),
