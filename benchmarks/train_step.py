@@ -52,7 +52,8 @@ def make_session(case: Any, *flags: str) -> Any:
         "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
         str(case.batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
-        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
+        "--model-ema" if case.ema else "--no-model-ema", *precision,
+        *(["--compile"] if getattr(case, "compile", False) else []), *flags])
     session = Session(config, start(config.run.device, []), folder, {}, "")
     inputs.fill_weights(session.training.model)
     return session
@@ -138,7 +139,7 @@ def first_step(model: Any, step: Any) -> dict[str, Any]:
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     data = pairing.make_file(folder, "make_coco_folder", max(options.batch), options.classes)
     return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
-                              folder=folder, data=data, tolerance=TOLERANCES[dtype])
+                              compile=options.compile, folder=folder, data=data, tolerance=TOLERANCES[dtype])
             for dtype in options.dtype for batch in options.batch]
 
 
@@ -151,6 +152,7 @@ if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
     parser.set_defaults(dtype=pairing.fast_dtypes())
     parser.add_argument("--ema", action="store_true", help="with the moving average of the weights on both sides")
+    parser.add_argument("--compile", action="store_true", help="ours with --compile of train.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(pairing.main(__file__, options, make_cases(options, folder)))

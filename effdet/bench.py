@@ -14,6 +14,8 @@ from .distributed import all_reduce_sum, world_size
 from .loss import DetectionLoss, dense_focal_loss_sum
 from .nms import make_detections, npu_nms, select_candidates
 
+_LOSSES = ("loss", "class_loss", "box_loss")
+
 
 class _DetBench(nn.Module):
     """A model and its anchors; what the two benches share."""
@@ -64,9 +66,7 @@ class _DetBench(nn.Module):
         Raises:
             ValueError: the class head has another number of classes than the config said.
         """
-        size = tuple(x.shape[-2:])
-        if getattr(self.model, "input_size", size) != size and size in self.input_sizes:
-            self.model.set_input_size(size)
+        self._take_size(x)
         cls_outputs, box_outputs = self.model(x)
         channels, per_cell = cls_outputs[0].shape[1], self.anchors.get_anchors_per_location()
         if channels != per_cell * self.num_classes:
@@ -75,6 +75,11 @@ class _DetBench(nn.Module):
                              "the bench call model.reset_head(num_classes=...), or set config.num_classes (after "
                              "set_config_writeable) when replacing class_net.")
         return cls_outputs, box_outputs
+
+    def _take_size(self, x: Tensor) -> None:
+        size = tuple(x.shape[-2:])
+        if getattr(self.model, "input_size", size) != size and size in self.input_sizes:
+            self.model.set_input_size(size)
 
     def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
                      img_size: Tensor | None) -> Tensor:
@@ -178,6 +183,16 @@ class DetBenchTrain(_DetBench):
         """Compute the class loss from one-hot targets made by the device: the same numbers, more memory and time."""
         self.loss_fn.focal_sum = functools.partial(dense_focal_loss_sum, one_hot=device_layer.one_hot(device))
 
+    def use_compile(self, backend: str = "inductor") -> None:
+        """Compile network and loss of training steps, in one graph for each shape of a batch.
+
+        Labels are made outside of it; eval mode does not use it.
+
+        Args:
+            backend: of torch.compile.
+        """
+        self._losses = torch.compile(self._losses, backend=backend, dynamic=False)
+
     def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
@@ -199,13 +214,17 @@ class DetBenchTrain(_DetBench):
             # The loss adds 1 to the sum; ranks average their gradients, so each divides by its share of (total + 1).
             total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
             num_positives = (total + 1) / world_size() - 1
+        if self.training:
+            self._take_size(x)
+            return dict(zip(_LOSSES, self._losses(x, class_targets, box_targets, num_positives), strict=True))
         cls_outputs, box_outputs = self.head_outputs(x)
-        loss, class_loss, box_loss = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)
-        output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
-        if not self.training:
-            output["detections"] = self.post_process(
-                cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
-        return output
+        losses = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)
+        detections = self.post_process(cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
+        return dict(zip(_LOSSES, losses, strict=True)) | {"detections": detections}
+
+    def _losses(self, x: Tensor, class_targets: list[Tensor], box_targets: list[Tensor], num_positives: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.loss_fn(*self.head_outputs(x), class_targets, box_targets, num_positives)
 
     def _labels(self, target: Mapping[str, Any], size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         if self.anchor_labeler is not None:

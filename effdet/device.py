@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -220,6 +221,19 @@ def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
     if wanted and device.type == "npu":
         raise ValueError("torch_npu does not support the channels-last layout: leave --channels-last out on an NPU.")
     return device.type == "cpu" if wanted is None else wanted
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise a ValueError when torch.compile cannot work here: on an NPU, or without what writes its kernels."""
+    if device.type == "npu":
+        raise ValueError("--compile is for GPUs and CPUs: torch_npu has no backend for torch.compile of its own. Leave "
+                         "it out on an NPU.")
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"--compile needs a C++ compiler on CPUs, and there is no {compiler}: install one, name it in "
+                         "the variable CXX, or leave --compile out.")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile needs the package triton on GPUs: install it, or leave --compile out.")
 
 
 def avoids_pad_operators(device: torch.device) -> bool:

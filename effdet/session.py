@@ -58,6 +58,8 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     """Find what to continue, make the run's folder and its log, and build the run."""
     check_tensorboard(cfg.run.tensorboard)
     auto_batch.check_device(cfg, device)
+    if cfg.run.compile:
+        device_layer.check_compile(device)
     source = cfg.run.resume
     # A machine that joins a group anew counts no restart; all processes must read the same file.
     wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
@@ -129,6 +131,8 @@ class Session:
         lines = device_layer.tune(self.device)
         if self.cfg.run.deterministic:
             lines += device_layer.make_deterministic(self.device)
+        if self.cfg.run.compile:
+            lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
         lines.append(f"learning rate {self.cfg.optim.lr:g} as given, for a global batch of {self.cfg.run.batch_size}: "
                      "it is not scaled with it")
         for line in lines:
@@ -181,6 +185,8 @@ class Session:
         if cfg.loss.dense_targets:
             bench.use_dense_targets(device)
         bench.normalize_over_ranks = world > 1
+        if cfg.run.compile and not alone:
+            bench.use_compile()
         return auto_batch.Step(model, ema, precision, optimizer, bench)
 
     def build_training(self, payload: dict[str, Any]) -> None:
