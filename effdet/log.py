@@ -40,7 +40,7 @@ def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logge
     handlers: list[logging.Handler] = [kind(sys.stdout)]  # it flushes after each record
     if output_dir is not None and rank == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8"))
+        handlers.append(_LogFile(Path(output_dir) / "log.txt", encoding="utf-8"))
         handlers.append(_LossesHandler(Path(output_dir) / LOSSES_NAME))
     formatter = logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s")
     for handler in handlers:
@@ -185,7 +185,47 @@ class _LossesHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if isinstance(record.msg, IntervalLine):
-            self._csv.append(record.msg.values)
+            with rather_go_on(self._csv.path):
+                self._csv.append(record.msg.values)
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt, which may fail on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        with rather_go_on(Path(self.baseFilename)):
+            raise error
+
+    def close(self) -> None:
+        """Close the file; what the disk did not take stays unwritten."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+_unwritten: set[Path] = set()
+
+
+@contextlib.contextmanager
+def rather_go_on(path: Path) -> Iterator[None]:
+    """Keep a failed write to a file that only informs, as on a full disk, from ending a run.
+
+    It is said once, and again after a write that succeeded. Checkpoints and summary.csv do not go this way:
+    --save-errors decides there.
+
+    Args:
+        path: the file.
+    """
+    try:
+        yield
+        _unwritten.discard(path)
+    except OSError as error:
+        if path not in _unwritten:
+            _unwritten.add(path)
+            logging.getLogger(_LOGGER_NAMES[0]).warning(
+                "%s cannot be written (%s): what comes now is missing in it; the run goes on", path, error)
 
 
 def add_run_facts(path: str | Path, facts: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .log import replacing
+from .log import rather_go_on, replacing
 
 NAME = "metrics.jsonl"
 _INTERVAL = ("step", "steps", "loss", "class_loss", "box_loss", "lr", "img_per_s", "data_share", "memory_mib")
@@ -74,7 +74,7 @@ class MetricsLog:
         logging.getLogger("effdet").addHandler(_IntervalHandler(self))
 
     def add(self, kind: str, epoch: int, values: Mapping[str, float | int | None]) -> None:
-        """Write one line; it is on disk when this returns.
+        """Write one line; it is on disk when this returns, unless the disk is full: that is said once.
 
         Args:
             kind: see the module's docstring.
@@ -83,7 +83,7 @@ class MetricsLog:
         """
         step = self.global_step()
         row = {"kind": kind, "epoch": epoch, "global_step": step, **{key: _finite(v) for key, v in values.items()}}
-        with self.path.open("a+b") as file:
+        with rather_go_on(self.path), self.path.open("a+b") as file:
             if file.tell() and not _ends_with_newline(file):
                 file.write(b"\n")  # the last line was cut off by a crash
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")

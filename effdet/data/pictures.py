@@ -4,6 +4,8 @@ What a picture's pixels mean is settled here (gray, palette, CMYK, 16 bit, EXIF)
 about datasets.
 """
 
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
         PictureError: unreadable file, a pixel format without a known 8-bit meaning, or a size other than expected.
     """
     try:
-        with Image.open(path) as img:
+        with _open(path) as img:
             if None not in (width, height) and sorted(img.size) != sorted((width, height)):
                 raise _wrong_size(img, width, height)  # before any pixel: a bomb of another size costs nothing
             img.load()
@@ -57,10 +59,17 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
 def read_size(path: str | Path) -> tuple[int, int]:
     """Read (width, height) in pixels from a picture's header, as stored, without EXIF rotation. Raises PictureError."""
     try:
-        with Image.open(path) as img:
+        with _open(path) as img:
             return img.size
     except Exception as e:
         raise PictureError(f"{path}: cannot be read as a picture ({type(e).__name__}: {e})") from e
+
+
+def _open(path: str | Path) -> Image.Image:
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
+        raise OSError("a pipe, socket or device, which may block or never end")
+    return Image.open(path)
 
 
 def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Image:

@@ -106,6 +106,7 @@ UNREADABLE: dict[str, tuple[Callable, str]] = {
     "EXIF says half a turn, the json a quarter": (
         as_json_size(put_picture(RED, "JPEG", exif=exif(3)), 48, 64), "is 64x48 pixels"),
     "a directory in its place": (replace_by(Path.mkdir), "Is a directory"),
+    "a pipe that nobody writes to": (replace_by(os.mkfifo), "a pipe, socket or device"),
     "a symlink to itself": (replace_by(lambda path: path.symlink_to(path.name)), "cannot be read as a picture"),
     "a symlink to nowhere": (replace_by(lambda path: path.symlink_to("gone.jpg")), "no such file"),
     "no permission": (lambda path: path.chmod(0), "Permission denied"),

@@ -21,6 +21,7 @@ from effdet.log import (
     format_train_avg_fps,
     setup_logging,
 )
+from effdet.metrics_log import MetricsLog, read_rows
 
 LINE = {"epoch": 3, "step": 50, "steps": 7393, "loss": 1.25, "loss_average": 1.5, "class_loss": 0.75, "box_loss": 0.01,
         "step_s": 0.345, "step_average_s": 0.35, "fps": 46.375, "fps_average": 45.714, "lr": 0.16, "data_s": 0.012,
@@ -194,3 +195,25 @@ def test_run_facts_join_the_metrics(tmp_path) -> None:
         add_run_facts(path, {"img_per_s": float("nan")})
     assert json.loads(path.read_text())["run"]["img_per_s"] == 16.5, "the file that was there stays"
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_files_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, capsys):
+    """Every write to /dev/full fails as on a full disk; a folder in a file's place fails too."""
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "losses.csv").mkdir()
+    logger = setup_logging(tmp_path)
+    metrics = MetricsLog(tmp_path, False, lambda: 3)
+    for step in (1, 2):
+        metrics.add("epoch", 0, {"loss": 1.0})
+        logger.info(format_interval_line(
+            epoch=0, step=step, steps=2, loss=1.0, loss_average=1.0, class_loss=0.5, box_loss=0.01, step_s=0.5,
+            step_average_s=0.5, fps=8.0, fps_average=8.0, lr=0.1, data_s=0.0, data_average_s=0.0, eta_s=1.0,
+            memory_mib=100.0))
+    said = capsys.readouterr()
+    assert said.out.count("Train: 0") == 2 and "Traceback" not in said.err
+    for name in ("log.txt", "losses.csv", "metrics.jsonl"):
+        assert said.out.count(f"{name} cannot be written (") == 1, said.out
+    (tmp_path / "metrics.jsonl").unlink()  # there is room again
+    metrics.add("epoch", 1, {"loss": 0.5})
+    assert [row["epoch"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
