@@ -144,7 +144,7 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
 
 
 # An initial network's gradients are huge and amplify rounding; torch's channels-last batch norm alone is off by 1e-5.
-TOLERANCES = {"float32": {"losses": 1e-4, "": 2e-2}, "bfloat16": {"losses": 2e-2, "": 0.2},
+TOLERANCES = {"float32": {"losses": 1e-4, "": 2e-2}, "bfloat16": {"losses": 5e-2, "": 0.2},
               "float16": {"losses": 5e-3, "": 0.1}}
 
 
