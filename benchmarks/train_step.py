@@ -144,6 +144,7 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
 
 
 # An initial network's gradients are huge and amplify rounding; torch's channels-last batch norm alone is off by 1e-5.
+# In bfloat16 the losses of the two sides were 2.3 % apart.
 TOLERANCES = {"float32": {"losses": 1e-4, "": 2e-2}, "bfloat16": {"losses": 5e-2, "": 0.2},
               "float16": {"losses": 5e-3, "": 0.1}}
 
