@@ -33,6 +33,8 @@ def restore_loggers():
     """Give the loggers back as they were: what is set here is for a whole process."""
     saved = {name: (log := logging.getLogger(name), log.level, log.propagate, log.handlers[:])
              for name in ("effdet", "timm_patches")}
+    for logger, *_ in saved.values():
+        logger.handlers[:] = []  # what is replaced is closed, and these are to be given back
     yield
     for logger, level, propagate, handlers in saved.values():
         for handler in logger.handlers:

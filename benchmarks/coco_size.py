@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Opening a data set of COCO's size, and what it costs each loader process; ours alone, against json and an index.
+
+118,287 pictures with 860,001 boxes of 80 classes are made up, the files empty: nothing is decoded. The floor is json's
+parser and a dictionary from pictures to their boxes, which is what pycocotools builds. A loader process reads the boxes
+of all pictures; its own memory is what is not shared with its parent.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import json
+import multiprocessing
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+CLASSES = 80
+
+
+def make_set(root: Path, pictures: int, boxes: int) -> tuple[Path, Path]:
+    """Write the json and the empty picture files; return the folder and the json."""
+    draw = random.Random(0)
+    folder, file = root / "train2017", root / "instances.json"
+    folder.mkdir()
+    images = [{"id": 7 * number + 3, "file_name": f"{number:012d}.jpg", "width": 640, "height": 480}
+              for number in range(pictures)]
+    for image in images:
+        (folder / image["file_name"]).touch()
+    annotations = []
+    for number in range(boxes):
+        x, y = round(draw.uniform(0, 500), 2), round(draw.uniform(0, 350), 2)
+        width, height = round(draw.uniform(4, 130), 2), round(draw.uniform(4, 120), 2)
+        annotations.append({
+            "id": number + 1, "image_id": images[draw.randrange(pictures)]["id"], "iscrowd": 0,
+            "category_id": draw.randrange(CLASSES) + 1, "bbox": [x, y, width, height], "area": width * height,
+            "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]]})
+    categories = [{"id": number + 1, "name": f"class {number}"} for number in range(CLASSES)]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return folder, file
+
+
+def load_floor(file: Path) -> Any:
+    """Parse and index."""
+    content = json.loads(file.read_bytes())
+    by_image = collections.defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    return content, by_image, {image["id"]: image for image in content["images"]}
+
+
+def time_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of one call, and its result."""
+    gc.collect()
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def own_memory_mib() -> float:
+    """Return the memory that this process shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def read_all(dataset: Any, answers: Any) -> None:
+    """Be a loader process: read every picture's boxes, and tell the memory that took."""
+    before, boxes = own_memory_mib(), 0
+    for index in range(len(dataset)):
+        boxes += len(dataset.parser.get_ann_info(index)["bbox"])
+    answers.put((boxes, own_memory_mib() - before))
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=118_287)
+    parser.add_argument("--boxes", type=int, default=860_001)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=4)
+    options = parser.parse_args()
+    from effdet.data.dataset_factory import open_coco
+    with tempfile.TemporaryDirectory() as root:
+        folder, file = make_set(Path(root), options.pictures, options.boxes)
+        floor, ours = [], []
+        for _ in range(options.repeats):
+            floor.append(time_of(lambda: load_floor(file))[0])
+            seconds, dataset = time_of(lambda: open_coco(None, "train", images=folder, ann=file))
+            ours.append(seconds)
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        workers = [context.Process(target=read_all, args=(dataset, answers)) for _ in range(options.workers)]
+        for worker in workers:
+            worker.start()
+        read = [answers.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+    pairs = [mine / theirs for mine, theirs in zip(ours, floor, strict=True)]
+    figures = {"figure": "coco_size", "pictures": options.pictures, "boxes": options.boxes, "ours_s": ours,
+               "json_and_index_s": floor, "ratio": statistics.median(pairs), "boxes_read": read[0][0],
+               "worker_mib": [round(mib, 1) for _, mib in read], "python": platform.python_version()}
+    print(f"coco_size  ours {statistics.median(ours):.2f} s, json and index {statistics.median(floor):.2f} s: "
+          f"{figures['ratio']:.2f} times as long (pairs {min(pairs):.2f}..{max(pairs):.2f}); each of {len(read)} loader "
+          f"processes took {max(mib for _, mib in read):.1f} MiB of its own for {read[0][0]} boxes")
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
