@@ -108,7 +108,7 @@ def main() -> int:
                "json_and_index_s": floor, "ratio": statistics.median(pairs), "boxes_read": read[0][0],
                "worker_mib": [round(mib, 1) for _, mib in read], "python": platform.python_version()}
     print(f"coco_size  ours {statistics.median(ours):.2f} s, json and index {statistics.median(floor):.2f} s: "
-          f"{figures['ratio']:.2f} times as long (pairs {min(pairs):.2f}..{max(pairs):.2f}); each of {len(read)} loader "
+          f"{figures['ratio']:.2f} as long (pairs {min(pairs):.2f}..{max(pairs):.2f}); each of {len(read)} loader "
           f"processes took {max(mib for _, mib in read):.1f} MiB of its own for {read[0][0]} boxes")
     print(json.dumps(figures))
     return 0

@@ -103,6 +103,7 @@ def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
             torch.testing.assert_close(two[kind][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(alone, data, tmp_path):
     """Each process predicts one picture at a time, as the single one does, so that the arithmetic is the same."""
     metrics, rows = [], []

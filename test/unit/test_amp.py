@@ -301,6 +301,7 @@ def overflow_on_rank_1(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_when_one_overflows(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(overflow_on_rank_1, args=(str(tmp_path),), nprocs=2)
     for pair in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
