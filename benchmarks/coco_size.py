@@ -7,12 +7,10 @@ of all pictures; its own memory is what is not shared with its parent.
 """
 from __future__ import annotations
 
-import argparse
 import collections
 import gc
 import json
 import multiprocessing
-import platform
 import random
 import statistics
 import sys
@@ -21,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pairing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CLASSES = 80
@@ -81,17 +81,17 @@ def read_all(dataset: Any, answers: Any) -> None:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pairing.make_parser(__doc__)
+    parser.set_defaults(repeats=3)
     parser.add_argument("--pictures", type=int, default=118_287)
     parser.add_argument("--boxes", type=int, default=860_001)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()
     from effdet.data.dataset_factory import open_coco
     with tempfile.TemporaryDirectory() as root:
         folder, file = make_set(Path(root), options.pictures, options.boxes)
         floor, ours = [], []
-        for _ in range(options.repeats):
+        for _ in range(1 if options.quick else options.repeats):
             floor.append(time_of(lambda: load_floor(file))[0])
             seconds, dataset = time_of(lambda: open_coco(None, "train", images=folder, ann=file))
             ours.append(seconds)
@@ -106,11 +106,11 @@ def main() -> int:
     pairs = [mine / theirs for mine, theirs in zip(ours, floor, strict=True)]
     figures = {"figure": "coco_size", "pictures": options.pictures, "boxes": options.boxes, "ours_s": ours,
                "json_and_index_s": floor, "ratio": statistics.median(pairs), "boxes_read": read[0][0],
-               "worker_mib": [round(mib, 1) for _, mib in read], "python": platform.python_version()}
+               "worker_mib": [round(mib, 1) for _, mib in read]}
     print(f"coco_size  ours {statistics.median(ours):.2f} s, json and index {statistics.median(floor):.2f} s: "
-          f"{figures['ratio']:.2f} as long (pairs {min(pairs):.2f}..{max(pairs):.2f}); each of {len(read)} loader "
-          f"processes took {max(mib for _, mib in read):.1f} MiB of its own for {read[0][0]} boxes")
-    print(json.dumps(figures))
+          f"{figures['ratio']:.2f} times as long (pairs {min(pairs):.2f}..{max(pairs):.2f}); each of {len(read)} "
+          f"loader processes took {max(mib for _, mib in read):.1f} MiB of its own for {read[0][0]} boxes")
+    pairing.write_figure(figures, options)
     return 0
 
 

@@ -319,6 +319,15 @@ def make_file(folder: str, function: str, *arguments: Any) -> str:
     return target
 
 
+def write_figure(figure: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print the JSON line of a figure, with the machine, and append it to the file of --json."""
+    line = json.dumps({**figure, "machine": machine()})
+    print(line, flush=True)
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def main(script: str, options: argparse.Namespace, cases: Sequence[dict[str, Any]]) -> int:
     """Measure the cases of a script and print a line and a JSON line for each; return the exit status."""
     peer = not options.ours_only and Path(options.peer_python).exists()
@@ -341,9 +350,5 @@ def main(script: str, options: argparse.Namespace, cases: Sequence[dict[str, Any
             print(f"{case['figure']:<24} REFUSED, the sides do not agree: {error}", flush=True)
             continue
         print(format_figure(case, result))
-        line = json.dumps({**case, **result, "machine": machine()})
-        print(line, flush=True)
-        if options.json:
-            with open(options.json, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        write_figure({**case, **result}, options)
     return int(failed)

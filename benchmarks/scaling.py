@@ -121,11 +121,7 @@ def main() -> int:
                   f"pictures/s, {speed / base:.2f}x of one process"
                   + (f", exchange alone {1e3 * found['exchange_s']:.0f} ms, step with it {found['step_s']:.2f} s, "
                      f"without {found['step_alone_s']:.2f} s" if "exchange_s" in found else ""))
-            line = json.dumps({**figure, "machine": pairing.machine()})
-            print(line, flush=True)
-            if options.json:
-                with open(options.json, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            pairing.write_figure(figure, options)
     return 0
 
 

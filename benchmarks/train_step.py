@@ -26,7 +26,7 @@ def build_ours(case: Any) -> pairing.Work:
     import torch
 
     from effdet.engine import train_one_epoch
-    session = make_session(case, "--workers", "0")
+    session = make_session(case, "--workers", "0", *(["--compile"] if case.compile else []))
     training = session.training
     layout = torch.channels_last if session.channels_last else torch.contiguous_format
     images = inputs.make_images(case.batch, case.image_size).to(session.device).contiguous(memory_format=layout)
@@ -52,8 +52,7 @@ def make_session(case: Any, *flags: str) -> Any:
         "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
         str(case.batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
-        "--model-ema" if case.ema else "--no-model-ema", *precision,
-        *(["--compile"] if getattr(case, "compile", False) else []), *flags])
+        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
     session = Session(config, start(config.run.device, []), folder, {}, "")
     inputs.fill_weights(session.training.model)
     return session

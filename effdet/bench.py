@@ -215,7 +215,7 @@ class DetBenchTrain(_DetBench):
             total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
             num_positives = (total + 1) / world_size() - 1
         if self.training:
-            self._take_size(x)
+            self._take_size(x)  # a compiled graph must not change the network
             return dict(zip(_LOSSES, self._losses(x, class_targets, box_targets, num_positives), strict=True))
         cls_outputs, box_outputs = self.head_outputs(x)
         losses = self.loss_fn(cls_outputs, box_outputs, class_targets, box_targets, num_positives)

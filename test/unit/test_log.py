@@ -208,10 +208,7 @@ def test_files_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, ca
     metrics = MetricsLog(tmp_path, False, lambda: 3)
     for step in (1, 2):
         metrics.add("epoch", 0, {"loss": 1.0})
-        logger.info(format_interval_line(
-            epoch=0, step=step, steps=2, loss=1.0, loss_average=1.0, class_loss=0.5, box_loss=0.01, step_s=0.5,
-            step_average_s=0.5, fps=8.0, fps_average=8.0, lr=0.1, data_s=0.0, data_average_s=0.0, eta_s=1.0,
-            memory_mib=100.0))
+        logger.info(format_interval_line(**LINE | {"epoch": 0, "step": step, "steps": 2}))
     said = capsys.readouterr()
     assert said.out.count("Train: 0") == 2 and "Traceback" not in said.err
     for name in ("log.txt", "losses.csv", "metrics.jsonl"):
