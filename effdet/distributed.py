@@ -8,6 +8,7 @@ What must not live here: choosing a device or a backend (device.py), wrapping a 
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import logging
@@ -41,6 +42,7 @@ DEFAULT_TIMEOUT_S = 7200.0
 
 # The gloo group beside an accelerator backend, with the world it was made for (a new world needs a new one).
 _host_group: tuple[Any, Any] | None = None
+_left_group: Any = None  # see shutdown
 
 
 _is_alone = False
@@ -140,11 +142,23 @@ def init_process_group(backend: str, device: torch.device | None = None, timeout
 
 
 def shutdown() -> None:
-    """Leave the process group; does nothing when there is none."""
-    global _host_group
+    """Leave the process group; does nothing when there is none.
+
+    The group's object outlives it here. DistributedDataParallel's reducer refers to it too, and where that is the last
+    to let go (torch 2.13), it waits for the group's threads while it holds Python's lock, which they may need: the
+    process hangs. The reference from Python lets go without the lock.
+    """
+    global _host_group, _left_group
     _host_group = None
     if _is_initialized():
+        _left_group = dist.group.WORLD
         dist.destroy_process_group()
+
+
+@atexit.register
+def _let_go() -> None:
+    global _left_group
+    _left_group = None
 
 
 def _get_host_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
@@ -10,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from distributed_worker import SHARDS, make_coco
+from torch.nn.parallel import DistributedDataParallel
 
+from effdet import distributed
 from effdet.evaluator import CocoEvaluator
 
 REPO = Path(__file__).resolve().parents[2]
@@ -202,3 +207,33 @@ def test_evaluator_failure_on_rank_0_ends_every_rank(tmp_path):
     assert [process.returncode for process in ranks] == [1, 1], errors
     assert "FileNotFoundError: annotations went away" in errors[0]
     assert "RuntimeError: rank 0 failed: FileNotFoundError: annotations went away" in errors[1]
+
+
+# ---- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def train_and_leave(rank: int, folder: str, rounds: int) -> None:
+    """Join a group, train with DistributedDataParallel, leave the group, and drop the wrapper; again and again."""
+    torch.set_num_threads(1)
+    for number in range(rounds):
+        faulthandler.dump_traceback_later(60, exit=True)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=2)
+        _train_and_leave_once(rank)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _train_and_leave_once(rank: int) -> None:
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    vote = distributed.LateMax()
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        vote(0)
+    assert distributed.all_gather_object(rank) == [0, 1]
+    distributed.barrier()
+    distributed.shutdown()
+
+
+@pytest.mark.slow
+def test_leaving_a_group_never_hangs(tmp_path):
+    """The reducer in DistributedDataParallel, where it is the last to refer to the group, waits for it forever."""
+    torch.multiprocessing.spawn(train_and_leave, args=(str(tmp_path), 300), nprocs=2)
