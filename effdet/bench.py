@@ -152,6 +152,9 @@ class DetBenchTrain(_DetBench):
             ValueError: the config's image_size was changed after the network was built.
         """
         super().__init__(model)
+        for module in model.modules():
+            if isinstance(module, nn.SiLU):
+                module.inplace = False  # in place, autograd copies the input for the backward pass: one more pass
         self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         self.loss_fn = DetectionLoss(model.config)
         self.normalize_over_ranks = False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_patches.norm_act import convert_norm_act
+from timm_patches.fused_layers import convert_fused_layers
 from timm_patches.same_padding import convert_same_padding
 
 from . import device as device_layer
@@ -225,7 +225,7 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     if mode == "kernel" and (report.converted or report.left):
         _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
     if device_layer.is_host(device):
-        convert_norm_act(model)
+        convert_fused_layers(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 

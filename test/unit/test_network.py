@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.bench import DetBenchPredict, DetBenchTrain, unwrap_bench
@@ -277,6 +278,38 @@ def test_bench_in_training_and_in_eval_mode():
     assert detections.shape == (2, 20, 6) and (detections[..., 4].diff() <= 0).all()
     assert output["loss"].item() == pytest.approx(output["class_loss"].item() + 50 * output["box_loss"].item())
     assert detections[0, :, 2].max() <= 100 and detections[1, :, 3].max() <= 20
+
+
+def test_training_copies_no_activation():
+    """SiLU in place would: autograd keeps a copy of its input. The gradients stay the same, bit for bit."""
+    gradients, copies = [], []
+    for in_place in (True, False):
+        model = build(backbone_name="efficientnet_b0").train()
+        bench = DetBenchTrain(model)
+        if in_place:
+            for module in model.modules():
+                if isinstance(module, nn.SiLU):
+                    module.inplace = True
+        torch.manual_seed(0)
+        with Copies() as seen:
+            bench(make_images(), make_target())["loss"].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        copies.append(seen.elements)
+    assert all(map(torch.equal, *gradients))
+    assert copies[0] > 1_000_000 and copies[1] < copies[0] / 20
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that are cloned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default:
+            self.elements += args[0].numel()
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])

@@ -1,0 +1,144 @@
+"""Large layers of EfficientNet's blocks on CPUs, computed in pieces that stay in the cache.
+
+Lives here: a BatchNormAct2d that does batch norm and SiLU in one and keeps its input only (the activation's input is
+computed again in the backward pass: a third less memory), and a SqueezeExcite whose backward pass writes no product of
+the size of its input. Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results
+are timm's up to the order of sums.
+
+Source of the formulas: Ioffe & Szegedy 2015, "Batch Normalization", section 3; Hu et al. 2018, "Squeeze-and-Excitation
+Networks", section 3.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+
+# Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
+SMALLEST_NORM = 1 << 22
+SMALLEST_SQUEEZE = 1 << 20
+PIECE = 1 << 17  # elements of one piece
+
+
+class _BatchNormSiLU(torch.autograd.Function):
+    """Training-mode batch norm over [B, C, H, W] in channels-last layout, then SiLU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+                momentum: float, eps: float) -> Tensor:
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        inverse_std = (var + eps).rsqrt()
+        scale = weight * inverse_std
+        shift = bias - mean * scale
+        result = torch.empty_like(x)
+        for piece, out in zip(_pieces(_rows(x)), _pieces(_rows(result)), strict=True):
+            torch._C._nn.silu(torch.addcmul(shift, piece, scale), out=out)
+        ctx.save_for_backward(x, mean, inverse_std, scale, shift)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse_std, scale, shift = ctx.saved_tensors
+        rows, gradient = _rows(x), torch.empty_like(x)
+        incoming = _rows(grad_output.contiguous(memory_format=torch.channels_last))
+        total, weighted = torch.zeros_like(mean), torch.zeros_like(mean)  # of the gradient of the normalised input
+        for piece, grad, out in zip(_pieces(rows), _pieces(incoming), _pieces(_rows(gradient)), strict=True):
+            activation_input = torch.addcmul(shift, piece, scale)
+            torch.ops.aten.silu_backward.grad_input(grad, activation_input, grad_input=out)
+            total += out.sum(0)
+            weighted += torch.sub(piece, mean, out=activation_input).mul_(out).sum(0)
+        weighted *= inverse_std
+        slope = -scale * inverse_std * weighted / len(rows)
+        constant = -scale * total / len(rows) - slope * mean
+        for piece, out in zip(_pieces(rows), _pieces(_rows(gradient)), strict=True):
+            torch.addcmul(constant, out, scale, out=out).addcmul_(piece, slope)
+        return gradient, weighted, total, None, None, None, None
+
+
+class _Excite(torch.autograd.Function):
+    """The product of [B, C, H, W] in channels-last layout and a gate [B, C, 1, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        incoming, gradient = grad_output.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
+        gate_gradient = torch.zeros_like(gate)
+        for image in range(len(x)):
+            factor, total = gate[image].flatten(), gate_gradient[image].flatten()
+            rows = (_pieces(_rows(tensor[image:image + 1])) for tensor in (x, incoming, gradient))
+            for piece, grad, out in zip(*rows, strict=True):
+                total += torch.mul(piece, grad, out=out).sum(0)
+                torch.mul(grad, factor, out=out)
+        return gradient, gate_gradient
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View channels-last [B, C, H, W] as [B * H * W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, PIECE // rows.shape[1]))
+
+
+def _pays(x: Tensor, smallest: int) -> bool:
+    return (x.device.type == "cpu" and x.numel() >= smallest and x.dtype == torch.float32
+            and x.is_contiguous(memory_format=torch.channels_last) and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
+
+
+class FusedBatchNormAct2d(BatchNormAct2d):
+    """timm's BatchNormAct2d, with the way above where it pays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate [B, C, H, W]."""
+        if not (self._can_fuse() and _pays(x, SMALLEST_NORM)):
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        return _BatchNormSiLU.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum,
+                                    self.eps)
+
+    def _can_fuse(self) -> bool:
+        return (self.training and type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and self.affine
+                and self.track_running_stats and self.momentum is not None)
+
+
+class FusedSqueezeExcite(SqueezeExcite):
+    """timm's SqueezeExcite of EfficientNets, with the way above where it pays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels of [B, C, H, W]."""
+        if not _pays(x, SMALLEST_SQUEEZE):
+            return super().forward(x)
+        # The gradient of a mean is as large as its input, that of a sum is one number for each channel.
+        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return _Excite.apply(x, self.gate(self.conv_expand(self.act1(self.conv_reduce(mean)))))
+
+
+_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite}
+_TIMMS = {fused: timms for timms, fused in _FUSED.items()}
+
+
+def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
+    """Choose how a model's BatchNormAct2d and SqueezeExcite layers work; in place, reversible, idempotent.
+
+    Args:
+        model: any module; only layers of exactly these classes take part.
+        fused: False to undo.
+
+    Returns:
+        The number of layers changed by this call.
+    """
+    classes = _FUSED if fused else _TIMMS
+    layers = [module for module in model.modules() if type(module) in classes]
+    for layer in layers:
+        layer.__class__ = classes[type(layer)]
+    return len(layers)
