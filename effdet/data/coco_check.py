@@ -4,10 +4,11 @@
 half way: the caller raises once, with all of them. Reading files and serving items is `coco.py`'s job.
 """
 
+import itertools
 import math
 import os
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _check_images(rows: list, report: DatasetReport, img_dir: Path | None) -> li
     sizeless = []
     for row in rows:
         img_id, name = (row.get("id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
-        if type(img_id) not in (int, str) or not isinstance(name, str) or not name:
+        if type(img_id) not in _IDS or not isinstance(name, str) or not name:
             report.add("image_fields", repr(row)[:60])
             continue
         if img_id in infos:
@@ -173,7 +174,9 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
     return missing
 
 
-_NUMBERS = frozenset((int, float))  # what json makes of a number; a bool is another type
+# What json makes of numbers, and what may be an id; a bool is of another type.
+_NUMBERS = frozenset((int, float))
+_IDS = frozenset((int, str))
 
 
 def four_numbers(value: Any) -> bool:
@@ -187,49 +190,73 @@ def _pack_annotations(
     """Returns (offsets, boxes_yxyx, category_ids, is_crowd) of CocoArrays."""
     image_at = {info["id"]: k for k, info in enumerate(infos)}
     cat_ids = {c["id"] for c in categories}
-    seen_ids: set = set()
-    images, cats, boxes, crowd, labels = [], [], [], [], []
-    for row in rows:
-        if not isinstance(row, dict):
-            report.add("no_bbox", repr(row)[:60])
-            continue
-        ann_id, img_id, cat_id, box = row.get("id"), row.get("image_id"), row.get("category_id"), row.get("bbox")
-        if type(ann_id) not in (int, str) or ann_id in seen_ids:  # a bool is of neither
-            report.add("duplicate_annotation_id", f"id {ann_id}")
-        else:
-            seen_ids.add(ann_id)
-        is_id = type(img_id) in (int, str)
-        at = image_at.get(img_id) if is_id else None
-        if not is_id or type(cat_id) is not int:
-            report.add("annotation_fields", f"annotation {ann_id}: image_id {img_id!r}, category_id {cat_id!r}"[:99])
-        elif at is None:
-            report.add("orphan_annotation", f"annotation {ann_id} of image {img_id!r}")
-        elif cat_id not in cat_ids:
-            report.add("unknown_category", f"annotation {ann_id} of image {img_id}: category {cat_id}")
-        elif not four_numbers(box):
-            report.add("no_bbox", f"annotation {ann_id} of image {img_id}")
-        else:
-            images.append(at)
-            cats.append(cat_id)
-            boxes.append(box)
-            crowd.append(bool(row.get("iscrowd") or row.get("ignore")))
-            labels.append(ann_id)
-    xywh = _to_array(boxes)
-    image, is_crowd = np.array(images, dtype=np.int64), np.array(crowd, dtype=bool)
-    yxyx, keep = _check_boxes(xywh, image, is_crowd, infos, labels, report, keep_crowd)
+    if not _all_sound(rows, image_at.keys(), cat_ids):
+        rows = _sound_rows(rows, image_at.keys(), cat_ids, report)
+    xywh = _to_array([row["bbox"] for row in rows])
+    image = np.array([image_at[row["image_id"]] for row in rows], dtype=np.int64)
+    cats = np.array([row["category_id"] for row in rows], dtype=np.int64)
+    is_crowd = np.array([bool(row.get("iscrowd") or row.get("ignore")) for row in rows], dtype=bool)
+    yxyx, keep = _check_boxes(xywh, image, is_crowd, infos, rows, report, keep_crowd)
     order = np.flatnonzero(keep)
     order = order[np.argsort(image[order], kind="stable")]
     offsets = np.zeros(len(infos) + 1, dtype=np.int64)
     np.cumsum(np.bincount(image[order], minlength=len(infos)), out=offsets[1:])
-    return offsets, yxyx[order].astype(np.float32), np.array(cats, dtype=np.int64)[order], is_crowd[order]
+    return offsets, yxyx[order].astype(np.float32), cats[order], is_crowd[order]
+
+
+def _all_sound(rows: list, image_ids: Set, cat_ids: Set) -> bool:
+    """Tell whether `_sound_rows` would give all rows and find nothing; a column at a time, several times as fast."""
+    if not {dict}.issuperset(map(type, rows)):
+        return False
+    ids, images, cats, boxes = (
+        [row.get(key) for row in rows] for key in ("id", "image_id", "category_id", "bbox")
+    )
+    return (
+        _IDS.issuperset(map(type, ids))
+        and len(set(ids)) == len(ids)
+        and _IDS.issuperset(map(type, images))
+        and image_ids >= set(images)
+        and {int}.issuperset(map(type, cats))
+        and cat_ids >= set(cats)
+        and {list}.issuperset(map(type, boxes))
+        and {4}.issuperset(map(len, boxes))
+        and _NUMBERS.issuperset(map(type, itertools.chain.from_iterable(boxes)))
+    )
+
+
+def _sound_rows(rows: list, image_ids: Set, cat_ids: Set, report: DatasetReport) -> list[dict[str, Any]]:
+    """Return the annotations with four numbers as bbox, of a known image and category; the rest goes to the report."""
+    seen_ids: set = set()
+    sound = []
+    for row in rows:
+        if not isinstance(row, dict):
+            report.add("no_bbox", repr(row)[:60])
+            continue
+        ann_id, img_id, cat_id = row.get("id"), row.get("image_id"), row.get("category_id")
+        if type(ann_id) not in _IDS or ann_id in seen_ids:
+            report.add("duplicate_annotation_id", f"id {ann_id}")
+        else:
+            seen_ids.add(ann_id)
+        if type(img_id) not in _IDS or type(cat_id) is not int:
+            report.add("annotation_fields", f"annotation {ann_id}: image_id {img_id!r}, category_id {cat_id!r}"[:99])
+        elif img_id not in image_ids:
+            report.add("orphan_annotation", f"annotation {ann_id} of image {img_id!r}")
+        elif cat_id not in cat_ids:
+            report.add("unknown_category", f"annotation {ann_id} of image {img_id}: category {cat_id}")
+        elif not four_numbers(row.get("bbox")):
+            report.add("no_bbox", f"annotation {ann_id} of image {img_id}")
+        else:
+            sound.append(row)
+    return sound
 
 
 def _to_array(boxes: list[list]) -> np.ndarray:
     """Return boxes of four json numbers as float64 [n, 4]; integers beyond float64 become inf."""
     try:
-        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        flat = np.fromiter(itertools.chain.from_iterable(boxes), dtype=np.float64, count=4 * len(boxes))
     except OverflowError:
-        return np.array([[v if abs(v) < 1e300 else math.inf for v in box] for box in boxes], dtype=np.float64)
+        flat = np.array([v if abs(v) < 1e300 else math.inf for box in boxes for v in box], dtype=np.float64)
+    return flat.reshape(-1, 4)
 
 
 def _check_boxes(
@@ -237,7 +264,7 @@ def _check_boxes(
     image: np.ndarray,
     is_crowd: np.ndarray,
     infos: list[dict[str, Any]],
-    labels: list,
+    rows: list[dict[str, Any]],
     report: DatasetReport,
     keep_crowd: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -264,18 +291,24 @@ def _check_boxes(
     left = np.ones(len(image), dtype=bool)
     steps = [("bad_bbox", ~finite), ("empty_bbox", empty), ("outside_bbox", outside), ("tiny_bbox", tiny)]
     for kind, mask in steps + ([] if keep_crowd else [("crowd", is_crowd)]):
-        _add_rows(report, kind, left & mask, labels, image, infos)
+        _add_rows(report, kind, left & mask, rows, image, infos)
         left &= ~mask
     if keep_crowd:
-        _add_rows(report, "crowd_ignored", left & is_crowd, labels, image, infos)
-    _add_rows(report, "clipped_bbox", left & partly, labels, image, infos)
+        _add_rows(report, "crowd_ignored", left & is_crowd, rows, image, infos)
+    _add_rows(report, "clipped_bbox", left & partly, rows, image, infos)
     return np.stack([in_y0, in_x0, in_y1, in_x1], axis=1), left
 
 
 def _add_rows(
-    report: DatasetReport, kind: str, mask: np.ndarray, labels: list, image: np.ndarray, infos: list[dict[str, Any]]
+    report: DatasetReport,
+    kind: str,
+    mask: np.ndarray,
+    rows: list[dict[str, Any]],
+    image: np.ndarray,
+    infos: list[dict[str, Any]],
 ) -> None:
-    rows = np.flatnonzero(mask)
-    for n, k in enumerate(rows[:MAX_EXAMPLES]):
-        last = n == min(MAX_EXAMPLES, len(rows)) - 1
-        report.add(kind, f"annotation {labels[k]} of image {infos[image[k]]['id']}", len(rows) - n if last else 1)
+    at = np.flatnonzero(mask)
+    for n, k in enumerate(at[:MAX_EXAMPLES]):
+        last = n == min(MAX_EXAMPLES, len(at)) - 1
+        example = f"annotation {rows[k].get('id')} of image {infos[image[k]]['id']}"
+        report.add(kind, example, len(at) - n if last else 1)

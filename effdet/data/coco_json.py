@@ -28,33 +28,54 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+_KEY = b'"segmentation":'
+
+
 def without_polygons(raw: bytes) -> bytes:
     """Put a 0 for each list of polygons in the bytes of a json.
 
-    Polygons are most of an annotation file, no box needs them, and stepping over them is many times faster than parsing
-    their numbers. They hold neither quotes nor braces, so they end at the last bracket before the next of these. A list
-    with anything but numbers in it, or with brackets that do not match, stays, for the json parser to judge.
+    Polygons are most of an annotation file, no box needs them, and stepping over them is many times faster than
+    parsing their numbers. A list with anything but numbers in it, or with brackets that do not match, stays, for the
+    json parser to judge.
     """
-    key = b'"segmentation":'
-    parts, done, at = [], 0, raw.find(key)
-    while at >= 0:
-        start = at + len(key)
-        brace = raw.find(b"}", start)
-        quote = raw.find(b'"', start, brace)
-        close = raw.rfind(b"]", start, brace if quote < 0 else quote)
-        escaped = raw[at - 1 : at] == b"\\"  # then it is the end of some text
-        if close >= 0 and not escaped and _is_numbers(raw[start : close + 1]):
-            parts += raw[done:start], b"0"
-            done = start = close + 1
-        at = raw.find(key, start)
-    return b"".join([*parts, raw[done:]]) if parts else raw
+    head, *tails = raw.split(_KEY)
+    ends = [_end_of_list(tail) for tail in tails]
+    shapes = _shapes([tail[:end] for tail, end in zip(tails, ends, strict=True)])
+    is_numbers = {shape: _is_numbers(shape) for shape in set(shapes)}
+    pieces, before = [head], head
+    for tail, end, shape in zip(tails, ends, shapes, strict=True):
+        quoted = before.endswith(b"\\")  # then the key is part of some text
+        pieces += (_KEY, tail) if quoted or not is_numbers[shape] else (_KEY, b"0", tail[end:])
+        before = tail
+    return b"".join(pieces)
 
 
-def _is_numbers(part: bytes) -> bool:
-    """Tell whether this looks like a list of numbers, or of lists of them; where the commas are is not looked at."""
-    bare = part.translate(None, b"0123456789.+-eE \t\r\n")
-    return (bare.startswith(b"[") and bare.count(b"[") == bare.count(b"]") and b"][" not in bare
-            and not bare.translate(None, b"[],"))
+def _end_of_list(tail: bytes) -> int:
+    """Return where a list of polygons at the start of this must end: it holds neither quotes nor braces."""
+    quote = tail.find(b'"')
+    limit = len(tail) if quote < 0 else quote
+    brace = tail.find(b"}", 0, limit)
+    return tail.rfind(b"]", 0, limit if brace < 0 else brace) + 1
+
+
+def _shapes(lists: list[bytes]) -> list[bytes]:
+    """Return each list without its numbers and commas, and with a ! for each bracket that opens where one closed.
+
+    Few shapes are left of all the lists of a file. Taking the numbers out of all lists at once is what makes it fast.
+    """
+    if not lists:
+        return []
+    separator = b"|"
+    bare = separator.join(lists).translate(None, b"0123456789.+-eE \t\r\n").replace(b"][", b"!")
+    shapes = bare.translate(None, b",").split(separator)
+    if len(shapes) == len(lists):
+        return shapes
+    return [shape for part in lists for shape in _shapes([part.replace(separator, b"!")])]
+
+
+def _is_numbers(shape: bytes) -> bool:
+    """Tell whether this is left of a list of numbers, or of lists of them; where the commas were is not looked at."""
+    return shape.startswith(b"[") and shape.count(b"[") == shape.count(b"]") and not shape.translate(None, b"[]")
 
 
 def read_json(path: str | Path) -> Any:

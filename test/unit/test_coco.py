@@ -22,8 +22,8 @@ from effdet.data import (
     resolve_category_map,
 )
 from effdet.data.coco import CocoParser, CocoParserCfg, coco_paths
-from effdet.data.coco_check import check_coco
-from effdet.data.dataset_report import DROPPED, ERRORS, NOTED
+from effdet.data.coco_check import _all_sound, _sound_rows, check_coco
+from effdet.data.dataset_report import DROPPED, ERRORS, NOTED, DatasetReport
 from effdet.data.image_table import ImageTable
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -381,6 +381,29 @@ def test_the_image_table_gives_back_what_went_in():
             table[k]
     odd = [dict(infos[0], id=i) for i in ("text", 3, 2**70)]
     assert list(ImageTable(odd)) == odd
+
+
+ODD_VALUES = [None, True, 5, -1, 2**70, 1.0, "1", "", [], [1, 2, 3, 4], [1, 2, 3], [1, 2, 3, True], [1, 2, "3", 4],
+              [1, 2, 3, None], {}, [[1, 2, 3, 4]], [0.5, 2**80, -3, float("nan")]]
+
+
+@pytest.mark.parametrize("key", [None, "id", "image_id", "category_id", "bbox", "iscrowd"])
+def test_the_fast_look_at_annotations_agrees_with_the_one_that_reports(key):
+    """Whatever stands in one annotation, the fast look finds all sound just where the other has nothing to say."""
+    answers = []
+    for value in ODD_VALUES:
+        rows = base_json()["annotations"]
+        if key is None:
+            rows[1] = value
+        else:
+            rows[1][key] = value
+        report = DatasetReport(source="here")
+        rows_left = _sound_rows(rows, {1, 2, 3, "1"}, {5, 1000}, report)
+        fast = _all_sound(rows, {1, 2, 3, "1"}, {5, 1000})
+        assert fast == (rows_left == rows and not report.examples), value
+        answers.append(fast)
+    sound = {None: 0, "id": 5, "image_id": 1, "category_id": 1, "bbox": 2, "iscrowd": len(ODD_VALUES)}
+    assert sum(answers) == sound[key], "else a look that finds fault with all or nothing would pass"
 
 
 def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
