@@ -9,6 +9,7 @@ DATA ?=
 ARGS ?=
 
 PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --no-compile
 INSTALLED := $(VENV)/.requirements
 INSTALLED_DEV := $(VENV)/.requirements-dev
 INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
@@ -22,10 +23,10 @@ PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-npu test-npu-slow bench lint clean
+.PHONY: help train test test-slow test-npu test-npu-slow bench lint environments clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 train: $(INSTALLED)  ## train on the embedded data set, or on DATA=/path/to/coco; more flags in ARGS="..."
 ifeq ($(strip $(DATA)),)
@@ -56,34 +57,37 @@ bench: $(INSTALLED) $(INSTALLED_PEER)  ## measure against effdet 0.4.1 on the CP
 lint: $(INSTALLED_DEV)  ## check style and imports with ruff
 	$(PY) -m ruff check .
 
+environments: $(INSTALLED_DEV) $(INSTALLED_NPU)  ## install what lint and all tests need; `make -j2` does it side by side
+
 clean:  ## remove the environment and caches; data/, runs/ and output/ stay
 	rm -rf $(VENV) $(VENV_NPU) $(VENV_PEER) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a machine with a local build of the pinned version uses that one. torchvision is
 # only imported by timm and comes without dependencies, which would ask for a second torch where the builds differ.
+# Compiling all 11,000 modules would take half of an installation's time; Python compiles those that are imported.
 define make_environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version)'
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-$(1)/bin/python -m pip install "$$(grep -E '^torch==' requirements.txt)"
-$(1)/bin/python -m pip install --no-deps "$$(grep -E '^torchvision==' requirements.txt)"
+$(1)/bin/python $(PIP_INSTALL) "$$(grep -E '^torch==' requirements.txt)"
+$(1)/bin/python $(PIP_INSTALL) --no-deps "$$(grep -E '^torchvision==' requirements.txt)"
 endef
 
 $(INSTALLED): requirements.txt
 	$(call make_environment,$(VENV))
-	$(PY) -m pip install -r requirements.txt
+	$(PY) $(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
-	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
 $(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
 	$(call make_environment,$(VENV_NPU))
-	$(VENV_NPU)/bin/python -m pip install -r requirements-npu.txt -r requirements-dev.txt
+	$(VENV_NPU)/bin/python $(PIP_INSTALL) -r requirements-npu.txt -r requirements-dev.txt
 	@touch $@
 
 $(INSTALLED_PEER): requirements.txt benchmarks/requirements-peer.txt
 	$(call make_environment,$(VENV_PEER))
-	$(VENV_PEER)/bin/python -m pip install -r benchmarks/requirements-peer.txt
+	$(VENV_PEER)/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peer.txt
 	@touch $@

@@ -29,7 +29,7 @@ def build(side: str, case: Any) -> pairing.Work:
         classes, codes, positives = run()
         named = {f"classes {level}": value for level, value in enumerate(classes)}
         return {**named, **{f"codes {level}": value for level, value in enumerate(codes)}, "positives": positives}
-    return pairing.Work(run, outputs, inputs.synchronizer(device))
+    return pairing.Work(run, outputs, inputs.synchronizer(device), device=device)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:

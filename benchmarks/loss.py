@@ -44,7 +44,7 @@ def build(side: str, case: Any) -> pairing.Work:
     def outputs() -> dict[str, torch.Tensor]:
         losses = torch.stack([loss.detach() for loss in run()])
         return {"losses": losses, **{f"gradient {number}": leaf.grad for number, leaf in enumerate(leaves)}}
-    return pairing.Work(run, outputs, inputs.synchronizer(device), about={"layout": str(layout)})
+    return pairing.Work(run, outputs, inputs.synchronizer(device), about={"layout": str(layout)}, device=device)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:

@@ -52,7 +52,8 @@ def build(side: str, case: Any) -> pairing.Work:
         average = torch.cat([value.flatten() for name, value in sorted(ema.module.state_dict().items())
                              if value.is_floating_point()])
         return {"weights": weights, "average": average}
-    return pairing.Work(update, outputs, inputs.synchronizer(device), about={"optimizer": type(optimizer).__name__})
+    return pairing.Work(update, outputs, inputs.synchronizer(device), about={"optimizer": type(optimizer).__name__},
+                        device=device)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Work:
         synchronize: waits for the device.
         measure: returns the figure itself, instead of the seconds of `run` (memory, counts).
         about: facts for the figure, such as the settings that the side chose.
+        device: where all of the work is done; then the bytes that its kernels move are counted, see traffic.py.
     """
 
     run: Callable[[], Any]
@@ -51,6 +52,7 @@ class Work:
     synchronize: Callable[[], Any] = lambda: None
     measure: Callable[[], float] | None = None
     about: dict[str, Any] | None = None
+    device: Any = None
 
 
 class Side:
@@ -98,6 +100,10 @@ class Side:
     def sample(self) -> float:
         """Return one measurement: the seconds of one run, or what the work itself measures."""
         return self._ask(do="sample")["value"]
+
+    def traffic(self) -> dict[str, float]:
+        """Return 'bytes_moved' by one run and the device's 'copy_bytes_per_s'; nothing where they are not counted."""
+        return self._ask(do="traffic")
 
     def close(self) -> None:
         """End the process."""
@@ -204,7 +210,7 @@ def measure(start: Callable[[], list[Any]], case: Mapping[str, Any], repeats: in
         repeats: samples for each side.
 
     Returns:
-        `summarize`'s figures with 'samples', 'difference' and the 'facts' of each side.
+        `summarize`'s figures with 'samples', 'difference', and by side 'facts' and `add_floors`' 'traffic'.
 
     Raises:
         Disagreement: the sides do not compute the same.
@@ -217,15 +223,26 @@ def measure(start: Callable[[], list[Any]], case: Mapping[str, Any], repeats: in
             for side in sides:
                 side.calibrate()
             samples = take_turns(sides, repeats)
+            traffic = {side.name: side.traffic() for side in sides}
     finally:
         for side in sides:
             side.close()
     if case.get("fresh"):
+        traffic = {}
         samples = {name: [] for name in facts}
         for _ in range(repeats):
             for name, values in _once(start).items():
                 samples[name] += values
-    return {**summarize(samples), "samples": samples, "difference": difference, "facts": facts}
+    result = summarize(samples)
+    return {**result, "samples": samples, "difference": difference, "facts": facts,
+            "traffic": add_floors({name: counted for name, counted in traffic.items() if counted}, result)}
+
+
+def add_floors(traffic: Mapping[str, Mapping[str, float]], result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Add to what each side counted its 'floor_s', the time of a copy of as many bytes, and that as a share."""
+    floors = {name: counted["bytes_moved"] / counted["copy_bytes_per_s"] for name, counted in traffic.items()}
+    return {name: {**counted, "floor_s": floors[name], "floor_share": floors[name] / result[name]}
+            for name, counted in traffic.items()}
 
 
 def _once(start: Callable[[], list[Any]]) -> dict[str, list[float]]:
@@ -253,7 +270,7 @@ def machine() -> dict[str, Any]:
 
 
 def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Return one line for people: what, both medians, and who needs how much less."""
+    """Return a line for people: what, both medians, and who needs how much less; a second for counted bytes."""
     def show(value: float) -> str:
         if case.get("unit", "s") == "bytes":
             return f"{value / 2**20:8.1f} MiB"
@@ -263,12 +280,17 @@ def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         return f"{text} {case['pictures'] / value:8.1f}/s" if case.get("pictures") else text
 
     name = f"{case['figure']:<24} {case['device']} {case['dtype']:<8} {case['threads']}t batch {case['batch']:<4}"
+    moved = "".join(
+        f"   {side} {counted['bytes_moved'] / 1e9:.3g} GB in {counted['floor_share']:.0%} of the time"
+        for side, counted in result.get("traffic", {}).items())
+    moved = moved and "\n    bytes moved by kernels, at the speed of a copy:" + moved
     if "peer" not in result:
-        return f"{name} ours {show(result['ours'])}   (no peer)"
+        return f"{name} ours {show(result['ours'])}   (no peer){moved}"
     ratio = result["ratio"]
     verdict = f"ours needs {ratio:.2f}x less" if ratio >= 1 else f"PEER needs {1 / ratio:.2f}x less"
     low, high = result["pairs"]
-    return f"{name} ours {show(result['ours'])}   peer {show(result['peer'])}   {verdict} (pairs {low:.2f}..{high:.2f})"
+    times = f"ours {show(result['ours'])}   peer {show(result['peer'])}"
+    return f"{name} {times}   {verdict} (pairs {low:.2f}..{high:.2f}){moved}"
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:

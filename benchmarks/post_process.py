@@ -46,7 +46,7 @@ def build(side: str, case: Any) -> pairing.Work:
     def outputs() -> dict[str, torch.Tensor]:
         rows = run()
         return {"boxes": rows[..., :4], "scores": rows[..., 4], "classes": rows[..., 5]}
-    return pairing.Work(run, outputs, inputs.synchronizer(device))
+    return pairing.Work(run, outputs, inputs.synchronizer(device), device=device)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:

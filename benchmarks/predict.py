@@ -33,7 +33,7 @@ def build(side: str, case: Any) -> pairing.Work:
         if case.dtype != "float32":
             return {"scores": rows[..., 4]}
         return {"scores": rows[..., 4], "detections": rows}
-    return pairing.Work(run, outputs, inputs.synchronizer(device))
+    return pairing.Work(run, outputs, inputs.synchronizer(device), device=device)
 
 
 def make_bench(side: str, model: Any, device: Any, batch: int) -> Any:

@@ -36,7 +36,8 @@ def build_ours(case: Any) -> pairing.Work:
         stats = train_one_epoch(training, loader, 0)
         return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
     return pairing.Work(step, lambda: first_step(training.model, step), inputs.synchronizer(session.device),
-                        about={"channels_last": session.channels_last, "precision": training.precision.level})
+                        about={"channels_last": session.channels_last, "precision": training.precision.level},
+                        device=None if case.compile else session.device)
 
 
 def make_session(case: Any, *flags: str) -> Any:
@@ -85,7 +86,7 @@ def build_peer(case: Any) -> pairing.Work:
     def run() -> dict[str, torch.Tensor]:
         return step(images, target)
     return pairing.Work(run, lambda: first_step(model, run), inputs.synchronizer(device),
-                        about={"patches": peer.patches})
+                        about={"patches": peer.patches}, device=None if case.compile else device)
 
 
 def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, Any]:

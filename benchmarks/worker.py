@@ -95,6 +95,14 @@ class Worker:
     def sample(self) -> dict[str, Any]:
         return {"value": self._timed(self.calls) if self.work.measure is None else float(self.work.measure())}
 
+    def traffic(self) -> dict[str, float]:
+        if self.work.device is None:
+            return {}
+        from traffic import ByteCounter, copy_speed
+        with ByteCounter() as counter:
+            self.work.run()
+        return {"bytes_moved": counter.moved, "copy_bytes_per_s": copy_speed(self.work.device, self.work.synchronize)}
+
 
 def main() -> None:
     channel = os.fdopen(os.dup(1), "w")

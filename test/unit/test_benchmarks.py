@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import pairing  # noqa: E402
+from traffic import ByteCounter  # noqa: E402
 
 
 class FakeSide:
@@ -19,6 +21,7 @@ class FakeSide:
     def __init__(self, name: str, times: list[float], log: list[str], **outputs: list[float]) -> None:
         self.name, self.times, self.log, self.facts, self.is_closed = name, list(times), log, {}, False
         self.arrays = {key: np.array(value) for key, value in outputs.items()}
+        self.counted: dict[str, float] = {}
 
     def outputs(self, folder: Path) -> dict[str, np.ndarray]:
         return self.arrays
@@ -29,6 +32,9 @@ class FakeSide:
     def sample(self) -> float:
         self.log.append(self.name)
         return self.times.pop(0)
+
+    def traffic(self) -> dict[str, float]:
+        return self.counted
 
     def close(self) -> None:
         self.is_closed = True
@@ -92,6 +98,32 @@ def test_a_case_that_asks_for_new_processes_gets_them_for_every_sample():
     result = pairing.measure(start, {"tolerance": 0, "fresh": True}, 3)
     assert result["samples"] == {"ours": [6.0, 7.0, 8.0]} and log == ["ours"] * 3
     assert all(side.is_closed for side in started)
+
+
+def test_bytes_are_given_as_a_share_of_the_time():
+    sides = [FakeSide("ours", [2.0], [], x=[1.0]), FakeSide("peer", [4.0], [], x=[1.0])]
+    sides[0].counted = {"bytes_moved": 3e9, "copy_bytes_per_s": 6e9}
+    result = pairing.measure(lambda: sides, {"tolerance": 0}, 1)
+    assert result["traffic"] == {"ours": {**sides[0].counted, "floor_s": 0.5, "floor_share": 0.25}}
+    case = {"figure": "f", "device": "cpu", "dtype": "float32", "threads": 1, "batch": 4}
+    assert pairing.format_figure(case, result).splitlines()[1].endswith(":   ours 3 GB in 25% of the time")
+
+
+def test_what_operators_read_and_write_is_counted():
+    x = torch.ones(8, 4, requires_grad=True)  # 128 bytes
+    with ByteCounter() as counter:
+        y = x.detach().t().reshape(32)  # a copy in another order
+        assert counter.moved == 256
+        y[:16].mul_(2)  # half of it, in place: read, and written
+        assert counter.moved == 256 + 128
+        torch.empty(1000).expand(3, 1000).detach()
+        assert counter.moved == 256 + 128
+        x[:, 0].detach().expand(3, 8).add(1)  # 8 read, 24 written
+        assert counter.moved == 256 + 128 + 32 + 96
+        (x * x).sum().backward()
+    # Forward: two read, one written; the sum reads one and writes a number. Backward: two products with the expanded
+    # gradient, a number, and their sum; the number itself is made of ones.
+    assert counter.moved == 256 + 128 + 128 + (3 * 128 + 128 + 4) + (4 + 4) + 2 * (4 + 2 * 128) + 3 * 128
 
 
 @pytest.mark.parametrize(("ratio", "text"), [(4.0, "ours needs 4.00x less"), (0.5, "PEER needs 2.00x less")])
