@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -206,7 +207,9 @@ class Session:
             updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
         if self.world > 1:
             ids = None if device.type == "cpu" else [device.index]
-            bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():  # torch 2.13 has another name for it, which earlier ones do not know
+                warnings.simplefilter("ignore", FutureWarning)
+                bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
         self.training = Training(
             bench, model, optimizer, schedule, precision, device, ema,
             (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
