@@ -263,7 +263,7 @@ class CocoParser:
 
         Annotations without a finite box go; `iscrowd` becomes 0 or 1 and an `area` that is no number the box's; when
         annotation ids are repeated, missing or 0 (which pycocotools takes for "unmatched") all are renumbered from 1.
-        Polygons are left out. Anything else stays.
+        What the evaluation of boxes does not use, such as polygons, is left out.
 
         Returns:
             {'images', 'annotations', 'categories', ...}; 'annotations' is empty for a file without labels.

@@ -8,7 +8,9 @@ import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from .dataset_report import DatasetError
 
@@ -28,58 +30,41 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-_KEY = b'"segmentation":'
+class _Image(TypedDict, total=False):
+    id: Any
+    file_name: Any
+    width: Any
+    height: Any
 
 
-def without_polygons(raw: bytes) -> bytes:
-    """Put a 0 for each list of polygons in the bytes of a json.
-
-    Polygons are most of an annotation file, no box needs them, and stepping over them is many times faster than
-    parsing their numbers. A list with anything but numbers in it, or with brackets that do not match, stays, for the
-    json parser to judge.
-    """
-    head, *tails = raw.split(_KEY)
-    ends = [_end_of_list(tail) for tail in tails]
-    shapes = _shapes([tail[:end] for tail, end in zip(tails, ends, strict=True)])
-    is_numbers = {shape: _is_numbers(shape) for shape in set(shapes)}
-    pieces, before = [head], head
-    for tail, end, shape in zip(tails, ends, shapes, strict=True):
-        quoted = before.endswith(b"\\")  # then the key is part of some text
-        pieces += (_KEY, tail) if quoted or not is_numbers[shape] else (_KEY, b"0", tail[end:])
-        before = tail
-    return b"".join(pieces)
+class _Annotation(TypedDict, total=False):
+    id: Any
+    image_id: Any
+    category_id: Any
+    bbox: Any
+    area: Any
+    iscrowd: Any
+    ignore: Any
 
 
-def _end_of_list(tail: bytes) -> int:
-    """Return where a list of polygons at the start of this must end: it holds neither quotes nor braces."""
-    quote = tail.find(b'"')
-    limit = len(tail) if quote < 0 else quote
-    brace = tail.find(b"}", 0, limit)
-    return tail.rfind(b"]", 0, limit if brace < 0 else brace) + 1
+class _Lists(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[Any]
 
 
-def _shapes(lists: list[bytes]) -> list[bytes]:
-    """Return each list without its numbers and commas, and with a ! for each bracket that opens where one closed.
-
-    Few shapes are left of all the lists of a file. Taking the numbers out of all lists at once is what makes it fast.
-    """
-    if not lists:
-        return []
-    separator = b"|"
-    bare = separator.join(lists).translate(None, b"0123456789.+-eE \t\r\n").replace(b"][", b"!")
-    shapes = bare.translate(None, b",").split(separator)
-    if len(shapes) == len(lists):
-        return shapes
-    return [shape for part in lists for shape in _shapes([part.replace(separator, b"!")])]
+class _File(_Lists, total=False):
+    info: Any
+    licenses: Any
 
 
-def _is_numbers(shape: bytes) -> bool:
-    """Tell whether this is left of a list of numbers, or of lists of them; where the commas were is not looked at."""
-    return shape.startswith(b"[") and shape.count(b"[") == shape.count(b"]") and not shape.translate(None, b"[]")
+_DECODER = msgspec.json.Decoder(_File)
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a json without the segmentation of its annotations, which box detection does not use.
+    """Parse a json, without those keys of images and annotations that box detection does not use.
+
+    What is not in COCO's form, such as a text where a list belongs, comes as it stands.
 
     Raises:
         FileNotFoundError: no such file; DatasetError: it may not be read, or is no json.
@@ -89,14 +74,24 @@ def read_json(path: str | Path) -> Any:
         what = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"annotation file {path} {what}")
     try:
-        data = json.loads(without_polygons(path.read_bytes()))
+        raw = path.read_bytes()
+        try:
+            return _DECODER.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return _read_slowly(raw)
     except PermissionError as e:
         raise DatasetError(f"annotation file {path} may not be read: permission denied. Change its permissions, or run "
                            "as a user who may.") from e
     except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; lists in lists in lists
         raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
-    annotations = data.get("annotations") if isinstance(data, dict) else None
-    for row in annotations if isinstance(annotations, list) else ():
-        if isinstance(row, dict):
-            row.pop("segmentation", None)
+
+
+def _read_slowly(raw: bytes) -> Any:
+    """Read what the decoder refuses: a file of another form, NaN, UTF-16, or no json at all."""
+    data = json.loads(raw)
+    for key, form in (("images", _Image), ("annotations", _Annotation)):
+        rows = data.get(key) if isinstance(data, dict) else None
+        for row in rows if isinstance(rows, list) else ():
+            for unused in row.keys() - form.__annotations__.keys() if isinstance(row, dict) else ():
+                del row[unused]
     return data
