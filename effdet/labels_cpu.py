@@ -1,9 +1,9 @@
 """The anchor labels of anchors.py on a CPU: equal values, from the few anchors that can matter.
 
 An anchor whose IoU with a box reaches the threshold has a similar size and a centre close by. On a grid those anchors
-are a small window of cells at some levels, a few hundred in place of all; only for a box that no window anchor matches,
-the one it overlaps best is searched among all. Lists of changing length cost a CPU nothing; accelerators need the fixed
-shapes of anchors.py.
+are a small window of cells at some levels, a few hundred in place of all. For a box that no anchor matches, the IoU with
+the nearest anchor of each size makes a second window, for the one it overlaps best. Lists of changing length cost a CPU
+nothing; accelerators need the fixed shapes of anchors.py.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class SparseMatcher:
         self.boxes = boxes_yxyx.numpy()
         self.areas = (self.boxes[:, 2] - self.boxes[:, 0]) * (self.boxes[:, 3] - self.boxes[:, 1])
         sizes = np.repeat(np.array(level_sizes), per_cell, 0)  # one row for each level and size at a cell
+        self.ends = sizes
         self.rows, self.columns = sizes.T
         starts = np.cumsum([0] + [rows * columns * per_cell for rows, columns in level_sizes])[:-1]
         self.offset = np.repeat(starts, per_cell) + np.tile(np.arange(per_cell), len(level_sizes))
@@ -58,7 +59,10 @@ class SparseMatcher:
         enough = iou >= threshold
         box, anchor, iou = box[enough], anchor[enough], iou[enough]
 
-        best_anchor = self._best_anchors(gt_boxes, box, anchor, iou, threshold)
+        best_anchor = self._best_of(box, anchor, iou, len(gt_boxes))
+        left = (best_anchor < 0).nonzero()[0]
+        if len(left):
+            best_anchor[left] = self._search(gt_boxes[left])
         # An anchor takes the box it overlaps best, the first of equal ones; a box's best anchor takes the first such.
         forced = np.arange(len(gt_boxes))
         box, anchor = np.concatenate((forced, box)), np.concatenate((best_anchor, anchor))
@@ -85,24 +89,25 @@ class SparseMatcher:
         found[box[self._iou(gt_boxes, box, anchor) >= threshold]] = True
         return found
 
-    def _windows(self, gt_boxes: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return (box, anchor) for a superset of the pairs that reach the threshold.
+    def _windows(self, gt_boxes: np.ndarray, threshold: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (box, anchor) for a superset of the pairs that reach the threshold, one for all or for each box.
 
         The overlap along an axis is at most the shorter side, so IoU >= t needs an overlap of t times the longer side
         along each: with the sides a and b, the centres differ by at most (a + b) / 2 - t max(a, b).
         """
         boxes = gt_boxes.astype(np.float64)
+        threshold = np.broadcast_to(threshold, len(boxes))[:, None]
         sides = (boxes[:, 2:] - boxes[:, :2])[:, None]  # [G, 1, 2]
         centre = ((boxes[:, 2:] + boxes[:, :2]) / 2)[:, None]
         longer = np.maximum(sides, self.sides)  # [G, S, 2]
-        reach = (sides + self.sides) / 2 - threshold * longer
+        reach = (sides + self.sides) / 2 - threshold[..., None] * longer
         smaller = np.minimum(sides, self.sides).prod(2)  # area of the overlap where the centres agree
         similar = smaller >= 0.999 * threshold * np.maximum(sides.prod(2), self.sides.prod(1))
         number, shape = (similar & (reach > -1e-3).all(2) & (sides > 0).all(2)).nonzero()
         # A hundredth of a cell on each side makes up for rounding.
         middle = (centre[number, 0] - self.centre[shape]) / self.stride[shape]
         reach = reach[number, shape] / self.stride[shape] + 0.01
-        ends = np.stack((self.rows, self.columns), 1)[shape]
+        ends = self.ends[shape]
         low = np.clip(np.ceil(middle - reach), 0, ends).astype(np.int64)
         high = np.clip(np.floor(middle + reach), -1, ends - 1).astype(np.int64)
         count = np.maximum(high - low + 1, 0)
@@ -123,29 +128,30 @@ class SparseMatcher:
         areas = (first[:, 2] - first[:, 0]) * (first[:, 3] - first[:, 1])
         return intersection / (areas + self.areas[anchor] - intersection)
 
-    def _best_anchors(self, gt_boxes: np.ndarray, box: np.ndarray, anchor: np.ndarray, iou: np.ndarray,
-                      threshold: float) -> np.ndarray:
-        """Return the anchor that each box overlaps best, the first of equal ones.
+    def _best_of(self, box: np.ndarray, anchor: np.ndarray, iou: np.ndarray, count: int) -> np.ndarray:
+        """Return the anchor of the highest IoU, the first of equal ones, for each of `count` boxes; -1 without a pair.
 
-        `box` (ascending), `anchor` and `iou` are all pairs that reach the threshold. Boxes without one are searched
-        again with a lower threshold, the last ones among all anchors.
+        `box` is ascending.
         """
-        best = np.full(len(gt_boxes), -1)
+        best = np.full(count, -1)
         if len(box):
             start = np.flatnonzero(np.diff(box, prepend=-1))
             highest = np.repeat(np.maximum.reduceat(iou, start), np.diff(start, append=len(box)))
             best[box[start]] = np.minimum.reduceat(np.where(iou == highest, anchor, len(self.boxes)), start)
-        left = (best < 0).nonzero()[0]
-        if len(left) and threshold > 0.01:
-            boxes, lower = gt_boxes[left], threshold / 4
-            box, anchor = self._windows(boxes, lower)
-            iou = self._iou(boxes, box, anchor)
-            enough = iou >= lower
-            best[left] = self._best_anchors(boxes, box[enough], anchor[enough], iou[enough], lower)
-        elif len(left):
-            everywhere = np.arange(len(self.boxes))
-            for number in left:
-                best[number] = self._iou(gt_boxes, np.full(len(everywhere), number), everywhere).argmax()
+        return best
+
+    def _search(self, gt_boxes: np.ndarray) -> np.ndarray:
+        """Return the anchor that each box overlaps best: what the nearest anchor of each size has bounds the search."""
+        middle = ((gt_boxes[:, 2:] + gt_boxes[:, :2]) / 2)[:, None]
+        cell = np.clip(np.rint((middle - self.centre) / self.stride), 0, self.ends - 1).astype(np.int64)
+        nearest = self.offset + (cell[..., 0] * self.columns + cell[..., 1]) * self.step  # [G, S]
+        number = np.repeat(np.arange(len(gt_boxes)), nearest.shape[1])
+        reached = self._iou(gt_boxes, number, nearest.ravel()).reshape(nearest.shape).max(1)
+        box, anchor = self._windows(gt_boxes, reached)
+        best = self._best_of(box, anchor, self._iou(gt_boxes, box, anchor), len(gt_boxes))
+        everywhere = np.arange(len(self.boxes))
+        for number in (reached <= 0).nonzero()[0]:  # beside all anchors, or without an area
+            best[number] = self._iou(gt_boxes, np.full(len(everywhere), number), everywhere).argmax()
         return best
 
     def targets(self, gt_boxes: Tensor, gt_classes: Tensor, valid: Tensor, threshold: float
