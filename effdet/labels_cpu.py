@@ -1,9 +1,9 @@
 """The anchor labels of anchors.py on a CPU: equal values, from the few anchors that can matter.
 
 An anchor whose IoU with a box reaches the threshold has a similar size and a centre close by. On a grid those anchors
-are a small window of cells at some levels, a few hundred in place of all. For a box that no anchor matches, the IoU with
-the nearest anchor of each size makes a second window, for the one it overlaps best. Lists of changing length cost a CPU
-nothing; accelerators need the fixed shapes of anchors.py.
+are a small window of cells at some levels, a few hundred in place of all. For a box that no anchor matches, the IoU
+with the nearest anchor of each size makes a second window, for the one it overlaps best. Lists of changing length cost
+a CPU nothing; accelerators need the fixed shapes of anchors.py.
 """
 from __future__ import annotations
 
