@@ -28,6 +28,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name if name == "cpu" else f"{name}:0")
 
 
+def count_devices(name: str) -> int:
+    """Return how many accelerators of this kind the machine has."""
+    return getattr(torch, pick_device(name).type).device_count()
+
+
 def synchronizer(device: torch.device) -> Callable[[], Any]:
     """Return a function that waits for the device."""
     return (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize

@@ -102,10 +102,16 @@ def main() -> int:
         print(json.dumps(measure_rank(SimpleNamespace(**json.loads(sys.argv[-1])))))
         return 0
     options = parser.parse_args()
+    counts = options.processes[:2] if options.quick else options.processes
+    if options.device != "cpu":
+        import inputs
+        devices = inputs.count_devices(options.device)
+        counts = [count for count in counts if count <= devices]
+        print(f"scaling  {devices} devices: measured for {counts} processes")
     base = None
     with tempfile.TemporaryDirectory() as folder:
-        data = pairing.make_file(folder, "make_coco_folder", options.batch[0] * max(options.processes), options.classes)
-        for processes in options.processes[:2] if options.quick else options.processes:
+        data = pairing.make_file(folder, "make_coco_folder", options.batch[0] * max(counts), options.classes)
+        for processes in counts:
             threads = max(1, options.threads // processes) if options.device == "cpu" else options.threads
             case = pairing.base_case(options, f"scaling_{processes}", threads=threads, folder=folder, data=data,
                                      ema=False, repeats=3 if options.quick else options.repeats)
