@@ -18,6 +18,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO / "test" / "golden"))
 from weights import make_weight  # noqa: E402  (test/golden/weights.py: weights drawn from their names)
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, both sides' default
 PEER_SLOTS = 100  # what the peer's collate pads boxes to
 
 
@@ -103,6 +104,12 @@ def make_images(batch: int, size: int, seed: int = 0) -> Tensor:
         noise = torch.from_numpy(rng.standard_normal((batch, 3, cells, cells), dtype=np.float32))
         images += 0.5 * nn.functional.interpolate(noise, (size, size), mode="bilinear")
     return images
+
+
+def make_pixels(batch: int, size: int, device: torch.device) -> Tensor:
+    """Return `make_images`' pictures before their normalisation, as a loader hands them on: uint8, on the device."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
+    return (make_images(batch, size) * std + mean).clamp(0, 255).to(torch.uint8).to(device)
 
 
 def make_boxes(batch: int, size: int, classes: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

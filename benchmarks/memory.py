@@ -47,7 +47,7 @@ def build(side: str, case: Any) -> pairing.Work:
                 kept.append(tensor)
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            work.run()
+            (work.count or work.run)()
         return sum(sizes.values())
     return pairing.Work(work.run, work.outputs, work.synchronize, peak if case.figure == "memory_peak" else saved,
                         work.about)
@@ -62,8 +62,8 @@ def read_status(name: str) -> int:
 
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    data = pairing.make_file(folder, "make_coco_folder", max(options.batch), options.classes)
-    return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, compile=False,
+    data = pairing.make_file(folder, "make_coco_folder", train_step.PICTURES, options.classes)
+    return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, compile=False, steps=1,
                               folder=folder, data=data, tolerance=train_step.TOLERANCES[dtype], unit="bytes",
                               fresh=True, repeats_factor=factor)
             for dtype in options.dtype for batch in options.batch

@@ -45,6 +45,8 @@ class Work:
         measure: returns the figure itself, instead of the seconds of `run` (memory, counts).
         about: facts for the figure, such as the settings that the side chose.
         device: where all of the work is done; then the bytes that its kernels move are counted, see traffic.py.
+        steps: how many times `run` does the work; the figure is that of one.
+        count: does the work once, in a way in which its kernels can be counted; default is `run`.
     """
 
     run: Callable[[], Any]
@@ -53,6 +55,8 @@ class Work:
     measure: Callable[[], float] | None = None
     about: dict[str, Any] | None = None
     device: Any = None
+    steps: int = 1
+    count: Callable[[], Any] | None = None
 
 
 class Side:

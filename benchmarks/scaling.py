@@ -31,17 +31,17 @@ def measure_rank(case: Any) -> dict[str, float]:
     import torch
     torch.set_num_threads(case.threads)
     import inputs
-    from train_step import OneBatch, make_session
+    from train_step import Batches, make_session
 
     import effdet  # noqa: F401  (declares what timm's import needs)
     from effdet import distributed
     from effdet.engine import train_one_epoch
     case.batch *= int(os.environ["WORLD_SIZE"])  # train.py's batch size is that of all processes
-    session = make_session(case, "--workers", "0")
+    session = make_session(case, case.batch, "--workers", "0")
     device, batch = session.device, session.batch_size
     layout = torch.channels_last if session.channels_last else torch.contiguous_format
     images = inputs.make_images(batch, case.image_size, distributed.rank()).to(device, memory_format=layout)
-    loader = OneBatch(images, inputs.make_target("ours", batch, case.image_size, case.classes, device))
+    loader = Batches([(images, inputs.make_target("ours", batch, case.image_size, case.classes, device))])
     training, synchronize = session.training, inputs.synchronizer(device)
     count = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
     gradients = torch.zeros(count, device=device)

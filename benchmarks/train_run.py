@@ -21,7 +21,7 @@ def build(side: str, case: Any) -> pairing.Work:
     proof = train_step.build(side, case)
     if side == "ours":
         from effdet.engine import train_one_epoch
-        session = train_step.make_session(case, "--workers", str(case.workers))
+        session = train_step.make_session(case, case.batch, "--workers", str(case.workers))
         device = session.device
 
         def run() -> None:
@@ -45,7 +45,8 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     pictures = (2 * batch if options.quick else options.pictures) // batch * batch
     data = pairing.make_file(folder, "make_coco_folder", pictures, options.classes)
     return [pairing.base_case(options, "train_run", dtype=dtype, pictures=pictures, workers=options.workers, data=data,
-                              folder=folder, ema=options.ema, compile=False, tolerance=train_step.TOLERANCES[dtype])
+                              folder=folder, ema=options.ema, compile=False, steps=1,
+                              tolerance=train_step.TOLERANCES[dtype])
             for dtype in options.dtype]
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""One training step from tensors on the device: labels, forward, loss, backward, clipping, SGD with momentum.
+"""One training step from uint8 pictures on the device: normalisation, labels, forward, loss, backward, clipping, SGD.
 
 Ours is a batch of engine.train_one_epoch in a run set up by train.py, with the settings that it chooses for the device.
-The peer's is the step of its train.py, with labels made in the bench. Compared: losses, and how the first step changes
-the weights. Stochastic depth is on; both draw it from the same seed.
+The peer's is the step of its train.py, with labels made in the bench. On an accelerator one sample is an epoch of 20
+steps, as nobody waits for the device after each; what is printed is one of them. Compared: losses, and how the first
+step changes the weights. Stochastic depth is on; both draw it from the same seed.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 import pairing
 
 LR, MOMENTUM, WEIGHT_DECAY, CLIP = 0.01, 0.9, 4e-5, 10.0
+PICTURES = 4  # in the data set that a run needs to be set up; the step gets its own
 
 
 def build(side: str, case: Any) -> pairing.Work:
@@ -23,25 +25,33 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def build_ours(case: Any) -> pairing.Work:
     import inputs
-    import torch
 
+    from effdet.data.loader import PrefetchLoader
     from effdet.engine import train_one_epoch
-    session = make_session(case, "--workers", "0", *(["--compile"] if case.compile else []))
+    session = make_session(case, PICTURES, "--workers", "0", *(["--compile"] if case.compile else []))
     training = session.training
-    layout = torch.channels_last if session.channels_last else torch.contiguous_format
-    images = inputs.make_images(case.batch, case.image_size).to(session.device).contiguous(memory_format=layout)
-    loader = OneBatch(images, inputs.make_target("ours", case.batch, case.image_size, case.classes, session.device))
+    batches = [(inputs.make_pixels(case.batch, case.image_size, session.device),
+                inputs.make_target("ours", case.batch, case.image_size, case.classes, session.device))]
 
-    def step() -> dict[str, float]:
+    def run(steps: int) -> dict[str, float]:
+        loader = PrefetchLoader(Batches(batches * steps), device=session.device, channels_last=session.channels_last)
         stats = train_one_epoch(training, loader, 0)
         return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
-    return pairing.Work(step, lambda: first_step(training.model, step), inputs.synchronizer(session.device),
-                        about={"channels_last": session.channels_last, "precision": training.precision.level},
-                        device=None if case.compile else session.device)
+
+    def run_unrecorded() -> None:
+        recorded, training.bench._losses = training.bench._losses, getattr(
+            training.bench._losses, "losses", training.bench._losses)
+        run(1)
+        training.bench._losses = recorded
+    return pairing.Work(lambda: run(case.steps), lambda: first_step(training.model, lambda: run(1)),
+                        inputs.synchronizer(session.device), steps=case.steps,
+                        about={"channels_last": session.channels_last, "precision": training.precision.level,
+                               "recorded": session.records_steps()},
+                        device=None if case.compile else session.device, count=run_unrecorded)
 
 
-def make_session(case: Any, *flags: str) -> Any:
-    """Set a run of train.py up as its command line does."""
+def make_session(case: Any, batch: int, *flags: str) -> Any:
+    """Set a run of train.py up as its command line does, with loaders of this batch size."""
     import inputs
 
     from effdet.config.cli import parse_train_args
@@ -51,7 +61,7 @@ def make_session(case: Any, *flags: str) -> Any:
     precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
     config = parse_train_args([
         "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
-        str(case.batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
+        str(batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
         "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
     session = Session(config, start(config.run.device, []), folder, {}, "")
@@ -59,19 +69,10 @@ def make_session(case: Any, *flags: str) -> Any:
     return session
 
 
-class OneBatch:
-    """A loader of one batch, for engine.train_one_epoch."""
+class Batches(list):
+    """A loader of these batches, for effdet.data.loader.PrefetchLoader."""
 
     sampler = None
-
-    def __init__(self, *batch: Any) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> Any:
-        yield self.batch
-
-    def __len__(self) -> int:
-        return 1
 
 
 def build_peer(case: Any) -> pairing.Work:
@@ -80,13 +81,17 @@ def build_peer(case: Any) -> pairing.Work:
     import torch
     device = inputs.pick_device(case.device)
     step, model = make_peer_step(case, device, labels_in_bench=True)
-    images = inputs.make_images(case.batch, case.image_size).to(device)
+    pixels = inputs.make_pixels(case.batch, case.image_size, device)
     target = inputs.make_target("peer", case.batch, case.image_size, case.classes, device)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (inputs.MEAN, inputs.STD))
 
-    def run() -> dict[str, torch.Tensor]:
-        return step(images, target)
-    return pairing.Work(run, lambda: first_step(model, run), inputs.synchronizer(device),
-                        about={"patches": peer.patches}, device=None if case.compile else device)
+    def run(steps: int) -> dict[str, torch.Tensor]:
+        for _ in range(steps):
+            losses = step(pixels.float().sub_(mean).div_(std), target)
+        return losses
+    return pairing.Work(lambda: run(case.steps), lambda: first_step(model, lambda: run(1)),
+                        inputs.synchronizer(device), steps=case.steps, about={"patches": peer.patches},
+                        device=None if case.compile else device, count=lambda: run(1))
 
 
 def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, Any]:
@@ -136,10 +141,16 @@ def first_step(model: Any, step: Any) -> dict[str, Any]:
         "change of all": torch.stack([change.norm() for change in changes.values()])}
 
 
+def count_steps(options: Any) -> int:
+    """Return how many steps one sample takes."""
+    return 1 if options.device == "cpu" else 20
+
+
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    data = pairing.make_file(folder, "make_coco_folder", max(options.batch), options.classes)
+    data = pairing.make_file(folder, "make_coco_folder", PICTURES, options.classes)
     return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
-                              compile=options.compile, folder=folder, data=data, tolerance=TOLERANCES[dtype])
+                              steps=count_steps(options), compile=options.compile, folder=folder, data=data,
+                              tolerance=TOLERANCES[dtype])
             for dtype in options.dtype for batch in options.batch]
 
 

@@ -84,12 +84,12 @@ class Worker:
         for _ in range(calls):
             self.work.run()
         self.work.synchronize()
-        return (time.perf_counter() - started) / calls
+        return (time.perf_counter() - started) / calls / self.work.steps
 
     def calibrate(self, seconds: float) -> dict[str, Any]:
         if self.work.measure is None:
             self._timed(1)
-            self.calls = max(1, min(1000, math.ceil(seconds / self._timed(1))))
+            self.calls = max(1, min(1000, math.ceil(seconds / self.work.steps / self._timed(1))))
         return {"calls": self.calls}
 
     def sample(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Worker:
             return {}
         from traffic import ByteCounter, copy_speed
         with ByteCounter() as counter:
-            self.work.run()
+            (self.work.count or self.work.run)()
         return {"bytes_moved": counter.moved, "copy_bytes_per_s": copy_speed(self.work.device, self.work.synchronize)}
 
 

@@ -221,10 +221,11 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     mode = same_padding
     if mode == "auto":
         mode = "kernel" if device_layer.avoids_pad_operators(device) else "pad"
+    convert_fused_layers(model, fused=False)
     report = convert_same_padding(model, mode)
     if mode == "kernel" and (report.converted or report.left):
         _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
-    if device_layer.is_host(device):
+    if device_layer.is_host(device) or device_layer.has_triton(device):
         convert_fused_layers(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 

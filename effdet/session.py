@@ -134,6 +134,8 @@ class Session:
             lines += device_layer.make_deterministic(self.device)
         if self.cfg.run.compile:
             lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
+        if self.records_steps():
+            lines.append("the kernels of network and loss are recorded in the first step and replayed (--no-graph)")
         lines.append(f"learning rate {self.cfg.optim.lr:g} as given, for a global batch of {self.cfg.run.batch_size}: "
                      "it is not scaled with it")
         for line in lines:
@@ -188,7 +190,25 @@ class Session:
         bench.normalize_over_ranks = world > 1
         if cfg.run.compile and not alone:
             bench.use_compile()
+        elif self.records_steps() and not alone:
+            bench.use_graph()
         return auto_batch.Step(model, ema, precision, optimizer, bench)
+
+    def records_steps(self) -> bool:
+        """Return whether a step's kernels are recorded and replayed (graphed.py).
+
+        Raises:
+            ValueError: it is wanted where it cannot work.
+        """
+        cfg, wanted = self.cfg, self.cfg.run.graph
+        reasons = [text for text, holds in (
+            (f"the device is {self.device.type}", not device_layer.can_record_graphs(self.device)),
+            ("there are several processes", self.world > 1), ("--compile is given", cfg.run.compile),
+            ("--grad-accum is given", cfg.optim.grad_accum > 1),
+            ("--multi-scale is given", bool(cfg.data.multi_scale))) if holds]
+        if wanted and reasons:
+            raise ValueError(f"--graph does not work here, as {' and '.join(reasons)}: leave it out.")
+        return not reasons if wanted is None else wanted
 
     def build_training(self, payload: dict[str, Any]) -> None:
         """Build network, average, optimizer, benches, schedule; `payload` is the checkpoint to go on from, or empty."""

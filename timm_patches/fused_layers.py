@@ -1,25 +1,35 @@
-"""Large layers of EfficientNet's blocks on CPUs, computed in pieces that stay in the cache.
+"""Large layers of EfficientNet's blocks in few passes over memory.
 
 Lives here: a BatchNormAct2d that does batch norm and SiLU in one and keeps its input only (the activation's input is
 computed again in the backward pass: a third less memory), and a SqueezeExcite whose backward pass writes no product of
-the size of its input. Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results
-are timm's up to the order of sums.
+the size of its input. On CPUs they work in pieces that stay in the cache, on GPUs with Triton by norm_kernels.py, and
+there depthwise convolutions take their way, too (depthwise_triton.py).
+Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are timm's up to the
+order of sums.
 
 Source of the formulas: Ioffe & Szegedy 2015, "Batch Normalization", section 3; Hu et al. 2018, "Squeeze-and-Excitation
 Networks", section 3.
 """
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
+from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
+
+from .depthwise_triton import DepthwiseConv2dSame
 
 # Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
 SMALLEST_NORM = 1 << 22
 SMALLEST_SQUEEZE = 1 << 20
+SMALLEST_ON_GPU = 1 << 20
 PIECE = 1 << 17  # elements of one piece
 
 
@@ -95,40 +105,67 @@ def _pays(x: Tensor, smallest: int) -> bool:
             and not torch.compiler.is_compiling())
 
 
+def triton_kernels(x: Tensor, smallest: int = SMALLEST_ON_GPU) -> ModuleType | None:
+    """Return norm_kernels.py where its kernels work for `x` and pay: on GPUs with Triton, for channels-last tensors."""
+    if not (x.is_cuda and x.numel() >= smallest and x.is_floating_point() and torch.is_grad_enabled()
+            and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
+            and has_triton()):
+        return None
+    return importlib.import_module("timm_patches.norm_kernels")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether the package that compiles kernels for GPUs is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 class FusedBatchNormAct2d(BatchNormAct2d):
-    """timm's BatchNormAct2d, with the way above where it pays."""
+    """timm's BatchNormAct2d, with the ways above where they pay."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate [B, C, H, W]."""
-        if not (self._can_fuse() and _pays(x, SMALLEST_NORM)):
-            return super().forward(x)
-        self.num_batches_tracked.add_(1)
-        return _BatchNormSiLU.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum,
-                                    self.eps)
+        arguments = x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+        activates = type(self.act) is nn.SiLU
+        kernels = triton_kernels(x)
+        if self._can_fuse() and kernels is not None and (activates or type(self.act) is nn.Identity):
+            self.num_batches_tracked.add_(1)
+            return kernels.BatchNormAct.apply(*arguments, activates)
+        if self._can_fuse() and activates and _pays(x, SMALLEST_NORM):
+            self.num_batches_tracked.add_(1)
+            return _BatchNormSiLU.apply(*arguments)
+        return super().forward(x)
 
     def _can_fuse(self) -> bool:
-        return (self.training and type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and self.affine
+        return (self.training and type(self.drop) is nn.Identity and self.affine and self.weight.dtype == torch.float32
                 and self.track_running_stats and self.momentum is not None)
 
 
 class FusedSqueezeExcite(SqueezeExcite):
-    """timm's SqueezeExcite of EfficientNets, with the way above where it pays."""
+    """timm's SqueezeExcite of EfficientNets, with the ways above where they pay."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of [B, C, H, W]."""
+        kernels = triton_kernels(x)
+        if kernels is not None:
+            shared: list[Tensor] = []
+            same, mean = kernels.Squeeze.apply(x, shared)
+            return kernels.Excite.apply(same, self._gate(mean), shared)
         if not _pays(x, SMALLEST_SQUEEZE):
             return super().forward(x)
         # The gradient of a mean is as large as its input, that of a sum is one number for each channel.
-        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        return _Excite.apply(x, self.gate(self.conv_expand(self.act1(self.conv_reduce(mean)))))
+        return _Excite.apply(x, self._gate(x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])))
+
+    def _gate(self, mean: Tensor) -> Tensor:
+        return self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
 
 
-_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite}
+_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: DepthwiseConv2dSame}
 _TIMMS = {fused: timms for timms, fused in _FUSED.items()}
 
 
 def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
-    """Choose how a model's BatchNormAct2d and SqueezeExcite layers work; in place, reversible, idempotent.
+    """Choose how BatchNormAct2d, SqueezeExcite and Conv2dSame layers work; in place, reversible, idempotent.
 
     Args:
         model: any module; only layers of exactly these classes take part.
