@@ -63,8 +63,8 @@ def read_status(name: str) -> int:
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     data = pairing.make_file(folder, "make_coco_folder", train_step.PICTURES, options.classes)
-    return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, compile=False, steps=1,
-                              folder=folder, data=data, tolerance=train_step.TOLERANCES[dtype], unit="bytes",
+    return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, steps=1, folder=folder,
+                              data=data, tolerance=train_step.TOLERANCES[dtype], unit="bytes",
                               fresh=True, repeats_factor=factor)
             for dtype in options.dtype for batch in options.batch
             for figure, factor in (("memory_peak", 1), ("memory_saved_for_backward", 0.01))]

@@ -311,6 +311,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="tf_efficientdet_d0")
     parser.add_argument("--classes", type=int, default=90)
     parser.add_argument("--quick", action="store_true", help="3 samples, for a look")
+    parser.add_argument("--flags", default="", metavar="TEXT", help="more flags of train.py for ours, such as "
+                        "--flags='--triton --graph'")
     parser.add_argument("--ours-only", action="store_true", help="do not run the peer")
     parser.add_argument("--peer-python", default=str(REPO / ".venv-peer" / "bin" / "python"), metavar="PATH",
                         help="Python with effdet 0.4.1 (default: the one of `make bench`)")
@@ -326,7 +328,7 @@ def fast_dtypes() -> list[str]:
 
 def base_case(options: argparse.Namespace, figure: str, **more: Any) -> dict[str, Any]:
     """Return a case with the shared settings; the first batch size and dtype unless `more` says otherwise."""
-    shared = {key: getattr(options, key) for key in ("device", "threads", "image_size", "model", "classes")}
+    shared = {key: getattr(options, key) for key in ("device", "threads", "image_size", "model", "classes", "flags")}
     return {"figure": figure, **shared, "batch": options.batch[0], "dtype": options.dtype[0], "tolerance": 1e-4,
             **more}
 

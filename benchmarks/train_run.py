@@ -45,7 +45,7 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     pictures = (2 * batch if options.quick else options.pictures) // batch * batch
     data = pairing.make_file(folder, "make_coco_folder", pictures, options.classes)
     return [pairing.base_case(options, "train_run", dtype=dtype, pictures=pictures, workers=options.workers, data=data,
-                              folder=folder, ema=options.ema, compile=False, steps=1,
+                              folder=folder, ema=options.ema, steps=1,
                               tolerance=train_step.TOLERANCES[dtype])
             for dtype in options.dtype]
 

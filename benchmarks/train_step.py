@@ -28,7 +28,7 @@ def build_ours(case: Any) -> pairing.Work:
 
     from effdet.data.loader import PrefetchLoader
     from effdet.engine import train_one_epoch
-    session = make_session(case, PICTURES, "--workers", "0", *(["--compile"] if case.compile else []))
+    session = make_session(case, PICTURES, "--workers", "0")
     training = session.training
     batches = [(inputs.make_pixels(case.batch, case.image_size, session.device),
                 inputs.make_target("ours", case.batch, case.image_size, case.classes, session.device))]
@@ -46,8 +46,8 @@ def build_ours(case: Any) -> pairing.Work:
     return pairing.Work(lambda: run(case.steps), lambda: first_step(training.model, lambda: run(1)),
                         inputs.synchronizer(session.device), steps=case.steps,
                         about={"channels_last": session.channels_last, "precision": training.precision.level,
-                               "recorded": session.records_steps()},
-                        device=None if case.compile else session.device, count=run_unrecorded)
+                               "triton": session.cfg.run.triton, "graph": session.cfg.run.graph},
+                        device=None if session.cfg.run.compile else session.device, count=run_unrecorded)
 
 
 def make_session(case: Any, batch: int, *flags: str) -> Any:
@@ -63,7 +63,7 @@ def make_session(case: Any, batch: int, *flags: str) -> Any:
         "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
         str(batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
-        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags])
+        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags, *case.flags.split()])
     session = Session(config, start(config.run.device, []), folder, {}, "")
     inputs.fill_weights(session.training.model)
     return session
@@ -91,7 +91,7 @@ def build_peer(case: Any) -> pairing.Work:
         return losses
     return pairing.Work(lambda: run(case.steps), lambda: first_step(model, lambda: run(1)),
                         inputs.synchronizer(device), steps=case.steps, about={"patches": peer.patches},
-                        device=None if case.compile else device, count=lambda: run(1))
+                        device=device, count=lambda: run(1))
 
 
 def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, Any]:
@@ -149,8 +149,7 @@ def count_steps(options: Any) -> int:
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     data = pairing.make_file(folder, "make_coco_folder", PICTURES, options.classes)
     return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
-                              steps=count_steps(options), compile=options.compile, folder=folder, data=data,
-                              tolerance=TOLERANCES[dtype])
+                              steps=count_steps(options), folder=folder, data=data, tolerance=TOLERANCES[dtype])
             for dtype in options.dtype for batch in options.batch]
 
 
@@ -164,7 +163,6 @@ if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
     parser.set_defaults(dtype=pairing.fast_dtypes())
     parser.add_argument("--ema", action="store_true", help="with the moving average of the weights on both sides")
-    parser.add_argument("--compile", action="store_true", help="ours with --compile of train.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(pairing.main(__file__, options, make_cases(options, folder)))

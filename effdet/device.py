@@ -236,13 +236,12 @@ def check_compile(device: torch.device) -> None:
         raise ValueError("--compile needs the package triton on GPUs: install it, or leave --compile out.")
 
 
-def has_triton(device: torch.device) -> bool:
-    """Return whether kernels of our own run on `device`: a GPU with the package triton.
-
-    While a program is compiled they do not: the compiler writes its own.
-    """
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-            and not torch.compiler.is_compiling())
+def check_triton(device: torch.device) -> None:
+    """Raise a ValueError when kernels written in Triton cannot run here."""
+    if device.type != "cuda":
+        raise ValueError(f"--triton is for GPUs, and the device is {device.type}: leave it out.")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--triton needs the package triton: install it, or leave --triton out.")
 
 
 def can_record_graphs(device: torch.device) -> bool:

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .device import has_triton, is_host
+from timm_patches.triton_switch import uses_triton
+
+from .device import is_host
 from .focal import IGNORED_LOGIT, background_terms, foreground_terms
 from .loss_cpu import focal_loss_and_gradient
 
@@ -117,7 +119,7 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
     Returns:
         A float32 scalar, not normalised; finite for any finite logits.
     """
-    if has_triton(logits.device):
+    if uses_triton(logits.device):
         from . import loss_triton
 
         if loss_triton.can_compute(logits, gamma):

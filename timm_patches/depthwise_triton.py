@@ -10,7 +10,6 @@ that equal inputs give equal bits.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .padding import same_length, same_padding
+from .triton_switch import uses_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNELS = (3, 5)  # rows and columns that a layer's kernel may have
@@ -139,11 +139,6 @@ def _power_of_two(size: int) -> int:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _kernels() -> ModuleType:
     from . import depthwise_kernels
 
@@ -193,8 +188,7 @@ class DepthwiseConv2dSame(Conv2dSame):
 
     def pays(self, x: Tensor) -> bool:
         """Tell whether the kernels take this layer and its input, and are faster."""
-        return (x.device.type == "cuda" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-                and self._fits() and self._takes(x) and _has_triton())
+        return uses_triton(x.device) and not torch.jit.is_tracing() and self._fits() and self._takes(x)
 
     def _fits(self) -> bool:
         return (self.groups == self.in_channels == self.out_channels and self.stride == (2, 2)

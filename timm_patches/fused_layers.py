@@ -2,8 +2,8 @@
 
 Lives here: a BatchNormAct2d that does batch norm and SiLU in one and keeps its input only (the activation's input is
 computed again in the backward pass: a third less memory), and a SqueezeExcite whose backward pass writes no product of
-the size of its input. On CPUs they work in pieces that stay in the cache, on GPUs with Triton by norm_kernels.py, and
-there depthwise convolutions take their way, too (depthwise_triton.py).
+the size of its input. On CPUs they work in pieces that stay in the cache. On GPUs they take the kernels of
+norm_kernels.py where those are wanted (triton_switch.py), and so do depthwise convolutions (depthwise_triton.py).
 Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are timm's up to the
 order of sums.
 
@@ -12,9 +12,6 @@ Networks", section 3.
 """
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +21,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from .depthwise_triton import DepthwiseConv2dSame
+from .depthwise_triton import DTYPES, DepthwiseConv2dSame
+from .triton_switch import uses_triton
 
 # Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
 SMALLEST_NORM = 1 << 22
@@ -106,18 +104,13 @@ def _pays(x: Tensor, smallest: int) -> bool:
 
 
 def triton_kernels(x: Tensor, smallest: int = SMALLEST_ON_GPU) -> ModuleType | None:
-    """Return norm_kernels.py where its kernels work for `x` and pay: on GPUs with Triton, for channels-last tensors."""
-    if not (x.is_cuda and x.numel() >= smallest and x.is_floating_point() and torch.is_grad_enabled()
-            and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
-            and has_triton()):
+    """Return norm_kernels.py where its kernels are wanted, work for `x` and pay: for channels-last tensors."""
+    if not (x.numel() >= smallest and x.dtype in DTYPES and torch.is_grad_enabled()
+            and x.is_contiguous(memory_format=torch.channels_last) and uses_triton(x.device)):
         return None
-    return importlib.import_module("timm_patches.norm_kernels")
+    from . import norm_kernels
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether the package that compiles kernels for GPUs is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return norm_kernels
 
 
 class FusedBatchNormAct2d(BatchNormAct2d):

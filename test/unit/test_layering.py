@@ -34,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
      "effdet.coco_metrics"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms", "effdet.loss_cpu", "effdet.loss_triton", "effdet.graphed", "effdet.heartbeat", "effdet.statistics_guard", "effdet.live_line",
+     "effdet.soft_nms", "effdet.loss_cpu", "effdet.loss_triton", "effdet.graphed", "effdet.heartbeat",
+     "effdet.statistics_guard", "effdet.live_line",
      "effdet.error_analysis", "effdet.data_statistics"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.labels_triton", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.nms_cpu",),
@@ -157,8 +158,8 @@ def foreign_packages(root: Path) -> list[str]:
             continue  # torch's plug-in for the device, fetched only where a caller asked for that device
         if top == "triton":
             if not item.importer.endswith(("_triton", "_kernels")):
-                wrong.append(f"{item.place}: {item.importer} imports triton, which is only there for GPUs; kernels have "
-                             "files of their own, *_triton.py and *_kernels.py, imported where a GPU is in use")
+                wrong.append(f"{item.place}: {item.importer} imports triton, which is there for GPUs only: kernels "
+                             "have files of their own, *_triton.py and *_kernels.py, imported when they are used")
             continue
         if own == "timm_patches" and top not in {"torch", "timm", "timm_patches", *sys.stdlib_module_names}:
             wrong.append(f"{item.place}: {item.importer} imports {top}; timm_patches imports torch and timm only")
