@@ -25,8 +25,7 @@ from typing import Any
 
 import pairing
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(pairing.REPO))
 CLASSES = 80
 
 
@@ -65,7 +64,7 @@ def time_to_first_step(root: Path, options: Any) -> float:
                "--workers", "2", "--log-interval", "1", "--output", root / "runs"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), cwd=REPO, env=environment, text=True,
+    process = subprocess.Popen(list(map(str, command)), cwd=pairing.REPO, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = []
     for line in process.stdout:

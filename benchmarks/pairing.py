@@ -222,7 +222,7 @@ def measure(start: Callable[[], list[Any]], case: Mapping[str, Any], repeats: in
     sides = start()
     try:
         difference = agree(sides, case["tolerance"])
-        facts = {side.name: side.facts for side in sides}
+        facts, traffic = {side.name: side.facts for side in sides}, {}
         if not case.get("fresh"):
             for side in sides:
                 side.calibrate()
@@ -232,7 +232,6 @@ def measure(start: Callable[[], list[Any]], case: Mapping[str, Any], repeats: in
         for side in sides:
             side.close()
     if case.get("fresh"):
-        traffic = {}
         samples = {name: [] for name in facts}
         for _ in range(repeats):
             for name, values in _once(start).items():

@@ -22,12 +22,10 @@ from typing import Any
 
 import pairing
 
-REPO = Path(__file__).resolve().parents[1]
-
 
 def measure_rank(case: Any) -> dict[str, float]:
     """Run in each process: time steps with and without exchange, and the exchange alone."""
-    sys.path.insert(1, str(REPO))
+    sys.path.insert(1, str(pairing.REPO))
     import torch
     torch.set_num_threads(case.threads)
     import inputs

@@ -116,8 +116,11 @@ class SparseMatcher:
         place = np.arange(len(which)) - np.repeat(np.cumsum(cells) - cells, cells)
         row = low[which, 0] + place // count[which, 1]
         column = low[which, 1] + place % count[which, 1]
-        anchor = self.offset[shape[which]] + (row * self.columns[shape[which]] + column) * self.step
-        return number[which], anchor
+        return number[which], self._anchor_at(shape[which], row, column)
+
+    def _anchor_at(self, shape: np.ndarray | slice, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Return the numbers of the anchors of a level and size, `shape`, at cells."""
+        return self.offset[shape] + (row * self.columns[shape] + column) * self.step
 
     def _iou(self, gt_boxes: np.ndarray, box: np.ndarray, anchor: np.ndarray) -> np.ndarray:
         """Return the IoU of pairs, in float32 and in the order of operations of anchors.AnchorLabeler."""
@@ -144,9 +147,9 @@ class SparseMatcher:
         """Return the anchor that each box overlaps best: what the nearest anchor of each size has bounds the search."""
         middle = ((gt_boxes[:, 2:] + gt_boxes[:, :2]) / 2)[:, None]
         cell = np.clip(np.rint((middle - self.centre) / self.stride), 0, self.ends - 1).astype(np.int64)
-        nearest = self.offset + (cell[..., 0] * self.columns + cell[..., 1]) * self.step  # [G, S]
-        number = np.repeat(np.arange(len(gt_boxes)), nearest.shape[1])
-        reached = self._iou(gt_boxes, number, nearest.ravel()).reshape(nearest.shape).max(1)
+        nearest = self._anchor_at(slice(None), cell[..., 0], cell[..., 1])  # [G, S]
+        each = np.repeat(np.arange(len(gt_boxes)), nearest.shape[1])
+        reached = self._iou(gt_boxes, each, nearest.ravel()).reshape(nearest.shape).max(1)
         box, anchor = self._windows(gt_boxes, reached)
         best = self._best_of(box, anchor, self._iou(gt_boxes, box, anchor), len(gt_boxes))
         everywhere = np.arange(len(self.boxes))

@@ -420,17 +420,22 @@ def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
     assert held == ["img_ids"], "which workers ask only for its length"
 
 
-UNUSED = [[[1.5, 2, 3e-2, -4]], [], {"counts": "a]}[", "size": [3, 4]}, None, 'text "bbox": [1]', float("nan")]
+UNUSED = [[[1.5, 2, 3e-2, -4]], [[1, 2], [3, 4]], [], {"counts": [1, 2], "size": [3, 4]},
+          {"counts": "a]}[", "size": [3, 4]}, None, 'text "bbox": [1]', float("nan")]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("unused", UNUSED, ids=str)
-def test_what_boxes_do_not_need_is_left_out_and_nothing_else(tmp_path, unused, monkeypatch):
+def test_what_boxes_do_not_need_is_left_out_and_nothing_else(tmp_path, unused, last, indent, monkeypatch):
     data = base_json()
     data["info"] = {"bbox": [1], "year": 2017}
     expected = copy.deepcopy(data)
     for row in data["images"] + data["annotations"]:
-        row["segmentation"] = unused
-    raw = json.dumps(data).encode()
+        rest = dict(row)
+        row.clear()
+        row.update({**rest, "segmentation": unused} if last else {"segmentation": unused, **rest})
+    raw = json.dumps(data, indent=indent).encode()
     if unused == unused:  # NaN is none of the decoder's business
         monkeypatch.setattr(coco_json, "_read_slowly", None)
     assert coco_json.read_json(write(tmp_path, raw.decode())) == expected
