@@ -85,7 +85,7 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 
 $(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
 	$(call make_environment,$(VENV_NPU))
-	$(VENV_NPU)/bin/python $(PIP_INSTALL) -r requirements-npu.txt -r requirements-dev.txt
+	$(VENV_NPU)/bin/python $(PIP_INSTALL) -r requirements-npu.txt $$(grep -E '^pytest' requirements-dev.txt)
 	@touch $@
 
 $(INSTALLED_PEER): requirements.txt benchmarks/requirements-peer.txt

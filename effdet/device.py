@@ -213,7 +213,8 @@ def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
     Args:
         device: where they are.
         wanted: the user's choice; None takes it where it is faster. Measured for a D0 training step: on a CPU it takes
-            about 0.7 times as long, on an H200 in half precision at 512 px 0.7 times.
+            about 0.7 times as long. On an H200 in float16 it took 0.73 times as long, without cuDNN's search for the
+            fastest kernels, which took half a minute and was left out then.
 
     Raises:
         ValueError: it is wanted on a device that does not have it.
@@ -441,9 +442,6 @@ def tune(device: torch.device) -> list[str]:
     Returns:
         One line for each setting, with its reason; empty when there is nothing to set.
     """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        return ["cudnn.benchmark=True: shapes are fixed, the fastest kernel is searched once"]
     if device.type == "npu":
         return _tune_npu()
     return _keep_memory() if is_host(device) else []

@@ -1,22 +1,21 @@
 """The depthwise convolution in Triton against timm's: on a GPU as compiled, on CPUs in Triton's interpreter."""
 from __future__ import annotations
 
-import importlib.util
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 
-from timm_patches import depthwise_triton
+from timm_patches import depthwise_triton, triton_switch
 from timm_patches.depthwise_triton import DepthwiseConv2dSame, depthwise_conv2d_same
 
 pytest.importorskip("triton")
 DEVICE = os.environ.get("EFFDET_TEST_DEVICE", "cpu")
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-                                reason="needs a GPU (EFFDET_TEST_DEVICE=cuda) or TRITON_INTERPRET=1")
 
 
 def inputs(shape, kernel, stride, dtype=torch.float32, seed=0):
@@ -153,45 +152,37 @@ def test_unknown_arguments_raise():
 # --- the layer ------------------------------------------------------------------------------------------------------
 
 
-class OnCuda(torch.Tensor):
-    """A tensor that says it is on CUDA, to ask `pays` without one."""
-
-    device = torch.device("cuda", 0)
-
-
 def layer(channels=8, kernel=3, stride=2, bias=False, groups=None, cls=DepthwiseConv2dSame, **arguments):
     return cls(channels, channels, kernel, stride, groups=groups or channels, bias=bias, **arguments)
 
 
-def pays(module, x):
-    """Ask the layer as if it and x were on CUDA."""
-    x = x.as_subclass(OnCuda)
-    module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(OnCuda))
-    return module.pays(x)
-
-
 def test_pays_where_the_kernels_fit(monkeypatch):
     x = torch.zeros(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    assert pays(layer(), x)
-    assert pays(layer(kernel=5).half(), x.half())
     assert not layer().pays(x)  # on CPUs
-    assert not pays(layer(), x.contiguous())
-    assert not pays(layer(), x.double())
-    assert not pays(layer(), x.half())
-    assert not pays(layer(), x[:0])
+    monkeypatch.setattr(depthwise_triton, "uses_triton", lambda device: True)
+    assert layer().pays(x)
+    assert layer(kernel=5).half().pays(x.half())
+    assert not layer().pays(x.contiguous())
+    assert not layer().pays(x.double())
+    assert not layer().pays(x.half())
+    assert not layer().pays(x[:0])
     for other in ({"bias": True}, {"stride": 1}, {"stride": (2, 1)}, {"groups": 4}, {"dilation": 2}, {"kernel": 7}):
-        assert not pays(layer(**other), x), other
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
-    assert pays(layer(), x)
-    assert pays(layer(), x.half())
-    assert not pays(layer(), x.double())
+        assert not layer(**other).pays(x), other
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer().pays(x)
+        assert layer().pays(x.half())
+        assert not layer().pays(x.double())
 
 
-def test_pays_without_triton(monkeypatch):
-    x = torch.zeros(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(depthwise_triton, "_has_triton", lambda: False)
-    assert not pays(layer(), x)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_switch_is_for_gpus_and_off_at_first(wanted):
+    assert not triton_switch.uses_triton(torch.device("cuda"))
+    try:
+        triton_switch.use_triton(wanted)
+        assert triton_switch.uses_triton(torch.device("cuda")) is wanted
+        assert not triton_switch.uses_triton(torch.device("cpu"))
+    finally:
+        triton_switch.use_triton(False)
 
 
 @pytest.mark.parametrize("where", ["kernel", "timm"])
@@ -230,11 +221,6 @@ def test_more_than_two_to_the_31_elements():
     assert not dx[:-1].any()
 
 
-def test_importing_the_layer_needs_no_triton(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.spec_from_file_location("timm_patches.depthwise_copy", depthwise_triton.__file__)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    monkeypatch.delitem(sys.modules, "timm_patches.depthwise_kernels", raising=False)
-    with pytest.raises(ImportError):
-        importlib.import_module("timm_patches.depthwise_kernels")
+def test_importing_the_layers_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import timm_patches.fused_layers, effdet.loss, effdet.anchors"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(depthwise_triton.__file__).parents[1])

@@ -24,7 +24,7 @@ def kernels_everywhere(monkeypatch):
 
 
 def error(actual, expected):
-    difference = (actual.double() - expected.double()).norm()
+    difference = (actual.detach().double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp(min=1e-9))
 
 
@@ -44,7 +44,7 @@ def run_both(layer, fused, x, gradient):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("shape", [(2, 40, 9, 8), (3, 16, 16, 16), (2, 100, 7, 5), (1, 7, 4, 4), (2, 144, 24, 40)])
+@pytest.mark.parametrize("shape", [(2, 40, 9, 8), (3, 16, 16, 16), (2, 100, 7, 5), (1, 7, 4, 4), (1, 144, 8, 16)])
 @pytest.mark.parametrize("activate", [True, False])
 def test_batch_norm(shape, dtype, activate):
     layer = BatchNormAct2d(shape[1], apply_act=activate, act_layer=nn.SiLU).to(DEVICE).train()
@@ -67,7 +67,7 @@ def test_batch_norm(shape, dtype, activate):
 
 def test_batch_norm_of_many_rows_is_summed_in_several_splits(monkeypatch):
     from timm_patches import norm_kernels
-    x, gradient = make_input((2, 32, 64, 48), torch.float32, mean=5.0)
+    x, gradient = make_input((1, 32, 64, 32), torch.float32, mean=5.0)
     cut = norm_kernels._Rows(x)
     assert cut.splits > 1 and cut.repeats == 4
     layer = BatchNormAct2d(32, act_layer=nn.SiLU).to(DEVICE).train()
