@@ -50,7 +50,8 @@ SMALLER = {
 
 # A pattern of whole commands, and why they are not run here. Flags of our scripts are parsed all the same.
 NOT_RUN = {
-    r"make (test|test-slow|test-npu|test-npu-slow|lint|bench)": "runs this test, or minutes; targets are compared",
+    r"make (test|test-slow|test-npu|test-npu-slow|lint|bench|environments)":
+        "runs this test, or minutes; targets are compared",
     r"make|make train.*": "makes an environment by downloads; what it would run is run: test_make_train",
     r"python3 -m venv .*|source .*|pip install .*": "downloads packages; needs torch_npu's environment",
     r"TORCH_DEVICE_BACKEND_AUTOLOAD=0 python .*": "needs an NPU",
@@ -128,7 +129,8 @@ def test_make_has_the_targets_that_the_pages_name():
     listed = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^([a-z-]+) ", listed, re.MULTILINE))
     named = {words[1] for page in PAGES for words in commands(page) if words[0] == "make" and len(words) > 1}
-    assert named == {"train", "test", "test-slow", "test-npu", "test-npu-slow", "bench", "lint"} and named <= targets
+    assert named == {"train", "test", "test-slow", "test-npu", "test-npu-slow", "bench", "lint", "environments"}
+    assert named <= targets
 
 
 def heading_anchors(page: Path) -> set[str]:
