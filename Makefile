@@ -66,7 +66,9 @@ clean:  ## remove the environment and caches; data/, runs/ and output/ stay
 
 # torch goes first and alone, so that a machine with a local build of the pinned version uses that one. torchvision is
 # only imported by timm and comes without dependencies, which would ask for a second torch where the builds differ.
-# Compiling all 11,000 modules would take half of an installation's time; Python compiles those that are imported.
+# Compiling all 11,000 modules would take half of an installation's time. Importing what the scripts import compiles
+# those that are needed, once and for all, also where Python is told to leave no bytecode behind.
+unexport PYTHONDONTWRITEBYTECODE
 define make_environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version)'
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -77,6 +79,7 @@ endef
 $(INSTALLED): requirements.txt
 	$(call make_environment,$(VENV))
 	$(PY) $(PIP_INSTALL) -r requirements.txt
+	$(PY) -c 'import train, validate, demo'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
@@ -86,6 +89,7 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 $(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
 	$(call make_environment,$(VENV_NPU))
 	$(VENV_NPU)/bin/python $(PIP_INSTALL) -r requirements-npu.txt $$(grep -E '^pytest' requirements-dev.txt)
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_NPU)/bin/python -c 'import train, validate, demo'
 	@touch $@
 
 $(INSTALLED_PEER): requirements.txt benchmarks/requirements-peer.txt
