@@ -22,9 +22,9 @@ full_run = on_cpu.full_run
 test_one_device = on_cpu.test_one_device_from_inside_the_folder
 
 
-def test_eight_devices(checkout):  # without the mark that it has on CPUs
+@pytest.mark.slow
+def test_eight_devices(checkout):
     on_cpu.test_eight_processes(checkout)
-
 
 
 @pytest.mark.slow
