@@ -1,11 +1,11 @@
 """Large layers of EfficientNet's blocks in few passes over memory.
 
 Lives here: a BatchNormAct2d that does batch norm and SiLU in one and keeps its input only (the activation's input is
-computed again in the backward pass: a third less memory), and a SqueezeExcite whose backward pass writes no product of
-the size of its input. On CPUs they work in pieces that stay in the cache. On GPUs they take the kernels of
-norm_kernels.py where those are wanted (triton_switch.py), and so do depthwise convolutions (depthwise_triton.py).
-Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are timm's up to the
-order of sums.
+computed again in the backward pass: a third less memory), a SqueezeExcite whose backward pass writes no product of
+the size of its input, and depthwise convolutions. On CPUs they work in pieces that stay in the cache
+(depthwise_cpu.py). On GPUs they take the kernels of norm_kernels.py and depthwise_triton.py where those are wanted
+(triton_switch.py). Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are
+timm's up to the order of sums.
 
 Source of the formulas: Ioffe & Szegedy 2015, "Batch Normalization", section 3; Hu et al. 2018, "Squeeze-and-Excitation
 Networks", section 3.
@@ -21,12 +21,15 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
+from .depthwise_cpu import COLUMNS, depthwise_conv2d
 from .depthwise_triton import DTYPES, DepthwiseConv2dSame
+from .padding import plan_conv
 from .triton_switch import uses_triton
 
 # Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
 SMALLEST_NORM = 1 << 22
 SMALLEST_SQUEEZE = 1 << 20
+SMALLEST_STRIDED = 1 << 20  # of depthwise convolutions that differ by their padding only
 SMALLEST_ON_GPU = 1 << 20
 PIECE = 1 << 17  # elements of one piece
 
@@ -98,7 +101,7 @@ def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pays(x: Tensor, smallest: int) -> bool:
-    return (x.device.type == "cpu" and x.numel() >= smallest and x.dtype == torch.float32
+    return (not torch.jit.is_tracing() and x.device.type == "cpu" and x.numel() >= smallest and x.dtype == torch.float32
             and x.is_contiguous(memory_format=torch.channels_last) and torch.is_grad_enabled()
             and not torch.compiler.is_compiling())
 
@@ -153,12 +156,47 @@ class FusedSqueezeExcite(SqueezeExcite):
         return self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
 
 
-_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: DepthwiseConv2dSame}
+class FusedConv2dSame(DepthwiseConv2dSame):
+    """timm's Conv2dSame, with the ways above where they pay."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, O, ceil(H / stride), ceil(W / stride)]."""
+        smallest = 0 if self.kernel_size[1] > COLUMNS else SMALLEST_STRIDED
+        if not (_is_depthwise(self) and _conv_pays(x, self.weight, smallest)):
+            return super().forward(x)
+        plans = [plan_conv(*axis) for axis in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)]
+        return depthwise_conv2d(x, self.weight, self.stride, tuple(plan.padding for plan in plans),
+                                tuple(plan.lead for plan in plans))
+
+
+class FusedConv2d(nn.Conv2d):
+    """A depthwise convolution of more than three columns, with the ways above where they pay."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, OH, OW]."""
+        if not _conv_pays(x, self.weight, smallest=0):
+            return super().forward(x)
+        return depthwise_conv2d(x, self.weight, self.stride, self.padding)
+
+
+def _is_depthwise(layer: nn.Conv2d) -> bool:
+    return (layer.groups == layer.in_channels == layer.out_channels > 1 and layer.dilation == (1, 1)
+            and layer.bias is None and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple))
+
+
+def _conv_pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
+    return (_pays(x, smallest) and x.ndim == 4 and x.numel() > 0 and x.shape[1] == len(weight) and weight.requires_grad
+            and weight.dtype == torch.float32 and weight.device == x.device and not torch.is_autocast_enabled("cpu")
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX"))
+
+
+_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: FusedConv2dSame,
+          nn.Conv2d: FusedConv2d}
 _TIMMS = {fused: timms for timms, fused in _FUSED.items()}
 
 
 def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
-    """Choose how BatchNormAct2d, SqueezeExcite and Conv2dSame layers work; in place, reversible, idempotent.
+    """Choose how BatchNormAct2d, SqueezeExcite and depthwise layers work; in place, reversible, idempotent.
 
     Args:
         model: any module; only layers of exactly these classes take part.
@@ -168,7 +206,8 @@ def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
         The number of layers changed by this call.
     """
     classes = _FUSED if fused else _TIMMS
-    layers = [module for module in model.modules() if type(module) in classes]
+    layers = [module for module in model.modules() if type(module) in classes
+              and (type(module) is not nn.Conv2d or _is_depthwise(module) and module.kernel_size[1] > COLUMNS)]
     for layer in layers:
         layer.__class__ = classes[type(layer)]
     return len(layers)
