@@ -32,12 +32,24 @@ def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: t
         [B, O, ceil(H / stride), ceil(W / stride)].
     """
     rows, columns = (plan_conv(*axis) for axis in zip(x.shape[-2:], weight.shape[-2:], stride, dilation, strict=True))
-    if rows.lead or columns.lead:
-        weight = F.pad(weight, (columns.lead, 0, rows.lead, 0))
+    weight = extend_kernel(weight, (rows.lead, columns.lead))
     x = F.conv2d(x, weight, bias, stride, (rows.padding, columns.padding), dilation, groups)
     if x.shape[-2:] != (rows.length, columns.length):
         x = x[..., :rows.length, :columns.length]
     return x
+
+
+def extend_kernel(weight: Tensor, lead: tuple[int, int]) -> Tensor:
+    """Put zeros before the first row and column of a kernel, as `ConvPlan` in padding.py asks for.
+
+    Args:
+        weight: [O, C / groups, kh, kw].
+        lead: how many rows and columns.
+
+    Returns:
+        [O, C / groups, kh + lead rows, kw + lead columns]; `weight` itself where there is nothing to put.
+    """
+    return F.pad(weight, (lead[1], 0, lead[0], 0)) if any(lead) else weight
 
 
 class Conv2dSameNoPad(Conv2dSame):

@@ -1,9 +1,10 @@
 """Depthwise convolution on CPUs with a quick gradient of the weight, for channels-last float32.
 
 oneDNN has depthwise kernels for the output and the gradient of the input of any size. For the gradient of the weight
-it has one for kernels of up to three columns; with more it computes 16 x 16 channels for each 16 that are wanted, eight
-times as slow. Here such kernels are taken three columns at a time, from a copy of a few padded pictures that stays in
-the cache. SAME padding costs no padded activation: see plan_conv in padding.py.
+it has one for kernels of up to three columns; with more it computes 16 x 16 channels for each 16 that are wanted. Here
+such kernels are taken three columns at a time, from a copy of a few padded pictures that stays in the cache. That takes
+about a third of the time, copies included (benchmarks/README.md). SAME padding costs no padded activation: see
+plan_conv in padding.py.
 """
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .conv2d_same import extend_kernel
 
 COLUMNS = 3  # of a kernel, that oneDNN's gradient of depthwise weights takes
 PIECE = 1 << 20  # elements of the input to copy at a time, in whole pictures
@@ -43,7 +46,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
                 lead: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.plan = stride, padding, lead
-        return F.conv2d(x, _extend(weight, lead), None, stride, padding, groups=x.shape[1])
+        return F.conv2d(x, extend_kernel(weight, lead), None, stride, padding, groups=x.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -52,7 +55,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         stride, padding, lead = ctx.plan
         dy, dx, dweight = grad_output.contiguous(memory_format=torch.channels_last), None, None
         if ctx.needs_input_grad[0]:
-            dx = _gradients(dy, x, _extend(weight, lead), stride, padding, (True, False, False))[0]
+            dx = _gradients(dy, x, extend_kernel(weight, lead), stride, padding, (True, False, False))[0]
         if ctx.needs_input_grad[1] and weight.shape[3] <= COLUMNS and not any(lead):
             dweight = _gradients(dy, x, weight, stride, padding, (False, True, False))[1]
         elif ctx.needs_input_grad[1]:
@@ -95,7 +98,3 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], p
                wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
     return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), x.shape[1],
                                                wanted)
-
-
-def _extend(weight: Tensor, lead: tuple[int, int]) -> Tensor:
-    return F.pad(weight, (lead[1], 0, lead[0], 0)) if any(lead) else weight

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .padding import same_length, same_padding
@@ -177,6 +177,12 @@ def depthwise_conv2d_same(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return _DepthwiseSame.apply(x.to(dtype), weight, stride)
 
 
+def is_depthwise(layer: nn.Conv2d) -> bool:
+    """Tell whether a layer convolves each channel by itself, without bias and dilation."""
+    return (layer.groups == layer.in_channels == layer.out_channels and layer.dilation == (1, 1)
+            and layer.bias is None)
+
+
 class DepthwiseConv2dSame(Conv2dSame):
     """timm's Conv2dSame, computed by `depthwise_conv2d_same` where it pays."""
 
@@ -191,8 +197,7 @@ class DepthwiseConv2dSame(Conv2dSame):
         return uses_triton(x.device) and not torch.jit.is_tracing() and self._fits() and self._takes(x)
 
     def _fits(self) -> bool:
-        return (self.groups == self.in_channels == self.out_channels and self.stride == (2, 2)
-                and self.dilation == (1, 1) and self.bias is None and set(self.kernel_size) <= set(KERNELS))
+        return is_depthwise(self) and self.stride == (2, 2) and set(self.kernel_size) <= set(KERNELS)
 
     def _takes(self, x: Tensor) -> bool:
         """Tell whether the kernels take x; what F.conv2d has an error for is left to it."""

@@ -22,7 +22,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .depthwise_cpu import COLUMNS, depthwise_conv2d
-from .depthwise_triton import DTYPES, DepthwiseConv2dSame
+from .depthwise_triton import DTYPES, DepthwiseConv2dSame, is_depthwise
 from .padding import plan_conv
 from .triton_switch import uses_triton
 
@@ -162,7 +162,7 @@ class FusedConv2dSame(DepthwiseConv2dSame):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, O, ceil(H / stride), ceil(W / stride)]."""
         smallest = 0 if self.kernel_size[1] > COLUMNS else SMALLEST_STRIDED
-        if not (_is_depthwise(self) and _conv_pays(x, self.weight, smallest)):
+        if not (is_depthwise(self) and _conv_pays(x, self.weight, smallest)):
             return super().forward(x)
         plans = [plan_conv(*axis) for axis in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)]
         return depthwise_conv2d(x, self.weight, self.stride, tuple(plan.padding for plan in plans),
@@ -179,20 +179,20 @@ class FusedConv2d(nn.Conv2d):
         return depthwise_conv2d(x, self.weight, self.stride, self.padding)
 
 
-def _is_depthwise(layer: nn.Conv2d) -> bool:
-    return (layer.groups == layer.in_channels == layer.out_channels > 1 and layer.dilation == (1, 1)
-            and layer.bias is None and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple))
-
-
 def _conv_pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
-    return (_pays(x, smallest) and x.ndim == 4 and x.numel() > 0 and x.shape[1] == len(weight) and weight.requires_grad
-            and weight.dtype == torch.float32 and weight.device == x.device and not torch.is_autocast_enabled("cpu")
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX"))
+    return (_pays(x, smallest) and x.ndim == 4 and x.numel() > 0 and x.shape[1] == len(weight) > 1
+            and weight.requires_grad and weight.dtype == torch.float32 and weight.device == x.device
+            and not torch.is_autocast_enabled("cpu") and torch.backends.cpu.get_cpu_capability().startswith("AVX"))
 
 
 _FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: FusedConv2dSame,
           nn.Conv2d: FusedConv2d}
 _TIMMS = {fused: timms for timms, fused in _FUSED.items()}
+
+
+def _gains(layer: nn.Conv2d) -> bool:
+    return (is_depthwise(layer) and layer.kernel_size[1] > COLUMNS and layer.padding_mode == "zeros"
+            and isinstance(layer.padding, tuple))
 
 
 def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
@@ -206,8 +206,8 @@ def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
         The number of layers changed by this call.
     """
     classes = _FUSED if fused else _TIMMS
-    layers = [module for module in model.modules() if type(module) in classes
-              and (type(module) is not nn.Conv2d or _is_depthwise(module) and module.kernel_size[1] > COLUMNS)]
+    layers = [module for module in model.modules()
+              if type(module) in classes and (type(module) is not nn.Conv2d or _gains(module))]
     for layer in layers:
         layer.__class__ = classes[type(layer)]
     return len(layers)

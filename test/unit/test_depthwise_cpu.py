@@ -78,7 +78,7 @@ def test_gradient_of_another_layout_and_of_one_input_only():
 
 
 class WeightGradients(TorchDispatchMode):
-    """Collects the shapes of the weights whose gradients convolutions compute, and the names of pad operators."""
+    """Collects the shapes of the weights whose gradients convolutions compute, and of what pad operators pad."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class WeightGradients(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "expected"), [
-    (5, 1, 2, [(5, 3), (5, 2)]), (5, 2, None, [(5, 3), (5, 2)]), (3, 2, None, [(3, 3)]), 
+    (5, 1, 2, [(5, 3), (5, 2)]), (5, 2, None, [(5, 3), (5, 2)]), (3, 2, None, [(3, 3)]),
     (7, 1, 3, [(7, 3), (7, 3), (7, 1)])])
 def test_no_convolution_has_more_columns_than_onednn_takes_and_no_input_is_padded(kernel, stride, padding, expected):
     _, fused = make_layers(kernel, stride, padding)
