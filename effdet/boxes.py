@@ -19,19 +19,6 @@ MAX_LOG_SIDE_RATIO = math.log(1000.0 / 16.0)
 ENCODE_EPSILON = 1e-7
 
 
-def swap_xy(boxes: Tensor) -> Tensor:
-    """Turn yxyx boxes into xyxy boxes, or the other way.
-
-    Args:
-        boxes: float [..., 4].
-
-    Returns:
-        A new tensor of the same shape.
-    """
-    a, b, c, d = boxes.unbind(-1)
-    return torch.stack((b, a, d, c), -1)
-
-
 def box_area(boxes: Tensor) -> Tensor:
     """Return the areas [...] of boxes [..., 4] in either order; negative sides are not corrected."""
     a_min, b_min, a_max, b_max = boxes.unbind(-1)

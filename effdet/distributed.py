@@ -30,7 +30,7 @@ __all__ = [
     'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'alone', 'barrier',
     'broadcast_object',
     'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
-    'is_primary', 'launch', 'local_rank', 'local_world_size', 'primary_first', 'rank',
+    'is_primary', 'launch', 'local_rank', 'local_world_size', 'rank',
     'run_on_primary', 'shutdown', 'world_size',
 ]
 
@@ -314,27 +314,6 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
         raise
     broadcast_object(payload)
     return result
-
-
-@contextlib.contextmanager
-def primary_first() -> Iterator[None]:
-    """Let rank 0 run the block first (make a data set, fill a cache); the others run it once it has succeeded.
-
-    Raises:
-        RuntimeError: on the other ranks, before their block starts, when rank 0's block failed.
-    """
-    if not is_primary():
-        failure = broadcast_object(None)
-        if failure is not None:
-            raise RuntimeError(failure)
-        yield
-        return
-    try:
-        yield
-    except BaseException as error:
-        broadcast_object(_failure_text(error))
-        raise
-    broadcast_object(None)
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_patches.same_padding import convert_same_padding
 
 from .checkpoint import LAST_NAME
 from .config.schema import RunConfig
@@ -18,33 +21,23 @@ _NAMES_SHOWN = 8
 
 @torch.no_grad()
 def count_macs(model: nn.Module, image_size: Sequence[int]) -> int:
-    """Count the multiply-accumulates of a network's convolutions and linear layers for one picture.
+    """Count the multiply-accumulates of a network for one image.
 
-    It runs on a copy without memory (torch's meta device), so it costs milliseconds for any size, and the weights are
-    not touched.
+    It runs on a copy on torch's meta device, so the image costs no memory, and the weights are not touched.
 
     Args:
         model: takes [1, 3, height, width]; on any device.
         image_size: height and width in pixels.
     """
-    shared = [*model.parameters(), *model.buffers()]
-    shells = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False)
-              if isinstance(t, nn.Parameter) else torch.empty_like(t, device="meta") for t in shared}
-    shadow = copy.deepcopy(model, shells).eval()  # deepcopy takes the shells for copies it has made already
-    total = 0
-
-    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        inputs = module.weight[0].numel()  # multiplications for one value of the output
-        total += output.numel() * inputs
-
+    shadow = copy.deepcopy(model).to("meta").eval()
+    convert_same_padding(shadow, "pad")  # extended kernels multiply zeros too
     for module in shadow.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.forward = lambda x: x  # slow on the meta device, and it changes no shape
-    shadow(torch.empty(1, 3, *image_size, device="meta", dtype=next(shadow.parameters()).dtype))
-    return total
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = lambda x: x  # slow on the meta device, and it multiplies no matrices
+    dtype = next(shadow.parameters()).dtype
+    with FlopCounterMode(display=False) as counter:
+        shadow(torch.empty(1, 3, *image_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
 
 
 def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: Any, device: str, world: int,

@@ -54,11 +54,6 @@ class SplitFacts:
     scan: PictureScan = field(default_factory=PictureScan)
 
     @property
-    def reached_share(self) -> float:
-        """Share of the boxes tested that an anchor reaches."""
-        return float(self.reached.sum() / max(1, self.tested.sum()))
-
-    @property
     def side_counts(self) -> np.ndarray:
         """Boxes in each bin of SIDE_EDGES_PX."""
         return np.histogram(self.sides_px, SIDE_EDGES_PX)[0]

@@ -64,17 +64,6 @@ def collectives() -> dict:
     out["primary_result"] = d.run_on_primary(lambda: {"rank": d.rank()})
     out["failures"] = [failure_of(fn) for fn in (divide_by_zero, lambda: (lambda: 0), lambda: sys.exit("gone"))]
     out["after_failures"] = d.all_gather_object(rank)  # the group is still usable
-    marker = Path(sys.argv[2], "made_first")
-    with d.primary_first():
-        out["found"] = marker.exists()
-        marker.touch()
-    try:
-        with d.primary_first():
-            if d.is_primary():
-                raise OSError("disk full")
-            out["entered"] = True
-    except (OSError, RuntimeError) as error:
-        out["primary_first_failure"] = f"{type(error).__name__}: {error}"
     d.barrier()
     out["bn"] = {mode: averaged_bn(mode) for mode in ("reduce", "broadcast", "")}
     return out

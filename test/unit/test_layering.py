@@ -20,8 +20,7 @@ PACKAGES = ("effdet", "timm_patches")
 # Top to bottom. A module imports only from rows below its own. A name that ends in ".*" stands for every module of that
 # folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint", "effdet.show_batch",
-     "effdet.convert_checkpoint"),
+    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint", "effdet.convert_checkpoint"),
     ("effdet.session", "effdet.data.check"),
     ("effdet.run_folder", "effdet.run_record", "effdet.overfit", "effdet.auto_batch"),
     ("effdet.run_state", "effdet.postmortem"),
