@@ -31,21 +31,15 @@ import torch
 from effdet import device as device_layer
 from effdet import distributed, live_line, report
 from effdet.amp import Precision
-from effdet.build import (
-    Detector,
-    build_dataset,
-    build_eval_loader,
-    build_predict_bench,
-    load_detector,
-    load_published,
-    place_model,
-)
+from effdet.build import Detector, build_predict_bench, load_detector, load_published
 from effdet.config.cli import parse_validate_args
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.bad_pictures import BadPicturesError
+from effdet.data.build import build_dataset, build_eval_loader
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator
+from effdet.factory import place_model
 from effdet.log import METRICS_NAME, add_run_facts, setup_logging
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.speed import Speed, measure_speed

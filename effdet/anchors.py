@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from .boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
 from .device import is_host
 from .labels_cpu import SparseMatcher
 from .nms import generate_detections
+from .sizes import get_feat_sizes, to_height_width
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
 _DUMMY_DETECTION_SCORE = -1e5
@@ -28,45 +28,6 @@ BACKGROUND, IGNORE = -1, -2  # class targets that are not a class
 
 # The [B, slots, N] overlaps are computed for as many ground-truth slots at a time as keep them below this size.
 _MAX_OVERLAP_ELEMENTS = 1 << 24
-
-IMAGE_STRIDE = 32  # the coarsest feature map of the backbones
-
-
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width); one number, as in older code for effdet, is a square."""
-    sides = [image_size, image_size] if isinstance(image_size, Integral) else list(image_size)
-    if len(sides) != 2 or min(sides) <= 0:
-        raise ValueError("image_size must be (height, width), two positive numbers of pixels, or one for a square; got "
-                         f"{image_size}.")
-    return int(sides[0]), int(sides[1])
-
-
-def get_feat_sizes(image_size: int | Sequence[int], max_level: int) -> list[tuple[int, int]]:
-    """Return (height, width) of the feature map at each level 0..max_level; each halves the one before, rounding up."""
-    sizes = [_height_width(image_size)]
-    for _ in range(max_level):
-        height, width = sizes[-1]
-        sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
-    return sizes
-
-
-def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a network input after checking that it fits the backbone's stride.
-
-    Args:
-        image_size: (height, width) in pixels, or one number for a square.
-
-    Raises:
-        ValueError: not two positive integers, or a side that is not a multiple of IMAGE_STRIDE; the nearest valid
-            sizes are named.
-    """
-    sides = _height_width(image_size)
-    if any(side % IMAGE_STRIDE for side in sides):
-        lower = tuple(max(IMAGE_STRIDE, side // IMAGE_STRIDE * IMAGE_STRIDE) for side in sides)
-        upper = tuple(math.ceil(side / IMAGE_STRIDE) * IMAGE_STRIDE for side in sides)
-        raise ValueError(f"image_size {sides} (height, width) does not fit the network's stride: each side must "
-                         f"be a multiple of {IMAGE_STRIDE}. The nearest valid sizes are {lower} and {upper}.")
-    return sides
 
 
 class Anchors(nn.Module):
@@ -105,7 +66,7 @@ class Anchors(nn.Module):
         if len(self.anchor_scales) != num_levels:
             raise ValueError(f"anchor_scale has {len(self.anchor_scales)} values for the {num_levels} levels "
                              f"{min_level}..{max_level}: give one number, or one for each level.")
-        self.image_size = _height_width(image_size)
+        self.image_size = to_height_width(image_size)
         self.feat_sizes = get_feat_sizes(self.image_size, max_level)
         self.register_buffer("boxes", self._make_boxes())
         self.boxes: Tensor
@@ -335,5 +296,5 @@ def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = F
     return decode_boxes(rel_codes, anchors, output_xyxy)
 
 
-__all__ = ["AnchorLabeler", "Anchors", "BACKGROUND", "IGNORE", "IMAGE_STRIDE", "MIN_CLASS_SCORE", "check_image_size",
-           "clip_boxes_xyxy", "decode_box_outputs", "generate_detections", "get_feat_sizes"]
+__all__ = ["AnchorLabeler", "Anchors", "BACKGROUND", "IGNORE", "MIN_CLASS_SCORE", "clip_boxes_xyxy",
+           "decode_box_outputs", "generate_detections", "get_feat_sizes"]

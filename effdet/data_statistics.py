@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .sizes import letterbox_scale
+
 SIZE_EDGES_PX = tuple(2.0 ** (k / 2) for k in range(4, 23))  # 4, 5.7, 8 ... 2048; two bins for each doubling
 
 
@@ -29,7 +31,7 @@ def describe_dataset(dataset: Any, image_size: Sequence[int]) -> dict[str, Any]:
     single = ~table["crowd"]
     image_of, boxes = table["img_idx"][single], table["bbox"][single].astype(np.float64)
     per_picture = np.bincount(image_of, minlength=len(sizes_wh)) if len(sizes_wh) else np.zeros(0, dtype=np.int64)
-    factor = np.minimum(image_size[1] / sizes_wh[:, 0], image_size[0] / sizes_wh[:, 1])
+    factor = letterbox_scale((sizes_wh[:, 1], sizes_wh[:, 0]), image_size)
     sides_px = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(0)) * factor[image_of]
     bins = np.clip(np.searchsorted(SIZE_EDGES_PX, sides_px, side="right") - 1, 0, len(SIZE_EDGES_PX) - 2)
     ids, counts = np.unique(table["category_id"][single], return_counts=True)

@@ -13,7 +13,6 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
-from .anchors import check_image_size, get_feat_sizes
 from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
 from .config import set_config_readonly, set_config_writeable
 from .heads import HeadNet
@@ -25,6 +24,7 @@ from .layers import (
     init_weight,
     init_weight_alt,
 )
+from .sizes import check_image_size, get_feat_sizes
 
 
 def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:

@@ -1,17 +1,28 @@
 """Build models: a name or a config to a network, with weights, a head of the right size, and a bench."""
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+import torch
 from timm.models import model_entrypoint
 from torch import nn
 
-from .anchors import check_image_size
+from timm_patches.fused_layers import convert_fused_layers
+from timm_patches.same_padding import convert_same_padding
+from timm_patches.triton_switch import uses_triton
+
+from . import device as device_layer
 from .bench import DetBenchPredict, DetBenchTrain
+from .checkpoint import extract_state_dict, load_checkpoint_file, load_state_dict_report
 from .config import get_efficientdet_config
+from .config.schema import LossConfig, ModelConfig
 from .efficientdet import EfficientDet
 from .helpers import load_checkpoint, load_pretrained
+from .sizes import check_image_size
+
+_logger = logging.getLogger(__name__)
 
 PAD_TYPES = ("same", "symmetric")
 
@@ -106,3 +117,87 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
     if bench_task == "train":
         return DetBenchTrain(model, create_labeler=bench_labeler)
     return DetBenchPredict(model) if bench_task == "predict" else model
+
+
+# ---- from the settings of a run ----
+
+def apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = None) -> None:
+    """Write the settings that a run gives (not None) over the model table's."""
+    overrides = {
+        "image_size": None if model.image_size is None else tuple(model.image_size),
+        "soft_nms": model.soft_nms,
+        "max_det_per_image": model.max_det,
+        "max_detection_points": model.max_detection_points,
+        "redundant_bias": getattr(model, "redundant_bias", None),
+        "anchor_scale": getattr(model, "anchor_scale", None),
+        "aspect_ratios": getattr(model, "aspect_ratios", None),
+    }
+    if loss is not None:
+        overrides |= {"label_smoothing": loss.label_smoothing, "legacy_focal": loss.legacy_focal, "alpha": loss.alpha,
+                      "gamma": loss.gamma, "delta": loss.delta, "box_loss_weight": loss.box_loss_weight}
+    for key, value in overrides.items():
+        if value is not None:
+            config[key] = value
+    if getattr(model, "drop_path", None) is not None:
+        config.backbone_args = {**(config.backbone_args or {}), "drop_path_rate": model.drop_path}
+
+
+def resolve_model_config(model: Any, loss: LossConfig | None = None) -> Any:
+    """Return the model table's config with what the model and loss sections of a run set over it."""
+    config = get_efficientdet_config(model.name)
+    apply_model_overrides(config, model, loss)
+    return config
+
+
+def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Module:
+    """Build the network of a training run with the weights it starts from.
+
+    Args:
+        model: the model section.
+        loss: the loss section.
+        num_classes: K, from the data.
+
+    Returns:
+        The network on the CPU.
+
+    Raises:
+        ValueError: a setting or a weight file does not fit the model.
+    """
+    config = resolve_model_config(model, loss)
+    network = create_model_from_config(
+        config, num_classes=num_classes, pretrained=True if model.pretrained == "url" else model.pretrained,
+        pretrained_backbone=model.pretrained_backbone, pad_type=model.pad_type)
+    if model.initial_checkpoint:
+        state = extract_state_dict(load_checkpoint_file(model.initial_checkpoint), use_ema=None)
+        load_state_dict_report(network, state, strict=True)
+        _logger.info("weights of %s loaded", model.initial_checkpoint)
+    if model.bn_momentum is not None:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = model.bn_momentum
+    return network
+
+
+def place_model(model: nn.Module, device: torch.device, same_padding: str = "auto",
+                channels_last: bool = False) -> nn.Module:
+    """Move a network to a device and have it pad in the way that suits the device; both keep its numbers.
+
+    Args:
+        model: changed in place.
+        device: where it will run.
+        same_padding: 'pad', 'kernel', or 'auto' for the device's own; see timm_patches.same_padding.
+        channels_last: memory layout of its weights.
+
+    Returns:
+        The same network.
+    """
+    mode = same_padding
+    if mode == "auto":
+        mode = "kernel" if device_layer.avoids_pad_operators(device) else "pad"
+    convert_fused_layers(model, fused=False)
+    report = convert_same_padding(model, mode)
+    if mode == "kernel" and (report.converted or report.left):
+        _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
+    if device_layer.is_host(device) or uses_triton(device):
+        convert_fused_layers(model)
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

@@ -18,22 +18,16 @@ from . import auto_batch, distributed, live_line, overfit, run_state, stopping
 from . import device as device_layer
 from .amp import Precision
 from .bench import DetBenchPredict, DetBenchTrain
-from .build import (
-    build_dataset,
-    build_eval_loader,
-    build_model,
-    build_train_loader,
-    multi_scale_sizes,
-    place_model,
-)
 from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
 from .config.inert import inert_settings
 from .config.load import dump_yaml, split_over_devices, workers_per_device
 from .config.schema import RunConfig
 from .data.bad_pictures import BadPicturesError, BadPictureWatch
+from .data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from .ema import ModelEma
 from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .evaluator import CocoEvaluator
+from .factory import build_model, place_model
 from .gallery import write_comparisons
 from .log import (
     LOSSES_NAME,

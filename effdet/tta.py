@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .anchors import IMAGE_STRIDE
 from .bench import DetBenchPredict
 from .boxes import clip_boxes_xyxy, pairwise_iou
 from .config import set_config_writeable
@@ -117,8 +116,3 @@ def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tens
     fused = torch.cat((fused_boxes, centres[..., 5:]), -1).gather(1, order.unsqueeze(-1).expand(-1, -1, 5))
     result = torch.cat((fused[..., :4], fused_scores.unsqueeze(-1), fused[..., 4:]), -1)
     return torch.where(fused_scores.unsqueeze(-1) > 0, result, torch.zeros_like(result))
-
-
-def scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return the valid input size nearest to `scale` times the given one, both (height, width) in pixels."""
-    return tuple(max(IMAGE_STRIDE, round(side * scale / IMAGE_STRIDE) * IMAGE_STRIDE) for side in image_size)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..anchors import IMAGE_STRIDE, Anchors
+from ..anchors import Anchors
 from ..labels_cpu import SparseMatcher
+from ..sizes import IMAGE_STRIDE, letterbox_scale
 
 MATCH_IOU = 0.5
 SIDE_EDGES_PX = (0, 4, 8, 16, 32, 64, 128, 256, 512, np.inf)  # of the square root of a box's area
@@ -47,7 +48,7 @@ class Suggestion:
 
 def letterbox_boxes(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, input_hw: Sequence[int]) -> np.ndarray:
     """Scale boxes as the letterbox does: boxes [n, 4] and their pictures' sizes [n, 2] in, float32 [n, 4] out."""
-    scale = np.minimum(input_hw[1] / sizes_wh[:, 0], input_hw[0] / sizes_wh[:, 1])
+    scale = letterbox_scale((sizes_wh[:, 1], sizes_wh[:, 0]), input_hw)
     return (boxes_yxyx * scale[:, None]).astype(np.float32)
 
 

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..anchors import check_image_size
-from ..build import resolve_model_config, split_paths
 from ..config.cli import parse_check_args
 from ..config.schema import RunConfig
+from ..factory import resolve_model_config
 from ..processes import one_line_errors
+from ..sizes import check_image_size
 from .anchor_reach import SIDE_EDGES_PX
+from .build import split_paths
 from .check_facts import DataFacts, SplitFacts, gather_facts
 from .check_html import write_html
 

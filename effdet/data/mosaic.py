@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..sizes import letterbox_scale, scaled_hw
 from .fast_resize import resize_crop
-from .transforms import Compose, RandomResizePadToNumpy, Target, move_boxes, scaled_size
+from .transforms import Compose, RandomResizePadToNumpy, Target, move_boxes
 
 _MIXUP_ALPHA = 32.0  # Beta(32, 32): mostly between 0.4 and 0.6, so that both pictures can be seen
 _SPLIT = (0.3, 0.7)  # where the four quarters of a mosaic meet, as a share of the input's sides
@@ -97,10 +98,10 @@ class MosaicMixup:
 
         A picture so long and thin that it would have to grow past the largest factor leaves a part empty.
         """
-        fit = min(side / given for side, given in zip(self.resize.target_size, img.size[::-1], strict=True))
+        fit = letterbox_scale(img.size[::-1], self.resize.target_size)
         cover = max(side / given for side, given in zip(size_hw, img.size[::-1], strict=True))
         scale = min(max(fit * random.uniform(*self.resize.scale), cover), fit * max(1.0, self.resize.scale[1]))
-        scaled = scaled_size(img, scale)
+        scaled = scaled_hw(img.size[::-1], scale)
         if scale >= cover:
             scaled = tuple(max(side, wanted) for side, wanted in zip(scaled, size_hw, strict=True))  # not one row short
         top, left = (int(max(0, side - cut) * random.random()) for side, cut in zip(scaled, size_hw, strict=True))

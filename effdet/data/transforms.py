@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..sizes import letterbox_scale, scaled_hw
 from .fast_resize import pillow_resize_crop, resize_crop
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
@@ -90,12 +91,6 @@ def move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_h
     return target
 
 
-def scaled_size(img: Image.Image, scale: float) -> tuple[int, int]:
-    """(height, width) after scaling; a side never becomes 0, whatever the aspect ratio."""
-    width, height = img.size
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
 class ResizePad:
     """Letterbox: scale to fit, put the picture at the top left, fill the rest.
 
@@ -117,8 +112,8 @@ class ResizePad:
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
         """Return the letterboxed picture and its target, boxes moved."""
         width, height = img.size
-        scale = min(self.target_size[0] / height, self.target_size[1] / width)
-        scaled_h, scaled_w = scaled_size(img, scale)
+        scale = letterbox_scale((height, width), self.target_size)
+        scaled_h, scaled_w = scaled_hw((height, width), scale)
         out = Image.new("RGB", (self.target_size[1], self.target_size[0]), color=self.fill_color)
         out.paste(img.resize((scaled_w, scaled_h), _pil_interp(self.interpolation)), (0, 0))
         return out, move_boxes(target, scale, (0, 0), (scaled_h, scaled_w))
@@ -158,8 +153,8 @@ class RandomResizePad:
         width, height = img.size
         target_h, target_w = self.target_size
         factor = random.uniform(*self.scale)
-        scale = min(factor * target_h / height, factor * target_w / width)
-        scaled_h, scaled_w = scaled_size(img, scale)
+        scale = letterbox_scale((height, width), (factor * target_h, factor * target_w))
+        scaled_h, scaled_w = scaled_hw((height, width), scale)
         top = int(max(0, scaled_h - target_h) * random.uniform(0, 1))
         left = int(max(0, scaled_w - target_w) * random.uniform(0, 1))
         bottom, right = min(scaled_h, top + target_h), min(scaled_w, left + target_w)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from effdet.build import build_dataset
 from effdet.config.schema import DataConfig
 from effdet.data import create_loader
+from effdet.data.build import build_dataset
 
 ANN = "annotations/instances_train2017.json"
 NOBODY = 65534

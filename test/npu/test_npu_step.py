@@ -10,11 +10,10 @@ from torch.testing import assert_close
 
 from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.build import place_model
 from effdet.data.loader import PrefetchLoader
 from effdet.ema import ModelEma
 from effdet.engine import Training, evaluate, train_one_epoch
-from effdet.factory import create_model
+from effdet.factory import create_model, place_model
 from effdet.optim import build_optimizer
 from effdet.schedule import build_schedule
 

@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet import distributed
 from effdet.amp import Precision
 from effdet.bench import DetBenchTrain
-from effdet.build import place_model
 from effdet.device import tune
-from effdet.factory import create_model
+from effdet.factory import create_model, place_model
 from effdet.optim import build_optimizer
 from effdet.processes import start
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.build import multi_scale_sizes
 from effdet.config.model_config import model_config_from_plain
 from effdet.config.schema import DataConfig
 from effdet.data import affine, create_loader, open_coco
 from effdet.data.augmentation import build_train_transform, describe_augmentation
 from effdet.data.autoaugment import POLICIES, AutoAugment, ColorJitter, run_step
+from effdet.data.build import multi_scale_sizes
 from effdet.data.mosaic import MosaicMixup, read_item
 from effdet.data.multi_scale import MultiScaleSampler
 from effdet.data.transforms import Compose, RandomResizePadToNumpy, transforms_coco_train

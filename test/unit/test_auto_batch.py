@@ -185,7 +185,7 @@ def test_not_even_one_picture(data, tmp_path, monkeypatch):
 
 def test_the_smallest_answer_of_all_processes_counts(data, monkeypatch):
     cfg = parse_train_args(["-b", "auto", "--root", str(data), "--image-size", "64"])
-    from effdet.build import build_dataset
+    from effdet.data.build import build_dataset
     train_set = build_dataset(cfg.data, "train")
     session = Session.__new__(Session)
     session.cfg, session.device, session.world = cfg, torch.device("cpu"), 2

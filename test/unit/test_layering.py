@@ -27,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.engine", "effdet.build", "effdet.gallery", "effdet.report"),
     ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints",
      "effdet.report_pictures", "effdet.speed"),
-    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.loader", "effdet.data.check_html"),
+    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.build", "effdet.data.loader",
+     "effdet.data.check_html"),
     ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.voc_metrics", "effdet.amp", "effdet.draw",
      "effdet.metrics_log", "effdet.run_summary"),
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
@@ -38,8 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "effdet.error_analysis", "effdet.data_statistics"),
     ("effdet.nms", "effdet.labels_cpu", "effdet.labels_triton", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.nms_cpu",),
-    ("effdet.boxes", "effdet.focal", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
-     "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
+    ("effdet.boxes", "effdet.sizes", "effdet.focal", "effdet.folding", "effdet.device", "effdet.config",
+     "effdet.config.*", "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
     ("timm_patches", "timm_patches.*"),
 )
 SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house

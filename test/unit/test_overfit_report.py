@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import train
-from effdet.build import build_dataset, build_eval_loader, resolve_model_config
 from effdet.config.cli import parse_train_args
 from effdet.config.overfit import OVERFIT
+from effdet.data.build import build_dataset, build_eval_loader
 from effdet.data.synthetic import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
+from effdet.factory import resolve_model_config
 from effdet.overfit import OverfitFacts, choose_pictures, count_boxes, diagnose
 
 LEARNT = OverfitFacts(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,

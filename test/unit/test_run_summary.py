@@ -9,8 +9,8 @@ import torch
 
 from effdet import create_model, speed
 from effdet.bench import DetBenchPredict
-from effdet.build import place_model
 from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
+from effdet.factory import place_model
 from effdet.run_summary import count_macs, describe_start, next_commands
 
 

@@ -1,0 +1,135 @@
+"""From the data section of a run's config to data sets and loaders."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.schema import DataConfig, EvalDataConfig
+from ..sizes import check_image_size, nearest_image_size
+from .augmentation import build_train_transform, describe_augmentation
+from .bad_pictures import BadPictures, default_limit
+from .coco import coco_paths
+from .dataset import SkipSubset
+from .dataset_factory import open_coco
+from .dataset_report import DatasetError
+from .input_config import resolve_input_config
+from .loader import create_loader
+
+_logger = logging.getLogger(__name__)
+
+
+def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: int | None = None,
+                  stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
+    """Open the training or the validation split that the config names; its unreadable pictures are put up with.
+
+    Args:
+        data: the data section.
+        split: 'train' or 'val'.
+        num_classes: class count asked for, checked against the json.
+        stored: category map of a checkpoint, checked against the json.
+        crowd: 'drop' or 'ignore'.
+        seed: of the augmentations.
+
+    Raises:
+        ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
+    """
+    images, ann = split_paths(data, split)
+    dataset = open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
+                        seed=seed)
+    report = dataset.parser.report
+    if split == "train" and len(dataset) and not report.num_boxes:
+        dropped = "".join(f", {reason}" for reason in report.reasons())
+        raise DatasetError(f"{report.source} has no box to train on: {report.num_images} images, "
+                           f"{report.num_annotations} annotations{dropped}. Annotate the pictures, or name another "
+                           "file.")
+    limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
+    dataset.bad_pictures = BadPictures(len(dataset), limit, replace=split == "train")
+    return dataset
+
+
+def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Path]:
+    """Return the picture folder and the annotation file of a split, as `build_dataset` uses them.
+
+    Raises:
+        ValueError: the config names no data; FileNotFoundError: something is absent in the root.
+    """
+    images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
+    if not (images and ann):
+        if not data.root:
+            raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
+                             f"--{split}-images DIR --{split}-ann FILE")
+        images_in_root, ann_in_root = coco_paths(data.root, split)
+        images, ann = images or images_in_root, ann or ann_in_root  # one of the two may be given instead of the root's
+    return Path(images), Path(ann)
+
+
+def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
+                       device: torch.device, seed: int, channels_last: bool) -> Any:
+    """Make the loader of the augmented training split.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        seed: of shuffling and augmentation, the same on all ranks.
+        channels_last: memory layout of the batches.
+    """
+    inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
+    transform = build_train_transform(dataset, data, inputs)
+    _logger.info("augmentation: %s", describe_augmentation(data))
+    return create_loader(
+        dataset, inputs["input_size"], batch_size, is_training=True, re_prob=data.reprob, re_mode=data.remode,
+        re_count=data.recount, mean=inputs["mean"], std=inputs["std"], num_workers=num_workers, distributed=True,
+        pin_mem=True, transform_fn=transform, device=device, seed=seed, channels_last=channels_last,
+        multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]))
+
+
+def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the input sizes (height, width) to train at besides evaluating at `image_size`; none: only that one.
+
+    Raises:
+        ValueError: a number that does not fit the network's stride.
+    """
+    for longer in data.multi_scale:
+        try:
+            check_image_size(longer)
+        except ValueError as error:
+            raise ValueError(f"--multi-scale {longer}: {error}") from error
+    return [nearest_image_size(image_size, longer / max(image_size)) for longer in data.multi_scale]
+
+
+def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,
+                      device: torch.device, val_skip: int = 0, channels_last: bool = False) -> Any:
+    """Make the loader of the validation split: letterboxed, in order, every image once over all processes.
+
+    Args:
+        dataset: of `build_dataset`; its transform is set.
+        data: the data section.
+        model_config: gives input size, mean and std.
+        batch_size: pictures a step of this process.
+        num_workers: loading processes of this process.
+        device: where batches go.
+        val_skip: take every Nth picture; 0 and 1: all.
+        channels_last: memory layout of the batches.
+    """
+    inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
+    if val_skip > 1:
+        dataset = SkipSubset(dataset, val_skip)
+    return create_loader(
+        dataset, inputs["input_size"], batch_size, interpolation=inputs["interpolation"],
+        fill_color=inputs["fill_color"], mean=inputs["mean"], std=inputs["std"], num_workers=num_workers,
+        distributed=True, pin_mem=True, device=device, channels_last=channels_last)
+
+
+def _fill_color(data: EvalDataConfig) -> Any:
+    """Return the padding colour asked for, None to leave it to the model."""
+    if data.fill_color == "mean":
+        return None
+    return (int(data.fill_color),) * 3
