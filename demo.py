@@ -15,22 +15,22 @@ import os
 import sys
 from pathlib import Path
 
-# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
-# for, with an error that says what to do.
+# torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py does it when an NPU is
+# asked for, with an error that says what to do.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 from PIL import Image
 
-from effdet.build import build_predictor, load_detector
-from effdet.checkpoint import find_newest_checkpoint
-from effdet.coco_metrics import write_json
+from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
-from effdet.data.pictures import read_picture
-from effdet.draw import draw_detections, make_class_colors
-from effdet.log import setup_logging
-from effdet.predictor import Detections
-from effdet.processes import one_line_errors
+from effdet.data.images import read_picture
+from effdet.metrics.coco import write_json
+from effdet.predict.load import build_predictor, load_detector
+from effdet.predict.predictor import Detections
+from effdet.report.draw import draw_detections, make_class_colors
+from effdet.report.log import setup_logging
+from effdet.runtime.launch import one_line_errors
 
 _logger = logging.getLogger("effdet.demo")
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def find_pictures(names: list[str]) -> list[Path]:
     """Return the picture files that the arguments name: files, folders (searched, not deeply) and glob patterns."""
     if not names:
-        from effdet.data.synthetic import make_synthetic_dataset
+        from effdet.data.synthetic.dataset import make_synthetic_dataset
         folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
         return sorted(folder.iterdir())[:DEFAULT_PICTURES]
     found: list[Path] = []

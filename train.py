@@ -20,20 +20,22 @@ import logging
 import os
 import sys
 
-# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
-# for, with an error that says what to do.
+# torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py does it when an NPU is
+# asked for, with an error that says what to do.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-from effdet import distributed, heartbeat, live_line, stopping
-from effdet.auto_batch import AUTO
-from effdet.checkpoint import LAST_NAME, RECOVERY_NAME
+from effdet.checkpoint.manager import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
-from effdet.data import check as data_check
-from effdet.data.bad_pictures import BadPicturesError
-from effdet.processes import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
-from effdet.run_folder import make_run_folder
-from effdet.session import open_session
+from effdet.data.corrupt import BadPicturesError
+from effdet.datacheck import check as data_check
+from effdet.report import progress as live_line
+from effdet.runtime import distributed, heartbeat
+from effdet.runtime import signals as stopping
+from effdet.runtime.launch import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
+from effdet.training.auto_batch import AUTO
+from effdet.training.run_dir import make_run_folder
+from effdet.training.trainer import open_session
 
 _logger = logging.getLogger("effdet.train")
 

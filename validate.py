@@ -22,27 +22,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# torch would load torch_npu by itself and fail where CANN is not sourced; effdet/device.py does it when an NPU is asked
-# for, with an error that says what to do.
+# torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py does it when an NPU is
+# asked for, with an error that says what to do.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 
-from effdet import device as device_layer
-from effdet import distributed, live_line, report
-from effdet.amp import Precision
-from effdet.build import Detector, build_predict_bench, load_detector, load_published
 from effdet.config.cli import parse_validate_args
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
-from effdet.data.bad_pictures import BadPicturesError
 from effdet.data.build import build_dataset, build_eval_loader
-from effdet.engine import evaluate
+from effdet.data.corrupt import BadPicturesError
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import place_model
-from effdet.log import METRICS_NAME, add_run_facts, setup_logging
-from effdet.processes import launch, needs_launch, one_line_errors, start
-from effdet.speed import Speed, measure_speed
+from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
+from effdet.predict.speed import Speed, measure_speed
+from effdet.report import html as report
+from effdet.report import progress as live_line
+from effdet.report.log import METRICS_NAME, add_run_facts, setup_logging
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+from effdet.runtime.launch import launch, needs_launch, one_line_errors, start
+from effdet.training.amp import Precision
+from effdet.training.engine import evaluate
 
 _logger = logging.getLogger("effdet.validate")
 

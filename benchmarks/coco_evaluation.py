@@ -50,7 +50,7 @@ def make_results(pictures: int, per_picture: int = 100, classes: int = 80) -> tu
 
 
 def score_ours(source: dict, rows: list[dict]) -> list[float]:
-    from effdet.coco_metrics import index_ground_truth, score_rows
+    from effdet.metrics.coco import index_ground_truth, score_rows
     truth = index_ground_truth(source)
     scores = score_rows(truth, rows, {image["id"] for image in source["images"]}, 100)
     return [scores.stats[name] for name in NAMES]

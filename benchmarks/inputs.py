@@ -157,7 +157,7 @@ def make_coco_folder(path: str, pictures: int, classes: int, size_wh: tuple[int,
     """
     from PIL import Image
 
-    from effdet.data.synthetic import make_picture
+    from effdet.data.synthetic.dataset import make_picture
     folder, rng = Path(path), np.random.default_rng(0)
     width, height = size_wh
     images, annotations = [], []

@@ -31,7 +31,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 def build_augmentation(case: Any) -> pairing.Work:
     from effdet.config.schema import DataConfig
     from effdet.data import open_coco
-    from effdet.data.augmentation import build_train_transform
+    from effdet.data.augment.build import build_train_transform
     dataset = open_coco(case.data, "train", seed=0)
     inputs = {"input_size": (3, case.image_size, case.image_size), "fill_color": "mean",
               "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -76,7 +76,7 @@ def build(side: str, case: Any) -> pairing.Work:
 def make_ours(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
     """Make the loader as build.py does for train.py, with the labeler in it."""
     from effdet.data import create_loader, open_coco
-    from effdet.device import use_channels_last
+    from effdet.runtime.device import use_channels_last
     dataset = open_coco(case.data, "train" if is_training else "val", seed=0)
     interpolation = "random" if is_training else "bilinear"
     return create_loader(

@@ -26,7 +26,7 @@ def build(side: str, case: Any) -> pairing.Work:
     labels = labeler.batch_label_anchors(target["bbox"], target["cls"])
     layout = torch.contiguous_format
     if side == "ours":
-        from effdet.device import use_channels_last
+        from effdet.runtime.device import use_channels_last
         from timm_patches.triton_switch import use_triton
         use_triton("--triton" in case.flags.split())
         layout = torch.channels_last if use_channels_last(device) else layout

@@ -21,10 +21,10 @@ def build(side: str, case: Any) -> pairing.Work:
     device = inputs.pick_device(case.device)
     model = inputs.make_model(case).to(device)
     if side == "ours":
-        from effdet.amp import Precision
         from effdet.config.schema import OptimConfig
-        from effdet.ema import ModelEma
-        from effdet.optim import build_optimizer
+        from effdet.training.amp import Precision
+        from effdet.training.ema import ModelEma
+        from effdet.training.optim import build_optimizer
         precision = Precision(device, enabled=False)
         optimizer = build_optimizer(model, OptimConfig().opt, LR, MOMENTUM, WEIGHT_DECAY)
         ema = ModelEma(model, DECAY, warmup=False)

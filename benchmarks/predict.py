@@ -38,8 +38,8 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def make_bench(side: str, model: Any, device: Any, batch: int) -> Any:
     if side == "ours":
-        from effdet.build import Detector, build_predictor
         from effdet.config.schema import DemoModelConfig
+        from effdet.predict.load import Detector, build_predictor
         return build_predictor(Detector(model.eval(), None, ""), DemoModelConfig(), device.type, batch).bench
     from effdet import DetBenchPredict
     return DetBenchPredict(model).to(device).eval()

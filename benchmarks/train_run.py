@@ -20,7 +20,7 @@ def build(side: str, case: Any) -> pairing.Work:
     import inputs
     proof = train_step.build(side, case)
     if side == "ours":
-        from effdet.engine import train_one_epoch
+        from effdet.training.engine import train_one_epoch
         session = train_step.make_session(case, case.batch, "--workers", str(case.workers))
         device = session.device
 

@@ -27,7 +27,7 @@ def build_ours(case: Any) -> pairing.Work:
     import inputs
 
     from effdet.data.loader import PrefetchLoader
-    from effdet.engine import train_one_epoch
+    from effdet.training.engine import train_one_epoch
     session = make_session(case, PICTURES, "--workers", "0")
     training = session.training
     batches = [(inputs.make_pixels(case.batch, case.image_size, session.device),
@@ -55,8 +55,8 @@ def make_session(case: Any, batch: int, *flags: str) -> Any:
     import inputs
 
     from effdet.config.cli import parse_train_args
-    from effdet.processes import start
-    from effdet.session import Session
+    from effdet.runtime.launch import start
+    from effdet.training.trainer import Session
     folder = Path(tempfile.mkdtemp(dir=case.folder))
     precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
     config = parse_train_args([

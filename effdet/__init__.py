@@ -11,15 +11,16 @@ import timm_patches  # noqa: F401  (before anything imports timm: timm_patches/t
 from .version import __version__
 
 if TYPE_CHECKING:
+    from effdet.config import default_detection_model_configs, get_efficientdet_config
+    from effdet.data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
+    from effdet.predict.load import load
+    from effdet.predict.predictor import Detections, Predictor
+
     from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
-    from .build import load
-    from .config import default_detection_model_configs, get_efficientdet_config
-    from .data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
     from .efficientdet import EfficientDet
     from .evaluator import CocoEvaluator, OpenImagesEvaluator, PascalEvaluator, create_evaluator
     from .factory import create_model, create_model_from_config
     from .helpers import load_checkpoint, load_pretrained
-    from .predictor import Detections, Predictor
 
 _HOMES = {
     "bench": ("DetBenchPredict", "DetBenchTrain", "unwrap_bench"),

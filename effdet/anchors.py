@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effdet.ops.boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
+from effdet.ops.labels_cpu import SparseMatcher
+from effdet.ops.nms import generate_detections
+from effdet.ops.sizes import get_feat_sizes, to_height_width
+from effdet.runtime.device import is_host
 from timm_patches.triton_switch import uses_triton
-
-from .boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
-from .device import is_host
-from .labels_cpu import SparseMatcher
-from .nms import generate_detections
-from .sizes import get_feat_sizes, to_height_width
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
 _DUMMY_DETECTION_SCORE = -1e5

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import device as device_layer
+from effdet.ops.nms import make_detections, npu_nms, select_candidates
+from effdet.runtime import device as device_layer
+from effdet.runtime.distributed import all_reduce_sum, world_size
+
 from .anchors import AnchorLabeler, Anchors
-from .distributed import all_reduce_sum, world_size
 from .graphed import GraphedLosses
 from .loss import DetectionLoss, dense_focal_loss_sum
-from .nms import make_detections, npu_nms, select_candidates
 
 _LOSSES = ("loss", "class_loss", "box_loss")
 

@@ -13,10 +13,10 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
-from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
-from .config import set_config_readonly, set_config_writeable
-from .heads import HeadNet
-from .layers import (
+from effdet.config import set_config_readonly, set_config_writeable
+from effdet.network.bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
+from effdet.network.heads import HeadNet
+from effdet.network.layers import (
     ConvBnAct2d,
     Interpolate2d,
     ResampleFeatureMap,
@@ -24,7 +24,7 @@ from .layers import (
     init_weight,
     init_weight_alt,
 )
-from .sizes import check_image_size, get_feat_sizes
+from effdet.ops.sizes import check_image_size, get_feat_sizes
 
 
 def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:

@@ -1,7 +1,7 @@
 """Evaluation of detections, exact on any number of processes: collect per batch, gather on rank 0, score, broadcast.
 
 What lives here: batches of predictions -> COCO result rows (category ids, xywh boxes), and who computes on which rank.
-What must not: the metric itself (coco_metrics.py), the model, post-processing, reading of images.
+What must not: the metric itself (coco.py), the model, post-processing, reading of images.
 """
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 
-from .coco_metrics import ClassMetrics, CocoScores, index_ground_truth, score_rows, write_json
-from .data.bad_pictures import BadPictureWatch, find_bad_pictures
-from .distributed import gather_object, is_distributed, is_primary, run_on_primary
-from .voc_metrics import VocScores, score_voc
+from effdet.data.corrupt import BadPictureWatch, find_bad_pictures
+from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, score_rows, write_json
+from effdet.metrics.voc import VocScores, score_voc
+from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
 
 __all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'OpenImagesEvaluator', 'PascalEvaluator', 'create_evaluator']
 
@@ -199,7 +199,7 @@ class CocoEvaluator(Evaluator):
     with 90 outputs for COCO's 80 classes have such.
 
     A picture that could not be read counts as one in which nothing was found, where the dataset puts up with such
-    (`bad_pictures`, data/bad_pictures.py): its objects are missed, and the log names it.
+    (`bad_pictures`, data/corrupt.py): its objects are missed, and the log names it.
 
     `stats` holds the last evaluation: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small,
     AR_medium, AR_large. A number is NaN where there is no ground truth for it (pycocotools says -1). It is empty

@@ -1,7 +1,7 @@
 """Write a checkpoint's network for other runtimes: ONNX, TorchScript, or a torch.export program.
 
 `python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples and the Ascend command line. What lives
-here: the exported module, the three writers, the command line. The NMS nodes of the ONNX graph are in onnx_nms.py.
+here: the exported module, the three writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py.
 """
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdet.config.schema import DemoModelConfig
+from effdet.data import resolve_input_config
+from effdet.ops.boxes import decode_boxes
+from effdet.ops.nms import select_candidates
+from effdet.ops.nms_onnx import append_nms
+from effdet.predict.load import Detector, load_detector
+from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
+
 from .bench import DetBenchPredict
-from .boxes import decode_boxes
-from .build import Detector, load_detector
-from .config.schema import DemoModelConfig
-from .data import resolve_input_config
-from .nms import select_candidates
-from .onnx_nms import append_nms
-from .processes import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ import torch
 from timm.models import model_entrypoint
 from torch import nn
 
+from effdet.checkpoint.manager import extract_state_dict, load_checkpoint_file, load_state_dict_report
+from effdet.config import get_efficientdet_config
+from effdet.config.schema import LossConfig, ModelConfig
+from effdet.ops.sizes import check_image_size
+from effdet.runtime import device as device_layer
 from timm_patches.fused_layers import convert_fused_layers
 from timm_patches.same_padding import convert_same_padding
 from timm_patches.triton_switch import uses_triton
 
-from . import device as device_layer
 from .bench import DetBenchPredict, DetBenchTrain
-from .checkpoint import extract_state_dict, load_checkpoint_file, load_state_dict_report
-from .config import get_efficientdet_config
-from .config.schema import LossConfig, ModelConfig
 from .efficientdet import EfficientDet
 from .helpers import load_checkpoint, load_pretrained
-from .sizes import check_image_size
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import device as device_layer
+from effdet.runtime import device as device_layer
 
 _logger = logging.getLogger(__name__)
 

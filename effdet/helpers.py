@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import nn
 
-from effdet.checkpoint import (
+from effdet.checkpoint.manager import (
     CheckpointError,
     KeyReport,
     extract_state_dict,

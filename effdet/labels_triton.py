@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import ENCODE_EPSILON
+from effdet.ops.boxes import ENCODE_EPSILON
 
 _TILE, _TILES = 1024, 4  # anchors of a step of the search, and its steps
 _BLOCK = 256  # anchors of a program that labels

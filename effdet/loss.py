@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effdet.ops.focal import IGNORED_LOGIT, background_terms, foreground_terms
+from effdet.ops.focal_cpu import focal_loss_and_gradient
+from effdet.runtime.device import is_host
 from timm_patches.triton_switch import uses_triton
-
-from .device import is_host
-from .focal import IGNORED_LOGIT, background_terms, foreground_terms
-from .loss_cpu import focal_loss_and_gradient
 
 
 class _FocalLossSum(torch.autograd.Function):

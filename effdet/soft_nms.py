@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import nms
-from .boxes import pairwise_iou
+from effdet.ops import nms
+from effdet.ops.boxes import pairwise_iou
 
 __all__ = ["batched_soft_nms", "pairwise_iou", "soft_nms"]
 

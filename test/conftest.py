@@ -34,9 +34,9 @@ SMALL_MODEL = {
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
     """Write a checkpoint as train.py does, of a small model whose scores spread over 0..1; EMA weights differ."""
-    from effdet.checkpoint import CHECKPOINT_VERSION, save_checkpoint
+    from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
     from effdet.config.model_config import model_config_from_plain, model_config_to_plain
-    from effdet.data.categories import CategoryMap
+    from effdet.data.coco.categories import CategoryMap
     from effdet.efficientdet import EfficientDet
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def small_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_pictures(tmp_path_factory) -> list[Path]:
     """Return the files of eight pictures of the embedded data set."""
-    from effdet.data.synthetic import make_synthetic_dataset
+    from effdet.data.synthetic.dataset import make_synthetic_dataset
 
     root = make_synthetic_dataset(tmp_path_factory.mktemp("synthetic"), num_train=1, num_val=8)
     return sorted((root / "val2017").iterdir())

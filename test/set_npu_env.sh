@@ -7,9 +7,9 @@
 #       ASCEND_GLOBAL_EVENT_ENABLE=0 are the defaults by now.
 #   PTCOPY_ENABLE, COMBINED_ENABLE, DYNAMIC_OP belong to torch 1.5's adapter; nothing reads them any more.
 #   HCCL_IF_IP: HCCL finds its network card by itself; several machines may need it, and then each its own.
-#   HCCL_CONNECT_TIMEOUT, HCCL_EXEC_TIMEOUT, HCCL_EVENT_TIMEOUT: effdet/device.py sets longer ones, for every way to
+#   HCCL_CONNECT_TIMEOUT, HCCL_EXEC_TIMEOUT, HCCL_EVENT_TIMEOUT: effdet/runtime/device.py sets longer ones, for every way to
 #       start a run.
-#   ASCEND_RT_VISIBLE_DEVICES: follows from --device-list, in effdet/device.py.
+#   ASCEND_RT_VISIBLE_DEVICES: follows from --device-list, in effdet/runtime/device.py.
 #   ulimit -n: raise it yourself if the loader says "Too many open files".
 
 # Candidates in order: the installation that the user points at, those on record with CANN's installer, the usual

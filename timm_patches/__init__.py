@@ -5,4 +5,4 @@ Importing this package does one thing: it makes `import timm` work beside a torc
 loaded (see `timm_patches/torchvision_ops.py`). Everything else is applied by an explicit call.
 """
 
-from timm_patches import torchvision_ops  # noqa: F401  (imported for its effect, and before any timm import)
+from . import torchvision_ops  # noqa: F401  (imported for its effect, and before any timm import)

@@ -19,7 +19,7 @@ from timm.optim import (
 )
 from torch import nn
 
-from timm_patches.npu_fused_sgd import npu_fused_sgd_class
+from .npu_fused_sgd import npu_fused_sgd_class
 
 Groups = Iterable[torch.Tensor] | Iterable[Mapping[str, object]]
 

@@ -1,7 +1,7 @@
 """Write checkpoint files atomically and read them, also those of other trainers, without running code from them.
 
-Lives here: bytes on disk. What the keys mean and which files are kept is in `effdet/checkpoint.py`, fitting weights to
-a model in `effdet/weights.py`.
+Lives here: bytes on disk. What the keys mean and which files are kept is in `manager.py`, fitting weights to a model in
+`state_dict.py`.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .device import old_tensor_globals
+from effdet.runtime.device import old_tensor_globals
 
 CHECKPOINT_NAME = re.compile(r"^[^.].*\.(pth\.tar|pth|pt|safetensors)$")
 _TEMPORARY_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.tmp$")
@@ -64,7 +64,7 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
 
     Args:
         path: the file; its folder is made if absent.
-        payload: keys as in the docstring of `effdet.checkpoint`; tensors and plain types only, nested freely.
+        payload: keys as in the docstring of `effdet.checkpoint.manager`; tensors and plain types only, nested freely.
 
     Raises:
         TypeError: for any other type in the payload, with the path of keys to it; nothing is written.

@@ -1,8 +1,8 @@
 """Say what a checkpoint holds, keep the best ones of a run, find the newest one, capture the random state.
 
 Lives here: the format (below), which files a run keeps, the state of random generators; plus, by re-export, the two
-parts underneath: `effdet/checkpoint_io.py` (files) and `effdet/weights.py` (fitting weights to a model).
-Must not live here: building models (`effdet.factory`), a device's random generator (`effdet.device`).
+parts underneath: `effdet/checkpoint/io.py` (files) and `effdet/checkpoint/state_dict.py` (fitting weights to a model).
+Must not live here: building models (`effdet.factory`), a device's random generator (`effdet.runtime.device`).
 
 A checkpoint is one file written by `torch.save` that holds a dict of tensors and plain types only (None, bool, int,
 float, str, bytes, list, tuple, dict), so `torch.load(path, weights_only=True)` reads it without this package. The
@@ -14,10 +14,10 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     state_dict_ema  dict, name -> tensor: the averaged weights; absent when none are kept
     ema             dict, the averager's counters
     optimizer, schedule, scaler   dict, their `state_dict()`
-    ranks           list of a dict for each process: `rng` is its `rng_state()`, and more; see `effdet.run_state`
+    ranks           list of a dict for each process: `rng` is its `rng_state()`, and more; see `effdet.training.resume`
     rng             dict, in files of older versions: that of the first process
     epoch           int, the last epoch that is complete in this file, from 0; training goes on at epoch + 1
-    progress        dict, in recovery.pth.tar: how far epoch + 1 has come; see `effdet.run_state`
+    progress        dict, in recovery.pth.tar: how far epoch + 1 has come; see `effdet.training.resume`
     step            int, optimiser steps done so far
     metric          float or None, that epoch's ranking metric
     best            dict, `CheckpointManager.state_dict()` including that epoch
@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from effdet.checkpoint_io import (
+from .io import (
     CHECKPOINT_NAME,
     CheckpointError,
     CheckpointNotFoundError,
@@ -50,7 +50,7 @@ from effdet.checkpoint_io import (
     replacing,
     save_checkpoint,
 )
-from effdet.weights import KeyReport, extract_state_dict, load_state_dict_report
+from .state_dict import KeyReport, extract_state_dict, load_state_dict_report
 
 __all__ = [
     "CHECKPOINT_VERSION",

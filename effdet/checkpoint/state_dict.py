@@ -1,6 +1,6 @@
 """Find the weights in a loaded checkpoint and fit them to a model.
 
-Lives here: state dicts in memory. Files are in `effdet/checkpoint_io.py`; making models is in `effdet/factory.py`.
+Lives here: state dicts in memory. Files are in `effdet/checkpoint/io.py`; making models is in `effdet/factory.py`.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdet.checkpoint_io import CheckpointError
+from .io import CheckpointError
 
 _RAW_KEYS = ("state_dict", "model", "model_state_dict")  # names trainers store weights under, the first found counts
 _EMA_KEYS = ("state_dict_ema", "model_ema")

@@ -1,4 +1,4 @@
-"""Average the weights of several checkpoints of one model: `python -m effdet.average_checkpoints A B --out FILE`."""
+"""Average the weights of several checkpoints of one model: `python -m effdet.commands.average A B --out FILE`."""
 from __future__ import annotations
 
 import logging
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
-from .processes import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
+from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _check_same_model(path: str, first: str, payload: Mapping[str, Any], descrip
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.average_checkpoints", "Average the weights of checkpoints of one model.",
+    parser = make_tool_parser("effdet.commands.average", "Average the weights of checkpoints of one model.",
                               "a.pth.tar b.pth.tar --weights 2 1 --out average.pth.tar\n"
                               "run/checkpoint-*.pth.tar --best 3 --out avg.pth.tar")
     parser.add_argument("checkpoints", nargs="+", help="files of one model with the same classes")
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", type=int, metavar="N", help="only the N with the best stored metric")
     add_ema_argument(parser)
     args = parser.parse_args(arguments)
-    with one_line_errors("effdet.average_checkpoints"):
+    with one_line_errors("effdet.commands.average"):
         paths = args.checkpoints
         if args.best is not None:
             paths = _best(paths, args.best, args.weights)

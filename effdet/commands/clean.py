@@ -1,4 +1,4 @@
-"""Keep of a checkpoint what prediction needs: `python -m effdet.clean_checkpoint FILE --out FILE`."""
+"""Keep of a checkpoint what prediction needs: `python -m effdet.commands.clean FILE --out FILE`."""
 from __future__ import annotations
 
 import hashlib
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .average_checkpoints import describe_model
-from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
-from .processes import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
+from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
+
+from .average import describe_model
 
 _logger = logging.getLogger(__name__)
 _HASH_LENGTH = 8
@@ -35,7 +36,7 @@ def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.clean_checkpoint", "Keep of a checkpoint what prediction needs.",
+    parser = make_tool_parser("effdet.commands.clean", "Keep of a checkpoint what prediction needs.",
                               "model_best.pth.tar --out detector.pth --hash")
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or of effdet's or timm's trainer")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_ema_argument(parser)
     args = parser.parse_args(arguments)
     path = Path(args.out)
-    with one_line_errors("effdet.clean_checkpoint"):
+    with one_line_errors("effdet.commands.clean"):
         if path.exists() and path.samefile(args.checkpoint):
             raise CheckpointError(f"{path} is the checkpoint itself, whose training state would be lost: name another "
                                   "--out")

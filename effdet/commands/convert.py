@@ -1,8 +1,8 @@
 """Make a checkpoint that describes itself from weights of effdet 0.4.1 or of the same names.
 
-`python -m effdet.convert_checkpoint FILE --out FILE`. What lives here: the description that such files lack, and the
-command line. Reading them is in checkpoint_io.py, and the names of their tensors are ours. The way back is
-`python -m effdet.clean_checkpoint FILE --weights-only`.
+`python -m effdet.commands.convert FILE --out FILE`. What lives here: the description that such files lack, and the
+command line. Reading them is in io.py, and the names of their tensors are ours. The way back is
+`python -m effdet.commands.clean FILE --weights-only`.
 """
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from .build import load_detector
-from .checkpoint import CHECKPOINT_VERSION, save_checkpoint
-from .config.model_config import model_config_to_plain
-from .config.schema import DemoModelConfig
-from .data.categories import resolve_category_map
-from .data.coco import CocoParser, CocoParserCfg
-from .processes import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
+from effdet.config.model_config import model_config_to_plain
+from effdet.config.schema import DemoModelConfig
+from effdet.data.coco.annotations import CocoParser, CocoParserCfg
+from effdet.data.coco.categories import resolve_category_map
+from effdet.predict.load import load_detector
+from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def convert_checkpoint(path: str, model: str | None = None, ann: str | None = No
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = make_tool_parser(
-        "effdet.convert_checkpoint", "Make a checkpoint that describes itself from weights of effdet.",
+        "effdet.commands.convert", "Make a checkpoint that describes itself from weights of effdet.",
         "tf_efficientdet_d0_34-f153e0cf.pth --out d0.pth\n"
         "weights.pth --model efficientdet_d1 --ann val.json --out d1.pth")
     parser.add_argument("weights", help="published weights, a checkpoint of effdet's trainer, or a state dict")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_ema_argument(parser)
     args = parser.parse_args(arguments)
     size = args.image_size and tuple((args.image_size * 2)[:2])
-    with one_line_errors("effdet.convert_checkpoint"):
+    with one_line_errors("effdet.commands.convert"):
         payload = convert_checkpoint(args.weights, args.model, args.ann, size, args.ema)
         save_checkpoint(args.out, payload)
     named = ", ".join(payload.get("category_map", {}).get("names", [])[:5])

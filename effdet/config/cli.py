@@ -241,11 +241,11 @@ def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunC
 
 
 def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
-    """Parse the command line of `python -m effdet.data.check [ROOT]`: train.py's flags; see `parse_train_args`."""
+    """Parse the command line of `python -m effdet.datacheck [ROOT]`: train.py's flags; see `parse_train_args`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and "=" not in words[0]:
         words.insert(0, "--root")
-    return _parse(RunConfig, "python -m effdet.data.check", "Check a data set in COCO format before training: ROOT (or "
+    return _parse(RunConfig, "python -m effdet.datacheck", "Check a data set in COCO format before training: ROOT (or "
                   "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
                   "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
                   [*words, "--check"])

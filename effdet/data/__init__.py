@@ -1,16 +1,17 @@
 """Data: annotation files, pictures, transforms and loaders."""
 
-from .autoaugment import AutoAugment, ColorJitter
-from .categories import CategoryMap, resolve_category_map
-from .coco import CocoParser, coco_paths
+from .augment.autoaugment import AutoAugment, ColorJitter
+from .augment.mosaic import MosaicMixup
+from .augment.user_transform import UserTransform, load_transform
+from .coco.annotations import CocoParser, coco_paths
+from .coco.categories import CategoryMap, resolve_category_map
+from .coco.report import DatasetError, DatasetReport
 from .dataset import DetectionDatset, SkipSubset
 from .dataset_factory import create_dataset, open_coco
-from .dataset_report import DatasetError, DatasetReport
+from .images import PictureError
 from .input_config import resolve_input_config
 from .loader import create_loader
-from .mosaic import MosaicMixup
 from .parsers import CocoParserCfg, create_parser
-from .pictures import PictureError
 from .transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -29,7 +30,6 @@ from .transforms import (
     transforms_coco_eval,
     transforms_coco_train,
 )
-from .user_transform import UserTransform, load_transform
 
 __all__ = [
     "AutoAugment",

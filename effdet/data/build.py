@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from ..config.schema import DataConfig, EvalDataConfig
-from ..sizes import check_image_size, nearest_image_size
-from .augmentation import build_train_transform, describe_augmentation
-from .bad_pictures import BadPictures, default_limit
-from .coco import coco_paths
+from effdet.config.schema import DataConfig, EvalDataConfig
+from effdet.ops.sizes import check_image_size, nearest_image_size
+
+from .augment.build import build_train_transform, describe_augmentation
+from .coco.annotations import coco_paths
+from .coco.report import DatasetError
+from .corrupt import BadPictures, default_limit
 from .dataset import SkipSubset
 from .dataset_factory import open_coco
-from .dataset_report import DatasetError
 from .input_config import resolve_input_config
 from .loader import create_loader
 

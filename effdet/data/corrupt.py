@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import distributed
-from .dataset_report import DatasetError, shown
-from .pictures import PictureError, read_picture
+from effdet.runtime import distributed
+
+from .coco.report import DatasetError, shown
+from .images import PictureError, read_picture
 
 _logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.utils.data as data
 
-from .bad_pictures import BadPictures, blank_item
-from .parsers import CocoParser, create_parser
-from .pictures import PictureError, read_picture
+from .corrupt import BadPictures, blank_item
+from .images import PictureError, read_picture
+from .parsers import create_parser
+from .parsers.parser_factory import CocoParser
 
 
 @contextlib.contextmanager

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .categories import CategoryMap, resolve_category_map
-from .coco import UNLABELED_SPLITS, CocoParser, CocoParserCfg, coco_paths
+from .coco.annotations import UNLABELED_SPLITS, CocoParser, CocoParserCfg, coco_paths
+from .coco.categories import CategoryMap, resolve_category_map
 from .dataset import DetectionDatset
-from .open_images import OPEN_IMAGES_SPLITS, OpenImagesParserCfg
+from .formats.open_images import OPEN_IMAGES_SPLITS, OpenImagesParserCfg
+from .formats.voc import VOC_SPLITS, VocParserCfg
 from .parsers import create_parser
-from .voc import VOC_SPLITS, VocParserCfg
 
 _logger = logging.getLogger(__name__)
 

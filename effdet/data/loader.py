@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from effdet.device import pick_device, supports_pinning, to_device
+from effdet.runtime.device import pick_device, supports_pinning, to_device
 
+from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
+from .augment.user_transform import is_pipeline, pipeline_transform
 from .collate import MAX_NUM_INSTANCES, DetectionFastCollate
-from .multi_scale import MultiScaleDataset, MultiScaleSampler
 from .random_erasing import RandomErasing
 from .samplers import EvalSampler, TrainSampler, unwrap_subset
 from .transforms import (
@@ -24,7 +25,6 @@ from .transforms import (
     transforms_coco_eval,
     transforms_coco_train,
 )
-from .user_transform import is_pipeline, pipeline_transform
 
 __all__ = [
     "DetectionFastCollate",
@@ -93,7 +93,7 @@ class PrefetchLoader:
     def close(self) -> None:
         """End the loader's processes, also one that hangs; without it they end when nothing refers to the loader.
 
-        A traceback does, and processes that ignore SIGTERM (stopping.py) would then keep the interpreter from ending.
+        A traceback does, and processes that ignore SIGTERM (signals.py) would then keep the interpreter from ending.
         """
         workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
         if workers:
@@ -128,7 +128,7 @@ def _ranks(distributed: bool, rank: int | None, world_size: int | None) -> tuple
         return rank, world_size
     if not distributed:
         return 0, 1
-    from effdet import distributed as processes
+    from effdet.runtime import distributed as processes
 
     return processes.rank(), processes.world_size()
 

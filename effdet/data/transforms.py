@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..sizes import letterbox_scale, scaled_hw
-from .fast_resize import pillow_resize_crop, resize_crop
+from effdet.ops.sizes import letterbox_scale, scaled_hw
+
+from .resize import pillow_resize_crop, resize_crop
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)

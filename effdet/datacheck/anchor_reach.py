@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..anchors import Anchors
-from ..labels_cpu import SparseMatcher
-from ..sizes import IMAGE_STRIDE, letterbox_scale
+from effdet.anchors import Anchors
+from effdet.ops.labels_cpu import SparseMatcher
+from effdet.ops.sizes import IMAGE_STRIDE, letterbox_scale
 
 MATCH_IOU = 0.5
 SIDE_EDGES_PX = (0, 4, 8, 16, 32, 64, 128, 256, 512, np.inf)  # of the square root of a box's area

@@ -1,4 +1,4 @@
-"""Look at a data set before training on it: `python -m effdet.data.check ROOT [flags of train.py] [--html PATH]`.
+"""Look at a data set before training on it: `python -m effdet.datacheck ROOT [flags of train.py] [--html PATH]`.
 
 Exit status: 0 clean, 3 with warnings, 4 with errors (training would refuse, or meet broken pictures); 1 when the check
 could not be made and 2 for a wrong flag, as everywhere.
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.cli import parse_check_args
-from ..config.schema import RunConfig
-from ..factory import resolve_model_config
-from ..processes import one_line_errors
-from ..sizes import check_image_size
+from effdet.config.cli import parse_check_args
+from effdet.config.schema import RunConfig
+from effdet.data.build import split_paths
+from effdet.factory import resolve_model_config
+from effdet.ops.sizes import check_image_size
+from effdet.runtime.launch import one_line_errors
+
 from .anchor_reach import SIDE_EDGES_PX
-from .build import split_paths
-from .check_facts import DataFacts, SplitFacts, gather_facts
-from .check_html import write_html
+from .page import write_html
+from .stats import DataFacts, SplitFacts, gather_facts
 
 STATUS = {"note": 0, "warning": 3, "error": 4}
 _MOST_CLASSES = 100  # lines on the terminal
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", "0")):  # started once for each device: one of them looks
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with one_line_errors("effdet.data.check"):
+    with one_line_errors("effdet.datacheck.check"):
         facts, config = check(cfg)
         print("\n".join(text_lines(facts, config)))
         if cfg.run.html:
@@ -138,7 +138,3 @@ def class_lines(facts: DataFacts) -> list[str]:
     if len(rows) > _MOST_CLASSES:
         lines.append(f"  ... {len(rows) - _MOST_CLASSES} more: the html has them all")
     return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..draw import draw_detections, make_class_colors
+from effdet.data.images import PictureError, read_picture
+from effdet.data.transforms import ResizePad
+from effdet.report.draw import draw_detections, make_class_colors
+
 from .anchor_reach import SIDE_EDGES_PX, find_reached, letterbox_boxes
-from .check_facts import DataFacts, SplitFacts
-from .pictures import PictureError, read_picture
-from .transforms import ResizePad
+from .stats import DataFacts, SplitFacts
 
 _SAMPLES = 12
 _STYLE = """

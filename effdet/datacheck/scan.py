@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import UnidentifiedImageError
 
-from .dataset_report import MAX_EXAMPLES
-from .pictures import PictureError, read_picture
+from effdet.data.coco.report import MAX_EXAMPLES
+from effdet.data.images import PictureError, read_picture
 
 _logger = logging.getLogger(__name__)
 

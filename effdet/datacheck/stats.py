@@ -1,4 +1,4 @@
-"""The facts that `effdet.data.check` reports: counted, measured and judged. How they are shown is not known here."""
+"""The stats that a data check reports: counted, measured and judged. How they are shown is not known here."""
 from __future__ import annotations
 
 import functools
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from effdet.data.coco.categories import CategoryMap, resolve_category_map
+from effdet.data.coco.check import CocoArrays, check_coco
+from effdet.data.coco.read import collector_paused, read_json
+from effdet.data.coco.report import MAX_EXAMPLES, DatasetReport
+
 from .anchor_reach import SIDE_EDGES_PX, Suggestion, find_reached, letterbox_boxes, sides_px, suggest_anchors
-from .categories import CategoryMap, resolve_category_map
-from .coco_check import CocoArrays, check_coco
-from .coco_json import collector_paused, read_json
-from .dataset_report import MAX_EXAMPLES, DatasetReport
-from .picture_scan import BROKEN, PictureScan, repeats_within, scan_pictures, shared_between
+from .scan import BROKEN, PictureScan, repeats_within, scan_pictures, shared_between
 
 _TESTED_BOXES = 50_000  # boxes whose anchors are looked for: a share is then known to about 0.2 points
 _TRIED_BOXES = 2_000  # of them, boxes that other settings are tried on

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from .coco_metrics import ClassMetrics, plain_number
+from .coco import ClassMetrics, plain_number
 
 MATCH_IOU = 0.5
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import get_fpn_config
+from effdet.config import get_fpn_config
+from effdet.ops.sizes import get_feat_sizes
+
 from .layers import ConvBnAct2d, LayerMaker, ResampleFeatureMap, SeparableConv2d, get_activation, get_norm_layer
-from .sizes import get_feat_sizes
 
 
 class SequentialList(nn.Sequential):

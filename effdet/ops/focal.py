@@ -1,6 +1,6 @@
 """The focal loss and its gradient in closed form, logit by logit: what both ways of computing it share.
 
-loss.py runs it over whole levels, loss_cpu.py piece by piece.
+loss.py runs it over whole levels, focal_cpu.py piece by piece.
 
 Source: RetinaNet, https://arxiv.org/abs/1708.02002.
 """

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from effdet.runtime.device import is_host
+
 from . import nms_cpu
 from .boxes import clip_boxes_xyxy, decode_boxes
-from .device import is_host
 
 # Post-processing constants of the reference (google/automl, efficientdet/nms_np.py and rwightman/efficientdet-pytorch).
 IOU_THRESHOLD = 0.5

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data.coco import IGNORE_CLS
-from .data.pictures import PictureError, read_picture
-from .draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
+from effdet.data.coco.annotations import IGNORE_CLS
+from effdet.data.images import PictureError, read_picture
+from effdet.report.draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
+
 from .predictor import Predictor
 
 _CELL_WIDTH_PX = 640

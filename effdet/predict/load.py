@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import device as device_layer
-from .bench import DetBenchPredict
-from .checkpoint import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
-from .config import get_efficientdet_config
-from .config.model_config import model_config_from_plain, published_model_name
-from .config.schema import DemoModelConfig
-from .data.categories import CategoryMap
-from .factory import apply_model_overrides, create_model_from_config, place_model, set_pad_type
-from .folding import fold_batch_norm
+from effdet.bench import DetBenchPredict
+from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
+from effdet.config import get_efficientdet_config
+from effdet.config.model_config import model_config_from_plain, published_model_name
+from effdet.config.schema import DemoModelConfig
+from effdet.data.coco.categories import CategoryMap
+from effdet.factory import apply_model_overrides, create_model_from_config, place_model, set_pad_type
+from effdet.network.folding import fold_batch_norm
+from effdet.ops.sizes import nearest_image_size
+from effdet.runtime import device as device_layer
+
 from .predictor import Predictor
-from .sizes import nearest_image_size
 from .tta import TtaBench, build_network_of_size
 
 

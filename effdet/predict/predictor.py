@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .bench import DetBenchPredict
-from .data import ResizePad, resolve_fill_color, resolve_input_config
-from .data.categories import CategoryMap
-from .data.pictures import read_picture
-from .device import to_device, use_channels_last
+from effdet.bench import DetBenchPredict
+from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
+from effdet.data.coco.categories import CategoryMap
+from effdet.data.images import read_picture
+from effdet.runtime.device import to_device, use_channels_last
 
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 

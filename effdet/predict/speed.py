@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bench import DetBenchPredict
-from .device import synchronize
+from effdet.bench import DetBenchPredict
+from effdet.runtime.device import synchronize
 
 
 class Speed(NamedTuple):

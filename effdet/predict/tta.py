@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bench import DetBenchPredict
-from .boxes import clip_boxes_xyxy, pairwise_iou
-from .config import set_config_writeable
-from .efficientdet import EfficientDet
-from .nms import IOU_THRESHOLD, batched_nms
+from effdet.bench import DetBenchPredict
+from effdet.config import set_config_writeable
+from effdet.efficientdet import EfficientDet
+from effdet.ops.boxes import clip_boxes_xyxy, pairwise_iou
+from effdet.ops.nms import IOU_THRESHOLD, batched_nms
 
 
 def build_network_of_size(model: EfficientDet, image_size: tuple[int, int]) -> EfficientDet:

@@ -1,7 +1,7 @@
 """report.html: one self-contained page with everything a run has to show, made anew after each evaluation.
 
-Lives here: which numbers the page shows and where they come from. How they look is report_page/ (HTML, CSS, JavaScript
-that draws the charts); pictures are drawn by report_pictures.py, errors found by error_analysis.py. The page loads
+Lives here: which numbers the page shows and where they come from. How they look is page/ (HTML, CSS, JavaScript
+that draws the charts); pictures are drawn by images.py, errors found by errors.py. The page loads
 nothing from anywhere.
 """
 from __future__ import annotations
@@ -26,14 +26,15 @@ import timm
 import torch
 from PIL import Image
 
-from .config.load import dump_yaml, to_plain
-from .data.pictures import PictureError
-from .data_statistics import SIZE_EDGES_PX, describe_dataset
-from .error_analysis import Analysis, analyse
-from .evaluator import CocoEvaluator
+from effdet.config.load import dump_yaml, to_plain
+from effdet.data.images import PictureError
+from effdet.evaluator import CocoEvaluator
+from effdet.metrics.errors import Analysis, analyse
+from effdet.version import __version__
+
+from .data_stats import SIZE_EDGES_PX, describe_dataset
+from .images import BATCH_NAME, draw_errors
 from .log import replacing
-from .report_pictures import BATCH_NAME, draw_errors
-from .version import __version__
 
 _logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Report:
 
 def fill_page(title: str, content: Mapping[str, Any]) -> str:
     """Put everything into the page's template; numbers without a meaning in json become null."""
-    folder = files("effdet").joinpath("report_page")
+    folder = files("effdet").joinpath("report", "page")
     read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in (
         "page.html", "style.css", "charts.js", "page.js")}
     # "<" ends a script element wherever it stands, so none is in the data

@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from .data.pictures import read_picture
+from effdet.data.images import read_picture
+from effdet.metrics.errors import CONFUSED, RIGHT, Picture
+
 from .draw import draw_detections
-from .error_analysis import CONFUSED, RIGHT, Picture
 
 _GREEN, _ORANGE, _RED, _GRAY = (46, 160, 88), (240, 150, 30), (222, 58, 48), (140, 140, 140)
 _SIDE_PX = 420  # longest side of a picture in the report

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from .live_line import LiveLineHandler, is_terminal
+from .progress import LiveLineHandler, is_terminal
 
 _LOGGER_NAMES = ("effdet", "timm_patches")
 LOSSES_NAME = "losses.csv"
@@ -25,7 +25,7 @@ METRICS_NAME = "metrics.json"
 def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
     """Send the packages' log to standard output, and on rank 0 to log.txt and its losses to losses.csv too.
 
-    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (live_line.py). Other ranks
+    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (progress.py). Other ranks
     log warnings and errors, marked with their number. Handlers of an earlier call are replaced, so that no line comes
     twice; records do not go on to the root logger for the same reason.
 
@@ -256,7 +256,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 class IntervalLine(str):
     """The training line of one log interval, with its main numbers by name in `values`.
 
-    `live` is what a terminal shows instead of it (live_line.py).
+    `live` is what a terminal shows instead of it (progress.py).
     """
 
     values: dict[str, float]

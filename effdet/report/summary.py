@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from effdet.checkpoint.manager import LAST_NAME
+from effdet.config.schema import RunConfig
 from timm_patches.same_padding import convert_same_padding
-
-from .checkpoint import LAST_NAME
-from .config.schema import RunConfig
 
 _NAMES_SHOWN = 8
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from . import stopping
+from . import signals as stopping
 from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
@@ -285,7 +285,7 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
 
     Args:
         fn: called on rank 0 only; its result must be picklable when there are several ranks.
-        interruptible: a signal that asks rank 0 to stop breaks it off (stopping.py); StopRequested on every rank.
+        interruptible: a signal that asks rank 0 to stop breaks it off (signals.py); StopRequested on every rank.
 
     Returns:
         The result, equal on all ranks (a copy on all but rank 0).

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from effdet import device as device_layer
-from effdet.distributed import all_reduce_sum
-from effdet.optim import clip_gradients
+from effdet.runtime import device as device_layer
+from effdet.runtime.distributed import all_reduce_sum
 from timm_patches.optim_factory import flat_gradients
+
+from .optim import clip_gradients
 
 OPT_LEVELS = ("O0", "O1", "O2")
 _GROWTH_INTERVAL = 2000  # steps without overflow after which a dynamic scale doubles; torch's GradScaler's default

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import device as device_layer
-from . import distributed
+from effdet.config.schema import RunConfig
+from effdet.data.collate import padded_instances
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+
 from .amp import Precision
-from .config.schema import RunConfig
-from .data.collate import padded_instances
 from .ema import ModelEma
 
 _logger = logging.getLogger("effdet.train")

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import heartbeat, stopping
+from effdet.evaluator import Evaluator
+from effdet.report.log import ThroughputMeter, format_interval_line
+from effdet.runtime import heartbeat
+from effdet.runtime import signals as stopping
+from effdet.runtime.device import peak_memory_bytes, synchronize
+from effdet.runtime.distributed import all_gather_object, all_reduce_mean, world_size
+
 from .amp import Precision
-from .device import peak_memory_bytes, synchronize
-from .distributed import all_gather_object, all_reduce_mean, world_size
 from .ema import ModelEma
-from .evaluator import Evaluator
-from .log import ThroughputMeter, format_interval_line
 from .schedule import Schedule
 from .statistics_guard import StatisticsGuard
 
@@ -249,7 +251,7 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         one).
 
     Raises:
-        StopRequested: on every process, when a signal asked one of them to stop (stopping.py).
+        StopRequested: on every process, when a signal asked one of them to stop (signals.py).
         BadPicturesError: on every process, when too many pictures cannot be read.
     """
     bench.eval()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .log import rather_go_on, replacing
+from effdet.report.log import rather_go_on, replacing
 
 NAME = "metrics.jsonl"
 _INTERVAL = ("step", "steps", "loss", "class_loss", "box_loss", "lr", "img_per_s", "data_share", "memory_mib")

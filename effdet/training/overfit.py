@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .bench import DetBenchTrain
-from .boxes import pairwise_iou
-from .config.schema import RunConfig
-from .data.anchor_reach import find_reached, letterbox_boxes
-from .data.dataset import DetectionDatset
+from effdet.bench import DetBenchTrain
+from effdet.config.schema import RunConfig
+from effdet.data.dataset import DetectionDatset
+from effdet.datacheck.anchor_reach import find_reached, letterbox_boxes
+from effdet.ops.boxes import pairwise_iou
 
 _logger = logging.getLogger("effdet.train")
 
@@ -184,7 +184,7 @@ def diagnose(facts: OverfitFacts) -> list[str]:
                      f"({', '.join(facts.confused)}): look at the labels{clash}")
     if facts.missed_unreached > 0.02 * boxes:
         found.append(f"{facts.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {facts.missed_unreached} "
-                     "of these are missed: python -m effdet.data.check names settings that reach more")
+                     "of these are missed: python -m effdet.datacheck names settings that reach more")
     if facts.beyond_limit:
         found.append(f"{facts.beyond_limit} boxes are beyond the {facts.max_det} that are predicted in a picture: give "
                      "a larger --max-det")

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import distributed
-from .checkpoint import save_checkpoint
+from effdet.checkpoint.manager import save_checkpoint
+from effdet.runtime import distributed
+
 from .ema import unwrap_model
 
 _DEPTH = 3  # of the module names that gradient norms are given for, such as backbone.blocks.4

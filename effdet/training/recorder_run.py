@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import device as device_layer
-from . import distributed, live_line, metrics_log, report
-from .config.schema import RunConfig
+from effdet.config.schema import RunConfig
+from effdet.evaluator import CocoEvaluator
+from effdet.predict.gallery import draw_training_batch
+from effdet.report import html as report
+from effdet.report import progress as live_line
+from effdet.report.images import BATCH_NAME
+from effdet.report.summary import describe_start, next_commands
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+
+from . import metrics_log
 from .engine import EpochStats, Progress, Training
-from .evaluator import CocoEvaluator
-from .gallery import draw_training_batch
-from .report_pictures import BATCH_NAME
-from .run_summary import describe_start, next_commands
 
 _logger = logging.getLogger("effdet.train")
 

@@ -27,9 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import device as device_layer
-from . import distributed
-from .checkpoint import (
+from effdet.checkpoint.manager import (
     CHECKPOINT_VERSION,
     CheckpointError,
     CheckpointManager,
@@ -37,12 +35,15 @@ from .checkpoint import (
     restore_rng_state,
     rng_state,
 )
-from .config.load import to_plain
-from .config.model_config import model_config_to_plain
-from .config.schema import RunConfig
-from .data.categories import CategoryMap
+from effdet.checkpoint.state_dict import extract_state_dict
+from effdet.config.load import to_plain
+from effdet.config.model_config import model_config_to_plain
+from effdet.config.schema import RunConfig
+from effdet.data.coco.categories import CategoryMap
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+
 from .engine import Training
-from .weights import extract_state_dict
 
 _logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from . import distributed
-from .config.schema import RunConfig
+from effdet.config.schema import RunConfig
+from effdet.report.log import LOSSES_NAME
+from effdet.runtime import distributed
+from effdet.runtime.launch import INPUT_ERRORS
+
 from .engine import Training
-from .log import LOSSES_NAME
-from .processes import INPUT_ERRORS
-from .run_state import AUTO
+from .resume import AUTO
 
 _PREFETCHED = 2  # batches that each loading process makes ahead, torch's default
 LOCK_NAME = ".lock"

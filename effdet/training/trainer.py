@@ -12,24 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_patches.triton_switch import use_triton
-
-from . import auto_batch, distributed, live_line, overfit, run_state, stopping
-from . import device as device_layer
-from .amp import Precision
-from .bench import DetBenchPredict, DetBenchTrain
-from .checkpoint import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
-from .config.inert import inert_settings
-from .config.load import dump_yaml, split_over_devices, workers_per_device
-from .config.schema import RunConfig
-from .data.bad_pictures import BadPicturesError, BadPictureWatch
-from .data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
-from .ema import ModelEma
-from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
-from .evaluator import CocoEvaluator
-from .factory import build_model, place_model
-from .gallery import write_comparisons
-from .log import (
+from effdet.bench import DetBenchPredict, DetBenchTrain
+from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
+from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
+from effdet.config.inert import inert_settings
+from effdet.config.load import dump_yaml, split_over_devices, workers_per_device
+from effdet.config.schema import RunConfig
+from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
+from effdet.data.corrupt import BadPicturesError, BadPictureWatch
+from effdet.evaluator import CocoEvaluator
+from effdet.factory import build_model, place_model
+from effdet.predict.gallery import write_comparisons
+from effdet.report import progress as live_line
+from effdet.report.log import (
     LOSSES_NAME,
     METRICS_NAME,
     CsvLog,
@@ -39,13 +34,22 @@ from .log import (
     format_train_avg_fps,
     setup_logging,
 )
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+from effdet.runtime import signals as stopping
+from timm_patches.triton_switch import use_triton
+
+from . import auto_batch, overfit
+from . import resume as run_state
+from .amp import Precision
+from .ema import ModelEma
+from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .metrics_log import check_tensorboard
 from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from .postmortem import write_postmortem
-from .run_folder import check_shared_memory, check_space, choose_output_dir, hold_run_folder, kept_unless_refused
-from .run_record import RunRecord
+from .recorder_run import RunRecord
+from .run_dir import check_shared_memory, check_space, choose_output_dir, hold_run_folder, kept_unless_refused
 from .schedule import build_schedule
-from .weights import extract_state_dict, load_state_dict_report
 
 _logger = logging.getLogger("effdet.train")
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effdet.data.coco import CocoParser, CocoParserCfg, DatasetError, resolve_category_map
+from effdet.data.coco.annotations import CocoParser, CocoParserCfg, DatasetError, resolve_category_map
 
 VALID = {
     "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}, {"id": 2, "file_name": "b/c.png"}],

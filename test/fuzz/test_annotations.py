@@ -15,7 +15,7 @@ from annotation_promises import ATOMS, KEYS, VALID, check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from effdet.data.coco_check import check_coco
+from effdet.data.coco.check import check_coco
 
 FUZZ = settings(max_examples=50, deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -82,12 +82,12 @@ def test_a_broken_promise_is_noticed(tmp_path, monkeypatch):
     size = [{**row, "width": 64, "height": 48} for row in VALID["images"]]
     raw = json.dumps({**VALID, "images": size}).encode()
     assert check(tmp_path, raw) == "read"
-    monkeypatch.setattr("effdet.data.coco_check._escapes", lambda name: False)
+    monkeypatch.setattr("effdet.data.coco.check._escapes", lambda name: False)
     size[0]["file_name"] = "../a.jpg"
     with pytest.raises(AssertionError, match="leaves the image directory"):
         check(tmp_path, json.dumps({**VALID, "images": size}).encode())
     with pytest.raises(ZeroDivisionError):
-        monkeypatch.setattr("effdet.data.coco_json.json.loads", lambda text: 1 / 0)
+        monkeypatch.setattr("effdet.data.coco.read.json.loads", lambda text: 1 / 0)
         check(tmp_path, raw.replace(b'"area": 120', b'"area": NaN'))
 
 

@@ -30,7 +30,7 @@ def main(names: str, out_dir: str) -> None:
     import torch
 
     import timm_patches.torchvision_ops  # noqa: F401  before the cases import timm
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     torch.set_num_threads(1)
     assert d.init_process_group("gloo", timeout_s=60)
@@ -47,7 +47,7 @@ def collectives() -> dict:
     """Use every collective once and return what this rank saw."""
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     rank = d.rank()
     out: dict = {"rank": rank, "world": d.world_size(), "local": d.local_rank(), "primary": d.is_primary(),
@@ -74,7 +74,7 @@ def divide_by_zero() -> float:
 
 
 def failure_of(fn) -> str:
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     try:
         d.run_on_primary(fn)
@@ -86,7 +86,7 @@ def failure_of(fn) -> str:
 def averaged_bn(mode: str) -> list:
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm1d(1).to(torch.float16))
     model[0].running_mean += torch.tensor([1.0, 2.0]) * (d.rank() + 1)
@@ -108,7 +108,7 @@ def sync_bn() -> dict:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -160,7 +160,7 @@ def sync_bn_large_mean() -> list:
     """Normalise values whose mean is 5000 times their spread; the difference of two sums would have no digits left."""
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(4)) + 5000
     plain = torch.nn.BatchNorm2d(3, momentum=1.0).double()
@@ -175,7 +175,7 @@ def sync_bn_empty_shard() -> dict:
     """Rank 1 has no image: it must take part in the collectives, and rank 0 must get a plain batch norm's numbers."""
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     torch.manual_seed(2)
     whole = torch.randn(4, 3, 2, 2)
@@ -193,7 +193,7 @@ def sync_bn_empty_shard() -> dict:
 def sync_bn_bfloat16() -> list:
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     layer = d.convert_sync_batchnorm(torch.nn.BatchNorm2d(2))
     x = (torch.arange(16.0).reshape(1, 2, 2, 4) + 16 * d.rank()).to(torch.bfloat16).requires_grad_()
@@ -205,7 +205,7 @@ def sync_bn_bfloat16() -> list:
 def sync_bn_too_few() -> str:
     import torch
 
-    from effdet import distributed as d
+    from effdet.runtime import distributed as d
 
     layer = d.convert_sync_batchnorm(torch.nn.BatchNorm1d(3))
     try:
@@ -251,8 +251,8 @@ def evaluate() -> dict:
     """Evaluate this rank's shard twice (the second time fewer images) and return every number it can see."""
     import torch
 
-    from effdet import distributed as d
     from effdet.evaluator import create_evaluator
+    from effdet.runtime import distributed as d
 
     dataset, detections = make_coco()
     evaluator = create_evaluator("coco", dataset, distributed=d.is_distributed())
@@ -283,8 +283,8 @@ def evaluate() -> dict:
 
 def evaluate_broken() -> dict:
     """Evaluate against ground truth that cannot be read: every rank must fail, with rank 0's words."""
-    from effdet import distributed as d
     from effdet.evaluator import CocoEvaluator
+    from effdet.runtime import distributed as d
 
     def unreadable() -> dict:
         raise FileNotFoundError("annotations went away")

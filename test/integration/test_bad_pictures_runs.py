@@ -18,8 +18,8 @@ import train
 import validate
 from effdet.config.cli import parse_train_args
 from effdet.config.inert import _NEEDS, inert_settings
-from effdet.data.synthetic import make_synthetic_dataset
-from effdet.run_folder import check_shared_memory, choose_output_dir
+from effdet.data.synthetic.dataset import make_synthetic_dataset
+from effdet.training.run_dir import check_shared_memory, choose_output_dir
 
 REPO = Path(__file__).resolve().parents[2]
 

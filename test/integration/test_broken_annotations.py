@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from broken_data import copy_set, labels_of, load_all, open_split, read_ann, write_ann
 
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 NAN, INF = float("nan"), float("inf")
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from effdet.data.bad_pictures import BadPictures, BadPicturesError, BadPictureWatch, default_limit
-from effdet.data.pictures import PictureError, read_picture
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.corrupt import BadPictures, BadPicturesError, BadPictureWatch, default_limit
+from effdet.data.images import PictureError, read_picture
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 
 BROKEN = 1  # dataset index of the picture that is broken, of four
@@ -258,10 +258,10 @@ def test_all_processes_learn_of_what_one_found(root, monkeypatch):
         dataset.bad_pictures.add(index)
     watches = BadPictureWatch(mine, "training"), BadPictureWatch(theirs, "training")
     said = []
-    monkeypatch.setattr("effdet.distributed.all_gather_object", lambda obj: said.append(obj) or [obj])
+    monkeypatch.setattr("effdet.runtime.distributed.all_gather_object", lambda obj: said.append(obj) or [obj])
     for watch in watches:
         watch.settle()
-    monkeypatch.setattr("effdet.distributed.all_gather_object", lambda obj: said)
+    monkeypatch.setattr("effdet.runtime.distributed.all_gather_object", lambda obj: said)
     for dataset, watch in zip((mine, theirs), watches, strict=True):
         assert watch.settle() == 2 and dataset.bad_pictures.indices() == [0, 2]
     assert watches[0].named == watches[1].named

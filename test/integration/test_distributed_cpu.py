@@ -16,13 +16,13 @@ import torch.distributed as dist
 from distributed_worker import SHARDS, make_coco
 from torch.nn.parallel import DistributedDataParallel
 
-from effdet import distributed
 from effdet.evaluator import CocoEvaluator
+from effdet.runtime import distributed
 
 REPO = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TIMEOUT_S = 120  # a hang fails the test instead of stopping the run
-LAUNCH = "import sys; from effdet.distributed import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+LAUNCH = "import sys; from effdet.runtime.distributed import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
 
 
 def _environment() -> dict[str, str]:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import demo
-import effdet.data.synthetic
+import effdet.data.synthetic.dataset
 import train
 import validate
 from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
@@ -45,7 +45,7 @@ SMALLER = {
     "train.py": "--image-size 64 --epochs 1 --max-steps 1 -b 4 -j 0 --device cpu",
     "validate.py": "-b 4 -j 0 --device cpu",
     "demo.py": "--device cpu",
-    "effdet.data.synthetic": "--num-train 12 --num-val 4",
+    "effdet.data.synthetic.dataset": "--num-train 12 --num-val 4",
 }
 
 # A pattern of whole commands, and why they are not run here. Flags of our scripts are parsed all the same.
@@ -285,8 +285,8 @@ def test_make_train_with_data_is_the_command_beside_it():
 @pytest.mark.slow
 def test_make_train_and_the_demo(home, monkeypatch):
     monkeypatch.chdir(home)
-    few = functools.partial(effdet.data.synthetic.make_synthetic_dataset, num_train=12, num_val=4)
-    monkeypatch.setattr(effdet.data.synthetic, "make_synthetic_dataset", lambda out, *ignored, **more: few(out))
+    few = functools.partial(effdet.data.synthetic.dataset.make_synthetic_dataset, num_train=12, num_val=4)
+    monkeypatch.setattr(effdet.data.synthetic.dataset, "make_synthetic_dataset", lambda out, *ignored, **more: few(out))
     for words in lines_of_make("train"):
         run(words)
     run((".venv/bin/python", "demo.py"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from real_process import Process, children_of, losses, wait_until_gone
 
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 pytestmark = pytest.mark.slow
 # The smallest model. One picture to a process is too few for the coarsest level's batch norms, so they are fixed.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from real_process import REPO, Process, losses, train_argv
 
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 NUM_TRAIN, BATCH = 24, 4
 pytestmark = pytest.mark.slow

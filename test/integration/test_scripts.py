@@ -34,21 +34,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import demo
-import effdet.data.synthetic
+import effdet.data.synthetic.dataset
 import train
 import validate
-from effdet import session
 from effdet.config import load
 from effdet.config.cli import parse_train_args
-from effdet.data.synthetic import CATEGORY_IDS, make_synthetic_dataset
+from effdet.data.synthetic.dataset import CATEGORY_IDS, make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
-from effdet.session import Session
+from effdet.training import trainer as session
+from effdet.training.trainer import Session
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
 STEPS_PER_EPOCH = NUM_TRAIN // BATCH
 KEYS = {"version", "arch", "state_dict", "state_dict_ema", "ema", "optimizer", "schedule", "scaler", "ranks", "epoch",
-        "step", "metric", "best", "config", "model_config", "category_map", "image_size"}  # effdet/checkpoint.py
+        "step", "metric", "best", "config", "model_config", "category_map", "image_size"}  # checkpoint/manager.py
 
 
 @dataclass
@@ -633,7 +633,7 @@ def test_demo_gives_the_same_bits_in_another_process(run, data, tmp_path, monkey
 def test_demo_without_arguments_shows_the_newest_checkpoint_on_the_default_data(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = functools.partial(make_synthetic_dataset, num_train=1, num_val=2)
-    monkeypatch.setattr(effdet.data.synthetic, "make_synthetic_dataset", few)
+    monkeypatch.setattr(effdet.data.synthetic.dataset, "make_synthetic_dataset", few)
     for name, age_s in (("output/train/old", 100), ("runs/quickstart/new", 0), ("runs/quickstart/older", 50)):
         Path(name).mkdir(parents=True)
         copy = Path(name, "last.pth.tar")

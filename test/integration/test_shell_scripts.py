@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from effdet.config.cli import parse_train_args, parse_validate_args
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_performance_1p.sh", "train_performance_8p.sh", "train_full_8p_0-120.sh", "train_full_8p_121-300.sh",

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 24, 6, 8, 2

@@ -54,7 +54,7 @@ def tuned(device) -> None:
     On Ascend910A some operators of torch_npu ask for the compile mode at their first call only, so that an earlier test
     with another mode would decide for the tests after it.
     """
-    from effdet.device import tune
+    from effdet.runtime.device import tune
 
     tune(device)
 

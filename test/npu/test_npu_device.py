@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet import device as device_layer
-from effdet.amp import Precision
+from effdet.runtime import device as device_layer
+from effdet.training.amp import Precision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHOW = """
@@ -54,7 +54,7 @@ def test_a_device_that_is_not_there_is_named(device, monkeypatch):
 def test_a_device_list_becomes_sorted_visible_devices(monkeypatch, caplog, listed, visible, shown):
     monkeypatch.setattr(device_layer, "_users_visible_devices", None)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
-    caplog.set_level(logging.INFO, "effdet.device")
+    caplog.set_level(logging.INFO, "effdet.runtime.device")
     for _ in range(2):  # a second run in the same process starts from the user's list again
         assert device_layer.restrict_visible("npu", listed) is True
         assert os.environ["ASCEND_RT_VISIBLE_DEVICES"] == shown

@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.device import one_hot
-from effdet.ema import ModelEma
 from effdet.factory import create_model, place_model
+from effdet.runtime.device import one_hot
+from effdet.training.ema import ModelEma
 
 CPU = torch.device("cpu")
 MODELS = ["tf_efficientdet_d0", "tf_efficientdet_lite0"]

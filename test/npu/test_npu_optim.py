@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from torch_npu.optim import NpuFusedSGD
 from worker import Net
 
-from effdet.amp import Precision
-from effdet.optim import build_optimizer
+from effdet.training.amp import Precision
+from effdet.training.optim import build_optimizer
 from timm_patches.optim_factory import create_fused_sgd, create_optimizer, flat_gradients
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import torch
 import demo
 import train
 import validate
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 # As in test_two_processes.py: gradients of an initial network are huge, so that small steps keep traces comparable; no
 # drop path, whose random numbers each process draws for itself.

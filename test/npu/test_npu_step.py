@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from effdet.amp import Precision
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.data.loader import PrefetchLoader
-from effdet.ema import ModelEma
-from effdet.engine import Training, evaluate, train_one_epoch
 from effdet.factory import create_model, place_model
-from effdet.optim import build_optimizer
-from effdet.schedule import build_schedule
+from effdet.training.amp import Precision
+from effdet.training.ema import ModelEma
+from effdet.training.engine import Training, evaluate, train_one_epoch
+from effdet.training.optim import build_optimizer
+from effdet.training.schedule import build_schedule
 
 SIZE = (64, 96)
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def make_run(device: torch.device, keys: dict, opt: str = "fusedmomentum", log_i
 
 def train_steps(run: Training, batches: Batches) -> None:
     """Do what train_one_epoch does for a batch, without its log lines."""
-    from effdet.engine import _update
+    from effdet.training.engine import _update
     run.bench.train()
     for images, target in batches:
         with run.precision.autocast():

@@ -14,13 +14,13 @@ import torch_npu  # noqa: F401
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effdet import distributed
-from effdet.amp import Precision
 from effdet.bench import DetBenchTrain
-from effdet.device import tune
 from effdet.factory import create_model, place_model
-from effdet.optim import build_optimizer
-from effdet.processes import start
+from effdet.runtime import distributed
+from effdet.runtime.device import tune
+from effdet.runtime.launch import start
+from effdet.training.amp import Precision
+from effdet.training.optim import build_optimizer
 
 
 class Net(nn.Module):

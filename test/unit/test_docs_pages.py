@@ -16,9 +16,10 @@ from PIL import Image
 import demo
 import train
 import validate
-from effdet import create_model, metrics_log
-from effdet.checkpoint import load_checkpoint_file
+from effdet import create_model
+from effdet.checkpoint.manager import load_checkpoint_file
 from effdet.export import FORMATS
+from effdet.training import metrics_log
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SCRIPTS = {"train.py": train, "demo.py": demo, "validate.py": validate}

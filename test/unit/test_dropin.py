@@ -90,7 +90,7 @@ MODULES = {
         "resolve_fill_color transforms_coco_eval transforms_coco_train"
     ),
     "effdet.data.random_erasing": "RandomErasing",
-    "effdet.data.parsers": "CocoParserCfg OpenImagesParserCfg VocParserCfg create_parser",
+    "effdet.data.parsers.parser_factory": "CocoParserCfg OpenImagesParserCfg VocParserCfg create_parser",
     "effdet.efficientdet": (
         "BiFpn BiFpnLayer ConvBnAct2d EfficientDet Fnode FpnCombine HeadNet Interpolate2d ResampleFeatureMap "
         "SeparableConv2d SequentialList get_feature_info"

@@ -11,11 +11,11 @@ from PIL import Image
 
 from effdet import export as export_module
 from effdet.bench import DetBenchPredict
-from effdet.boxes import pairwise_iou
-from effdet.build import load_detector
 from effdet.config.schema import DemoModelConfig
 from effdet.data.transforms import transforms_coco_eval
 from effdet.export import export, main
+from effdet.ops.boxes import pairwise_iou
+from effdet.predict.load import load_detector
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
 FACTS = {"model": "pocket", "input": "images", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
@@ -141,8 +141,8 @@ def test_suppression_alone_against_pytorch_on_awkward_candidates(tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
-    from effdet.nms import batched_nms
-    from effdet.onnx_nms import append_nms
+    from effdet.ops.nms import batched_nms
+    from effdet.ops.nms_onnx import append_nms
 
     torch.manual_seed(0)
     corner = torch.rand(2, 300, 2) * torch.tensor([3.0, 300.0]).view(2, 1, 1)  # image 0: all on one spot

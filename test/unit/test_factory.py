@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, ModelEmaV2
 from torch import nn
 
 from effdet import create_model, get_efficientdet_config, unwrap_bench
-from effdet.checkpoint import CheckpointError, CheckpointNotFoundError, save_checkpoint
+from effdet.checkpoint.manager import CheckpointError, CheckpointNotFoundError, save_checkpoint
 from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.efficientdet import EfficientDet
 from effdet.factory import create_model_from_config

@@ -11,7 +11,7 @@ from effdet.bench import DetBenchTrain
 from effdet.config import get_efficientdet_config, set_config_writeable
 from effdet.efficientdet import EfficientDet
 from effdet.loss import DetectionLoss
-from effdet.nms import make_detections, select_candidates
+from effdet.ops.nms import make_detections, select_candidates
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))

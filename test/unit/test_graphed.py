@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from effdet import device as device_layer
 from effdet.config.cli import parse_train_args
 from effdet.graphed import GraphedLosses
-from effdet.session import check_graph
+from effdet.runtime import device as device_layer
+from effdet.training.trainer import check_graph
 
 
 class Recorder:

@@ -17,33 +17,20 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGES = ("effdet", "timm_patches")
 
-# Top to bottom. A module imports only from rows below its own. A name that ends in ".*" stands for every module of that
-# folder that has no row of its own; within such a folder modules may import each other, but not in a circle.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("train", "validate", "demo", "effdet.export", "effdet.clean_checkpoint", "effdet.convert_checkpoint"),
-    ("effdet.session", "effdet.data.check"),
-    ("effdet.run_folder", "effdet.run_record", "effdet.overfit", "effdet.auto_batch"),
-    ("effdet.run_state", "effdet.postmortem"),
-    ("effdet.engine", "effdet.build", "effdet.gallery", "effdet.report"),
-    ("effdet.factory", "effdet.predictor", "effdet.tta", "effdet.onnx_nms", "effdet.average_checkpoints",
-     "effdet.report_pictures", "effdet.speed"),
-    ("effdet.bench", "effdet.evaluator", "effdet.data", "effdet.data.build", "effdet.data.loader",
-     "effdet.data.check_html"),
-    ("effdet.efficientdet", "effdet.data.*", "effdet.helpers", "effdet.voc_metrics", "effdet.amp", "effdet.draw",
-     "effdet.metrics_log", "effdet.run_summary"),
-    ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
-     "effdet.coco_metrics"),
-    ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms", "effdet.loss_cpu", "effdet.loss_triton", "effdet.graphed", "effdet.heartbeat",
-     "effdet.statistics_guard", "effdet.live_line",
-     "effdet.error_analysis", "effdet.data_statistics"),
-    ("effdet.nms", "effdet.labels_cpu", "effdet.labels_triton", "effdet.checkpoint_io", "effdet.distributed"),
-    ("effdet.nms_cpu",),
-    ("effdet.boxes", "effdet.sizes", "effdet.focal", "effdet.folding", "effdet.device", "effdet.config",
-     "effdet.config.*", "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
-    ("timm_patches", "timm_patches.*"),
+# Top to bottom, a row for each floor. A module imports from its own floor or from those below; nowhere in a circle.
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("train", "validate", "demo"),
+    ("effdet.commands", "effdet.export"),
+    ("effdet.training",),
+    ("effdet.datacheck", "effdet.predict"),
+    ("effdet.report",),
+    ("effdet.evaluator", "effdet.bench", "effdet.factory", "effdet.data"),
+    ("effdet.efficientdet", "effdet.network", "effdet.anchors", "effdet.loss", "effdet.soft_nms", "effdet.checkpoint",
+     "effdet.helpers"),
+    ("effdet.ops", "effdet.metrics"),
+    ("effdet.runtime", "effdet.config", "effdet.version"),
+    ("timm_patches",),
 )
-SHARED_FOLDERS = ("effdet.data", "effdet.config", "timm_patches")  # a folder's __init__ names its parts: same house
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,7 @@ class Import:
     imported: str
     place: str
     inside_function: bool
+    is_relative: bool
 
 
 def modules_of(root: Path) -> dict[str, Path]:
@@ -85,43 +73,41 @@ def imports_of(root: Path) -> list[Import]:
                 submodules = [f"{base}.{alias.name}" for alias in node.names]
                 targets = [s if s in modules else base for s in submodules]
             for target in dict.fromkeys(targets):
-                found.append(Import(name, target, f"{file}:{node.lineno}", id(node) in deferred))
+                relative = isinstance(node, ast.ImportFrom) and node.level > 0
+                found.append(Import(name, target, f"{file}:{node.lineno}", id(node) in deferred, relative))
     return found
 
 
-def row_of(module: str) -> int | None:
-    """Return the module's row in LAYERS, by its own name or else by its folder's; None when it has none."""
-    for wanted in (module, f"{module.rpartition('.')[0]}.*"):
-        for row, names in enumerate(LAYERS):
-            if wanted in names:
-                return row
+def room_of(module: str) -> tuple[int, str] | None:
+    """Return floor and name of the room that a module is in; None when it is in none."""
+    for row, names in enumerate(ROOMS):
+        for name in names:
+            if module == name or module.startswith(name + "."):
+                return row, name
     return None
-
-
-def same_folder(a: str, b: str) -> bool:
-    return any((a == f or a.startswith(f + ".")) and (b == f or b.startswith(f + ".")) for f in SHARED_FOLDERS)
 
 
 def upward_imports(root: Path) -> list[str]:
     modules, wrong = modules_of(root), []
     for name, file in sorted(modules.items()):
-        if name != "effdet" and row_of(name) is None:
-            wrong.append(f"{file.relative_to(root)}: no row in LAYERS of test_layering.py; give it the lowest one")
+        if name != "effdet" and room_of(name) is None:
+            wrong.append(f"{file.relative_to(root)}: in no room of ROOMS in test_layering.py")
     for item in imports_of(root):
-        if item.imported not in modules or item.importer == "effdet" or item.importer == item.imported:
+        if item.imported not in modules or item.importer in ("effdet", item.imported):
             continue  # the package's front door names everything; other people's packages have rules of their own
         if item.imported == "effdet":
             if "." in item.importer:
                 wrong.append(f"{item.place}: {item.importer} imports the front door 'effdet'; import the module itself")
             continue
-        upper, lower = row_of(item.importer), row_of(item.imported)
-        if upper is None or lower is None or upper < lower:
+        upper, lower = room_of(item.importer), room_of(item.imported)
+        if upper is None or lower is None:
             continue
-        if not same_folder(item.importer, item.imported):
-            how = "beside" if upper == lower else "above"
-            wrong.append(f"{item.place}: {item.importer} imports {item.imported}, which is {how} it, not below")
-        elif item.imported in SHARED_FOLDERS and "." in item.importer and not item.place.startswith(item.imported):
-            wrong.append(f"{item.place}: {item.importer} imports its folder's front door {item.imported}")
+        if upper[0] > lower[0]:
+            wrong.append(f"{item.place}: {item.importer} imports {item.imported}, which is above it")
+        elif item.imported == lower[1] == upper[1]:
+            wrong.append(f"{item.place}: {item.importer} imports its room's front door {item.imported}")
+        elif item.is_relative and upper[1] != lower[1] and {upper[1], lower[1]} & FOLDERS:
+            wrong.append(f"{item.place}: {item.importer} imports {item.imported}, another room, by a relative name")
     return wrong
 
 
@@ -166,6 +152,10 @@ def foreign_packages(root: Path) -> list[str]:
     return wrong
 
 
+FOLDERS = {f"effdet.{name}" for name in (
+    "commands", "training", "datacheck", "predict", "report", "data", "network", "checkpoint", "ops", "metrics",
+    "runtime", "config")}
+
 # A vendor's word by itself or in an identifier. Names that begin with npu_ are operators, such as npu_batch_nms.
 _VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)
 
@@ -174,7 +164,7 @@ def vendor_words(root: Path) -> list[str]:
     """Return identifiers and strings of effdet that name a vendor's device, docstrings and comments aside."""
     wrong = []
     for name, file, tree in trees_of(root):
-        if not name.startswith("effdet") or name == "effdet.device":
+        if not name.startswith("effdet") or name == "effdet.runtime.device":
             continue
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
@@ -182,7 +172,7 @@ def vendor_words(root: Path) -> list[str]:
             for text in fields if id(node) not in prose else ():
                 if match := _VENDOR.search(text):
                     line = getattr(node, "lineno", "?")
-                    wrong.append(f"{file}:{line}: {match[0]!r} in {text[:60]!r}; only effdet/device.py names devices")
+                    wrong.append(f"{file}:{line}: {match[0]!r} in {text[:60]!r}; only runtime/device.py names devices")
     return wrong
 
 
@@ -228,42 +218,41 @@ def make_repository(root: Path, files: dict[str, str]) -> Path:
 
 
 WRONG = [
-    (upward_imports, {"effdet/boxes.py": "from effdet.nms import f"}, "effdet/boxes.py:1: effdet.boxes imports"),
-    (upward_imports, {"effdet/boxes.py": "def f():\n    from .nms import g"}, "effdet/boxes.py:2"),
-    (upward_imports, {"effdet/boxes.py": "from . import nms"}, "effdet.boxes imports effdet.nms, which is above"),
-    (upward_imports, {"effdet/nms.py": "import effdet.distributed", "effdet/distributed.py": ""}, "is beside it"),
-    (upward_imports, {"effdet/nms.py": "from effdet import create_model"}, "the front door 'effdet'"),
-    (upward_imports, {"effdet/data/coco.py": "from effdet.data import create_loader"}, "its folder's front door"),
-    (upward_imports, {"effdet/data/coco.py": "from ..factory import f", "effdet/factory.py": ""}, "effdet.factory"),
-    (upward_imports, {"effdet/nms.py": "from train import main", "train.py": ""}, "effdet.nms imports train"),
-    (upward_imports, {"timm_patches/a.py": "from effdet import boxes", "effdet/boxes.py": ""}, "effdet.boxes"),
-    (upward_imports, {"effdet/utils.py": ""}, "effdet/utils.py: no row"),
+    (upward_imports, {"effdet/ops/boxes.py": "from effdet.data import f"}, "effdet/ops/boxes.py:1: effdet.ops.boxes"),
+    (upward_imports, {"effdet/ops/boxes.py": "def f():\n    from effdet.data import g"}, "effdet/ops/boxes.py:2"),
+    (upward_imports, {"effdet/ops/a.py": "import effdet.loss", "effdet/loss.py": ""}, "effdet.loss, which is above"),
+    (upward_imports, {"effdet/ops/boxes.py": "from effdet import create_model"}, "the front door 'effdet'"),
+    (upward_imports, {"effdet/data/coco.py": "from effdet.data import create_loader"}, "its room's front door"),
+    (upward_imports, {"effdet/data/coco.py": "from ..factory import f", "effdet/factory.py": ""}, "by a relative name"),
+    (upward_imports, {"effdet/data/coco.py": "from ..ops.nms import f"}, "effdet.ops.nms, another room"),
+    (upward_imports, {"effdet/ops/nms.py": "from train import main", "train.py": ""}, "effdet.ops.nms imports train"),
+    (upward_imports, {"timm_patches/a.py": "from effdet.ops import nms"}, "effdet.ops"),
+    (upward_imports, {"effdet/utils.py": ""}, "effdet/utils.py: in no room"),
     (
         circles,
-        {"effdet/data/a.py": "from . import b", "effdet/data/b.py": "from .a import x", "effdet/nms.py": ""},
+        {"effdet/data/a.py": "from . import b", "effdet/data/b.py": "from .a import x", "effdet/ops/nms.py": ""},
         "effdet.data.a, effdet.data.b",
     ),
-    (foreign_packages, {"effdet/nms.py": "from torchvision.ops import nms"}, "imports torchvision"),
-    (foreign_packages, {"effdet/nms.py": "def f():\n    import omegaconf"}, "effdet/nms.py:2: effdet.nms imports"),
+    (foreign_packages, {"effdet/ops/nms.py": "from torchvision.ops import nms"}, "imports torchvision"),
+    (foreign_packages, {"effdet/ops/nms.py": "def f():\n    import omegaconf"}, "nms.py:2: effdet.ops.nms imports"),
     (foreign_packages, {"timm_patches/a.py": "import effdet"}, "timm_patches.a imports effdet"),
-    (foreign_packages, {"effdet/loss.py": "def f():\n    import triton"}, "effdet.loss imports triton"),
     (foreign_packages, {"timm_patches/a.py": "import numpy as np"}, "timm_patches.a imports numpy"),
     (foreign_packages, {"timm_patches/a.py": "import torch_npu"}, "timm_patches.a imports torch_npu"),
-    (vendor_words, {"effdet/nms.py": "import torch\ntorch.cuda.synchronize()"}, "effdet/nms.py:2: 'cuda'"),
-    (vendor_words, {"effdet/nms.py": "import torch_npu"}, "torch_npu"),
-    (vendor_words, {"effdet/nms.py": "x = tensor.is_cuda"}, "is_cuda"),
-    (vendor_words, {"effdet/nms.py": "device = 'npu:0'"}, "npu:0"),
-    (vendor_words, {"effdet/nms.py": "def f(use_npu=True): pass"}, "use_npu"),
-    (vendor_words, {"effdet/nms.py": "x = f'{a} on CUDA'"}, "CUDA"),
-    (prints_and_exits, {"effdet/nms.py": "def f():\n    print(1)"}, "effdet/nms.py:2: print"),
+    (vendor_words, {"effdet/ops/nms.py": "import torch\ntorch.cuda.synchronize()"}, "effdet/ops/nms.py:2: 'cuda'"),
+    (vendor_words, {"effdet/ops/nms.py": "import torch_npu"}, "torch_npu"),
+    (vendor_words, {"effdet/ops/nms.py": "x = tensor.is_cuda"}, "is_cuda"),
+    (vendor_words, {"effdet/ops/nms.py": "device = 'npu:0'"}, "npu:0"),
+    (vendor_words, {"effdet/ops/nms.py": "def f(use_npu=True): pass"}, "use_npu"),
+    (prints_and_exits, {"effdet/ops/nms.py": "def f():\n    print(1)"}, "effdet/ops/nms.py:2: print"),
     (prints_and_exits, {"timm_patches/a.py": "import sys\nsys.exit(1)"}, "timm_patches/a.py:2: sys.exit"),
-    (prints_and_exits, {"effdet/nms.py": "raise SystemExit('no')"}, "raise SystemExit"),
+    (prints_and_exits, {"effdet/ops/nms.py": "raise SystemExit('no')"}, "raise SystemExit"),
 ]
 
 
 @pytest.mark.parametrize(("rule", "files", "message"), WRONG, ids=lambda value: getattr(value, "__name__", None))
 def test_a_violation_is_seen(tmp_path, rule, files, message):
-    common = {"effdet/__init__.py": "", "effdet/data/__init__.py": "", "effdet/nms.py": ""}
+    common = {"effdet/__init__.py": "", "effdet/data/__init__.py": "", "effdet/ops/__init__.py": "",
+              "effdet/ops/nms.py": ""}
     root = make_repository(tmp_path, {**common, **files})
     violations = rule(root)
     assert len(violations) == 1 and message in violations[0]
@@ -274,21 +263,24 @@ def test_what_is_right_is_let_through(tmp_path):
         tmp_path,
         {
             "effdet/__init__.py": "from .factory import create_model\nfrom .data import create_loader",
-            "effdet/factory.py": "import torch\nfrom . import nms\nfrom effdet.boxes import clip\nimport timm_patches",
-            "effdet/nms.py": '"""Runs on CUDA."""\nfrom .boxes import clip\nout = ops.npu_batch_nms  # on the NPU',
-            "effdet/boxes.py": "def clip(): pass",
-            "effdet/device.py": "import torch_npu\ntorch.cuda.empty_cache()",
+            "effdet/factory.py": "import torch\nfrom effdet.ops import nms\nfrom .bench import f\nimport timm_patches",
+            "effdet/bench.py": "from effdet.ops.nms import f",
+            "effdet/ops/__init__.py": "",
+            "effdet/ops/nms.py": '"""Runs on CUDA."""\nfrom .boxes import clip\nout = ops.npu_batch_nms  # on the NPU',
+            "effdet/ops/boxes.py": "def clip(): pass",
+            "effdet/runtime/device.py": "import torch_npu\ntorch.cuda.empty_cache()",
             "effdet/config/__init__.py": "from .load import load\nimport omegaconf",
             "effdet/config/load.py": "from .schema import Config\nfrom omegaconf import OmegaConf",
             "effdet/config/schema.py": "class Config:\n    lr = 1\n    '''Rate, on cuda too.'''",
-            "effdet/data/__init__.py": "from .loader import create_loader\nfrom .coco import read",
-            "effdet/data/loader.py": "from . import coco\nfrom ..device import pick",
-            "effdet/data/coco.py": "from effdet.data.pictures import open_picture",
-            "effdet/data/pictures.py": "def main():\n    print(1)\nif __name__ == '__main__':\n    raise SystemExit(1)",
+            "effdet/data/__init__.py": "from .loader import create_loader\nfrom .coco.read import read",
+            "effdet/data/loader.py": "from .coco import read\nfrom effdet.runtime.device import pick",
+            "effdet/data/coco/__init__.py": "",
+            "effdet/data/coco/read.py": "from ..images import open_image",
+            "effdet/data/images.py": "def main():\n    print(1)\nif __name__ == '__main__':\n    raise SystemExit(1)",
             "timm_patches/__init__.py": "from timm_patches import torchvision_ops",
             "timm_patches/torchvision_ops.py": "import os, torch, timm\ndef f():\n    import torch_npu",
-            "timm_patches/a_kernels.py": "import triton.language as tl",
-            "train.py": "import sys\nfrom effdet import create_model\nprint(1)\nsys.exit(0)",
+            "train.py": "import sys\nfrom effdet.commands.train import main\nsys.exit(0)",
+            "effdet/commands/train.py": "from effdet.ops import nms",
         },
     )
     assert {rule.__name__: rule(root) for rule in RULES} == {rule.__name__: [] for rule in RULES}

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from ..transforms import Target, draws_standard
 from . import affine
-from .transforms import Target, draws_standard
 
 Step = tuple[str, float, int]
 

@@ -9,11 +9,12 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config.schema import DataConfig
+from effdet.config.schema import DataConfig
+
+from ..images import PictureError
+from ..transforms import transforms_coco_train
 from .autoaugment import AutoAugment, ColorJitter
 from .mosaic import MosaicMixup, read_item
-from .pictures import PictureError
-from .transforms import transforms_coco_train
 from .user_transform import load_transform
 
 

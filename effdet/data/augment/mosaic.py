@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..sizes import letterbox_scale, scaled_hw
-from .fast_resize import resize_crop
-from .transforms import Compose, RandomResizePadToNumpy, Target, move_boxes
+from effdet.ops.sizes import letterbox_scale, scaled_hw
+
+from ..resize import resize_crop
+from ..transforms import Compose, RandomResizePadToNumpy, Target, move_boxes
 
 _MIXUP_ALPHA = 32.0  # Beta(32, 32): mostly between 0.4 and 0.6, so that both pictures can be seen
 _SPLIT = (0.3, 0.7)  # where the four quarters of a mosaic meet, as a share of the input's sides

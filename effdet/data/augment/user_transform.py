@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .transforms import Compose, ImageToNumpy, Target, clip_boxes
+from ..transforms import Compose, ImageToNumpy, Target, clip_boxes
 
 
 def load_transform(spec: str) -> Callable:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from .categories import CategoryMap, resolve_category_map
-from .coco_check import CocoArrays, check_coco, check_files, four_numbers
-from .coco_json import collector_paused, read_json
-from .dataset_report import DatasetError, DatasetReport
+from .check import CocoArrays, check_coco, check_files, four_numbers
 from .image_table import ImageTable
+from .read import collector_paused, read_json
+from .report import DatasetError, DatasetReport
 
 __all__ = [
     "CategoryMap",

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .dataset_report import MAX_EXAMPLES, MIN_BOX_PX, DatasetError, DatasetReport, shown
-from .pictures import PictureError, read_size
+from ..images import PictureError, read_size
+from .report import MAX_EXAMPLES, MIN_BOX_PX, DatasetError, DatasetReport, shown
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from .dataset_report import DatasetError
+from .report import DatasetError
 
 
 @contextlib.contextmanager

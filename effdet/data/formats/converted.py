@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from .coco import CocoParser, CocoParserCfg
+from ..coco.annotations import CocoParser, CocoParserCfg
 
 
 class ConvertedParser(CocoParser):

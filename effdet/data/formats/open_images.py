@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..coco.report import DatasetError
 from .converted import ConvertedParser
-from .dataset_report import DatasetError
 
 _ANN = "annotations"
 _CHALLENGE = "annotations/challenge-2019/challenge-2019"

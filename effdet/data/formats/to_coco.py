@@ -1,6 +1,6 @@
 """Write another data set's annotations as COCO json files, for train.py and validate.py; the pictures stay in place.
 
-`python -m effdet.data.to_coco voc2012 VOCdevkit --out DIR`
+`python -m effdet.data.formats.to_coco voc2012 VOCdevkit --out DIR`
 """
 
 import json
@@ -8,15 +8,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..processes import make_tool_parser, one_line_errors
-from .dataset_factory import create_dataset
+from effdet.runtime.launch import make_tool_parser, one_line_errors
+
+from ..dataset_factory import create_dataset
 
 _logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.data.to_coco",
+    parser = make_tool_parser("effdet.data.formats.to_coco",
                               "Write another data set's annotations as COCO json.",
                               "voc2012 VOCdevkit --out DIR")
     parser.add_argument("name", help="voc2007, voc2012, voc0712, openimages or openimages-challenge2019")
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT",
                         help="parts of the data set (default: train val)")
     args = parser.parse_args(arguments)
-    with one_line_errors("effdet.data.to_coco"):
+    with one_line_errors("effdet.data.formats.to_coco"):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for split in args.splits:

@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
-from .categories import CategoryMap
-from .coco import CocoParser, CocoParserCfg
-from .open_images import OpenImagesParser, OpenImagesParserCfg
-from .voc import VocParser, VocParserCfg
+from ..coco.annotations import CocoParser, CocoParserCfg
+from ..coco.categories import CategoryMap
+from ..formats.open_images import OpenImagesParser, OpenImagesParserCfg
+from ..formats.voc import VocParser, VocParserCfg
 
 __all__ = ["CocoParser", "CocoParserCfg", "OpenImagesParser", "OpenImagesParserCfg", "VocParser", "VocParserCfg",
            "create_parser"]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from effdet.data.synthetic_shapes import KINDS, Patch, make_background, make_colours, make_patch, paint_patch
+from .shapes import KINDS, Patch, make_background, make_colours, make_patch, paint_patch
 
 _log = logging.getLogger(__name__)
 
@@ -278,7 +278,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-val", type=int, default=100, metavar="N", help="pictures for validation (default 100)")
     options = parser.parse_args(arguments)
     make_synthetic_dataset(options.out, options.seed, options.num_train, options.num_val)
-
-
-if __name__ == "__main__":
-    main()

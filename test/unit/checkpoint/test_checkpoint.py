@@ -27,10 +27,10 @@ import pytest
 import torch
 from torch import nn
 
-from effdet import checkpoint as ck
+from effdet.checkpoint import manager as ck
 from effdet.helpers import load_checkpoint, load_pretrained
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 def small_model(classes: int = 3, seed: int = 0) -> nn.Sequential:

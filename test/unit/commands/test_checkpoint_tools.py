@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import effdet
-from effdet import average_checkpoints as averaging
-from effdet import clean_checkpoint as cleaning
-from effdet.checkpoint import CheckpointError, load_checkpoint_file, save_checkpoint
+from effdet.checkpoint.manager import CheckpointError, load_checkpoint_file, save_checkpoint
+from effdet.commands import average as averaging
+from effdet.commands import clean as cleaning
 from effdet.helpers import _sha256
 
 DESCRIPTION = {"version": 1, "arch": "pocket", "image_size": [64, 64], "model_config": {"name": "pocket"},

@@ -13,11 +13,13 @@ from PIL import Image
 
 import effdet
 import validate
-from effdet import clean_checkpoint, convert_checkpoint, create_model, get_efficientdet_config
-from effdet.checkpoint import load_checkpoint_file
+from effdet import create_model, get_efficientdet_config
+from effdet.checkpoint.manager import load_checkpoint_file
+from effdet.commands import clean as clean_checkpoint
+from effdet.commands import convert as convert_checkpoint
 from effdet.config.model_config import efficientdet_model_param_dict, published_model_name
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "golden"))
 from weights import fill  # noqa: E402
 
 NAME = "efficientdet_d0"

@@ -22,7 +22,7 @@ from effdet.config.load import (
 )
 from effdet.config.schema import ConfigError, DemoConfig, RunConfig, ValidateConfig, flags_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PARSERS = {RunConfig: parse_train_args, ValidateConfig: parse_validate_args, DemoConfig: parse_demo_args}
 
 

@@ -16,16 +16,17 @@ from PIL import Image
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.config.model_config import model_config_from_plain
 from effdet.config.schema import DataConfig
-from effdet.data import affine, create_loader, open_coco
-from effdet.data.augmentation import build_train_transform, describe_augmentation
-from effdet.data.autoaugment import POLICIES, AutoAugment, ColorJitter, run_step
+from effdet.data import create_loader, open_coco
+from effdet.data.augment import affine
+from effdet.data.augment.autoaugment import POLICIES, AutoAugment, ColorJitter, run_step
+from effdet.data.augment.build import build_train_transform, describe_augmentation
+from effdet.data.augment.mosaic import MosaicMixup, read_item
+from effdet.data.augment.multi_scale import MultiScaleSampler
+from effdet.data.augment.user_transform import UserTransform, load_transform
 from effdet.data.build import multi_scale_sizes
-from effdet.data.mosaic import MosaicMixup, read_item
-from effdet.data.multi_scale import MultiScaleSampler
 from effdet.data.transforms import Compose, RandomResizePadToNumpy, transforms_coco_train
-from effdet.data.user_transform import UserTransform, load_transform
 from effdet.efficientdet import EfficientDet
-from effdet.gallery import draw_training_batch
+from effdet.predict.gallery import draw_training_batch
 
 BACKGROUND = (128, 128, 128)
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from effdet import PascalEvaluator, create_dataset, create_evaluator, create_parser
-from effdet.coco_metrics import index_ground_truth
-from effdet.data import create_loader, open_coco, to_coco
-from effdet.data.dataset_report import DatasetError
-from effdet.data.parsers import CocoParser, OpenImagesParserCfg, VocParserCfg
-from effdet.voc_metrics import score_voc
+from effdet.data import create_loader, open_coco
+from effdet.data.coco.report import DatasetError
+from effdet.data.formats import to_coco
+from effdet.data.parsers import OpenImagesParserCfg, VocParserCfg
+from effdet.data.parsers.parser_factory import CocoParser
+from effdet.metrics.coco import index_ground_truth
+from effdet.metrics.voc import score_voc
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin><ymin>{1}</ymin>
 <xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""
@@ -196,5 +198,5 @@ def test_the_scripts_read_the_converted_json(tmp_path, capsys):
     np.testing.assert_array_equal(train[0][1]["bbox"], np.array([[20, 10, 60, 50], [10, 30, 50, 70]], np.float32))
     assert train[0][1]["cls"].tolist() == [12, 8]
     assert len(open_coco(None, "val", images=root, ann=tmp_path / "coco" / "val.json")) == 1
-    with pytest.raises(SystemExit, match="effdet.data.to_coco: error: voc2012 has no split 'test'"):
+    with pytest.raises(SystemExit, match="effdet.data.formats.to_coco: error: voc2012 has no split 'test'"):
         to_coco.main(["voc2012", str(root), "--out", str(tmp_path / "coco"), "--splits", "test"])

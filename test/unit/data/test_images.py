@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet.data.pictures import PictureError, read_picture, read_size
+from effdet.data.images import PictureError, read_picture, read_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

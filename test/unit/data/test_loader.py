@@ -11,7 +11,7 @@ from PIL import Image
 
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.data import DetectionDatset, PictureError, SkipSubset, create_loader, create_parser, open_coco
-from effdet.data.coco import CocoParserCfg
+from effdet.data.coco.annotations import CocoParserCfg
 from effdet.data.collate import padded_instances
 from effdet.data.loader import DetectionFastCollate, PrefetchLoader
 from effdet.data.random_erasing import RandomErasing

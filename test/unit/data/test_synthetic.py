@@ -17,8 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from effdet.data.synthetic import CATEGORY_IDS, _Canvas, main, make_picture, make_synthetic_dataset
-from effdet.data.synthetic_shapes import KINDS, make_background, make_colours, make_patch, paint_patch
+from effdet.data.synthetic.dataset import CATEGORY_IDS, _Canvas, main, make_picture, make_synthetic_dataset
+from effdet.data.synthetic.shapes import KINDS, make_background, make_colours, make_patch, paint_patch
 
 TRAIN, VAL = 60, 30
 

@@ -20,12 +20,12 @@ from effdet.data import (
     ResizePad,
     clip_boxes,
     clip_boxes_,
-    fast_resize,
     resolve_fill_color,
     resolve_input_config,
     transforms_coco_eval,
     transforms_coco_train,
 )
+from effdet.data import resize as fast_resize
 from effdet.data.transforms import _size_tuple
 
 FILL = (0, 0, 0)

@@ -14,15 +14,16 @@ from PIL import Image
 
 import train
 from effdet.anchors import Anchors
-from effdet.boxes import pairwise_iou
 from effdet.config import get_efficientdet_config
-from effdet.data import check, picture_scan
-from effdet.data.anchor_reach import find_reached, fit_ratios, letterbox_boxes, suggest_anchors
-from effdet.data.check_facts import draw_sample
-from effdet.data.coco_check import check_coco
-from effdet.data.picture_scan import read_hashes, repeats_within, scan_pictures, shared_between
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.coco.check import check_coco
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.data.transforms import ResizePad
+from effdet.datacheck import check
+from effdet.datacheck import scan as picture_scan
+from effdet.datacheck.anchor_reach import find_reached, fit_ratios, letterbox_boxes, suggest_anchors
+from effdet.datacheck.scan import read_hashes, repeats_within, scan_pictures, shared_between
+from effdet.datacheck.stats import draw_sample
+from effdet.ops.boxes import pairwise_iou
 
 
 def config_of(size: int = 128, scale: float | None = None):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effdet.coco_metrics import index_ground_truth
-from effdet.error_analysis import CONFUSED, RIGHT, WRONG, analyse, match_picture
+from effdet.metrics.coco import index_ground_truth
+from effdet.metrics.errors import CONFUSED, RIGHT, WRONG, analyse, match_picture
 
 A, B, C = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]  # xyxy, far apart
 

@@ -15,9 +15,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from effdet import coco_metrics
-from effdet.coco_metrics import write_json
 from effdet.evaluator import ClassMetrics, CocoEvaluator, Evaluator, create_evaluator
+from effdet.metrics import coco as coco_metrics
+from effdet.metrics.coco import write_json
 
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
          "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]

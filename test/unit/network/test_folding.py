@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from effdet import create_model
-from effdet.folding import fold_batch_norm
+from effdet.network.folding import fold_batch_norm
 
 
 def make_model(name: str) -> nn.Module:

@@ -11,7 +11,7 @@ from effdet.config import get_efficientdet_config
 from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.efficientdet import EfficientDet
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 CONFIGS = json.loads((GOLDEN / "model_configs.json").read_text())
 SHAPES = json.loads(gzip.open(GOLDEN / "state_dict_shapes.json.gz").read())
 

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.bench import DetBenchPredict, DetBenchTrain, unwrap_bench
-from effdet.bifpn import FpnCombine
 from effdet.config import get_efficientdet_config, get_fpn_config
 from effdet.efficientdet import EfficientDet
-from effdet.heads import HeadNet
-from effdet.layers import ResampleFeatureMap, get_activation
-from effdet.nms import make_detections, select_candidates
+from effdet.network.bifpn import FpnCombine
+from effdet.network.heads import HeadNet
+from effdet.network.layers import ResampleFeatureMap, get_activation
+from effdet.ops.nms import make_detections, select_candidates
 
 LAYOUTS = ["bifpn_fa", "bifpn_attn", "bifpn_sum", "pan_fa", "pan_sum", "qufpn_fa", "qufpn_sum"]
 

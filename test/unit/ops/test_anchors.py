@@ -13,7 +13,7 @@ from torch import Tensor
 import effdet.anchors as anchors_module
 from effdet.anchors import AnchorLabeler, Anchors, decode_box_outputs, get_feat_sizes
 from effdet.config import get_efficientdet_config
-from effdet.sizes import check_image_size
+from effdet.ops.sizes import check_image_size
 
 ASPECTS = [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]
 ROOTS = [1.0, 2.0, 0.5]

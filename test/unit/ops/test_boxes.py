@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effdet.boxes import (
+from effdet.ops.boxes import (
     ENCODE_EPSILON,
     MAX_LOG_SIDE_RATIO,
     box_area,

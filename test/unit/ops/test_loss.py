@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdet import loss, loss_cpu
+from effdet import loss
 from effdet.loss import (
     DetectionLoss,
     dense_focal_loss_sum,
@@ -21,6 +21,7 @@ from effdet.loss import (
     one_hot,
     smooth_l1_loss,
 )
+from effdet.ops import focal_cpu as loss_cpu
 
 ANCHORS = 3
 SIZES = [(4, 3), (2, 2)]  # cells of the two levels

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from effdet import anchors as anchors_module
-from effdet import loss, nms, nms_cpu
+from effdet import loss
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.loss import loss_fn
-from effdet.nms import (
+from effdet.ops import nms, nms_cpu
+from effdet.ops.nms import (
     batched_nms,
     batched_soft_nms,
     generate_detections,

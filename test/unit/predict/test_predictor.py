@@ -10,11 +10,11 @@ from PIL import Image
 
 import effdet
 from effdet.bench import DetBenchPredict
-from effdet.checkpoint import CheckpointError
+from effdet.checkpoint.manager import CheckpointError
 from effdet.config.model_config import efficientdet_model_param_dict
-from effdet.data.categories import CategoryMap
+from effdet.data.coco.categories import CategoryMap
 from effdet.factory import create_model
-from effdet.predictor import Predictor
+from effdet.predict.predictor import Predictor
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 96, 64

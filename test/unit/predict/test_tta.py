@@ -7,9 +7,9 @@ import torch
 from PIL import Image, ImageOps
 
 import effdet
-from effdet.build import build_predict_bench, load_detector
 from effdet.config.schema import DemoModelConfig
-from effdet.tta import TtaBench, fuse_detections
+from effdet.predict.load import build_predict_bench, load_detector
+from effdet.predict.tta import TtaBench, fuse_detections
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet.draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
+from effdet.report.draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
 
 RED, BLUE = (230, 30, 30), (30, 60, 230)
 GRAY = (128, 128, 128)

@@ -15,18 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from effdet import report
 from effdet.config import get_efficientdet_config
 from effdet.config.cli import parse_train_args
 from effdet.data.dataset_factory import open_coco
-from effdet.data.synthetic import make_synthetic_dataset
-from effdet.data_statistics import SIZE_EDGES_PX, describe_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
-from effdet.gallery import draw_training_batch
-from effdet.report import Report, changed_settings
-from effdet.report_pictures import BATCH_NAME
+from effdet.predict.gallery import draw_training_batch
+from effdet.report import html as report
+from effdet.report.data_stats import SIZE_EDGES_PX, describe_dataset
+from effdet.report.html import Report, changed_settings
+from effdet.report.images import BATCH_NAME
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ODD_NAME = "</script><b>ball & co"  # a class name must stay text
 EPOCHS = 3
 
@@ -199,8 +199,8 @@ def test_data_statistics_by_hand(sets):
 
 def test_the_package_ships_the_page():
     text = (REPO / "pyproject.toml").read_text()
-    assert 'effdet = ["report_page/*"]' in text
-    assert {path.name for path in (REPO / "effdet" / "report_page").iterdir()} == {
+    assert 'effdet = ["report/page/*"]' in text
+    assert {path.name for path in (REPO / "effdet" / "report" / "page").iterdir()} == {
         "page.html", "style.css", "charts.js", "page.js"}
 
 

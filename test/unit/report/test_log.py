@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from effdet.log import (
+from effdet.report.log import (
     AverageMeter,
     CsvLog,
     ThroughputMeter,
@@ -21,7 +21,7 @@ from effdet.log import (
     format_train_avg_fps,
     setup_logging,
 )
-from effdet.metrics_log import MetricsLog, read_rows
+from effdet.training.metrics_log import MetricsLog, read_rows
 
 LINE = {"epoch": 3, "step": 50, "steps": 7393, "loss": 1.25, "loss_average": 1.5, "class_loss": 0.75, "box_loss": 0.01,
         "step_s": 0.345, "step_average_s": 0.35, "fps": 46.375, "fps_average": 45.714, "lr": 0.16, "data_s": 0.012,
@@ -47,7 +47,7 @@ def test_rank_0_writes_each_line_once_to_both_places(tmp_path, capsys) -> None:
     for _ in range(3):
         logger = setup_logging(tmp_path / "run", rank=0)
     logger.info("hello %d", 1)
-    logging.getLogger("effdet.engine").warning("loud")
+    logging.getLogger("effdet.training.engine").warning("loud")
     logging.getLogger("timm_patches.x").info("patched")
     logger.debug("not shown")
     assert capsys.readouterr().out == "hello 1\nloud\npatched\n"
@@ -65,7 +65,7 @@ def test_other_ranks_only_warn_and_write_no_file(tmp_path, capsys) -> None:
 
 
 def test_lines_reach_a_pipe_before_the_process_ends() -> None:
-    code = ("import logging, time; logging.basicConfig(); from effdet.log import setup_logging\n"
+    code = ("import logging, time; logging.basicConfig(); from effdet.report.log import setup_logging\n"
             "setup_logging(None).info('now'); time.sleep(60)")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:

@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from effdet import live_line, log
-from effdet.live_line import Watched, ended, format_live_line
-from effdet.log import format_interval_line, setup_logging
+from effdet.report import log
+from effdet.report import progress as live_line
+from effdet.report.log import format_interval_line, setup_logging
+from effdet.report.progress import Watched, ended, format_live_line
 
 VALUES = {"epoch": 3, "step": 310, "steps": 7393, "loss": 1.2534, "class_loss": 0.7512, "box_loss": 0.01003,
           "img_per_s": 46.375, "data_share": 0.034, "memory_mib": 12600, "eta": "2:03:05"}

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet import create_model, speed
+from effdet import create_model
 from effdet.bench import DetBenchPredict
 from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
 from effdet.factory import place_model
-from effdet.run_summary import count_macs, describe_start, next_commands
+from effdet.predict import speed
+from effdet.report.summary import count_macs, describe_start, next_commands
 
 
 # Source: table 2 of the EfficientDet paper gives 2.5 and 6.1 billion for D0 and D1.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from effdet import device as device_layer
+from effdet.runtime import device as device_layer
 
 CPU = torch.device("cpu")
 no_accelerator = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

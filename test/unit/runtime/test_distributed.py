@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from effdet import distributed as d
-from effdet.sync_batchnorm import _global_moments, _SyncNormalize
+from effdet.runtime import distributed as d
+from effdet.runtime.sync_batchnorm import _global_moments, _SyncNormalize
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 

@@ -6,7 +6,7 @@ import time
 
 import torch.distributed as dist
 
-from effdet.heartbeat import Heartbeat
+from effdet.runtime.heartbeat import Heartbeat
 
 LIMIT_S = 0.5
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from effdet import stopping
 from effdet.config.cli import parse_train_args
 from effdet.data.loader import PrefetchLoader
-from effdet.processes import dead_workers_in_one_line
-from effdet.run_folder import LOCK_NAME, hold_run_folder, make_run_folder
+from effdet.runtime import signals as stopping
+from effdet.runtime.launch import dead_workers_in_one_line
+from effdet.training.run_dir import LOCK_NAME, hold_run_folder, make_run_folder
 
 
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effdet.amp import Precision
-from effdet.ema import ModelEma
-from effdet.optim import build_optimizer
+from effdet.training.amp import Precision
+from effdet.training.ema import ModelEma
+from effdet.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 HALVES = [("O1", torch.float16), ("O1", torch.bfloat16), ("O2", torch.float16), ("O2", torch.bfloat16)]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import train
-from effdet import auto_batch, distributed
-from effdet import device as device_layer
-from effdet.auto_batch import choose_batch_size, largest_that_fits, make_probe, settle, with_margin
 from effdet.config.cli import parse_train_args
-from effdet.data.synthetic import make_synthetic_dataset
-from effdet.session import Session
+from effdet.data.synthetic.dataset import make_synthetic_dataset
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+from effdet.training import auto_batch
+from effdet.training.auto_batch import choose_batch_size, largest_that_fits, make_probe, settle, with_margin
+from effdet.training.trainer import Session
 
 
 class Memory:

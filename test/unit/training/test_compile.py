@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from effdet import device as device_layer
 from effdet.bench import DetBenchTrain
 from effdet.config import get_efficientdet_config
 from effdet.efficientdet import EfficientDet
+from effdet.runtime import device as device_layer
 
 SIZES = ((128, 128), (128, 160))
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from effdet.ema import ModelEma, unwrap_model
+from effdet.training.ema import ModelEma, unwrap_model
 
 
 def make_model(seed: int = 0) -> nn.Sequential:

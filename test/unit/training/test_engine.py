@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effdet import anchors as anchors_module
 from effdet import loss as loss_module
-from effdet.amp import Precision
 from effdet.bench import DetBenchTrain
-from effdet.ema import ModelEma
-from effdet.engine import NonFiniteError, Training, evaluate, train_one_epoch
 from effdet.evaluator import Evaluator
 from effdet.factory import create_model
-from effdet.optim import build_optimizer
-from effdet.schedule import build_schedule
+from effdet.training.amp import Precision
+from effdet.training.ema import ModelEma
+from effdet.training.engine import NonFiniteError, Training, evaluate, train_one_epoch
+from effdet.training.optim import build_optimizer
+from effdet.training.schedule import build_schedule
 
 CPU = torch.device("cpu")
 NUM_BATCHES = 7
@@ -100,7 +100,7 @@ def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
 
 
 @contextmanager
-def captured_lines(name: str = "effdet.engine") -> Iterator[list[str]]:
+def captured_lines(name: str = "effdet.training.engine") -> Iterator[list[str]]:
     """Collect a logger's lines; not caplog, which sees nothing once a script has stopped propagation."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -282,7 +282,7 @@ def test_a_line_comes_at_each_interval_and_at_the_end():
 def test_rates_and_remaining_time_come_from_the_clock(monkeypatch):
     """A clock that ticks a second at each look: data_ready, the log line and the wait after it each take one."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("effdet.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr("effdet.training.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     run = make_training(Regression(), log_interval=2, total_steps=10)
     with captured_lines() as lines:
         train_one_epoch(run, make_batches(4), epoch=0)

@@ -10,7 +10,7 @@ from timm.optim import Lookahead
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
-from effdet.optim import (
+from effdet.training.optim import (
     Frozen,
     build_optimizer,
     clip_gradients,

@@ -13,10 +13,10 @@ import train
 from effdet.config.cli import parse_train_args
 from effdet.config.overfit import OVERFIT
 from effdet.data.build import build_dataset, build_eval_loader
-from effdet.data.synthetic import make_synthetic_dataset
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import resolve_model_config
-from effdet.overfit import OverfitFacts, choose_pictures, count_boxes, diagnose
+from effdet.training.overfit import OverfitFacts, choose_pictures, count_boxes, diagnose
 
 LEARNT = OverfitFacts(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,
                       boxes=40, unreached=0, missed=0, missed_unreached=0, wrong_class=0, conflicts=0, beyond_limit=0,

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from effdet.log import format_interval_line
-from effdet.metrics_log import NAME, MetricsLog, check_tensorboard, drop_from, read_rows
+from effdet.report.log import format_interval_line
+from effdet.training.metrics_log import NAME, MetricsLog, check_tensorboard, drop_from, read_rows
 
 LINE = {"steps": 4, "loss_average": 1.5, "class_loss": 0.75, "box_loss": 0.01, "step_s": 0.5, "step_average_s": 0.35,
         "fps": 46.0, "fps_average": 45.0, "lr": 0.16, "data_s": 0.05, "data_average_s": 0.01, "eta_s": 7.0,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from effdet import run_state
-from effdet.checkpoint import CheckpointError
-from effdet.run_folder import newest_run_folder
+from effdet.checkpoint.manager import CheckpointError
+from effdet.training import resume as run_state
+from effdet.training.run_dir import newest_run_folder
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from effdet.schedule import Noise, Plateau, build_schedule
+from effdet.training.schedule import Noise, Plateau, build_schedule
 
 
 def make_optimizer(lr: float = 0.16) -> torch.optim.Optimizer:
@@ -209,7 +209,7 @@ def test_settings_nobody_means_are_refused(changes: dict, text: str) -> None:
 
 
 def test_a_warm_up_as_long_as_the_run_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("effdet.schedule")
+    logger = logging.getLogger("effdet.training.schedule")
     logger.addHandler(caplog.handler)  # the packages' log need not reach the root logger
     try:
         build_schedule(make_optimizer(), epochs=3, warmup_epochs=5, updates_per_epoch=10)

@@ -1,0 +1,1 @@
+"""The command lines: train, validate, predict, and the tools for checkpoints."""

@@ -1,0 +1,1 @@
+"""The embedded data set: `python -m effdet.data.synthetic`."""

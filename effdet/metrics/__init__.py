@@ -1,0 +1,1 @@
+"""Metrics of detections: COCO, Pascal VOC, and an analysis of errors."""

@@ -1,0 +1,1 @@
+"""The network: convolution blocks, feature pyramid, heads, and folding of batch norms."""

@@ -1,0 +1,1 @@
+"""Computations on tensors: boxes, NMS, focal loss, labels; for accelerators, and beside each its CPU implementation."""

@@ -1,0 +1,1 @@
+"""What a process runs on and with: device, process group, launcher, signals."""

@@ -1,0 +1,1 @@
+"""A training run: trainer, engine, and what they are made of."""
