@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bench": ("DetBenchPredict", "DetBenchTrain", "unwrap_bench"),
-    "build": ("load",),
+    "predict.load": ("load",),
     "config": ("default_detection_model_configs", "get_efficientdet_config"),
     "data": ("DetectionDatset", "SkipSubset", "create_dataset", "create_loader", "create_parser"),
     "efficientdet": ("EfficientDet",),
     "evaluator": ("CocoEvaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"),
     "factory": ("create_model", "create_model_from_config"),
     "helpers": ("load_checkpoint", "load_pretrained"),
-    "predictor": ("Detections", "Predictor"),
+    "predict.predictor": ("Detections", "Predictor"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -72,7 +72,7 @@ def test_launch_reports_a_killed_process_as_the_shell_does(tmp_path):
 
 PORTS = """
 import sys
-from effdet import distributed
+from effdet.runtime import distributed
 taken, free_port = int(sys.argv[1]), distributed._free_port
 answers = [taken]  # as if somebody had taken the port between looking and using it
 distributed._free_port = lambda: answers.pop() if answers else free_port()
@@ -115,7 +115,6 @@ def test_collectives_on_two_ranks(two_ranks):
         assert out["bn"]["broadcast"] == [[1.0, 2.0], [4.0, 4.0], 5 + rank, 60000.0]
         assert out["bn"][""][0] == [1.0 * (rank + 1), 2.0 * (rank + 1)]
     assert first["gather"] is None and second["gather"] == [0, 10]
-    assert first["found"] is False and second["found"] is True
 
 
 def test_a_failure_on_rank_0_reaches_every_rank_with_its_text(two_ranks):

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ SMALLER = {
     "train.py": "--image-size 64 --epochs 1 --max-steps 1 -b 4 -j 0 --device cpu",
     "validate.py": "-b 4 -j 0 --device cpu",
     "demo.py": "--device cpu",
-    "effdet.data.synthetic.dataset": "--num-train 12 --num-val 4",
+    "effdet.data.synthetic": "--num-train 12 --num-val 4",
 }
 
 # A pattern of whole commands, and why they are not run here. Flags of our scripts are parsed all the same.
@@ -203,13 +204,19 @@ def home(tmp_path_factory, small_checkpoint) -> Path:
     return folder
 
 
+def main_of(module: str) -> Callable[[list[str]], int | None]:
+    """Return what `python -m MODULE` calls."""
+    package = (REPO / module.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{module}.__main__" if package else module).main
+
+
 def run(words: tuple[str, ...]) -> str:
     """Run one command line of a page in this process, with what SMALLER puts behind it; return what it printed."""
     assert words[0] in ("python", ".venv/bin/python")
     target, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     newest = max(Path("output/train").glob("*"), key=os.path.getmtime, default=Path("RUN")).name
     arguments = [word.replace("/RUN/", f"/{newest}/") for word in arguments] + shlex.split(SMALLER.get(target, ""))
-    main = SCRIPTS[target].main if target in SCRIPTS else importlib.import_module(target).main
+    main = SCRIPTS[target].main if target in SCRIPTS else main_of(target)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(arguments) in (0, None), words

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHOW = """
 import logging, sys
 logging.basicConfig(level="INFO", format="%(message)s")
-from effdet import device as layer
+from effdet.runtime import device as layer
 renumbered = layer.restrict_visible("npu", [int(entry) for entry in sys.argv[1].split(",")])
 device = layer.pick_device("npu", int(sys.argv[2]))
 layer.set_device(device)

@@ -128,7 +128,7 @@ def test_killed_while_writing_leaves_the_old_file_whole(tmp_path):
     process = run_python(
         """
         import sys, time, torch
-        from effdet import checkpoint_io
+        from effdet.checkpoint import io
         real_save = torch.save
         def slow_save(tree, file):
             real_save(tree, file)
@@ -138,7 +138,7 @@ def test_killed_while_writing_leaves_the_old_file_whole(tmp_path):
             print("half written", flush=True)
             time.sleep(60)
         torch.save = slow_save
-        checkpoint_io.save_checkpoint(sys.argv[1], {"state_dict": {"weight": torch.full((3,), 2.0)}})
+        io.save_checkpoint(sys.argv[1], {"state_dict": {"weight": torch.full((3,), 2.0)}})
         """,
         path,
     )
@@ -201,7 +201,7 @@ def test_full_disk_leaves_the_old_file_whole_and_says_so(tmp_path):
     process = run_python(
         """
         import resource, sys, torch
-        from effdet.checkpoint_io import save_checkpoint
+        from effdet.checkpoint.io import save_checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
         try:
             save_checkpoint(sys.argv[1], {"state_dict": {"weight": torch.zeros(100000)}})
