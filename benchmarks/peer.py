@@ -28,9 +28,9 @@ def prepare() -> None:
     """Make `import effdet` work; call it first."""
     from worker import REPO, load_file
     load_file("torchvision_ops", REPO / "timm_patches" / "torchvision_ops.py")
+    import torchvision
     if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
         _add_nms_kernel()
-        import torchvision
         torchvision.extension._has_ops = has_ops
         patches.append("torchvision::nms on the CPU from nms.c")
 

@@ -10,17 +10,20 @@ shape function needs a declared operator. It happens when that library was built
 installed: the package registry's torchvision is built for one accelerator, so beside a CPU-only torch (and on Ascend
 hosts, which use a CPU torch plus a plug-in) the libraries it needs are not there.
 
-Versions seen: torch 2.13.0 (CPU) with torchvision 0.28.0 from PyPI.
+Who decides: torchvision. An operator declared here and then by its library ends the process, so nothing is declared
+before its own loader has given up. Importing this module only leaves a note for the moment after that and before the
+shape functions: the import of `torchvision._meta_registrations`. What the library is called, and where it lies, is
+never looked at (`_C` up to torchvision 0.28, `_C_stable` in 0.29). Should a later torchvision rename the two modules
+named here, then nothing is declared: where its library loads all is well, elsewhere the symptom is back.
+
+Versions seen: torch 2.13.0 (CPU) with torchvision 0.28.0 from PyPI; torch 2.14.1 with torchvision 0.29.1.
 Can go: when `python -c "import torchvision"` works in such an environment without this file, or when timm no longer
 imports torchvision. The declared operators have a schema and no kernel: calling one raises NotImplementedError, it
 never returns a wrong result.
 """
 
-import importlib.machinery
-import importlib.util
-import os
+import importlib.abc
 import sys
-from pathlib import Path
 
 import torch
 
@@ -32,47 +35,23 @@ _OPERATORS = ("nms", "qnms")
 _libraries: list[torch.library.Library] = []
 
 
-def declare_missing_ops() -> tuple[str, ...]:
-    """Declare `torchvision::nms` and `torchvision::qnms` where torchvision's own library does not.
+class _BeforeShapeFunctions(importlib.abc.MetaPathFinder):
+    """Finds no module; is asked for each one before it is imported, and acts when the shape functions are next."""
 
-    Does nothing when torchvision is already imported, is not installed, or provides the operators itself. May be called
-    any number of times.
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """Declare the missing operators where torchvision's loader says that there is no library; find nothing."""
+        if fullname == "torchvision._meta_registrations":
+            has_ops = getattr(sys.modules.get("torchvision.extension"), "_has_ops", None)
+            if has_ops is not None and not has_ops():
+                _declare_missing_ops()
 
-    Returns:
-        The names declared by this call, such as `("nms", "qnms")`; empty when there was nothing to do.
-    """
-    if "torchvision" in sys.modules:
-        return ()
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:  # not installed; without an origin it is a stray folder of that name
-        return ()
-    _load_compiled_library(Path(spec.origin).parent)
-    missing = tuple(name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name))
-    if missing:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in missing:
+
+def _declare_missing_ops() -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in _OPERATORS:
+        if not hasattr(torch.ops.torchvision, name):
             library.define(name + _ARGUMENTS)
-        _libraries.append(library)
-    return missing
+    _libraries.append(library)
 
 
-def _load_compiled_library(folder: Path) -> bool:
-    """Load torchvision's compiled library the way torchvision does; return whether that worked.
-
-    Loading it here is harmless: torchvision's own later load of the same file registers nothing twice. Not trying would
-    be harmful: an operator declared by us and then again by the library is an error.
-    """
-    if os.name == "nt":  # the library's neighbours are found only in registered folders there
-        os.add_dll_directory(str(folder))
-    loader = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
-    spec = importlib.machinery.FileFinder(str(folder), loader).find_spec("_C")
-    if spec is None or spec.origin is None:
-        return False
-    try:
-        torch.ops.load_library(spec.origin)
-    except (ImportError, OSError):  # what torchvision itself forgives here
-        return False
-    return True
-
-
-declare_missing_ops()
+sys.meta_path.insert(0, _BeforeShapeFunctions())
