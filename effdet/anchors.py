@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from timm_patches.triton_switch import uses_triton
-
 from .boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
 from .device import is_host
 from .labels_cpu import SparseMatcher
@@ -193,10 +191,6 @@ class AnchorLabeler:
         valid = classes > BACKGROUND if filter_valid else classes != IGNORE
         if self._may_search(classes):
             return self._matcher().targets(boxes, classes, valid, self.match_threshold)
-        if uses_triton(classes.device) and anchors.dtype == torch.float32:
-            from .labels_triton import label
-
-            return label(anchors, boxes, classes, valid, self.match_threshold, self.ignore_regions)
 
         best_iou, best_slot, best_anchor, ignored = self._overlaps(boxes, classes, valid)
         matches = torch.where(best_iou >= self.match_threshold, best_slot, torch.full_like(best_slot, BACKGROUND))

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_patches.triton_switch import uses_triton
-
 from .device import is_host
 from .focal import IGNORED_LOGIT, background_terms, foreground_terms
 from .loss_cpu import focal_loss_and_gradient
@@ -119,11 +117,6 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
     Returns:
         A float32 scalar, not normalised; finite for any finite logits.
     """
-    if uses_triton(logits.device):
-        from . import loss_triton
-
-        if loss_triton.can_compute(logits, gamma):
-            return loss_triton.FocalLossSum.apply(logits, class_targets, num_classes, alpha, gamma, label_smoothing)
     return _FocalLossSum.apply(logits, class_targets.permute(0, 3, 1, 2), num_classes, alpha, gamma, label_smoothing)
 
 

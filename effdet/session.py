@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_patches.triton_switch import use_triton
-
 from . import auto_batch, distributed, live_line, overfit, run_state, stopping
 from . import device as device_layer
 from .amp import Precision
@@ -63,11 +61,6 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
-    if cfg.run.triton:
-        device_layer.check_triton(device)
-    if cfg.run.graph:
-        check_graph(cfg, device)
-    use_triton(cfg.run.triton)
     source = cfg.run.resume
     # A machine that joins a group anew counts no restart; all processes must read the same file.
     wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
@@ -82,17 +75,6 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
         session = Session(cfg, device, output_dir, payload, source)
     session.held = held  # as long as the run
     return session
-
-
-def check_graph(cfg: RunConfig, device: torch.device) -> None:
-    """Raise a ValueError when steps cannot be recorded and replayed (graphed.py)."""
-    reasons = [text for text, holds in (
-        (f"the device is {device.type}", not device_layer.can_record_graphs(device)),
-        ("there are several processes", distributed.world_size() > 1), ("--compile is given", cfg.run.compile),
-        ("--grad-accum is given", cfg.optim.grad_accum > 1),
-        ("--multi-scale is given", bool(cfg.data.multi_scale))) if holds]
-    if reasons:
-        raise ValueError(f"--graph does not work here, as {' and '.join(reasons)}: leave it out.")
 
 
 class Session:
@@ -152,10 +134,6 @@ class Session:
             lines += device_layer.make_deterministic(self.device)
         if self.cfg.run.compile:
             lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
-        if self.cfg.run.triton:
-            lines.append("kernels written in Triton: they are compiled in the first step")
-        if self.cfg.run.graph:
-            lines.append("the kernels of network and loss are recorded in the first step and replayed")
         lines.append(f"learning rate {self.cfg.optim.lr:g} as given, for a global batch of {self.cfg.run.batch_size}: "
                      "it is not scaled with it")
         for line in lines:
@@ -210,8 +188,6 @@ class Session:
         bench.normalize_over_ranks = world > 1
         if cfg.run.compile and not alone:
             bench.use_compile()
-        if cfg.run.graph and not alone:
-            bench.use_graph()
         return auto_batch.Step(model, ema, precision, optimizer, bench)
 
     def build_training(self, payload: dict[str, Any]) -> None:

@@ -34,10 +34,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effdet.heads", "effdet.bifpn", "effdet.loss", "effdet.checkpoint", "effdet.optim", "effdet.log",
      "effdet.coco_metrics"),
     ("effdet.layers", "effdet.anchors", "effdet.weights", "effdet.ema", "effdet.schedule", "effdet.processes",
-     "effdet.soft_nms", "effdet.loss_cpu", "effdet.loss_triton", "effdet.graphed", "effdet.heartbeat",
-     "effdet.statistics_guard", "effdet.live_line",
+     "effdet.soft_nms", "effdet.loss_cpu", "effdet.heartbeat", "effdet.statistics_guard", "effdet.live_line",
      "effdet.error_analysis", "effdet.data_statistics"),
-    ("effdet.nms", "effdet.labels_cpu", "effdet.labels_triton", "effdet.checkpoint_io", "effdet.distributed"),
+    ("effdet.nms", "effdet.labels_cpu", "effdet.checkpoint_io", "effdet.distributed"),
     ("effdet.nms_cpu",),
     ("effdet.boxes", "effdet.focal", "effdet.folding", "effdet.device", "effdet.config", "effdet.config.*",
      "effdet.sync_batchnorm", "effdet.version", "effdet.stopping"),
@@ -156,11 +155,6 @@ def foreign_packages(root: Path) -> list[str]:
             wrong.append(f"{item.place}: {item.importer} imports omegaconf; it stays inside effdet/config")
         if top == "torch_npu" and own == "timm_patches" and item.inside_function:
             continue  # torch's plug-in for the device, fetched only where a caller asked for that device
-        if top == "triton":
-            if not item.importer.endswith(("_triton", "_kernels")):
-                wrong.append(f"{item.place}: {item.importer} imports triton, which is there for GPUs only: kernels "
-                             "have files of their own, *_triton.py and *_kernels.py, imported when they are used")
-            continue
         if own == "timm_patches" and top not in {"torch", "timm", "timm_patches", *sys.stdlib_module_names}:
             wrong.append(f"{item.place}: {item.importer} imports {top}; timm_patches imports torch and timm only")
     return wrong
@@ -246,7 +240,6 @@ WRONG = [
     (foreign_packages, {"effdet/nms.py": "from torchvision.ops import nms"}, "imports torchvision"),
     (foreign_packages, {"effdet/nms.py": "def f():\n    import omegaconf"}, "effdet/nms.py:2: effdet.nms imports"),
     (foreign_packages, {"timm_patches/a.py": "import effdet"}, "timm_patches.a imports effdet"),
-    (foreign_packages, {"effdet/loss.py": "def f():\n    import triton"}, "effdet.loss imports triton"),
     (foreign_packages, {"timm_patches/a.py": "import numpy as np"}, "timm_patches.a imports numpy"),
     (foreign_packages, {"timm_patches/a.py": "import torch_npu"}, "timm_patches.a imports torch_npu"),
     (vendor_words, {"effdet/nms.py": "import torch\ntorch.cuda.synchronize()"}, "effdet/nms.py:2: 'cuda'"),
@@ -287,7 +280,6 @@ def test_what_is_right_is_let_through(tmp_path):
             "effdet/data/pictures.py": "def main():\n    print(1)\nif __name__ == '__main__':\n    raise SystemExit(1)",
             "timm_patches/__init__.py": "from timm_patches import torchvision_ops",
             "timm_patches/torchvision_ops.py": "import os, torch, timm\ndef f():\n    import torch_npu",
-            "timm_patches/a_kernels.py": "import triton.language as tl",
             "train.py": "import sys\nfrom effdet import create_model\nprint(1)\nsys.exit(0)",
         },
     )
