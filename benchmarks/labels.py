@@ -17,9 +17,6 @@ def build(side: str, case: Any) -> pairing.Work:
 
     from effdet.anchors import AnchorLabeler, Anchors
     device = inputs.pick_device(case.device)
-    if side == "ours":
-        from timm_patches.triton_switch import use_triton
-        use_triton("--triton" in case.flags.split())
     anchors = Anchors.from_config(inputs.make_config(case)).to(device)
     labeler = AnchorLabeler(anchors, case.classes)
     target = inputs.make_target(side, case.batch, case.image_size, case.classes, device)

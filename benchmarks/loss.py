@@ -27,8 +27,6 @@ def build(side: str, case: Any) -> pairing.Work:
     layout = torch.contiguous_format
     if side == "ours":
         from effdet.runtime.device import use_channels_last
-        from timm_patches.triton_switch import use_triton
-        use_triton("--triton" in case.flags.split())
         layout = torch.channels_last if use_channels_last(device) else layout
     heads = [[level.to(device, getattr(torch, case.dtype)).contiguous(memory_format=layout).requires_grad_()
               for level in levels]

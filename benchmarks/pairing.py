@@ -311,7 +311,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, default=90)
     parser.add_argument("--quick", action="store_true", help="3 samples, for a look")
     parser.add_argument("--flags", default="", metavar="TEXT", help="more flags of train.py for ours, such as "
-                        "--flags='--triton --graph'")
+                        "--flags=--compile")
     parser.add_argument("--ours-only", action="store_true", help="do not run the peer")
     parser.add_argument("--peer-python", default=str(REPO / ".venv-peer" / "bin" / "python"), metavar="PATH",
                         help="Python with effdet 0.4.1 (default: the one of `make bench`)")

@@ -1,7 +1,6 @@
 """The floor that memory sets to some work: the bytes its kernels move, and how fast the device copies bytes."""
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,31 +18,13 @@ class ByteCounter(TorchDispatchMode):
     """Counts, as `moved`, the bytes of all tensors that operators read and write while the mode is on.
 
     Each operator counts once with what it is given and what it returns: what stays in a cache between two operators is
-    counted all the same, and so is all of a tensor of which an operator reads a part. Views move nothing. A kernel
-    written in Triton counts with the tensors that it is given. What torch.compile has fused or a recorded graph replays
-    is not seen.
+    counted all the same, and so is all of a tensor of which an operator reads a part. Views move nothing.
+    What torch.compile has fused is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.moved = 0
-
-    def __enter__(self) -> ByteCounter:
-        jit = sys.modules.get("triton.runtime.jit")
-        self._launcher = jit and (jit.JITFunction, jit.JITFunction.run)
-        if self._launcher:
-            kind, launch = self._launcher
-
-            def counted(kernel: Any, *args: Any, **options: Any) -> Any:
-                self.moved += sum(map(count_bytes, args))
-                return launch(kernel, *args, **options)
-            kind.run = counted
-        return super().__enter__()
-
-    def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
-        if self._launcher:
-            kind, kind.run = self._launcher
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -37,17 +37,10 @@ def build_ours(case: Any) -> pairing.Work:
         loader = PrefetchLoader(Batches(batches * steps), device=session.device, channels_last=session.channels_last)
         stats = train_one_epoch(training, loader, 0)
         return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
-
-    def run_unrecorded() -> None:
-        recorded, training.bench._losses = training.bench._losses, getattr(
-            training.bench._losses, "losses", training.bench._losses)
-        run(1)
-        training.bench._losses = recorded
     return pairing.Work(lambda: run(case.steps), lambda: first_step(training.model, lambda: run(1)),
                         inputs.synchronizer(session.device), steps=case.steps,
-                        about={"channels_last": session.channels_last, "precision": training.precision.level,
-                               "triton": session.cfg.run.triton, "graph": session.cfg.run.graph},
-                        device=None if session.cfg.run.compile else session.device, count=run_unrecorded)
+                        about={"channels_last": session.channels_last, "precision": training.precision.level},
+                        device=None if session.cfg.run.compile else session.device, count=lambda: run(1))
 
 
 def make_session(case: Any, batch: int, *flags: str) -> Any:

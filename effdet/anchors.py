@@ -18,7 +18,6 @@ from effdet.ops.labels_cpu import SparseMatcher
 from effdet.ops.nms import generate_detections
 from effdet.ops.sizes import get_feat_sizes, to_height_width
 from effdet.runtime.device import is_host
-from timm_patches.triton_switch import uses_triton
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
 _DUMMY_DETECTION_SCORE = -1e5
@@ -153,10 +152,6 @@ class AnchorLabeler:
         valid = classes > BACKGROUND if filter_valid else classes != IGNORE
         if self._may_search(classes):
             return self._matcher().targets(boxes, classes, valid, self.match_threshold)
-        if uses_triton(classes.device) and anchors.dtype == torch.float32:
-            from .labels_triton import label
-
-            return label(anchors, boxes, classes, valid, self.match_threshold, self.ignore_regions)
 
         best_iou, best_slot, best_anchor, ignored = self._overlaps(boxes, classes, valid)
         matches = torch.where(best_iou >= self.match_threshold, best_slot, torch.full_like(best_slot, BACKGROUND))

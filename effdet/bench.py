@@ -13,7 +13,6 @@ from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum, world_size
 
 from .anchors import AnchorLabeler, Anchors
-from .graphed import GraphedLosses
 from .loss import DetectionLoss, dense_focal_loss_sum
 
 _LOSSES = ("loss", "class_loss", "box_loss")
@@ -197,14 +196,6 @@ class DetBenchTrain(_DetBench):
             backend: of torch.compile.
         """
         self._losses = torch.compile(self._losses, backend=backend, dynamic=False)
-
-    def use_graph(self) -> None:
-        """Record the kernels of network and loss at the first training step and replay them; see graphed.py.
-
-        Labels are made outside of it; eval mode does not use it. For one process, one input size, and gradients that
-        are cleared before each step.
-        """
-        self._losses = GraphedLosses(self.model, self._losses)
 
     def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of a batch.

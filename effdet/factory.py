@@ -16,7 +16,6 @@ from effdet.ops.sizes import check_image_size
 from effdet.runtime import device as device_layer
 from timm_patches.fused_layers import convert_fused_layers
 from timm_patches.same_padding import convert_same_padding
-from timm_patches.triton_switch import uses_triton
 
 from .bench import DetBenchPredict, DetBenchTrain
 from .efficientdet import EfficientDet
@@ -198,6 +197,6 @@ def place_model(model: nn.Module, device: torch.device, same_padding: str = "aut
     report = convert_same_padding(model, mode)
     if mode == "kernel" and (report.converted or report.left):
         _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
-    if device_layer.is_host(device) or uses_triton(device):
+    if device_layer.is_host(device):
         convert_fused_layers(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from effdet.ops.focal import IGNORED_LOGIT, background_terms, foreground_terms
 from effdet.ops.focal_cpu import focal_loss_and_gradient
 from effdet.runtime.device import is_host
-from timm_patches.triton_switch import uses_triton
 
 
 class _FocalLossSum(torch.autograd.Function):
@@ -118,11 +117,6 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
     Returns:
         A float32 scalar, not normalised; finite for any finite logits.
     """
-    if uses_triton(logits.device):
-        from . import loss_triton
-
-        if loss_triton.can_compute(logits, gamma):
-            return loss_triton.FocalLossSum.apply(logits, class_targets, num_classes, alpha, gamma, label_smoothing)
     return _FocalLossSum.apply(logits, class_targets.permute(0, 3, 1, 2), num_classes, alpha, gamma, label_smoothing)
 
 

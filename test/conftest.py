@@ -10,9 +10,6 @@ import torch
 
 import timm_patches.torchvision_ops  # noqa: F401  must come before anything that imports timm
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run as Python; read when triton is imported
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads on top of that make all of them slower
 

@@ -2,9 +2,8 @@
 
 Lives here: a BatchNormAct2d that does batch norm and SiLU in one and keeps its input only (the activation's input is
 computed again in the backward pass: a third less memory), a SqueezeExcite whose backward pass writes no product of
-the size of its input, and depthwise convolutions. On CPUs they work in pieces that stay in the cache
-(depthwise_cpu.py). On GPUs they take the kernels of norm_kernels.py and depthwise_triton.py where those are wanted
-(triton_switch.py). Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are
+the size of its input, and depthwise convolutions (depthwise_cpu.py). They are for CPUs, where they work in pieces that
+stay in the cache. Small layers, other devices, dtypes and memory layouts and eval mode go timm's way. The results are
 timm's up to the order of sums.
 
 Source of the formulas: Ioffe & Szegedy 2015, "Batch Normalization", section 3; Hu et al. 2018, "Squeeze-and-Excitation
@@ -12,7 +11,6 @@ Networks", section 3.
 """
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,15 +20,12 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .depthwise_cpu import COLUMNS, depthwise_conv2d
-from .depthwise_triton import DTYPES, DepthwiseConv2dSame, is_depthwise
 from .padding import plan_conv
-from .triton_switch import uses_triton
 
 # Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
 SMALLEST_NORM = 1 << 22
 SMALLEST_SQUEEZE = 1 << 20
 SMALLEST_STRIDED = 1 << 20  # of depthwise convolutions that differ by their padding only
-SMALLEST_ON_GPU = 1 << 20
 PIECE = 1 << 17  # elements of one piece
 
 
@@ -106,35 +101,20 @@ def _pays(x: Tensor, smallest: int) -> bool:
             and not torch.compiler.is_compiling())
 
 
-def triton_kernels(x: Tensor, smallest: int = SMALLEST_ON_GPU) -> ModuleType | None:
-    """Return norm_kernels.py where its kernels are wanted, work for `x` and pay: for channels-last tensors."""
-    if not (x.numel() >= smallest and x.dtype in DTYPES and torch.is_grad_enabled()
-            and x.is_contiguous(memory_format=torch.channels_last) and uses_triton(x.device)):
-        return None
-    from . import norm_kernels
-
-    return norm_kernels
-
-
 class FusedBatchNormAct2d(BatchNormAct2d):
     """timm's BatchNormAct2d, with the ways above where they pay."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate [B, C, H, W]."""
-        arguments = x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
-        activates = type(self.act) is nn.SiLU
-        kernels = triton_kernels(x)
-        if self._can_fuse() and kernels is not None and (activates or type(self.act) is nn.Identity):
-            self.num_batches_tracked.add_(1)
-            return kernels.BatchNormAct.apply(*arguments, activates)
-        if self._can_fuse() and activates and _pays(x, SMALLEST_NORM):
-            self.num_batches_tracked.add_(1)
-            return _BatchNormSiLU.apply(*arguments)
-        return super().forward(x)
+        if not (self._can_fuse() and _pays(x, SMALLEST_NORM)):
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        return _BatchNormSiLU.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum,
+                                    self.eps)
 
     def _can_fuse(self) -> bool:
-        return (self.training and type(self.drop) is nn.Identity and self.affine and self.weight.dtype == torch.float32
-                and self.track_running_stats and self.momentum is not None)
+        return (self.training and type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and self.affine
+                and self.weight.dtype == torch.float32 and self.track_running_stats and self.momentum is not None)
 
 
 class FusedSqueezeExcite(SqueezeExcite):
@@ -142,21 +122,14 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of [B, C, H, W]."""
-        kernels = triton_kernels(x)
-        if kernels is not None:
-            shared: list[Tensor] = []
-            same, mean = kernels.Squeeze.apply(x, shared)
-            return kernels.Excite.apply(same, self._gate(mean), shared)
         if not _pays(x, SMALLEST_SQUEEZE):
             return super().forward(x)
         # The gradient of a mean is as large as its input, that of a sum is one number for each channel.
-        return _Excite.apply(x, self._gate(x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])))
-
-    def _gate(self, mean: Tensor) -> Tensor:
-        return self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
+        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return _Excite.apply(x, self.gate(self.conv_expand(self.act1(self.conv_reduce(mean)))))
 
 
-class FusedConv2dSame(DepthwiseConv2dSame):
+class FusedConv2dSame(Conv2dSame):
     """timm's Conv2dSame, with the ways above where they pay."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,6 +161,12 @@ def _conv_pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
 _FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: FusedConv2dSame,
           nn.Conv2d: FusedConv2d}
 _TIMMS = {fused: timms for timms, fused in _FUSED.items()}
+
+
+def is_depthwise(layer: nn.Conv2d) -> bool:
+    """Tell whether a layer convolves each channel by itself, without bias and dilation."""
+    return (layer.groups == layer.in_channels == layer.out_channels and layer.dilation == (1, 1)
+            and layer.bias is None)
 
 
 def _gains(layer: nn.Conv2d) -> bool:

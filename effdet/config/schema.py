@@ -338,12 +338,6 @@ class RunSectionConfig(_BaseRunConfig):
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     compile: bool = setting(False, "train with torch.compile, on GPUs and CPUs: the same numbers up to rounding, after "
                             "minutes of compiling; on the CPU it was slower")
-    triton: bool = setting(
-        False, "on a GPU, take our own kernels for batch norm, squeeze-and-excitation, depthwise layers of stride 2, "
-        "focal loss and labels: the same numbers up to rounding in fewer passes over memory; not yet run on a GPU")
-    graph: bool = setting(
-        False, "on a GPU, record the kernels of a step once and replay them: the host starts them all at once; the "
-        "record's memory stays taken; not yet run on a GPU")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
     tensorboard: bool = setting(
         False, "also write TensorBoard's event files into the run's folder; needs the package tensorboard")

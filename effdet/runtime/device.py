@@ -237,38 +237,6 @@ def check_compile(device: torch.device) -> None:
         raise ValueError("--compile needs the package triton on GPUs: install it, or leave --compile out.")
 
 
-def check_triton(device: torch.device) -> None:
-    """Raise a ValueError when kernels written in Triton cannot run here."""
-    if device.type != "cuda":
-        raise ValueError(f"--triton is for GPUs, and the device is {device.type}: leave it out.")
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("--triton needs the package triton: install it, or leave --triton out.")
-
-
-def can_record_graphs(device: torch.device) -> bool:
-    """Return True where `record_graph` works."""
-    return device.type == "cuda"
-
-
-def record_graph(module: torch.nn.Module, samples: Sequence[torch.Tensor]) -> torch.nn.Module:
-    """Record the kernels of a module's forward and backward pass, and return the module that replays them.
-
-    Inside autocast, too. Every parameter that requires a gradient gets one.
-
-    Args:
-        module: in training mode, without hooks; what it computes may depend on nothing but tensors.
-        samples: its arguments, of the shapes that all later calls have; they belong to the record then.
-
-    Raises:
-        RuntimeError: something in the module cannot be recorded, or the memory does not suffice.
-    """
-    gc.collect()  # an earlier record's memory is free only then
-    kind = samples[0].device.type
-    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
-                        cache_enabled=False):
-        return torch.cuda.make_graphed_callables(module, tuple(samples))
-
-
 def avoids_pad_operators(device: torch.device) -> bool:
     """Tell whether a layer should pad by itself rather than call a pad operator on its input."""
     return device.type == "npu"

@@ -37,7 +37,6 @@ from effdet.report.log import (
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 from effdet.runtime import signals as stopping
-from timm_patches.triton_switch import use_triton
 
 from . import auto_batch, overfit
 from . import resume as run_state
@@ -61,11 +60,6 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
-    if cfg.run.triton:
-        device_layer.check_triton(device)
-    if cfg.run.graph:
-        check_graph(cfg, device)
-    use_triton(cfg.run.triton)
     source = cfg.run.resume
     # A machine that joins a group anew counts no restart; all processes must read the same file.
     wants_newest = any(distributed.all_gather_object(source == run_state.AUTO or run_state.is_restart()))
@@ -80,17 +74,6 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
         session = Session(cfg, device, output_dir, payload, source)
     session.held = held  # as long as the run
     return session
-
-
-def check_graph(cfg: RunConfig, device: torch.device) -> None:
-    """Raise a ValueError when steps cannot be recorded and replayed (graphed.py)."""
-    reasons = [text for text, holds in (
-        (f"the device is {device.type}", not device_layer.can_record_graphs(device)),
-        ("there are several processes", distributed.world_size() > 1), ("--compile is given", cfg.run.compile),
-        ("--grad-accum is given", cfg.optim.grad_accum > 1),
-        ("--multi-scale is given", bool(cfg.data.multi_scale))) if holds]
-    if reasons:
-        raise ValueError(f"--graph does not work here, as {' and '.join(reasons)}: leave it out.")
 
 
 class Session:
@@ -150,10 +133,6 @@ class Session:
             lines += device_layer.make_deterministic(self.device)
         if self.cfg.run.compile:
             lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
-        if self.cfg.run.triton:
-            lines.append("kernels written in Triton: they are compiled in the first step")
-        if self.cfg.run.graph:
-            lines.append("the kernels of network and loss are recorded in the first step and replayed")
         lines.append(f"learning rate {self.cfg.optim.lr:g} as given, for a global batch of {self.cfg.run.batch_size}: "
                      "it is not scaled with it")
         for line in lines:
@@ -208,8 +187,6 @@ class Session:
         bench.normalize_over_ranks = world > 1
         if cfg.run.compile and not alone:
             bench.use_compile()
-        if cfg.run.graph and not alone:
-            bench.use_graph()
         return auto_batch.Step(model, ema, precision, optimizer, bench)
 
     def build_training(self, payload: dict[str, Any]) -> None:

@@ -142,11 +142,6 @@ def foreign_packages(root: Path) -> list[str]:
             wrong.append(f"{item.place}: {item.importer} imports omegaconf; it stays inside effdet/config")
         if top == "torch_npu" and own == "timm_patches" and item.inside_function:
             continue  # torch's plug-in for the device, fetched only where a caller asked for that device
-        if top == "triton":
-            if not item.importer.endswith(("_triton", "_kernels")):
-                wrong.append(f"{item.place}: {item.importer} imports triton, which is there for GPUs only: kernels "
-                             "have files of their own, *_triton.py and *_kernels.py, imported when they are used")
-            continue
         if own == "timm_patches" and top not in {"torch", "timm", "timm_patches", *sys.stdlib_module_names}:
             wrong.append(f"{item.place}: {item.importer} imports {top}; timm_patches imports torch and timm only")
     return wrong
