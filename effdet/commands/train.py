@@ -32,7 +32,8 @@ from effdet.datacheck import check as data_check
 from effdet.report import progress as live_line
 from effdet.runtime import distributed, heartbeat
 from effdet.runtime import signals as stopping
-from effdet.runtime.launch import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
+from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
+from effdet.runtime.launch import launch, needs_launch, start
 from effdet.training.auto_batch import AUTO
 from effdet.training.run_dir import make_run_folder
 from effdet.training.trainer import open_session

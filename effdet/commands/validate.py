@@ -42,7 +42,8 @@ from effdet.report import progress as live_line
 from effdet.report.log import METRICS_NAME, add_run_facts, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
-from effdet.runtime.launch import launch, needs_launch, one_line_errors, start
+from effdet.runtime.console import one_line_errors
+from effdet.runtime.launch import launch, needs_launch, start
 from effdet.training.amp import Precision
 from effdet.training.engine import evaluate
 

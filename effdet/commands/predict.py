@@ -30,7 +30,7 @@ from effdet.predict.load import build_predictor, load_detector
 from effdet.predict.predictor import Detections
 from effdet.report.draw import draw_detections, make_class_colors
 from effdet.report.log import setup_logging
-from effdet.runtime.launch import one_line_errors
+from effdet.runtime.console import one_line_errors
 
 _logger = logging.getLogger("effdet.demo")
 
