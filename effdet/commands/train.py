@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train EfficientDet on data in COCO format, on one device or several.
 
 Examples:
@@ -17,57 +16,63 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
+from collections.abc import Sequence
 
-# torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py does it when an NPU is
-# asked for, with an error that says what to do.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-
-from effdet.checkpoint.manager import LAST_NAME, RECOVERY_NAME
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
-from effdet.data.corrupt import BadPicturesError
-from effdet.datacheck import check as data_check
-from effdet.report import progress as live_line
-from effdet.runtime import distributed, heartbeat
-from effdet.runtime import signals as stopping
-from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
-from effdet.runtime.launch import launch, needs_launch, start
-from effdet.training.auto_batch import AUTO
-from effdet.training.run_dir import make_run_folder
-from effdet.training.trainer import open_session
+from effdet.config.schema import RunConfig
+
+from .environment import prepare_environment
 
 _logger = logging.getLogger("effdet.train")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status."""
+    prepare_environment()
     cfg = parse_train_args(argv, __doc__)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if cfg.run.check:
-        return data_check.main(argv)
+        from effdet.datacheck.check import main as check  # torch comes with it, as with what run() imports
+
+        return check(arguments)
+    return run(cfg, arguments)
+
+
+def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
+    """Start a process for each device, or train in this one; `arguments` are those that gave `cfg`."""
+    from effdet.data.corrupt import BadPicturesError
+    from effdet.report import progress
+    from effdet.runtime import distributed, heartbeat, signals
+    from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
+    from effdet.runtime.launch import launch, needs_launch, start
+    from effdet.training.auto_batch import AUTO
+    from effdet.training.run_dir import make_run_folder
+    from effdet.training.trainer import newest_checkpoint, open_session
+
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
             if cfg.run.batch_size != AUTO:
                 split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            arguments = list(sys.argv[1:] if argv is None else argv)
+            command = ["-m", "effdet.commands.train", *arguments]
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
-                arguments += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
-            return launch(__file__, arguments, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port,
+                command += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
+            return launch(command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port,
                           cfg.dist.max_restarts)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
             session = open_session(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (stopping.listening(), live_line.ended(), contextlib.closing(session),
+        with (signals.listening(), progress.ended(), contextlib.closing(session),
               dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadPicturesError,))):
             session.run()
         if watch is not None:
             watch.end()
-    except stopping.StopRequested as stop:
-        newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (session.output_dir / name).exists()), LAST_NAME)
-        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir / newest)
+    except signals.StopRequested as stop:
+        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code,
+                     newest_checkpoint(session.output_dir))
         return stop.exit_code
     finally:
         distributed.shutdown()

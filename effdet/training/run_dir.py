@@ -20,7 +20,7 @@ except ImportError:  # Windows has no such locks
 from effdet.config.schema import RunConfig
 from effdet.report.log import LOSSES_NAME
 from effdet.runtime import distributed
-from effdet.runtime.launch import INPUT_ERRORS
+from effdet.runtime.console import INPUT_ERRORS
 
 from .engine import Training
 from .resume import AUTO

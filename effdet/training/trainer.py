@@ -13,7 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
+from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
 from effdet.config.inert import inert_settings
 from effdet.config.load import dump_yaml, split_over_devices, workers_per_device
@@ -74,6 +74,12 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
         session = Session(cfg, device, output_dir, payload, source)
     session.held = held  # as long as the run
     return session
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """Return the file to continue a stopped run from: the one within an epoch, where there is one."""
+    newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (output_dir / name).exists()), LAST_NAME)
+    return output_dir / newest
 
 
 class Session:

@@ -37,6 +37,7 @@ import demo
 import effdet.data.synthetic.dataset
 import train
 import validate
+from effdet.commands.drawing import name_drawings
 from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import CATEGORY_IDS, make_synthetic_dataset
@@ -656,9 +657,9 @@ def test_demo_without_a_checkpoint_makes_no_data(tmp_path, monkeypatch):
 
 def test_drawings_of_pictures_with_one_name_do_not_replace_each_other(tmp_path):
     paths = [Path("a/x.jpg"), Path("a/x.png"), Path("b/x.jpg"), Path("a/x_2.jpg")]
-    assert [path.name for path in demo.name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
+    assert [path.name for path in name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
     with pytest.raises(ValueError, match="choose another --output"):
-        demo.name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
+        name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
