@@ -494,6 +494,14 @@ def test_error_of_a_real_process_is_one_line():
     assert done.stderr == "train.py: error: argument --lr: got 'abc', must be a number (--help lists everything)\n"
 
 
+def test_a_command_line_is_parsed_before_torch_is_imported_and_timm_still_finds_what_it_needs():
+    code = ("import sys; from effdet.config.cli import parse_train_args; parse_train_args(['--lr', '0.1'])\n"
+            "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
+            "import timm, torch; assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- every field is read ----
 
 def read_fields(root: type, sources: dict[str, str]) -> set[tuple[str, str]]:
