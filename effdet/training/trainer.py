@@ -66,7 +66,7 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
     with kept_unless_refused(output_dir):
-        held = None if cfg.run.eval_only else hold_run_folder(output_dir)
+        held = hold_run_folder(output_dir)
         setup_logging(output_dir, distributed.rank())
         if wants_newest:
             source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
@@ -111,8 +111,7 @@ class Session:
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
         self.summary = CsvLog(output_dir / "summary.csv")
-        if not cfg.run.eval_only:
-            check_space(output_dir, self.training)
+        check_space(output_dir, self.training)
         self.vote = distributed.LateMax()
         self.progress = Progress()
         self.position = run_state.Position(cfg.sched.start_epoch or 0)
@@ -127,10 +126,10 @@ class Session:
         self.record = RunRecord(cfg, output_dir, self.training, self.train_set, self.val_set, len(self.train_loader),
                                 self.epochs, self.channels_last)
         finished = self.training.is_finished and not self.position.batches  # else its evaluation is missing
-        if (self.first_epoch >= self.epochs or finished) and not cfg.run.eval_only:
+        if self.first_epoch >= self.epochs or finished:
             raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
                              f"after {self.epochs}; {self.training.steps} steps are done. Give more --epochs or "
-                             "--max-steps, or --eval-only to evaluate.")
+                             "--max-steps, or evaluate with validate.py.")
 
     def log_start(self) -> None:
         """Choose the device's settings and log them, and where the run takes place."""
@@ -177,8 +176,7 @@ class Session:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
         place_model(model, device, cfg.model.same_padding, self.channels_last)
         if payload:
-            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size),
-                                 cfg.run.eval_only)
+            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size))
             load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
         ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
@@ -255,9 +253,6 @@ class Session:
         Raises:
             StopRequested: on all ranks, when a signal came; the state is saved then.
         """
-        if self.cfg.run.eval_only:
-            self.evaluate(max(0, self.first_epoch - 1))
-            return
         if distributed.is_primary():
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
             CsvLog(self.output_dir / LOSSES_NAME).drop_from(self.first_epoch, self.position.batches)

@@ -371,21 +371,6 @@ def test_exact_resume_in_other_ways_of_training(options, data, tmp_path):
         shutil.rmtree(tmp_path / name)
 
 
-def test_eval_only_prints_the_metric_of_the_checkpoint_and_changes_nothing(run, data, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(run.folder, folder)
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "log.txt"}
-    code, output = call(train, "--root", data, "--image-size", 64, "-b", 4, "-j", 0, "--device", "cpu",
-                        "--resume", folder / "checkpoint-0.pth.tar", "--eval-only")
-    assert code == 0, output
-    row = run.summary()[0]
-    assert f"Eval: 0  AP: {float(row['AP']):.5f}  AP50: {float(row['AP50']):.5f}" in output
-    assert "(EMA weights)" in output
-    assert "Train: " not in output and output.count("\nAR_large ") == 1, "the table comes once"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()
-            if path.is_file() and path.name != "log.txt"} == content
-
-
 def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, data, tmp_path):
     payload = run.checkpoint("checkpoint-1.pth.tar")
     payload["best"] = {**payload["best"], "best": [1.0, 0]}  # a metric that will not be bettered
@@ -520,15 +505,13 @@ def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path)
 
 
 def test_validate_takes_the_trained_weights_on_request(run, data, tmp_path):
-    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--no-ema")
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--no-use-ema")
     assert "trained weights of" in output
     assert ap != run.checkpoint()["metric"]
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    shutil.copy(run.folder / "last.pth.tar", folder)
-    code, trained = call(train, *train_argv(data, tmp_path, "raw", "--no-model-ema", "--eval-only"), "--resume",
-                         folder / "last.pth.tar")
-    assert code == 0 and f"Eval: 2  AP: {ap:.5f}  " in trained and "(trained weights)" in trained
+    payload = run.checkpoint()
+    del payload["state_dict_ema"], payload["ema"]
+    torch.save(payload, tmp_path / "trained.pth.tar")
+    assert evaluate(tmp_path, data, tmp_path / "trained.pth.tar")[0] == ap
 
 
 def test_results_are_coco_results_with_the_original_ids(run, data, val_ann, tmp_path):
@@ -764,7 +747,6 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
     "weights of other classes": (
         train, lambda p: p.train("--root", p.other_categories(), "--num-classes", 99, "--initial-checkpoint", p.last),
         ["class_net", "class count"]),
-    "eval-only without weights": (train, lambda p: p.train("--eval-only"), ["--eval-only needs weights"]),
     "validate without weights": (validate, lambda p: p.validate(), ["no weights", "--checkpoint"]),
     "validate with other categories": (
         validate, lambda p: p.validate("--root", p.other_categories(), "--checkpoint", p.last),
