@@ -23,7 +23,7 @@ from PIL import Image
 
 from effdet.build import build_predictor, load_detector
 from effdet.checkpoint import find_newest_checkpoint
-from effdet.coco_metrics import write_json
+from effdet.checkpoint_io import write_json
 from effdet.config.cli import parse_demo_args
 from effdet.config.schema import DemoConfig
 from effdet.data.pictures import read_picture

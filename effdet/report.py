@@ -26,12 +26,12 @@ import timm
 import torch
 from PIL import Image
 
+from .checkpoint_io import replacing
 from .config.load import dump_yaml, to_plain
 from .data.pictures import PictureError
 from .data_statistics import SIZE_EDGES_PX, describe_dataset
 from .error_analysis import Analysis, analyse
 from .evaluator import CocoEvaluator
-from .log import replacing
 from .report_pictures import BATCH_NAME, draw_errors
 from .version import __version__
 
@@ -75,9 +75,8 @@ class Report:
         """
         try:
             text = fill_page(self.title, self.collect(evaluator, rows))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                file.write(text)
+            with replacing(self.path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except Exception as error:  # whatever it is: the run is worth more than its report
             if not self._failed:
                 _logger.warning("%s could not be written (%s: %s); the run goes on, and this is said once", self.path,
