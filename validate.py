@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from effdet.config.schema import ValidateConfig
 from effdet.data.bad_pictures import BadPicturesError
 from effdet.engine import evaluate
 from effdet.evaluator import CocoEvaluator
-from effdet.log import METRICS_NAME, add_run_facts, setup_logging
+from effdet.log import METRICS_NAME, setup_logging
 from effdet.processes import launch, needs_launch, one_line_errors, start
 from effdet.speed import Speed, measure_speed
 
@@ -104,21 +103,6 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
     return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
 
 
-class TimedLoader:
-    """Hand on a loader's batches and measure, in `seconds`, how long it takes until the last one is worked off."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        started = time.perf_counter()
-        yield from self.loader
-        self.seconds = time.perf_counter() - started
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
 def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
@@ -127,12 +111,12 @@ def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader,
         _logger.warning("the validation split has no pictures: there is nothing to evaluate")
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
-    started, timed = time.time(), TimedLoader(loader)
+    started = time.time()
     log_interval = 0 if live_line.current() else cfg.run.log_interval
-    with live_line.ended():
-        metric, _ = evaluate(bench, live_line.Watched(timed, "Evaluating"), evaluator, precision.autocast, log_interval)
+    with live_line.progress("Evaluating", len(loader)) as on_batch:
+        found = evaluate(bench, loader, evaluator, precision.autocast, log_interval, on_batch)
     facts = {"model": detector.model.config.name, "processes": distributed.world_size(),
-             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(timed.seconds, 1e-9),
+             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(found.seconds, 1e-9),
              "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint}
     speed = measure(bench, loader, precision) if cfg.run.speed and len(loader.dataset) else None
     if speed is not None:
@@ -146,7 +130,7 @@ def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader,
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
     if distributed.is_primary():
         write_files(cfg, detector, evaluator, loader.dataset, device, facts)
-    _logger.info("AP %.5f  AP50 %.5f", metric, evaluator.stats["AP50"])
+    _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
 
 
 def measure(bench: torch.nn.Module, loader: Any, precision: Precision) -> Speed:
@@ -163,8 +147,7 @@ def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluato
         folder = Path(cfg.run.output)
         metrics.append(folder / METRICS_NAME)
     for path in metrics:
-        evaluator.write_metrics(path)
-        add_run_facts(path, facts)
+        evaluator.write_metrics(path, facts)
         _logger.info("metrics: %s", path)
     if not cfg.run.output:
         return

@@ -20,7 +20,6 @@ except ImportError:  # Windows has no such locks
 from . import distributed
 from .config.schema import RunConfig
 from .engine import Training
-from .log import LOSSES_NAME
 from .processes import INPUT_ERRORS
 from .run_state import AUTO
 
@@ -62,7 +61,7 @@ def kept_unless_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except INPUT_ERRORS:
-        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOSSES_NAME, LOCK_NAME}:
+        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME}:
             shutil.rmtree(folder)
         raise
 

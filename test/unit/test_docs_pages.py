@@ -15,7 +15,7 @@ from PIL import Image
 
 import demo
 import validate
-from effdet import create_model, metrics_log
+from effdet import create_model, recorder
 from effdet.checkpoint import load_checkpoint_file
 from effdet.export import FORMATS
 
@@ -93,7 +93,7 @@ def test_the_reports_page(folder):
     table = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## metrics.jsonl")[2], re.MULTILINE)
     assert [kind for kind, _ in table] == ["kind", "interval", "epoch", "evaluation"]
     for kind, keys in table[1:]:
-        told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", metrics_log.__doc__, re.DOTALL | re.MULTILINE)[1]
+        told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", recorder.__doc__, re.DOTALL | re.MULTILINE)[1]
         assert set(re.findall(r"`(\w+)`", keys)) <= set(re.findall(r"\w+", told)), kind
 
 
