@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from effdet.checkpoint.io import write_json
 from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.schema import DemoConfig
 from effdet.data.images import read_picture
-from effdet.metrics.coco import write_json
 from effdet.predict.load import build_predictor, load_detector
 from effdet.predict.predictor import Detections
 from effdet.report.draw import draw_detections, make_class_colors

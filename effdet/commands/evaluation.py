@@ -5,7 +5,6 @@ import csv
 import logging
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from effdet.factory import place_model
 from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
 from effdet.predict.speed import Speed, measure_speed
 from effdet.report import html, progress
-from effdet.report.log import METRICS_NAME, add_run_facts, setup_logging
+from effdet.report.log import METRICS_NAME, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 from effdet.runtime.console import one_line_errors
@@ -69,21 +68,6 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
     return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
 
 
-class TimedLoader:
-    """Hand on a loader's batches and measure, in `seconds`, how long it takes until the last one is worked off."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        started = time.perf_counter()
-        yield from self.loader
-        self.seconds = time.perf_counter() - started
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
 def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
@@ -92,12 +76,12 @@ def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader,
         _logger.warning("the validation split has no pictures: there is nothing to evaluate")
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
-    started, timed = time.time(), TimedLoader(loader)
+    started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
-    with progress.ended():
-        metric, _ = evaluate(bench, progress.Watched(timed, "Evaluating"), evaluator, precision.autocast, log_interval)
+    with progress.progress("Evaluating", len(loader)) as on_batch:
+        found = evaluate(bench, loader, evaluator, precision.autocast, log_interval, on_batch)
     facts = {"model": detector.model.config.name, "processes": distributed.world_size(),
-             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(timed.seconds, 1e-9),
+             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(found.seconds, 1e-9),
              "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint}
     speed = measure(bench, loader, precision) if cfg.run.speed and len(loader.dataset) else None
     if speed is not None:
@@ -111,7 +95,7 @@ def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader,
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
     if distributed.is_primary():
         write_files(cfg, detector, evaluator, loader.dataset, device, facts)
-    _logger.info("AP %.5f  AP50 %.5f", metric, evaluator.stats["AP50"])
+    _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
 
 
 def measure(bench: torch.nn.Module, loader: Any, precision: Precision) -> Speed:
@@ -128,8 +112,7 @@ def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluato
         folder = Path(cfg.run.output)
         metrics.append(folder / METRICS_NAME)
     for path in metrics:
-        evaluator.write_metrics(path)
-        add_run_facts(path, facts)
+        evaluator.write_metrics(path, facts)
         _logger.info("metrics: %s", path)
     if not cfg.run.output:
         return

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -206,14 +207,18 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
                      "best_epoch": -epoch, "checkpoint": checkpoint.removeprefix("checkpoint: ")}
 
 
+def intervals(folder: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "interval"]
+
+
 def test_losses_of_the_log_are_in_a_file(run, resumed):
     lines = TRAIN_LINE.findall(run.output)
-    with open(run.folder / "losses.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["epoch"], row["step"], f"{float(row['loss']):.5f}", f"{float(row['lr']):.3e}") for row in rows] == [
+    rows = intervals(run.folder)
+    assert [(str(row["epoch"]), str(row["step"]), f"{row['loss']:.5f}", f"{row['lr']:.3e}") for row in rows] == [
         (line[0], line[1], line[4], line[7]) for line in lines]
-    with open(resumed.folder / "losses.csv", newline="") as file:
-        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [(line[0], line[1]) for line in lines]
+    assert [(row["epoch"], row["step"]) for row in intervals(resumed.folder)] == [
+        (row["epoch"], row["step"]) for row in rows]
 
 
 def test_predictions_are_drawn_beside_the_truth(run, data):
@@ -298,13 +303,13 @@ def assert_same_bits(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-def trace(folder: Path) -> list[tuple[str, ...]]:
-    """Return every number that a run logs and that is not a time."""
-    rows = []
-    for name in ("losses.csv", "summary.csv"):
-        with open(folder / name, newline="") as file:
-            rows += [tuple(value for key, value in row.items() if key != "img_per_s") for row in csv.DictReader(file)]
-    return rows
+def trace(folder: Path) -> list[tuple[Any, ...]]:
+    """Return every number that a run records and that is no time or memory."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with open(folder / "summary.csv", newline="") as file:
+        rows += csv.DictReader(file)
+    return [tuple(value for key, value in row.items() if key not in ("img_per_s", "data_share", "memory_mib"))
+            for row in rows]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
