@@ -13,7 +13,7 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
-from effdet.config import set_config_readonly, set_config_writeable
+from effdet.config import get_fpn_config, set_config_readonly, set_config_writeable
 from effdet.network.bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
 from effdet.network.heads import HeadNet
 from effdet.network.layers import (
@@ -165,5 +165,7 @@ class EfficientDet(nn.Module):
         return self.class_net(features), self.box_net(features)
 
 
+_init_weight, _init_weight_alt = init_weight, init_weight_alt  # effdet's names
+
 __all__ = ["BiFpn", "BiFpnLayer", "ConvBnAct2d", "EfficientDet", "Fnode", "FpnCombine", "HeadNet", "Interpolate2d",
-           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info"]
+           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info", "get_fpn_config"]

@@ -23,6 +23,8 @@ from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, sc
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
 
+from .distributed import all_gather_container, is_main_process, synchronize  # noqa: F401  (effdet has them here)
+
 __all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'OpenImagesEvaluator', 'PascalEvaluator', 'create_evaluator']
 
 _logger = logging.getLogger(__name__)

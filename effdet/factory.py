@@ -18,7 +18,7 @@ from timm_patches.fused_layers import convert_fused_layers
 from timm_patches.same_padding import convert_same_padding
 
 from .bench import DetBenchPredict, DetBenchTrain
-from .efficientdet import EfficientDet
+from .efficientdet import EfficientDet, HeadNet  # noqa: F401  (effdet has HeadNet here)
 from .helpers import load_checkpoint, load_pretrained
 
 _logger = logging.getLogger(__name__)

@@ -61,6 +61,11 @@ def default_detection_model_configs() -> DictConfig:
     return OmegaConf.create(deepcopy(_BASE))
 
 
+# What the lite models have in common.
+tf_efficientdet_lite_common: dict[str, Any] = {
+    "fpn_name": "bifpn_sum", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "act_type": "relu6"}
+
+
 def _entry(name: str, backbone: str, size: int, channels: int, cells: int = 3, head: int = 3, drop_path: float = 0.2,
            weights: str = "", **differences: Any) -> dict[str, Any]:
     """Return one model's differences: image side in px, FPN channels and cells, head repeats, file name of weights."""
@@ -83,7 +88,7 @@ def _table() -> dict[str, dict[str, Any]]:
     plain_sum = {"fpn_name": "bifpn_sum"}
     inception = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     adversarial = {**inception, "fill_color": 0}
-    lite = {**inception, **plain_sum, "act_type": "relu6"}
+    lite = tf_efficientdet_lite_common
     effnet, tf_effnet, tf_lite = "efficientnet_b{}", "tf_efficientnet_b{}", "tf_efficientnet_lite{}"
 
     rows = [

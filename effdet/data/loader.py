@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from effdet.anchors import AnchorLabeler
 from effdet.runtime.device import pick_device, supports_pinning, to_device
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
@@ -22,19 +23,41 @@ from .transforms import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
+    Compose,
+    ImageToNumpy,
+    ImageToTensor,
+    RandomFlip,
+    RandomResizePad,
+    ResizePad,
+    clip_boxes,
+    clip_boxes_,
+    resolve_fill_color,
     transforms_coco_eval,
     transforms_coco_train,
 )
 
 __all__ = [
+    "AnchorLabeler",
+    "Compose",
     "DetectionFastCollate",
     "IMAGENET_DEFAULT_MEAN",
     "IMAGENET_DEFAULT_STD",
     "IMAGENET_INCEPTION_MEAN",
     "IMAGENET_INCEPTION_STD",
+    "ImageToNumpy",
+    "ImageToTensor",
     "MAX_NUM_INSTANCES",
     "PrefetchLoader",
+    "RandomErasing",
+    "RandomFlip",
+    "RandomResizePad",
+    "ResizePad",
+    "clip_boxes",
+    "clip_boxes_",
     "create_loader",
+    "resolve_fill_color",
+    "transforms_coco_eval",
+    "transforms_coco_train",
 ]
 
 

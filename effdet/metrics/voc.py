@@ -115,11 +115,13 @@ def _share_inside(box: Sequence[float], region: Sequence[float]) -> float:
 
 
 def _average_precision(hits: np.ndarray, num_objects: int) -> float:
-    """Return the area under the precision envelope over recall; NaN without objects."""
     if num_objects == 0:
         return math.nan
     right = np.cumsum(hits)
-    recall = np.concatenate(([0.0], right / num_objects))
-    precision = right / np.arange(1, len(hits) + 1)
+    return average_precision(right / np.arange(1, len(hits) + 1), right / num_objects)
+
+
+def average_precision(precision: np.ndarray, recall: np.ndarray) -> float:
+    """Return the area under the precision envelope over recall; both [n] by falling score, 0.0 where n is 0."""
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall) * envelope).sum())
+    return float((np.diff(recall, prepend=0.0) * envelope).sum())
