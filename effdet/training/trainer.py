@@ -172,22 +172,17 @@ class Session:
         precision.prepare_model(model)
         optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
                                     cfg.optim.opt_eps, masters=precision.master_parameters(model))
-        bench = DetBenchTrain(model, create_labeler=True).to(device)
-        bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
-        bench.use_sizes(multi_scale_sizes(cfg.data, model.config.image_size), device)
-        if cfg.loss.dense_targets:
-            bench.use_dense_targets(device)
-        bench.normalize_over_ranks = world > 1
-        if cfg.run.compile and not alone:
-            bench.use_compile()
-        return auto_batch.Step(model, ema, precision, optimizer, bench)
+        bench = DetBenchTrain(
+            model, ignore_regions=cfg.data.crowd == "ignore",
+            input_sizes=multi_scale_sizes(cfg.data, model.config.image_size), dense_targets=cfg.loss.dense_targets,
+            normalize_over_ranks=world > 1, compile_backend="inductor" if cfg.run.compile and not alone else "")
+        return auto_batch.Step(model, ema, precision, optimizer, bench.to(device))
 
     def build_training(self, payload: dict[str, Any]) -> None:
         """Build network, average, optimizer, benches, schedule; `payload` is the checkpoint to go on from, or empty."""
         cfg, device = self.cfg, self.device
         model, ema, precision, optimizer, bench = self.build_step(payload)
-        self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
-        self.eval_bench.use_nms(cfg.model.nms, device)
+        self.eval_bench = DetBenchPredict(ema.module if ema else model, nms=cfg.model.nms).to(device)
         self.build_loaders(model.config)
         steps_per_epoch = len(self.train_loader)
         schedule, self.epochs = build_schedule(
