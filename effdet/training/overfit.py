@@ -1,6 +1,6 @@
 """`--overfit N`: learn a few pictures by heart, and say what is likely wrong when that fails.
 
-The settings that suit it are in config/overfit.py. Here: which pictures, what is measured after the training, and what
+The settings that suit it are in config/load.py. Here: which pictures, what is measured after the training, and what
 follows from the measurements. `diagnose` takes numbers only.
 """
 from __future__ import annotations

@@ -15,8 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
-from effdet.config.inert import inert_settings
-from effdet.config.load import dump_yaml, split_over_devices, workers_per_device
+from effdet.config.load import (
+    dump_yaml,
+    inert_settings,
+    replace_settings,
+    split_over_devices,
+    workers_per_device,
+)
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from effdet.data.corrupt import BadPicturesError, BadPictureWatch
@@ -77,13 +82,15 @@ class Session:
 
     def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any],
                  source: str) -> None:
-        self.cfg, self.device, self.output_dir, self.source = cfg, device, output_dir, source
+        self.device, self.output_dir, self.source = device, output_dir, source
         self.started = time.time()
         self.statistics_frozen = False
         self.world = distributed.world_size()
         if cfg.run.batch_size == auto_batch.AUTO and payload:  # a run goes on as it was
-            cfg.optim.lr, cfg.optim.lr_batch = payload["config"]["optim"]["lr"], None
-            cfg.run.batch_size = payload["config"]["run"]["batch_size"]
+            stored = payload["config"]
+            cfg = replace_settings(cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None},
+                                   run={"batch_size": stored["run"]["batch_size"]})
+        self.cfg = cfg
         auto = cfg.run.batch_size == auto_batch.AUTO
         self.batch_size = 0 if auto else split_over_devices(cfg.run.batch_size, self.world)
         if cfg.run.overfit and self.world > 1:
@@ -95,8 +102,9 @@ class Session:
         device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
         if auto:
-            self.batch_size = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
-                                                           self.train_set.parser, self.channels_last)
+            self.cfg = cfg = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
+                                                          self.train_set.parser, self.channels_last)
+            self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
         self.build_training(payload)
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
