@@ -1,77 +1,8 @@
 #!/usr/bin/env python3
-"""Train EfficientDet on data in COCO format, on one device or several.
-
-Examples:
-  python train.py --root DIR -c configs/own_data.yaml
-  python train.py --root DIR -c configs/own_data.yaml --image-size 256 320
-  python train.py --root DIR -c configs/own_data.yaml --pretrained FILE
-  python train.py --root DIR --device npu --amp        (or cuda)
-  python train.py --root DIR --device-list 0,1,2,3 -b 128 --sync-bn
-  python train.py --root DIR --experiment NAME --resume auto
-  python train.py --root DIR optim.lr=0.16 loss.gamma=2.0
-
-DIR holds annotations/instances_{train,val}2017.json, train2017/, val2017/.
-A run writes into output/train/RUN. docs/flags.md is this list as a page.
-"""
-from __future__ import annotations
-
-import contextlib
-import logging
-import os
+"""Train: see effdet/commands/train.py."""
 import sys
 
-# torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py does it when an NPU is
-# asked for, with an error that says what to do.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-
-from effdet.checkpoint.manager import LAST_NAME, RECOVERY_NAME
-from effdet.config.cli import parse_train_args
-from effdet.config.load import split_over_devices
-from effdet.data.corrupt import BadPicturesError
-from effdet.datacheck import check as data_check
-from effdet.report import progress as live_line
-from effdet.runtime import distributed, heartbeat
-from effdet.runtime import signals as stopping
-from effdet.runtime.launch import dead_workers_in_one_line, launch, needs_launch, one_line_errors, start
-from effdet.training.auto_batch import AUTO
-from effdet.training.run_dir import make_run_folder
-from effdet.training.trainer import open_session
-
-_logger = logging.getLogger("effdet.train")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, train, and return the exit status."""
-    cfg = parse_train_args(argv, __doc__)
-    if cfg.run.check:
-        return data_check.main(argv)
-    with one_line_errors("train.py"):
-        if needs_launch(cfg.dist.device_list):
-            if cfg.run.batch_size != AUTO:
-                split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            arguments = list(sys.argv[1:] if argv is None else argv)
-            if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
-                arguments += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
-            return launch(__file__, arguments, cfg.dist.device_list, cfg.dist.addr, cfg.dist.master_port,
-                          cfg.dist.max_restarts)
-        device = start(cfg.run.device, cfg.dist.device_list)
-    try:
-        with one_line_errors("train.py"):
-            session = open_session(cfg, device)
-        watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (stopping.listening(), live_line.ended(), contextlib.closing(session),
-              dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadPicturesError,))):
-            session.run()
-        if watch is not None:
-            watch.end()
-    except stopping.StopRequested as stop:
-        newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (session.output_dir / name).exists()), LAST_NAME)
-        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code, session.output_dir / newest)
-        return stop.exit_code
-    finally:
-        distributed.shutdown()
-    return session.status
-
+from effdet.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 
+from effdet.checkpoint.io import write_json
 from effdet.data.coco.truth import category_ids, covered_img_ids, find_parser, load_ground_truth, plain_id
 from effdet.data.corrupt import BadPictureWatch, find_bad_pictures
-from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows, write_json
+from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
 
@@ -41,6 +42,7 @@ class Evaluator:
         pred_yxyx: whether predicted boxes are y_min, x_min, y_max, x_max instead of x first.
     """
 
+    stats: Mapping[str, float] = {}  # what the last evaluation came to, by name
     is_hopeless = False  # True: there are no numbers to be had any more, evaluate() will say why
 
     def __init__(self, distributed: bool = False, pred_yxyx: bool = False) -> None:
@@ -249,18 +251,19 @@ class CocoEvaluator(Evaluator):
         """
         return list(self._evaluated().per_class)
 
-    def write_metrics(self, path: str | os.PathLike[str]) -> None:
+    def write_metrics(self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
         """Write the last evaluation's numbers as json, undefined ones as null; rank 0 writes, the others do nothing.
 
         Args:
             path: its folder is made.
+            run: plain values by name that go in under `run`; what the run came to that ends with this evaluation.
 
         Raises:
             RuntimeError: nothing has been evaluated yet.
         """
         content = self._evaluated().to_json()
         if not self._spread or is_primary():
-            write_json(path, content)
+            write_json(path, content if run is None else {**content, "run": dict(run)})
 
     def _evaluated(self) -> CocoScores | VocScores:
         if self._scores is None:

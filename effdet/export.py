@@ -23,7 +23,7 @@ from effdet.ops.boxes import decode_boxes
 from effdet.ops.nms import select_candidates
 from effdet.ops.nms_onnx import append_nms
 from effdet.predict.load import Detector, load_detector
-from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
 from .bench import DetBenchPredict
 

@@ -126,7 +126,6 @@ def apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = Non
         "image_size": None if model.image_size is None else tuple(model.image_size),
         "soft_nms": model.soft_nms,
         "max_det_per_image": model.max_det,
-        "max_detection_points": model.max_detection_points,
         "redundant_bias": getattr(model, "redundant_bias", None),
         "anchor_scale": getattr(model, "anchor_scale", None),
         "aspect_ratios": getattr(model, "aspect_ratios", None),

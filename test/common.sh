@@ -106,7 +106,7 @@ train_case() {
     folder=$(run_folder "$name")
     check_run_folder "$folder" "$(last_value --resume "${command[@]}")"
     execute "$log"
-    report "$kind" "$folder/metrics.json" --losses "$folder/losses.csv"
+    report "$kind" "$folder/metrics.json" --losses "$folder/metrics.jsonl"
 }
 
 eval_case() {

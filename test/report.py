@@ -5,8 +5,8 @@ Used by common.sh. Standard library only, so that it needs no device and starts 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", required=True, help="end of the case's name: perf or mAP")
     parser.add_argument("--metrics", required=True, type=Path, help="json with the evaluation and the facts of the run")
-    parser.add_argument("--losses", type=Path, help="csv with a loss for each logged step")
+    parser.add_argument("--losses", type=Path, help="metrics.jsonl of the run")
     parser.add_argument("--since", required=True, type=int, help="when the run started: older results are another's")
     parser.add_argument("--seconds", required=True, type=int, help="duration from the script's start to now")
     parser.add_argument("--log-dir", required=True, type=Path, help="folder that receives the files")
@@ -49,8 +49,9 @@ def main() -> None:
 
 def read_losses(path: Path, first_epoch: int) -> list[float]:
     """Return the losses of this run; a run that was resumed in its folder has those before it in the file, too."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if int(row["epoch"]) >= first_epoch]
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [math.nan if row["loss"] is None else row["loss"]
+            for row in rows if row["kind"] == "interval" and row["epoch"] >= first_epoch]
 
 
 def in_words(value: float | None, decimals: int) -> str:

@@ -22,10 +22,14 @@ imports torchvision. The declared operators have a schema and no kernel: calling
 never returns a wrong result.
 """
 
+from __future__ import annotations
+
 import importlib.abc
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Source: torchvision/csrc/ops/nms.cpp (both operators share one signature).
 _ARGUMENTS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -47,6 +51,8 @@ class _BeforeShapeFunctions(importlib.abc.MetaPathFinder):
 
 
 def _declare_missing_ops() -> None:
+    import torch  # not above: a command line is parsed before torch is imported, and this module is there by then
+
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):

@@ -1,4 +1,4 @@
-"""Write checkpoint files atomically and read them, also those of other trainers, without running code from them.
+"""Write files atomically; read checkpoints, also those of other trainers, without running code from them.
 
 Lives here: bytes on disk. What the keys mean and which files are kept is in `manager.py`, fitting weights to a model in
 `state_dict.py`.
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import time
@@ -37,8 +38,14 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that takes its place if the block ends well and vanishes if it does not."""
+def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary name beside `path` that takes its place if the block ends well and vanishes if it does not.
+
+    Args:
+        path: the file; its folder is made if absent.
+        sync: have the new name on the disk when this returns. What is in the file the block must sync itself.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,13 +55,23 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         # Also after success: renaming a file onto another hard link of itself does nothing and leaves the old name.
         temporary.unlink(missing_ok=True)
-    if os.name != "nt":
+    if sync and os.name != "nt":
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a json file that is either complete or not there, making its folder.
+
+    Raises:
+        ValueError: the content has a number that json does not know, NaN or inf.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, allow_nan=False)
 
 
 def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
@@ -72,7 +89,7 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
     """
     path = Path(path)
     tree = _plain(dict(payload), "payload")
-    with replacing(path) as temporary:
+    with replacing(path, sync=True) as temporary:
         try:
             with open(temporary, "xb") as file:
                 torch.save(tree, file)

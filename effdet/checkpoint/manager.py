@@ -226,7 +226,7 @@ class CheckpointManager:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` another name of `source`, or a copy where links are not supported, replacing it atomically."""
-    with replacing(target) as temporary:
+    with replacing(target, sync=True) as temporary:
         try:
             os.link(source, temporary)
         except OSError:

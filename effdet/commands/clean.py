@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
-from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
 from .average import describe_model
 

@@ -16,7 +16,7 @@ from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.annotations import CocoParser, CocoParserCfg
 from effdet.data.coco.categories import resolve_category_map
 from effdet.predict.load import load_detector
-from effdet.runtime.launch import add_ema_argument, make_tool_parser, one_line_errors
+from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
 _logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import logging
 import math
 from typing import Any, TypeVar
 
-from .schema import ConfigError, DemoConfig, RunConfig, flags_of, range_text
+from .schema import ConfigError, DemoConfig, RunConfig, range_text, spelled
 
 _logger = logging.getLogger(__name__)
 _ConfigT = TypeVar("_ConfigT")
@@ -39,9 +39,8 @@ def check_config(cfg: _ConfigT) -> _ConfigT:
             value = getattr(part, item.name)
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(_in_range(one, item.metadata) for one in values):
-                flags = flags_of(item)
-                name = f"{section.name}.{item.name}" + (f" ({flags[0]})" if flags else "")
-                raise ConfigError(f"{name}: got {value!r}, must be {range_text(item) or 'a finite number'}")
+                raise ConfigError(f"{spelled(section.name, item)}: got {value!r}, must be "
+                                  f"{range_text(item) or 'a finite number'}")
     for rule in (_check_shapes, _check_eval, _check_train):
         rule(cfg)
     return cfg
@@ -104,10 +103,7 @@ def _check_train(cfg: Any) -> None:
              "--pretrained and --initial-checkpoint both name the weights to start from: give one")
     auto = cfg.run.batch_size == "auto"
     _require(auto or cfg.optim.lr_batch is None, "optim.lr_batch acts with -b auto only: give both, or leave it out")
-    _require(not (auto and (cfg.run.eval_only or cfg.run.overfit)),
-             "-b auto is for training: give -b N with --eval-only or --overfit")
-    _require(not (cfg.run.overfit and (cfg.run.resume or cfg.run.eval_only or len(cfg.dist.device_list) > 1)),
-             "--overfit trains anew on one device: leave out --resume, --eval-only and further devices")
+    _require(not (auto and cfg.run.overfit), "-b auto is for training: give -b N with --overfit")
+    _require(not (cfg.run.overfit and (cfg.run.resume or len(cfg.dist.device_list) > 1)),
+             "--overfit trains anew on one device: leave out --resume and further devices")
     _require(cfg.run.check or not cfg.run.html, "--html is where --check writes to: give --check as well")
-    _require(not cfg.run.eval_only or bool(cfg.run.resume or cfg.model.initial_checkpoint or cfg.model.pretrained),
-             "--eval-only needs weights: give --resume, --initial-checkpoint or --pretrained")

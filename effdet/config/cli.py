@@ -74,12 +74,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists everything)\n")
 
 
-def _off_spellings(option: Option) -> tuple[str, ...]:
-    """Return the spellings that switch a boolean off."""
-    made = tuple("--no-" + flag[2:] for flag in flags_of(option.item) if flag.startswith("--"))
-    return made + option.item.metadata["off"]
-
-
 def default_text(option: Option) -> str:
     """Return the default of a field in the words of the help."""
     default = option.default
@@ -131,7 +125,7 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             continue
         common = {"dest": key, "default": None, "action": _Record, "help": _help_text(option)}
         if option.kinds == (bool,):
-            off = _off_spellings(option)
+            off = tuple("--no-" + flag[2:] for flag in flags if flag.startswith("--"))
             groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
         else:
             extra = {"nargs": "?", "const": meta["bare"]} if meta["bare"] else {}

@@ -2,7 +2,7 @@
 from collections.abc import Callable, Iterator
 
 from .options import list_options
-from .schema import RunConfig, flags_of
+from .schema import RunConfig, spelled
 
 _DECAYING = ("step", "multistep", "plateau", "poly")
 _CYCLIC = ("cosine", "tanh", "poly")
@@ -36,4 +36,4 @@ def inert_settings(cfg: RunConfig) -> Iterator[str]:
             section, name = key.split(".")
             value = getattr(getattr(cfg, section), name)
             if value != options[key].default:
-                yield f"{flags_of(options[key].item)[0]} ({key}: {value}) has no effect: it needs {words}"
+                yield f"{spelled(section, options[key].item)}: {value} has no effect, it needs {words}"

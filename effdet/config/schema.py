@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 
 
 def setting(
-    default: Any, text: str, *, flags: tuple[str, ...] | None = None, off: tuple[str, ...] = (), none: str = "none",
+    default: Any, text: str, *, flags: tuple[str, ...] | None = None, none: str = "none",
     low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None,
     choices: tuple[str, ...] = (), bare: str | None = None, metavar: str | None = None,
 ) -> Any:
@@ -27,7 +27,6 @@ def setting(
         text: help text: what it is, with its unit; default and range are appended by load.py.
         flags: spellings on the command line, the first is the one shown in messages; None: `--` and the field's name;
             empty: no flag, only YAML and `section.field=value`.
-        off: extra spellings that switch a boolean off, beside `--no-...` of each spelling in `flags`.
         none: what the value None stands for, shown as the default in the help.
         low: inclusive lower bound; all bounds hold for each element of a list.
         high: inclusive upper bound.
@@ -37,7 +36,7 @@ def setting(
         bare: value meant by the flag without an argument; None: the flag needs its argument.
         metavar: placeholder of the value in the help.
     """
-    meta = {"text": text, "flags": flags, "off": off, "none": none, "low": low, "high": high, "above": above,
+    meta = {"text": text, "flags": flags, "none": none, "low": low, "high": high, "above": above,
             "below": below, "choices": choices, "bare": bare, "metavar": metavar}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
@@ -61,8 +60,6 @@ class PostProcessConfig:
         "activation, 'kernel' without one by extending kernels; 'auto' chooses for the device",
         choices=("auto", "pad", "kernel"))
     max_det: int | None = setting(None, "detections kept per image", low=1, none="from the model table")
-    max_detection_points: int | None = setting(
-        None, "candidates per image that reach NMS", low=1, none="from the model table")
 
 
 @dataclass
@@ -231,8 +228,8 @@ class SchedConfig:
     lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
     lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
     decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
-    decay_milestones: list[int] = setting([90, 180, 270], "epochs at whose start the rate drops (multistep)", low=1,
-                                          metavar="N,N")
+    decay_milestones: list[int] = setting([90, 180, 270], "epochs at whose start the rate drops (multistep)",
+                                          flags=(), low=1)
     decay_rate: float = setting(0.1, "factor of a decay (step, multistep, plateau), exponent (poly)",
                                 flags=("--decay-rate", "--dr"), above=0)
     patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
@@ -320,7 +317,6 @@ class RunSectionConfig(_BaseRunConfig):
         "what is likely wrong and exits with status 3; 0: train as usual", low=0)
     check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
-    eval_only: bool = setting(False, "evaluate the given weights and stop, without training")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
@@ -347,8 +343,7 @@ class RunSectionConfig(_BaseRunConfig):
 class _PredictRunConfig(_BaseRunConfig):
     """Say how a trained network is used."""
 
-    use_ema: bool | None = setting(None, "use the averaged weights", off=("--no-ema",),
-                                   none="when the checkpoint has them")
+    use_ema: bool | None = setting(None, "use the averaged weights", none="when the checkpoint has them")
     tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")
     tta_scales: list[float] = setting(
         [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0,
@@ -425,6 +420,12 @@ def flags_of(item: dataclasses.Field) -> tuple[str, ...]:
     flags = item.metadata["flags"]
     spellings = ("--" + item.name.replace("_", "-"),) if flags is None else flags
     return tuple(sorted(spellings, key=lambda spelling: not spelling.startswith("--")))
+
+
+def spelled(section: str, item: dataclasses.Field) -> str:
+    """Return a field's name for messages, `section.field (--flag)`."""
+    flags = flags_of(item)
+    return f"{section}.{item.name}" + (f" ({flags[0]})" if flags else "")
 
 
 def range_text(item: dataclasses.Field) -> str:

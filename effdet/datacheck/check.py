@@ -15,7 +15,7 @@ from effdet.config.schema import RunConfig
 from effdet.data.build import split_paths
 from effdet.factory import resolve_model_config
 from effdet.ops.sizes import check_image_size
-from effdet.runtime.launch import one_line_errors
+from effdet.runtime.console import one_line_errors
 
 from .anchor_reach import SIDE_EDGES_PX
 from .page import write_html

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +28,7 @@ except ImportError:  # no build for this platform
 if not hasattr(getattr(hotcoco, 'COCO', None), 'from_arrays'):  # older than 1.3
     hotcoco = None
 
-__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'make_result_rows', 'score_rows', 'write_json']
+__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'make_result_rows', 'score_rows']
 
 _logger = logging.getLogger(__name__)
 
@@ -126,19 +123,6 @@ class CocoScores:
             'image_count': self.image_count,
             'max_dets': list(self.max_dets),
         }
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write a json file that is either complete or not there, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'w', encoding='utf-8') as file:
-            json.dump(content, file, allow_nan=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import timm
 import torch
 from PIL import Image
 
+from effdet.checkpoint.io import replacing
 from effdet.config.load import dump_yaml, to_plain
 from effdet.data.images import PictureError
 from effdet.evaluator import CocoEvaluator
@@ -34,7 +35,6 @@ from effdet.version import __version__
 
 from .data_stats import SIZE_EDGES_PX, describe_dataset
 from .images import BATCH_NAME, draw_errors
-from .log import replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -76,9 +76,8 @@ class Report:
         """
         try:
             text = fill_page(self.title, self.collect(evaluator, rows))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                file.write(text)
+            with replacing(self.path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except Exception as error:  # whatever it is: the run is worth more than its report
             if not self._failed:
                 _logger.warning("%s could not be written (%s: %s); the run goes on, and this is said once", self.path,

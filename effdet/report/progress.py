@@ -1,7 +1,7 @@
 """One line at the bottom of a terminal that is written anew as a run goes on; files and pipes get plain lines.
 
-Lives here: the log handler of standard output and the layout of its line. What the numbers are is the business of the
-message that brings them: one with an attribute `live`, a dict, fills the line instead of being printed.
+Lives here: the log handler of standard output and the layout of its line. A log record with an attribute `on_live_line`
+is not printed: its numbers are shown by `show` instead. They are
 
     epoch, step, steps         what is done
     loss, class_loss, box_loss, img_per_s   numbers of the last interval
@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 _CLEAR = "\r\x1b[K"
@@ -38,24 +38,26 @@ class LiveLineHandler(logging.StreamHandler):
         self._drawn_at = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Redraw the live line, or write another record above it."""
-        live = getattr(record.msg, "live", None)
-        if live is None:
+        """Write a record above the live line."""
+        if not getattr(record, "on_live_line", False):
             self._write(_CLEAR)
             super().emit(record)
             self._draw()
-            return
-        self._values = dict(live)
+
+    def show(self, values: Mapping[str, Any]) -> None:
+        """Fill the line anew; all steps done, the next one starts below it."""
+        self._values = dict(values)
         self._draw()
-        if live["step"] == live["steps"]:
+        if values["step"] == values["steps"]:
             self.end_line()
 
     def step(self, **values: Any) -> None:
-        """Move the line on between two records, at most ten times a second; a new one needs `step` and `steps`."""
+        """Move the line on between two calls of `show`, ten times a second at most; a new one needs `step`, `steps`."""
         if not self._values and values["step"] >= values["steps"]:
-            return  # its last record has ended the line
+            return  # the line has been ended
+        is_new = not self._values
         self._values.update(values)
-        if time.monotonic() - self._drawn_at >= _REDRAW_S:
+        if is_new or time.monotonic() - self._drawn_at >= _REDRAW_S:
             self._draw()
 
     def end_line(self) -> None:
@@ -132,6 +134,12 @@ def step(**values: Any) -> None:
         handler.step(**values)
 
 
+def show(values: Mapping[str, Any]) -> None:
+    """Fill the line anew, where there is one."""
+    if (handler := current()) is not None:
+        handler.show(values)
+
+
 @contextlib.contextmanager
 def ended() -> Iterator[None]:
     """Leave no half-written line behind, however the block ends."""
@@ -142,23 +150,23 @@ def ended() -> Iterator[None]:
             handler.end_line()
 
 
-class Watched:
-    """Hand on a loader's batches and show on the live line, where there is one, how many are done."""
+@contextlib.contextmanager
+def progress(what: str, steps: int) -> Iterator[Callable[[int], None]]:
+    """Show on a line of its own, where there is one, how far the block has come; take it away at the end.
 
-    def __init__(self, loader: Any, what: str) -> None:
-        self.loader, self.what = loader, what
+    Args:
+        what: its name.
+        steps: in all.
 
-    def __iter__(self) -> Iterator[Any]:
-        handler = current()
-        if handler is None:
-            yield from self.loader
-            return
-        handler.end_line()
-        batches: Iterable[Any] = self.loader
-        for number, batch in enumerate(batches):
-            handler.step(what=self.what, step=number, steps=len(self))
-            yield batch
+    Yields:
+        To be called with the number of steps done.
+    """
+    handler = current()
+    if handler is None:
+        yield lambda done: None
+        return
+    handler.end_line()
+    try:
+        yield lambda done: handler.step(what=what, step=done, steps=steps)
+    finally:
         handler.drop_line()
-
-    def __len__(self) -> int:
-        return len(self.loader)

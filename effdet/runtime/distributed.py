@@ -1,10 +1,11 @@
-"""Thin layer over torch.distributed: who am I, reduce, gather, broadcast, start processes.
+"""Thin layer over torch.distributed: who am I, reduce, gather, broadcast.
 
 Every function does nothing (or the obvious) when there is one process, so that callers need no `if distributed`.
 Python objects and CPU tensors always travel over gloo, whatever moves the gradients: a rank that waits for a minute of
 evaluation on rank 0 then waits on a socket, not inside an accelerator collective with its own, shorter, time-out.
 
-What must not live here: choosing a device or a backend (device.py), wrapping a model for data-parallel training.
+What must not live here: choosing a device or a backend (device.py), starting processes (launch.py), wrapping a model
+for data-parallel training.
 """
 from __future__ import annotations
 
@@ -14,23 +15,21 @@ import datetime
 import logging
 import os
 import pickle
-import socket
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from . import signals as stopping
+from . import signals
 from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'alone', 'barrier',
     'broadcast_object',
     'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
-    'is_primary', 'launch', 'local_rank', 'local_world_size', 'rank',
+    'is_primary', 'local_rank', 'local_world_size', 'rank',
     'run_on_primary', 'shutdown', 'world_size',
 ]
 
@@ -294,7 +293,7 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
         RuntimeError: on the other ranks, with rank 0's error text; rank 0 raises its own error. A failure therefore
             ends every rank at once instead of leaving the others waiting in a collective.
     """
-    scope = stopping.interruptible if interruptible else contextlib.nullcontext
+    scope = signals.interruptible if interruptible else contextlib.nullcontext
     if not is_distributed():
         with scope():
             return fn()
@@ -302,7 +301,7 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
         payload = broadcast_object(None)
         if isinstance(payload, str):
             raise RuntimeError(payload)
-        if isinstance(payload, stopping.StopRequested):
+        if isinstance(payload, signals.StopRequested):
             raise payload
         return pickle.loads(payload)
     try:
@@ -310,7 +309,7 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
             result = fn()
         payload = pickle.dumps(result)  # here, so that an unpicklable result is a failure of fn and reaches all ranks
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: the others must not wait for them
-        broadcast_object(error if isinstance(error, stopping.StopRequested) else _failure_text(error))
+        broadcast_object(error if isinstance(error, signals.StopRequested) else _failure_text(error))
         raise
     broadcast_object(payload)
     return result
@@ -347,107 +346,3 @@ def distribute_bn(model: torch.nn.Module, mode: str = 'reduce') -> None:
             dist.broadcast(flat, src=0, group=group)
         for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('', 0))
-        return probe.getsockname()[1]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was only just given up is free
-        try:
-            probe.bind(('', port))
-        except OSError:
-            return False
-        return True
-
-
-def _core_count() -> int:
-    # Containers and taskset restrict the process to fewer cores than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: int = 5) -> None:
-    """Run torchrun, again at another port where somebody took `arguments.master_port` since it was found free."""
-    for left in reversed(range(attempts)):
-        try:
-            run(arguments)
-        except dist.DistNetworkError as error:
-            if 'EADDRINUSE' not in str(error) or not left:
-                raise
-            _logger.warning('port %d was taken by another process just now: trying another', arguments.master_port)
-            arguments.master_port = _free_port()
-        else:
-            return
-
-
-def launch(
-        script_argv: Sequence[str],
-        num_processes: int,
-        master_addr: str = '127.0.0.1',
-        master_port: int | None = None,
-        max_restarts: int = 0,
-) -> int:
-    """Run a script in several processes of this machine under torch.distributed's elastic launcher, and wait.
-
-    Each child runs the same interpreter and script with the same arguments, and learns its place from the variables
-    that torchrun sets (`is_launched()` is then true). Unless the user has set OMP_NUM_THREADS, the cores are shared
-    out evenly. Call it before anything touches an accelerator: the parent only waits.
-
-    Args:
-        script_argv: path of the script, then its arguments (`sys.argv` of the caller).
-        num_processes: processes to start, >= 1, one a device.
-        master_addr: address of this machine where the processes meet.
-        master_port: its TCP port; None picks a free one, and so does one that is taken.
-        max_restarts: how often all processes are started again after one of them failed.
-
-    Returns:
-        0 when all processes succeeded, else a non-zero exit code: the first failed process's own, or 128 + the
-        signal's number (shell convention) when a signal ended it or this launcher. The other processes are stopped.
-
-    Raises:
-        ValueError: no script, fewer than one process, or called in a process that was launched itself.
-        FileNotFoundError: the script does not exist.
-    """
-    if num_processes < 1:
-        raise ValueError(f'num_processes is {num_processes}: must be at least 1, one per device')
-    if not script_argv:
-        raise ValueError('script_argv is empty: pass the path of the script to run, then its arguments')
-    if is_launched():
-        raise ValueError(
-            f'this process is rank {os.environ["RANK"]} of a launched group already: join it with '
-            'init_process_group instead of launching again')
-    if not Path(script_argv[0]).is_file():
-        raise FileNotFoundError(f'script to launch not found: {script_argv[0]} (in {Path.cwd()})')
-    from torch.distributed import run as torchrun  # heavy, and needed in the launching parent only
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    if master_port is not None and not _is_free(master_port):
-        taken, master_port = master_port, None
-        _logger.warning('port %d is in use on this machine: a free one is taken instead', taken)
-    master_port = master_port or _free_port()
-    arguments = torchrun.get_args_parser().parse_args([
-        f'--nproc-per-node={num_processes}', f'--master-addr={master_addr}', f'--max-restarts={max_restarts}',
-        f'--signals-to-handle={",".join(["SIGHUP", "SIGQUIT", *(s.name for s in stopping.SIGNALS)])}',
-        f'--master-port={master_port}', *script_argv])
-    inherited = os.environ.get('OMP_NUM_THREADS')
-    if inherited is None:
-        os.environ['OMP_NUM_THREADS'] = str(max(1, _core_count() // num_processes))
-    try:
-        _run_at_a_free_port(torchrun.run, arguments)
-    except ChildFailedError as error:
-        failed_rank, failure = error.get_first_failure()
-        _logger.error('process of rank %d ended with exit code %d; its own output says why', failed_rank,
-                      failure.exitcode)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        _logger.error('stopped by %s', error.sigval.name)
-        return 128 + error.sigval.value
-    finally:
-        if inherited is None:
-            os.environ.pop('OMP_NUM_THREADS', None)
-    return 0

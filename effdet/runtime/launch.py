@@ -1,48 +1,26 @@
-"""What a script does before and around its work: parse, start one process for each device, pick it, report errors."""
+"""Start one process for each device, and give each process its device and its place in the group."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-import re
-import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import device as device_layer
-from . import distributed
+from . import distributed, signals
 
 _logger = logging.getLogger(__name__)
-
-INPUT_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 def needs_launch(device_list: Sequence[int]) -> bool:
     """Tell whether this process should start one process for each of several devices, instead of working itself."""
     return len(device_list) > 1 and not distributed.is_launched()
-
-
-def launch(script: str, argv: Sequence[str] | None, device_list: Sequence[int], addr: str, port: int | None,
-           max_restarts: int = 0) -> int:
-    """Run a script once for each device and wait.
-
-    Args:
-        script: path of the script.
-        argv: its arguments; None for those of this process.
-        device_list: device numbers, one process each.
-        addr: address of this host for the processes to meet at.
-        port: TCP port there; None, or one that is in use, for a free one.
-        max_restarts: how often all processes are started again after one of them failed.
-
-    Returns:
-        The exit code: 0 when all processes succeeded.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return distributed.launch([os.path.abspath(script), *arguments], len(device_list), addr, port,
-                              max_restarts)
 
 
 def start(device_name: str, device_list: Sequence[int]) -> torch.device:
@@ -73,67 +51,112 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
-    """End the process with one line and status 1 when the input is at fault; other exceptions keep their traceback.
-
-    Input errors are ValueError, OSError (a file) and RuntimeError raised while a run is set up, so use it around
-    the set-up only, or name the `kinds` of errors.
-    """
-    try:
-        yield
-    except kinds as error:
-        _logger.debug("the error came from here", exc_info=True)
-        sys.stdout.flush()
-        raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('', 0))
+        return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def dead_workers_in_one_line(program: str) -> Iterator[None]:
-    """End the process with one line and status 1 when a loader process died; other errors keep their traceback."""
-    try:
-        yield
-    except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", _texts_of(error))
-        if found is None:
-            raise
-        how = f" ({found[2].strip()})" if found[2] else ""
-        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
-                         "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
-                         "with --resume auto.") from None
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was only just given up is free
+        try:
+            probe.bind(('', port))
+        except OSError:
+            return False
+        return True
 
 
-def _texts_of(error: BaseException | None) -> str:
-    """Return the texts of an error and of those that led to it, the first cause first, in one line."""
-    texts: list[str] = []
-    while error is not None:
-        texts.insert(0, " ".join(str(error).split()))
-        error = error.__cause__ or error.__context__
-    return " ".join(texts)
+def _core_count() -> int:
+    # Containers and taskset restrict the process to fewer cores than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _folded(command: str) -> str:
-    """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
-    parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)
-    return "  " + " \\\n      ".join(parts)
+def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: int = 5) -> None:
+    """Run torchrun, again at another port where somebody took `arguments.master_port` since it was found free."""
+    for left in reversed(range(attempts)):
+        try:
+            run(arguments)
+        except dist.DistNetworkError as error:
+            if 'EADDRINUSE' not in str(error) or not left:
+                raise
+            _logger.warning('port %d was taken by another process just now: trying another', arguments.master_port)
+            arguments.master_port = _free_port()
+        else:
+            return
 
 
-def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Make the parser of a small command `python -m MODULE`, and send its log lines to the terminal as they are.
+def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0.0.1",
+           master_port: int | None = None, max_restarts: int = 0) -> int:
+    """Run a command in several processes of this machine under torch.distributed's elastic launcher, and wait.
+
+    Each child runs the same interpreter with the same arguments, and learns its place from the variables that torchrun
+    sets (`distributed.is_launched()` is then true). Unless the user has set OMP_NUM_THREADS, the cores are shared out
+    evenly. Call it before anything touches an accelerator: the parent only waits.
 
     Args:
-        module: its dotted name.
-        description: one sentence.
-        example: arguments of a typical call; several, one a line.
+        command: path of a script, or '-m' and the name of a module, then its arguments.
+        num_processes: processes to start, >= 1, one a device.
+        master_addr: address of this machine where the processes meet.
+        master_port: its TCP port; None picks a free one, and so does one that is taken.
+        max_restarts: how often all processes are started again after one of them failed.
+
+    Returns:
+        0 when all processes succeeded, else a non-zero exit code: the first failed process's own, or 128 + the
+        signal's number (shell convention) when a signal ended it or this launcher. The other processes are stopped.
+
+    Raises:
+        ValueError: no command, fewer than one process, or called in a process that was launched itself.
+        FileNotFoundError: the script does not exist.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    program = f"python -m {module}"
-    examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
-    return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    if num_processes < 1:
+        raise ValueError(f"num_processes is {num_processes}: must be at least 1, one per device")
+    if not command:
+        raise ValueError("command is empty: give the path of the script to run, or -m and a module, then its arguments")
+    if distributed.is_launched():
+        raise ValueError(f"this process is rank {os.environ['RANK']} of a launched group already: join it with "
+                         "init_process_group instead of launching again")
+    if command[0] != "-m" and not Path(command[0]).is_file():
+        raise FileNotFoundError(f"script to launch not found: {command[0]} (in {Path.cwd()})")
+    from torch.distributed import run as torchrun  # heavy, and needed in the launching parent only
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if master_port is not None and not _is_free(master_port):
+        taken, master_port = master_port, None
+        _logger.warning("port %d is in use on this machine: a free one is taken instead", taken)
+    master_port = master_port or _free_port()
+    arguments = torchrun.get_args_parser().parse_args([
+        f"--nproc-per-node={num_processes}", f"--master-addr={master_addr}", f"--max-restarts={max_restarts}",
+        f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
+        f"--master-port={master_port}", *command])
+    here = str(Path(__file__).resolve().parents[2])  # children find the package where this process found it
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _core_count() // num_processes))
+    with _environment(OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(paths)):
+        try:
+            _run_at_a_free_port(torchrun.run, arguments)
+        except ChildFailedError as error:
+            failed_rank, failure = error.get_first_failure()
+            _logger.error("process of rank %d ended with exit code %d; its own output says why", failed_rank,
+                          failure.exitcode)
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            _logger.error("stopped by %s", error.sigval.name)
+            return 128 + error.sigval.value
+    return 0
 
 
-def add_ema_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --ema / --no-ema: which of a checkpoint's two sets of weights is taken."""
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights or the trained ones (default: averaged if there are any)")
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,7 +1,7 @@
 """The two loops: one epoch of training, one evaluation.
 
-They take built objects (build.py) and know nothing of flags, files or checkpoints. Between two log lines nothing here
-reads a value from the device.
+They take built objects (build.py) and know nothing of flags, files or checkpoints; numbers leave as records (log.py).
+Between two log lines nothing here reads a value from the device.
 """
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet.evaluator import Evaluator
-from effdet.report.log import ThroughputMeter, format_interval_line
+from effdet.report.log import EpochStats, EvalStats, StepStats
 from effdet.runtime import heartbeat
 from effdet.runtime import signals as stopping
 from effdet.runtime.device import peak_memory_bytes, synchronize
@@ -52,7 +52,6 @@ class Training:
     max_skipped: int = 0  # give up when so many updates in a row were skipped, found at a log line; 0: never
     updates: int = 0  # optimizer updates done
     steps: int = 0  # batches done
-    throughput: ThroughputMeter = field(default_factory=ThroughputMeter)
     guard: StatisticsGuard | None = None  # made by the first epoch
 
     @property
@@ -73,17 +72,14 @@ class NonFiniteError(RuntimeError):
         self.images, self.target = images, target
 
 
-@dataclass
-class EpochStats:
-    """What one epoch of training came to; losses are means over its batches and over all processes."""
+class Recorder(Protocol):
+    """What `train_one_epoch` tells how it goes."""
 
-    loss: float
-    class_loss: float
-    box_loss: float
-    lr: float
-    fps: float
-    skipped: int
-    peak_memory_mib: float
+    def on_batch(self, epoch: int, step: int, steps: int, images: Tensor, target: Any) -> None:
+        """Take note of a batch that will be trained on now; `step` of `steps` are done in this epoch."""
+
+    def on_interval(self, stats: StepStats) -> None:
+        """Take the numbers of a log interval."""
 
 
 @dataclass
@@ -91,12 +87,13 @@ class Progress:
     """How far an epoch of training has come on this process."""
 
     batches: int = 0
-    totals: Tensor | None = None  # sums of the losses (total, class, box) over them, on the device
+    totals: Tensor | None = None  # sums of the losses over them, in the order of _LOSSES, on the device
 
 
 def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | None = None,
-                    after_update: Callable[[Progress], None] | None = None) -> EpochStats:
-    """Train on every batch of `loader` once, logging as it goes.
+                    after_update: Callable[[Progress], None] | None = None,
+                    recorder: Recorder | None = None) -> EpochStats:
+    """Train on every batch of `loader` once.
 
     Args:
         run: what to train; its counters are advanced.
@@ -104,6 +101,7 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
         epoch: number of the epoch, from 0.
         start: where an epoch that was broken off goes on, between two updates; `loader` gives what comes behind it.
         after_update: called after each update with the progress so far; what it raises ends the epoch there.
+        recorder: told of each batch, and each `log_interval` batches and at the end what was measured.
 
     Returns:
         The epoch's means; a batch that `max_steps` cuts off does not count.
@@ -119,7 +117,7 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
     if run.guard is None:
         run.guard = StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
     run.guard.settle(damaged=False)
-    clock = _Clock(run, len(loader), epoch, start)
+    clock = _Clock(run, len(loader), epoch, start, recorder)
     run.optimizer.zero_grad()
     num_batches = len(loader)
     if run.max_steps > 0:
@@ -127,6 +125,8 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
     clock.start()
     for index, (images, target) in enumerate(loader if start.batches < num_batches else (), start.batches):
         clock.data_ready()
+        if recorder is not None:
+            recorder.on_batch(epoch, index, len(loader), images, target)
         heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
@@ -169,11 +169,28 @@ def _no_gradient_sync(bench: nn.Module, wanted: bool) -> contextlib.AbstractCont
     return contextlib.nullcontext()
 
 
-class _Clock:
-    """Sums losses on the device, and times; reads the device only when a line is due."""
+def _by_name(losses: Tensor) -> dict[str, Tensor]:
+    return dict(zip(_LOSSES, losses.unbind(), strict=True))
 
-    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress) -> None:
-        self.run, self.num_batches, self.epoch = run, num_batches, epoch
+
+def _read_means(values: dict[str, Tensor]) -> dict[str, float]:
+    """Average numbers on the device over all processes and read them: one exchange and one read for all of them.
+
+    Args:
+        values: tensors without dimensions, by name.
+
+    Returns:
+        The means by the same names.
+    """
+    return dict(zip(values, all_reduce_mean(torch.stack(list(values.values()))).tolist(), strict=True))
+
+
+class _Clock:
+    """Sums losses on the device, and times; reads the device only when a record is due."""
+
+    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress,
+                 recorder: Recorder | None) -> None:
+        self.run, self.num_batches, self.epoch, self.recorder = run, num_batches, epoch, recorder
         self.batches = self.batches_before = start.batches
         self.images = 0
         self.totals = start.totals
@@ -198,45 +215,47 @@ class _Clock:
         self.images += count
         self.interval_images += count
         if self.batches % self.run.log_interval == 0 or is_last:
-            self._log(losses)
+            self._finish_interval(losses)
         self.waiting_since = time.perf_counter()
 
-    def _log(self, losses: Tensor) -> None:
-        health = torch.stack((self.run.precision.skipped_in_a_row(), self.run.guard.damage(losses.device)))
-        values = all_reduce_mean(torch.cat((losses, self.totals / self.batches, health))).tolist()
-        self.skipped_in_a_row, damaged = round(values[6]), values[7] > 0
-        self.run.guard.settle(damaged)
+    def _finish_interval(self, losses: Tensor) -> None:
+        run = self.run
+        values = _read_means({
+            **_by_name(losses), "loss_average": _by_name(self.totals / self.batches)["loss"],
+            "skipped_in_a_row": run.precision.skipped_in_a_row(), "damage": run.guard.damage(losses.device)})
+        self.skipped_in_a_row, damaged = round(values.pop("skipped_in_a_row")), values.pop("damage") > 0
+        run.guard.settle(damaged)
         if damaged:
             _logger.warning("batch-norm statistics were inf or NaN: those of the last log line were put back")
         now = time.perf_counter()
         interval_s, elapsed_s = max(now - self.interval_started, 1e-9), max(now - self.started, 1e-9)
-        run = self.run
-        fps = run.throughput.add(self.interval_images, interval_s)
         done = self.batches - self.batches_before
-        step_average_s = elapsed_s / done
         end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
-        _logger.info(format_interval_line(
-            epoch=self.epoch, step=self.batches, steps=self.num_batches, loss=values[0], loss_average=values[3],
-            class_loss=values[1], box_loss=values[2], step_s=interval_s / self.interval_batches,
-            step_average_s=step_average_s, fps=fps, fps_average=self.images / elapsed_s, lr=run.schedule.lr,
-            data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / done,
-            eta_s=max(0, end - run.steps) * step_average_s, memory_mib=peak_memory_bytes(run.device) / 2**20))
+        if self.recorder is not None:
+            self.recorder.on_interval(StepStats(
+                epoch=self.epoch, global_step=run.steps, step=self.batches, steps=self.num_batches, **values,
+                lr=run.schedule.lr, step_s=interval_s / self.interval_batches, step_average_s=elapsed_s / done,
+                img_per_s=self.interval_images / interval_s, img_per_s_average=self.images / elapsed_s,
+                data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / done,
+                eta_s=max(0, end - run.steps) * (elapsed_s / done),
+                memory_mib=peak_memory_bytes(run.device) / 2**20))
         self.interval_started = now
         self.interval_batches = self.interval_images = 0
         self.interval_data_s = 0.0
 
     def finish(self) -> EpochStats:
-        synchronize(self.run.device)
+        run = self.run
+        synchronize(run.device)
         elapsed_s = time.perf_counter() - self.started
-        loss, class_loss, box_loss = all_reduce_mean(self.totals / self.batches).tolist()
-        return EpochStats(loss, class_loss, box_loss, self.run.schedule.lr, self.images / elapsed_s,
-                          self.run.precision.skipped(), peak_memory_bytes(self.run.device) / 2**20)
+        means = _read_means(_by_name(self.totals / self.batches))
+        return EpochStats(self.epoch, run.steps, **means, lr=run.schedule.lr, img_per_s=self.images / elapsed_s,
+                          memory_mib=peak_memory_bytes(run.device) / 2**20, skipped=run.precision.skipped())
 
 
 @torch.no_grad()
 def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
              autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-             log_interval: int = 0) -> tuple[float, float | None]:
+             log_interval: int = 0, on_batch: Callable[[int], None] | None = None) -> EvalStats:
     """Predict every batch of `loader` and score the predictions.
 
     Args:
@@ -245,10 +264,10 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         evaluator: collects the predictions of all processes.
         autocast: makes the context to predict in.
         log_interval: batches between two progress lines; 0: none.
+        on_batch: called before each batch with the number of those done.
 
     Returns:
-        The evaluator's metric, the same on all processes, and the mean loss of this process's batches (None without
-        one).
+        The metric, with the mean loss where the bench gives one.
 
     Raises:
         StopRequested: on every process, when a signal asked one of them to stop (signals.py).
@@ -262,6 +281,8 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         if stopping.requested() or evaluator.is_hopeless:
             break
         heartbeat.tick_within(f"evaluating, batch {batches + 1}")
+        if on_batch is not None:
+            on_batch(batches)
         with autocast():
             output = bench(images, target)
         if isinstance(output, dict):
@@ -272,10 +293,11 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
         if log_interval and batches % log_interval == 0:
             number = f"/{len(loader)}" if isinstance(loader, Sized) else ""
             _logger.info("Eval: [%d%s]  %.2f s per batch", batches, number, (time.perf_counter() - started) / batches)
+    seconds = time.perf_counter() - started
     heartbeat.tick_within("evaluation: exchanging and scoring predictions", 3)
     signum = max(all_gather_object(stopping.requested()))
     if signum:
         evaluator.reset()
         raise stopping.StopRequested(signum)
     metric = evaluator.evaluate()
-    return metric, None if total is None else float(total / batches)
+    return EvalStats(metric, None if total is None else float(total / batches), seconds, evaluator.stats)

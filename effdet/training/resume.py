@@ -82,7 +82,7 @@ def find_checkpoint(folder: Path, otherwise: str = "") -> str:
     return distributed.run_on_primary(find)
 
 
-def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: list[int], eval_only: bool) -> None:
+def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: list[int]) -> None:
     """Refuse to continue another model's run, or at another input size; classes are checked with the data.
 
     Args:
@@ -90,7 +90,6 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
         source: its path, for the message.
         arch: name of the model that this run trains.
         image_size: its input height and width.
-        eval_only: allow another input size.
 
     Raises:
         CheckpointError: names both sides.
@@ -100,7 +99,7 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
         raise CheckpointError(f"{source} is a checkpoint of {stored}, but this run trains {arch}: resume with --model "
                               f"{stored}.")
     size = list(payload.get("image_size", image_size))
-    if size != image_size and not eval_only:
+    if size != image_size:
         raise CheckpointError(
             f"{source} was trained at {size[0]}x{size[1]}, but this run trains at {image_size[0]}x{image_size[1]}: "
             f"resume with --image-size {size[0]} {size[1]}, or start a new run with --initial-checkpoint.")
@@ -143,7 +142,7 @@ def restore(payload: dict[str, Any], source: str, training: Training, manager: C
         CheckpointError: a state that a generator does not take.
     """
     training.precision.load_float_state_dict(training.model, extract_state_dict(payload, use_ema=False))
-    if "optimizer" in payload and not cfg.run.eval_only:
+    if "optimizer" in payload:
         stored = payload.get("config", {}).get("optim", {}).get("opt", cfg.optim.opt)
         if stored != cfg.optim.opt:  # torch would take its settings over and fail at the first step
             raise ValueError(f"{source} was trained with --opt {stored}, but this run has --opt {cfg.optim.opt}: give "

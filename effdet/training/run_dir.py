@@ -18,9 +18,8 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 from effdet.config.schema import RunConfig
-from effdet.report.log import LOSSES_NAME
 from effdet.runtime import distributed
-from effdet.runtime.launch import INPUT_ERRORS
+from effdet.runtime.console import INPUT_ERRORS
 
 from .engine import Training
 from .resume import AUTO
@@ -63,7 +62,7 @@ def kept_unless_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except INPUT_ERRORS:
-        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOSSES_NAME, LOCK_NAME}:
+        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME}:
             shutil.rmtree(folder)
         raise
 

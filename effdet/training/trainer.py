@@ -13,7 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
+from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
 from effdet.config.inert import inert_settings
 from effdet.config.load import dump_yaml, split_over_devices, workers_per_device
@@ -24,16 +24,7 @@ from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
 from effdet.predict.gallery import write_comparisons
 from effdet.report import progress as live_line
-from effdet.report.log import (
-    LOSSES_NAME,
-    METRICS_NAME,
-    CsvLog,
-    add_run_facts,
-    format_best_metric,
-    format_duration,
-    format_train_avg_fps,
-    setup_logging,
-)
+from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 from effdet.runtime import signals as stopping
@@ -42,11 +33,10 @@ from . import auto_batch, overfit
 from . import resume as run_state
 from .amp import Precision
 from .ema import ModelEma
-from .engine import EpochStats, NonFiniteError, Progress, Training, evaluate, train_one_epoch
-from .metrics_log import check_tensorboard
+from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_bn_statistics
 from .postmortem import write_postmortem
-from .recorder_run import RunRecord
+from .recorder import RunRecorder, check_tensorboard
 from .run_dir import check_shared_memory, check_space, choose_output_dir, hold_run_folder, kept_unless_refused
 from .schedule import build_schedule
 
@@ -66,7 +56,7 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
     with kept_unless_refused(output_dir):
-        held = None if cfg.run.eval_only else hold_run_folder(output_dir)
+        held = hold_run_folder(output_dir)
         setup_logging(output_dir, distributed.rank())
         if wants_newest:
             source = run_state.find_checkpoint(output_dir, otherwise="" if source == run_state.AUTO else source)
@@ -74,6 +64,12 @@ def open_session(cfg: RunConfig, device: torch.device) -> Session:
         session = Session(cfg, device, output_dir, payload, source)
     session.held = held  # as long as the run
     return session
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """Return the file to continue a stopped run from: the one within an epoch, where there is one."""
+    newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (output_dir / name).exists()), LAST_NAME)
+    return output_dir / newest
 
 
 class Session:
@@ -104,9 +100,7 @@ class Session:
         self.build_training(payload)
         device_layer.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
-        self.summary = CsvLog(output_dir / "summary.csv")
-        if not cfg.run.eval_only:
-            check_space(output_dir, self.training)
+        check_space(output_dir, self.training)
         self.vote = distributed.LateMax()
         self.progress = Progress()
         self.position = run_state.Position(cfg.sched.start_epoch or 0)
@@ -118,13 +112,13 @@ class Session:
             within = f", batch {self.position.batches}" if self.position.batches else ""
             _logger.info("resumed %s: continuing with epoch %d%s", source, self.position.epoch, within)
         self.first_epoch = self.position.epoch
-        self.record = RunRecord(cfg, output_dir, self.training, self.train_set, self.val_set, len(self.train_loader),
-                                self.epochs, self.channels_last)
+        self.recorder = RunRecorder(cfg, output_dir, self.training, self.train_loader, self.val_set, self.evaluator)
+        self.recorder.describe(self.epochs, self.channels_last)
         finished = self.training.is_finished and not self.position.batches  # else its evaluation is missing
-        if (self.first_epoch >= self.epochs or finished) and not cfg.run.eval_only:
+        if self.first_epoch >= self.epochs or finished:
             raise ValueError(f"nothing is left to train: the next epoch would be {self.first_epoch}, and the run ends "
                              f"after {self.epochs}; {self.training.steps} steps are done. Give more --epochs or "
-                             "--max-steps, or --eval-only to evaluate.")
+                             "--max-steps, or evaluate with validate.py.")
 
     def log_start(self) -> None:
         """Choose the device's settings and log them, and where the run takes place."""
@@ -171,8 +165,7 @@ class Session:
             _logger.info("batch norms frozen: %s", freeze_bn(model))
         place_model(model, device, cfg.model.same_padding, self.channels_last)
         if payload:
-            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size),
-                                 cfg.run.eval_only)
+            run_state.check_fits(payload, self.source, cfg.model.name, list(model.config.image_size))
             load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
         ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
@@ -249,14 +242,9 @@ class Session:
         Raises:
             StopRequested: on all ranks, when a signal came; the state is saved then.
         """
-        if self.cfg.run.eval_only:
-            self.evaluate(max(0, self.first_epoch - 1))
-            return
         if distributed.is_primary():
             (self.output_dir / "config.yaml").write_text(dump_yaml(self.cfg), encoding="utf-8")
-            CsvLog(self.output_dir / LOSSES_NAME).drop_from(self.first_epoch, self.position.batches)
-            self.summary.drop_from(self.first_epoch)
-        self.record.begin(self.first_epoch, self.position.batches)
+        self.recorder.begin(self.first_epoch, self.position.batches)
         for epoch in range(self.first_epoch, self.epochs):
             last = self.run_epoch(epoch)
             if last:
@@ -277,22 +265,22 @@ class Session:
         if epoch >= self.epochs - self.cfg.model.freeze_bn_epochs:
             self.freeze_statistics()
         try:
-            stats = train_one_epoch(self.training, self.record.watch(self.train_loader), epoch, self.progress,
-                                    functools.partial(self.after_update, epoch))
+            stats = train_one_epoch(self.training, self.train_loader, epoch, self.progress,
+                                    functools.partial(self.after_update, epoch), self.recorder)
         except NonFiniteError as error:
             raise self.explain(error) from None
         if not start.trained:
             self.share_batch_norm()
         last = epoch + 1 == self.epochs or self.training.is_finished
-        metric = None
+        evaluation = None
         if last or (epoch + 1) % self.cfg.run.val_interval == 0:
             try:
-                metric = self.evaluate(epoch)
+                evaluation = self.evaluate(epoch)
             except (stopping.StopRequested, BadPicturesError):
                 self.save_recovery(epoch, trained=True)
                 raise
-        self.training.schedule.step(epoch + 1, metric)
-        self.finish_epoch(epoch, stats, metric)
+        self.training.schedule.step(epoch + 1, evaluation and evaluation.metric)
+        self.finish_epoch(stats, evaluation)
         return last
 
     def explain(self, error: NonFiniteError) -> SystemExit:
@@ -310,7 +298,6 @@ class Session:
         """
         self.progress = progress
         self.bad_pictures.look()
-        self.record.step(epoch, progress)
         signum = self.vote(stopping.requested())
         interval = self.cfg.run.recovery_interval
         if signum or (interval and self.training.updates % interval == 0):
@@ -360,37 +347,35 @@ class Session:
                 if model is not None:
                     distributed.distribute_bn(model, self.cfg.dist.dist_bn)
 
-    def evaluate(self, epoch: int) -> float:
-        """Evaluate the averaged weights, or the trained ones where there is no average; return COCO's AP, 0..1."""
+    def evaluate(self, epoch: int) -> EvalStats:
+        """Evaluate the averaged weights, or the trained ones where there is no average; the metric is COCO's AP."""
         training = self.training
         if training.ema is not None and training.ema.updates > 0 and training.ema.is_cold():
             _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low "
                             "until more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
                             100 * training.ema.share_of_init())
-        loader = live_line.Watched(self.val_loader, "Evaluating")
-        metric, _ = evaluate(self.eval_bench, loader, self.evaluator, training.precision.autocast)
-        stats = self.evaluator.stats
-        _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, metric, stats["AP50"],
-                     stats["AP75"], "EMA" if training.ema else "trained")
-        return metric
+        with live_line.progress("Evaluating", len(self.val_loader)) as on_batch:
+            found = evaluate(self.eval_bench, self.val_loader, self.evaluator, training.precision.autocast,
+                             on_batch=on_batch)
+        _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, found.metric,
+                     found.scores["AP50"], found.scores["AP75"], "EMA" if training.ema else "trained")
+        return found
 
-    def finish_epoch(self, epoch: int, stats: EpochStats, metric: float | None) -> None:
+    def finish_epoch(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
         """Write summary.csv and the checkpoints of an epoch."""
-        bad = self.bad_pictures.settle()
-        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", epoch, stats.loss,
-                     stats.fps, stats.peak_memory_mib, stats.skipped, f", {bad} unreadable picture(s)" if bad else "")
-
+        bad, metric = self.bad_pictures.settle(), evaluation and evaluation.metric
+        _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", stats.epoch,
+                     stats.loss, stats.img_per_s, stats.memory_mib, stats.skipped,
+                     f", {bad} unreadable picture(s)" if bad else "")
         self.epoch_losses.append(stats.loss)
         ranks = distributed.gather_object(run_state.capture_rank(self.device))
 
         def write() -> None:
-            row = {"epoch": epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
-                   "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.fps, "skipped": stats.skipped,
-                   "AP": metric, "AP50": self.evaluator.stats.get("AP50") if metric is not None else None}
-            self.summary.append(row)  # before the checkpoint: resuming drops a row too many, but cannot add one
-            self.manager.save(run_state.collect(self.training, self.cfg, self.categories, ranks), epoch, metric)
+            # Before the checkpoint: resuming drops a row too many, but cannot add one.
+            self.recorder.add_summary(stats, evaluation)
+            self.manager.save(run_state.collect(self.training, self.cfg, self.categories, ranks), stats.epoch, metric)
         self.save(write)
-        self.record.add_epoch(epoch, stats, None if metric is None else self.evaluator)
+        self.recorder.add_epoch(stats, evaluation)
         if metric is not None and distributed.is_primary():
             _logger.info("%s", format_best_metric(*self.manager.best))
 
@@ -404,20 +389,10 @@ class Session:
             # A run continued in another folder may not have bettered the metric it started from.
             best = self.output_dir / BEST_NAME
             checkpoint = best if best.exists() else self.output_dir / LAST_NAME
-            self.evaluator.write_metrics(self.output_dir / METRICS_NAME)
-            add_run_facts(self.output_dir / METRICS_NAME, {
+            self.recorder.end({
                 "model": self.cfg.model.name, "processes": self.world, "batch_size": self.cfg.run.batch_size,
-                "first_epoch": self.first_epoch, "steps": self.training.steps,
-                "img_per_s": self.training.throughput.average(), "best_AP": metric, "best_epoch": epoch,
-                "seconds": time.time() - self.started, "checkpoint": str(checkpoint)})
-            stats = self.evaluator.stats
-            _logger.info("%s", format_train_avg_fps(self.training.throughput))
-            _logger.info("%s", format_best_metric(metric, epoch))
-            _logger.info("AP %.4f  AP50 %.4f  (last epoch, %s)", stats["AP"], stats["AP50"],
-                         format_duration(time.time() - self.started))
-            _logger.info("checkpoint: %s", checkpoint)
-            _logger.info("pictures: %s", pictures)
-            self.record.end(checkpoint)
+                "first_epoch": self.first_epoch, "steps": self.training.steps, "best_AP": metric, "best_epoch": epoch,
+                "checkpoint": str(checkpoint)}, time.time() - self.started, pictures)
         if self.cfg.run.overfit:
             self.status = overfit.report(self, self.epoch_losses)
         distributed.barrier()

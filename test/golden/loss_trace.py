@@ -93,8 +93,8 @@ def run_trace(repo: Path, flags: list[str]) -> dict[str, object]:
         run_script(repo, "train.py", "--root", str(root / "data"), "--output", name, "--experiment", "run",
                    "--initial-checkpoint", str(root / "start.pth"), *FLAGS, *flags)
         checkpoint = root / "run" / "last.pth.tar"
-        run_script(repo, "validate.py", "--root", str(root / "data"), "--checkpoint", str(checkpoint), "--no-ema", "-j",
-                   "0", "-b", "4", "--device", "cpu", "--results", str(root / "found.json"),
+        run_script(repo, "validate.py", "--root", str(root / "data"), "--checkpoint", str(checkpoint), "--no-use-ema",
+                   "-j", "0", "-b", "4", "--device", "cpu", "--results", str(root / "found.json"),
                    "--output", str(root / "v"))
         rows = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
         losses = [[row[key] for key in ("loss", "class_loss", "box_loss")]

@@ -1,7 +1,7 @@
 """train.py in a process of its own, to be watched, signalled and killed; what the tests on reliability share."""
 from __future__ import annotations
 
-import csv
+import json
 import os
 import re
 import subprocess
@@ -100,7 +100,8 @@ class Process:
         self.process.wait()
 
 
-def losses(folder: Path) -> list[tuple[str, ...]]:
-    """Return what a run has logged for each step, without times."""
-    with open(folder / "losses.csv", newline="") as file:
-        return [tuple(value for key, value in row.items() if key != "img_per_s") for row in csv.DictReader(file)]
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    """Return what a run has recorded for each step, without times."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [tuple(row[key] for key in ("epoch", "step", "loss", "class_loss", "box_loss", "lr"))
+            for row in rows if row["kind"] == "interval"]

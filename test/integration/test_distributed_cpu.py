@@ -22,7 +22,7 @@ from effdet.runtime import distributed
 REPO = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TIMEOUT_S = 120  # a hang fails the test instead of stopping the run
-LAUNCH = "import sys; from effdet.runtime.distributed import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+LAUNCH = "import sys; from effdet.runtime.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
 
 
 def _environment() -> dict[str, str]:
@@ -72,11 +72,11 @@ def test_launch_reports_a_killed_process_as_the_shell_does(tmp_path):
 
 PORTS = """
 import sys
-from effdet.runtime import distributed
-taken, free_port = int(sys.argv[1]), distributed._free_port
+from effdet.runtime import launch
+taken, free_port = int(sys.argv[1]), launch._free_port
 answers = [taken]  # as if somebody had taken the port between looking and using it
-distributed._free_port = lambda: answers.pop() if answers else free_port()
-sys.exit(distributed.launch(sys.argv[2:], 2, master_port=taken))
+launch._free_port = lambda: answers.pop() if answers else free_port()
+sys.exit(launch.launch(sys.argv[2:], 2, master_port=taken))
 """
 
 

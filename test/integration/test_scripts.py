@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -37,6 +38,7 @@ import demo
 import effdet.data.synthetic.dataset
 import train
 import validate
+from effdet.commands.drawing import name_drawings
 from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import CATEGORY_IDS, make_synthetic_dataset
@@ -205,14 +207,18 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
                      "best_epoch": -epoch, "checkpoint": checkpoint.removeprefix("checkpoint: ")}
 
 
+def intervals(folder: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "interval"]
+
+
 def test_losses_of_the_log_are_in_a_file(run, resumed):
     lines = TRAIN_LINE.findall(run.output)
-    with open(run.folder / "losses.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["epoch"], row["step"], f"{float(row['loss']):.5f}", f"{float(row['lr']):.3e}") for row in rows] == [
+    rows = intervals(run.folder)
+    assert [(str(row["epoch"]), str(row["step"]), f"{row['loss']:.5f}", f"{row['lr']:.3e}") for row in rows] == [
         (line[0], line[1], line[4], line[7]) for line in lines]
-    with open(resumed.folder / "losses.csv", newline="") as file:
-        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [(line[0], line[1]) for line in lines]
+    assert [(row["epoch"], row["step"]) for row in intervals(resumed.folder)] == [
+        (row["epoch"], row["step"]) for row in rows]
 
 
 def test_predictions_are_drawn_beside_the_truth(run, data):
@@ -297,13 +303,13 @@ def assert_same_bits(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-def trace(folder: Path) -> list[tuple[str, ...]]:
-    """Return every number that a run logs and that is not a time."""
-    rows = []
-    for name in ("losses.csv", "summary.csv"):
-        with open(folder / name, newline="") as file:
-            rows += [tuple(value for key, value in row.items() if key != "img_per_s") for row in csv.DictReader(file)]
-    return rows
+def trace(folder: Path) -> list[tuple[Any, ...]]:
+    """Return every number that a run records and that is no time or memory."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with open(folder / "summary.csv", newline="") as file:
+        rows += csv.DictReader(file)
+    return [tuple(value for key, value in row.items() if key not in ("img_per_s", "data_share", "memory_mib"))
+            for row in rows]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -368,21 +374,6 @@ def test_exact_resume_in_other_ways_of_training(options, data, tmp_path):
         assert code == 0, printed
         assert_same_run(tmp_path / "straight", tmp_path / name)
         shutil.rmtree(tmp_path / name)
-
-
-def test_eval_only_prints_the_metric_of_the_checkpoint_and_changes_nothing(run, data, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(run.folder, folder)
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "log.txt"}
-    code, output = call(train, "--root", data, "--image-size", 64, "-b", 4, "-j", 0, "--device", "cpu",
-                        "--resume", folder / "checkpoint-0.pth.tar", "--eval-only")
-    assert code == 0, output
-    row = run.summary()[0]
-    assert f"Eval: 0  AP: {float(row['AP']):.5f}  AP50: {float(row['AP50']):.5f}" in output
-    assert "(EMA weights)" in output
-    assert "Train: " not in output and output.count("\nAR_large ") == 1, "the table comes once"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()
-            if path.is_file() and path.name != "log.txt"} == content
 
 
 def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, data, tmp_path):
@@ -519,15 +510,13 @@ def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path)
 
 
 def test_validate_takes_the_trained_weights_on_request(run, data, tmp_path):
-    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--no-ema")
+    ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--no-use-ema")
     assert "trained weights of" in output
     assert ap != run.checkpoint()["metric"]
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    shutil.copy(run.folder / "last.pth.tar", folder)
-    code, trained = call(train, *train_argv(data, tmp_path, "raw", "--no-model-ema", "--eval-only"), "--resume",
-                         folder / "last.pth.tar")
-    assert code == 0 and f"Eval: 2  AP: {ap:.5f}  " in trained and "(trained weights)" in trained
+    payload = run.checkpoint()
+    del payload["state_dict_ema"], payload["ema"]
+    torch.save(payload, tmp_path / "trained.pth.tar")
+    assert evaluate(tmp_path, data, tmp_path / "trained.pth.tar")[0] == ap
 
 
 def test_results_are_coco_results_with_the_original_ids(run, data, val_ann, tmp_path):
@@ -656,9 +645,9 @@ def test_demo_without_a_checkpoint_makes_no_data(tmp_path, monkeypatch):
 
 def test_drawings_of_pictures_with_one_name_do_not_replace_each_other(tmp_path):
     paths = [Path("a/x.jpg"), Path("a/x.png"), Path("b/x.jpg"), Path("a/x_2.jpg")]
-    assert [path.name for path in demo.name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
+    assert [path.name for path in name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
     with pytest.raises(ValueError, match="choose another --output"):
-        demo.name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
+        name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
@@ -763,7 +752,6 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
     "weights of other classes": (
         train, lambda p: p.train("--root", p.other_categories(), "--num-classes", 99, "--initial-checkpoint", p.last),
         ["class_net", "class count"]),
-    "eval-only without weights": (train, lambda p: p.train("--eval-only"), ["--eval-only needs weights"]),
     "validate without weights": (validate, lambda p: p.validate(), ["no weights", "--checkpoint"]),
     "validate with other categories": (
         validate, lambda p: p.validate("--root", p.other_categories(), "--checkpoint", p.last),

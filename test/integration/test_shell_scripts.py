@@ -6,7 +6,6 @@ the environment, so the same runs can be made on another device.
 """
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -94,6 +93,11 @@ class Result:
     losses: list[str]
 
 
+def intervals(path: Path) -> list[dict]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row for row in rows if row["kind"] == "interval"]
+
+
 def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log: str, case: str,
                  metrics: Path, losses: Path | None) -> Result:
     """Check printed results, CASE.log, the file of losses and the log against what Python wrote."""
@@ -115,9 +119,7 @@ def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log
     files = {path.name for path in folder.iterdir()}
     expected_losses = []
     if losses is not None:
-        with open(losses, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) >= facts["first_epoch"]]
-        expected_losses = [f"{float(row['loss']):.5f}" for row in rows]
+        expected_losses = [f"{row['loss']:.5f}" for row in intervals(losses) if row["epoch"] >= facts["first_epoch"]]
         assert (folder / f"train_{case}_loss.txt").read_text().splitlines() == expected_losses
         logged = re.findall(r"^Train: .* Loss: (\S+) ", log_file.read_text(), re.MULTILINE)
         assert logged == expected_losses and len(logged) > 0
@@ -173,7 +175,7 @@ def test_one_device_from_inside_the_folder(checkout: Checkout):
                         *checkout.small(steps=3), cwd=checkout.root / "test")
     run = newest_run(checkout, "performance_1p-1")
     result = check_result(checkout, done, "1/train_1_1p_perf.log", "EfficientDetD0_bs4_1p_perf", run / "metrics.json",
-                          run / "losses.csv")
+                          run / "metrics.jsonl")
     assert (result.facts["steps"], len(result.losses), result.facts["processes"]) == (3, 3, 1)
     assert kept.read_text() == "x" and not old.exists()
     assert "Eval: 0  AP: " in done.stdout, "the steps are followed by an evaluation"
@@ -185,7 +187,7 @@ def test_eight_processes(checkout: Checkout):
                         *checkout.small(8, steps=1, devices="0,1,2,3,4,5,6,7"), cwd=Path("/"))
     run = newest_run(checkout, "performance_8p")
     result = check_result(checkout, done, "0/train_0_8p_perf.log", "EfficientDetD0_bs8_8p_perf", run / "metrics.json",
-                          run / "losses.csv")
+                          run / "metrics.jsonl")
     assert result.facts["processes"] == 8 and "8 process(es), batch 8 (1 each)" in done.stdout
 
 
@@ -195,8 +197,7 @@ def test_the_second_part_continues_the_first_ones_checkpoint(checkout: Checkout,
     assert re.findall(r"^Train: (\d+) \[ +(\d)/2", first, re.MULTILINE) == [("0", "1"), ("0", "2")]
     assert re.findall(r"^Train: (\d+) \[ +(\d)/2", second, re.MULTILINE) == [("1", "1"), ("1", "2")]
     assert f"resumed {full_run}/last.pth.tar: continuing with epoch 1" in second
-    with open(full_run / "losses.csv", newline="") as file:
-        losses = [f"{float(row['loss']):.5f}" for row in csv.DictReader(file)]
+    losses = [f"{row['loss']:.5f}" for row in intervals(full_run / "metrics.jsonl")]
     texts = [(checkout.output / folder / "train_EfficientDetD0_bs8_1p_mAP_loss.txt").read_text() for folder in "01"]
     assert [text.splitlines() for text in texts] == [losses[:2], losses[2:]] and len(losses) == 4
     payload = torch.load(full_run / "last.pth.tar", weights_only=True)
@@ -218,14 +219,13 @@ def test_the_second_part_goes_on_at_epoch_130_of_300(checkout: Checkout, full_ru
         "test/train_full_8p_121-300.sh", f"--data_path={checkout.data}", "--", *checkout.small(8, steps=131 * 2),
         f"--output={folder.parent}", "--experiment", "mine", "--lr-noise-std", "1e-9")
     result = check_result(checkout, done, "1/train_0_8p_300.log", "EfficientDetD0_bs8_1p_mAP", folder / "metrics.json",
-                          folder / "losses.csv")
+                          folder / "metrics.jsonl")
     assert "continuing with epoch 130" in done.stdout
     assert (result.facts["first_epoch"], len(result.losses)) == (130, 2)
-    with open(folder / "losses.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["epoch"], row["step"]) for row in rows] == [("130", "1"), ("130", "2")]
+    rows = intervals(folder / "metrics.jsonl")
+    assert [(row["epoch"], row["step"]) for row in rows] == [(130, 1), (130, 2)]
     half = 0.5 * (1 + math.cos(math.pi * 130.5 / 300))
-    assert float(rows[0]["lr"]) == pytest.approx(1e-5 + (0.16 - 1e-5) * half, rel=1e-3)
+    assert rows[0]["lr"] == pytest.approx(1e-5 + (0.16 - 1e-5) * half, rel=1e-3)
     assert torch.load(folder / "last.pth.tar", weights_only=True)["epoch"] == 130
 
 
@@ -249,7 +249,7 @@ def test_fine_tuning_starts_from_the_file(checkout: Checkout, full_run: Path):
         "--", *checkout.small(8, steps=1), "--warmup-lr", "0", "--weight-decay", "0", ASCEND_DEVICE_ID="2")
     run = newest_run(checkout, "finetune_1p-2")
     check_result(checkout, done, "2/train_2_finetune_1p.log", "EfficientDetD0_bs8_1p_mAP", run / "metrics.json",
-                 run / "losses.csv")
+                 run / "metrics.jsonl")
     source, tuned = (torch.load(path, weights_only=True) for path in (pth, run / "last.pth.tar"))
     assert tuned["category_map"]["num_classes"] == 91 and tuned["category_map"]["id_indexed"]
     before, after = source["state_dict_ema"], tuned["state_dict"]

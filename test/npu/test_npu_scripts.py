@@ -5,7 +5,6 @@ They run once, as Ascend910B1: as Ascend910A the scripts run in test_npu_shell.p
 """
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -42,8 +41,8 @@ def train_here(data: Path, folder: Path, device: str, epochs: int = 1, *more: st
 
 
 def losses(folder: Path) -> list[list[float]]:
-    with open(folder / "losses.csv", newline="") as file:
-        return [[float(row[key]) for key in ("loss", "class_loss", "box_loss")] for row in csv.DictReader(file)]
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [[row[key] for key in ("loss", "class_loss", "box_loss")] for row in rows if row["kind"] == "interval"]
 
 
 @pytest.fixture(scope="module")

@@ -198,5 +198,5 @@ def test_an_evaluation_copies_once_for_each_batch(device):
     model = place_model(create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False),
                         device)
     with npu_sim.count_waits() as meters:
-        metric, _ = evaluate(DetBenchPredict(model).to(device), make_batches(device, 3), Collects())
-    assert metric == 0.5 and meters.copies_to_host.total() == 3
+        stats = evaluate(DetBenchPredict(model).to(device), make_batches(device, 3), Collects())
+    assert stats.metric == 0.5 and meters.copies_to_host.total() == 3

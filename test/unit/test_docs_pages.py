@@ -19,7 +19,7 @@ import validate
 from effdet import create_model
 from effdet.checkpoint.manager import load_checkpoint_file
 from effdet.export import FORMATS
-from effdet.training import metrics_log
+from effdet.training import recorder
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SCRIPTS = {"train.py": train, "demo.py": demo, "validate.py": validate}
@@ -95,7 +95,7 @@ def test_the_reports_page(folder):
     table = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## metrics.jsonl")[2], re.MULTILINE)
     assert [kind for kind, _ in table] == ["kind", "interval", "epoch", "evaluation"]
     for kind, keys in table[1:]:
-        told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", metrics_log.__doc__, re.DOTALL | re.MULTILINE)[1]
+        told = re.search(rf"^    {kind} (.*?)(?=^    \w|^$)", recorder.__doc__, re.DOTALL | re.MULTILINE)[1]
         assert set(re.findall(r"`(\w+)`", keys)) <= set(re.findall(r"\w+", told)), kind
 
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from effdet.runtime.launch import make_tool_parser, one_line_errors
+from effdet.runtime.console import make_tool_parser, one_line_errors
 
 from ..dataset_factory import create_dataset
 

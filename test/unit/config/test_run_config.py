@@ -164,7 +164,7 @@ def test_flags_do_not_swallow_the_override_behind_them():
 
 @pytest.mark.parametrize("root", list(PARSERS))
 def test_each_spelling_belongs_to_one_field(root):
-    spellings = [flag for _, item in all_fields(root) for flag in (*flags_of(item), *item.metadata["off"])]
+    spellings = [flag for _, item in all_fields(root) for flag in flags_of(item)]
     assert len(spellings) == len(set(spellings))
     assert not set(spellings) & set(REFUSED)
 
@@ -206,8 +206,8 @@ HISTORIC = {
         {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "last.pth.tar"}),
     "train_eval_8p": (
         "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --resume best.pth --epoch 300 --loss-scale 128 "
-        + COMMON + EIGHT + " --eval-only",
-        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "best.pth", "eval_only": True}),
+        + COMMON + EIGHT,
+        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "best.pth"}),
     "train_finetune_1p": (
         "--model tf_efficientdet_d0 --root /coco -b 16 -j 16 --num-classes 91 --pretrained best.pth --loss-scale 16 "
         + COMMON + "--device-list 3 --max-steps 900",
@@ -226,9 +226,9 @@ def test_historic_command_line(script):
     assert (cfg.sched.warmup_epochs, cfg.sched.lr_noise) == (5, [0.4, 0.9])
     got = {"batch": cfg.run.batch_size, "workers": cfg.data.workers, "scale": cfg.amp.loss_scale,
            "devices": len(cfg.dist.device_list), "max_steps": cfg.run.max_steps, "epochs": cfg.sched.epochs,
-           "resume": cfg.run.resume, "eval_only": cfg.run.eval_only, "classes": cfg.model.num_classes,
+           "resume": cfg.run.resume, "classes": cfg.model.num_classes,
            "pretrained": cfg.model.pretrained}
-    rest = {"max_steps": 0, "epochs": 300, "resume": "", "eval_only": False, "classes": None, "pretrained": ""}
+    rest = {"max_steps": 0, "epochs": 300, "resume": "", "classes": None, "pretrained": ""}
     assert got == {**rest, **want}
     assert split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list)) == 16
     assert workers_per_device(cfg.data.workers, len(cfg.dist.device_list)) == 16
@@ -334,7 +334,7 @@ def test_yaml_that_is_a_single_number(tmp_path, capsys):
     "--device-list 0,0",
     "--device-list -1", "--hflip 1.1", "--reprob -1", "--remode noise", "--crowd keep", "--scale-min 3", "--max-det 0",
     "--num-classes 0", "--start-epoch 310", "--start-epoch -1", "--fill-color red", "--fill-color 256",
-    "--pretrained --initial-checkpoint a.pth", "--eval-only", "--val-ann a.json", "--train-images a", "--keep-best 0",
+    "--pretrained --initial-checkpoint a.pth", "--val-ann a.json", "--train-images a", "--keep-best 0",
     "--pad-type valid", "--interpolation random", "--dist-bn sum", "--master-port 0", "--master-port 70000",
     "--bn-momentum 0", "--drop-path 1", "--seed -1", "--log-interval 0", "--max-steps -1", "--aspect-ratios 0",
     "loss.alpha=2", "loss.gamma=-1", "sched.lr_noise=[]", "model.image_size=[]", "model.aspect_ratios=[]",
@@ -347,8 +347,8 @@ def test_values_out_of_range_and_contradictions_are_refused(line, capsys):
     "--lr 1e-9", "--warmup-epochs 0.5", "--loss-scale dynamic", "--amp --loss-scale 1e-3",
     "--momentum 0", "--smoothing 0", "--clip-grad 0", "--lr-noise 0 1", "--device-list 1,0",
     "--fill-color 0", "--fill-color 255", "--hflip 1", "--amp --opt-level O2", "--amp --opt-level O0",
-    "--scale-min 2", "--root d --val-ann a.json", "--val-ann a.json --val-images b", "--eval-only --resume a.pth",
-    "--eval-only --pretrained", "--resume a.pth --pretrained", "--master-port 65535", "--model-ema-decay 0",
+    "--scale-min 2", "--root d --val-ann a.json", "--val-ann a.json --val-images b",
+    "--resume a.pth --pretrained", "--master-port 65535", "--model-ema-decay 0",
 ])
 def test_values_at_the_edge_are_accepted(line):
     parse(line)
@@ -377,7 +377,7 @@ def test_check_config_serves_api_users():
 def test_validate_flags():
     cfg = parse_validate_args(
         "--root /coco --checkpoint w.pth --model tf_efficientdet_d1 --num-classes 3 --image-size 128 256 -b 4 -j 2 "
-        "--device cpu --device-list 0,1 --no-ema --amp --results r.json --metrics m.json --soft-nms --max-det 300 "
+        "--device cpu --device-list 0,1 --no-use-ema --amp --results r.json --metrics m.json --soft-nms --max-det 300 "
         "--val-skip 2 --log-freq 5".split())
     assert (cfg.data.root, cfg.run.checkpoint, cfg.model.name, cfg.model.num_classes) == (
         "/coco", "w.pth", "tf_efficientdet_d1", 3)
@@ -391,7 +391,7 @@ def test_validate_flags():
 
 
 def test_validate_refusals(capsys):
-    assert "--use-ema and --no-ema" in refusal(capsys, "--use-ema --no-ema", parse_validate_args)
+    assert "--use-ema and --no-use-ema" in refusal(capsys, "--use-ema --no-use-ema", parse_validate_args)
     assert "validate.py: error: unknown flag --lr" in refusal(capsys, "--lr 1", parse_validate_args)
     assert "--opt-level O2 needs --amp" in refusal(capsys, "--opt-level O2", parse_validate_args)
     assert "--val-images and --val-ann go together" in refusal(capsys, "--val-images a", parse_validate_args)
@@ -421,7 +421,7 @@ FULL = ("--amp --opt-level O2 --loss-scale 8 --lr-noise 0.4 0.9 --image-size 128
 
 
 @pytest.mark.parametrize(("root", "line"), [
-    (RunConfig, ""), (RunConfig, FULL), (ValidateConfig, "--no-ema --root 007"), (DemoConfig, "null true 1e3.jpg")])
+    (RunConfig, ""), (RunConfig, FULL), (ValidateConfig, "--no-use-ema --root 007"), (DemoConfig, "null true 1e3.jpg")])
 def test_dumped_yaml_loads_back_equal(root, line, tmp_path):
     cfg = PARSERS[root](line.split())
     path = write(tmp_path, dump_yaml(cfg))
@@ -492,6 +492,14 @@ def test_error_of_a_real_process_is_one_line():
     done = subprocess.run([sys.executable, "-c", code, "--lr", "abc"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "train.py: error: argument --lr: got 'abc', must be a number (--help lists everything)\n"
+
+
+def test_a_command_line_is_parsed_before_torch_is_imported_and_timm_still_finds_what_it_needs():
+    code = ("import sys; from effdet.config.cli import parse_train_args; parse_train_args(['--lr', '0.1'])\n"
+            "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
+            "import timm, torch; assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- every field is read ----

@@ -15,9 +15,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from effdet.checkpoint.io import write_json
 from effdet.evaluator import ClassMetrics, CocoEvaluator, Evaluator, create_evaluator
 from effdet.metrics import coco as coco_metrics
-from effdet.metrics.coco import write_json
 
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
          "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
@@ -483,7 +483,10 @@ def test_summary_and_metrics_file(tmp_path, capsys, caplog):
         one = pytest.approx(1.0)
         sizes = {"AP_small": None, "AP_medium": one if c == 2 else None, "AP_large": one if c == 1 else None}
         assert line == {"category_id": c, "name": f"kind {c}", "AP": one, "AP50": one, "count": 1, "AP75": one} | sizes
-    assert written["image_count"] == 2 and written["max_dets"] == [1, 10, 100]
+    assert written["image_count"] == 2 and written["max_dets"] == [1, 10, 100] and "run" not in written
+    evaluator.write_metrics(tmp_path / "made" / "metrics.json", {"img_per_s": 16.5, "best_AP": None})
+    again = json.loads((tmp_path / "made" / "metrics.json").read_text())
+    assert again == {**written, "run": {"img_per_s": 16.5, "best_AP": None}}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -10,14 +10,12 @@ import pytest
 
 from effdet.report import log
 from effdet.report import progress as live_line
-from effdet.report.log import format_interval_line, setup_logging
-from effdet.report.progress import Watched, ended, format_live_line
+from effdet.report.log import setup_logging
+from effdet.report.progress import ended, format_live_line, progress
 
 VALUES = {"epoch": 3, "step": 310, "steps": 7393, "loss": 1.2534, "class_loss": 0.7512, "box_loss": 0.01003,
           "img_per_s": 46.375, "data_share": 0.034, "memory_mib": 12600, "eta": "2:03:05"}
-LINE = {"epoch": 3, "step": 50, "steps": 100, "loss": 1.25, "loss_average": 1.5, "class_loss": 0.75, "box_loss": 0.01,
-        "step_s": 0.5, "step_average_s": 0.35, "fps": 46.375, "fps_average": 45.714, "lr": 0.16, "data_s": 0.05,
-        "data_average_s": 0.013, "eta_s": 7384.6, "memory_mib": 2048.0}
+ON_LINE = {"on_live_line": True}  # for a log record
 
 
 class Terminal(io.StringIO):
@@ -81,12 +79,14 @@ def test_one_line_for_an_epoch_and_records_above_it(terminal, tmp_path):
     logger.info("hello")
     live_line.step(epoch=3, step=1, steps=100)
     assert terminal.screen()[:-1] == ["hello"] and terminal.screen()[-1].endswith("1/100")
-    logger.info(format_interval_line(**LINE))
+    logger.info("Train: 3 [  50/100]", extra=ON_LINE)
+    live_line.show({**VALUES, "step": 50, "steps": 100})
     assert len(terminal.screen()) == 2
-    assert terminal.screen()[1].endswith(" 50/100  loss 1.25  class 0.75 box 0.01  46.4 img/s  data 10%  ETA 2:03:05")
+    assert terminal.screen()[1].endswith(" 50/100  loss 1.253  class 0.751 box 0.01  46.4 img/s  data 3%  ETA 2:03:05")
     logger.warning("careful")
     assert terminal.screen()[1] == "careful" and "50/100" in terminal.screen()[2], "the line moves down"
-    logger.info(format_interval_line(**{**LINE, "step": 100}))
+    logger.info("Train: 3 [ 100/100]", extra=ON_LINE)
+    live_line.show({**VALUES, "step": 100, "steps": 100})
     live_line.step(epoch=3, step=100, steps=100)  # as the loop does after each update
     logger.info("Eval: 3  AP: 0.5")
     screen = terminal.screen()
@@ -104,14 +104,16 @@ def test_the_line_moves_ten_times_a_second_at_most(terminal, monkeypatch):
     assert 24 <= terminal.getvalue().count("Epoch 0") <= 30, "3 seconds"
 
 
-def test_watched_loader_shows_its_progress_and_leaves_nothing(terminal):
-    assert live_line.current() is not None
-    seen = []
-    for batch in Watched([7, 8, 9], "Evaluating"):
-        seen.append(batch)
-        if batch == 7:
-            assert terminal.screen()[-1].startswith("Evaluating")
-    assert seen == [7, 8, 9] and terminal.screen() == [""]
+def test_progress_has_a_line_of_its_own_and_leaves_nothing(terminal):
+    live_line.step(epoch=3, step=5, steps=10)
+    with pytest.raises(KeyboardInterrupt), progress("Evaluating", 3) as on_batch:
+        assert terminal.screen()[0].endswith(" 5/10")
+        on_batch(0)
+        assert re.fullmatch(r"Evaluating  ─+ 0/3", terminal.screen()[1])
+        logging.getLogger("effdet").info("a table")
+        assert terminal.screen()[1] == "a table" and terminal.screen()[2].startswith("Evaluating")
+        raise KeyboardInterrupt
+    assert terminal.screen()[1:] == ["a table", ""]
 
 
 def test_no_half_line_is_left_when_a_run_breaks_off(terminal):
@@ -131,13 +133,17 @@ def test_a_closed_terminal_ends_nothing(terminal):
 
 def test_other_ranks_have_no_line_and_pipes_no_handler(terminal, monkeypatch, tmp_path):
     setup_logging(tmp_path, rank=1)
-    logging.getLogger("effdet").info(format_interval_line(**LINE))
+    assert live_line.current() is None
+    live_line.step(epoch=0, step=5, steps=10)
+    live_line.show(VALUES)
     assert terminal.screen() == [""]
     monkeypatch.setattr(log.sys, "stdout", io.StringIO())
     setup_logging(None)
     assert live_line.current() is None
-    logging.getLogger("effdet").info(format_interval_line(**LINE))
-    assert log.sys.stdout.getvalue() == format_interval_line(**LINE) + "\n"
+    with progress("Evaluating", 3) as on_batch:
+        on_batch(1)
+    logging.getLogger("effdet").info("Train: 3", extra=ON_LINE)
+    assert log.sys.stdout.getvalue() == "Train: 3\n"
     monkeypatch.setattr(log.sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "dumb")
     setup_logging(None)

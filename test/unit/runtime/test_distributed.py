@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from effdet.runtime import distributed as d
+from effdet.runtime.launch import launch
 from effdet.runtime.sync_batchnorm import _global_moments, _SyncNormalize
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -123,12 +124,12 @@ def test_sync_batch_norm_alone_is_a_plain_batch_norm():
 
 def test_launch_refuses_what_cannot_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_processes is 0"):
-        d.launch([sys.argv[0]], 0)
-    with pytest.raises(ValueError, match="script_argv is empty"):
-        d.launch([], 2)
+        launch([sys.argv[0]], 0)
+    with pytest.raises(ValueError, match="command is empty"):
+        launch([], 2)
     with pytest.raises(FileNotFoundError, match="no_such_script.py"):
-        d.launch([str(tmp_path / "no_such_script.py")], 2)
+        launch([str(tmp_path / "no_such_script.py")], 2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="rank 0 of a launched group already"):
-        d.launch([__file__], 2)
+        launch([__file__], 2)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from effdet.config.cli import parse_train_args
 from effdet.data.loader import PrefetchLoader
 from effdet.runtime import signals as stopping
-from effdet.runtime.launch import dead_workers_in_one_line
+from effdet.runtime.console import dead_workers_in_one_line
 from effdet.training.run_dir import LOCK_NAME, hold_run_folder, make_run_folder
 
 

@@ -106,7 +106,6 @@ def test_what_auto_says(caplog):
 @pytest.mark.parametrize(("line", "words"), [
     ("-b many", "run.batch_size (--batch-size): got 'many', must be >= 1 or 'auto'"),
     ("-b 1.5", "must be >= 1 or 'auto'"), ("-b 0", "must be >= 1 or 'auto'"),
-    ("-b auto --eval-only --pretrained", "-b auto is for training"),
     ("optim.lr_batch=8", "optim.lr_batch acts with -b auto only"), ("-b auto --overfit 8", "-b auto is for training")])
 def test_refusals(line, words, capsys):
     with pytest.raises(SystemExit) as stop:

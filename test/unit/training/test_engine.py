@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from effdet import loss as loss_module
 from effdet.bench import DetBenchTrain
 from effdet.evaluator import Evaluator
 from effdet.factory import create_model
+from effdet.report.log import StepStats
 from effdet.training.amp import Precision
 from effdet.training.ema import ModelEma
 from effdet.training.engine import NonFiniteError, Training, evaluate, train_one_epoch
@@ -116,6 +116,20 @@ def captured_lines(name: str = "effdet.training.engine") -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
+class Recorded:
+    """A recorder that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, int, torch.Tensor]] = []
+        self.intervals: list[StepStats] = []
+
+    def on_batch(self, epoch: int, step: int, steps: int, images: torch.Tensor, target: dict) -> None:
+        self.batches.append((epoch, step, steps, images))
+
+    def on_interval(self, stats: StepStats) -> None:
+        self.intervals.append(stats)
+
+
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +151,8 @@ def test_an_update_is_the_mean_over_its_group_also_in_the_short_last_one(grad_ac
     assert run.updates == run.ema.updates == run.schedule.updates == len(groups)
     assert stats.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert (stats.class_loss, stats.box_loss) == pytest.approx((0.75 * stats.loss, 0.25 * stats.loss), rel=1e-5)
-    assert stats.skipped == 0 and stats.fps > 0 and stats.peak_memory_mib > 0
+    assert (stats.epoch, stats.global_step, stats.skipped) == (4, NUM_BATCHES, 0)
+    assert stats.img_per_s > 0 and stats.memory_mib > 0
     assert batches.epochs == [4]
 
 
@@ -257,40 +272,51 @@ def test_accumulation_exchanges_gradients_once_for_each_update():
         dist.destroy_process_group()
 
 
-# ---- the log ---------------------------------------------------------------------------------------------------------
+# ---- what is recorded ------------------------------------------------------------------------------------------------
 
 
-def test_a_line_comes_at_each_interval_and_at_the_end():
+def test_a_record_comes_at_each_interval_and_at_the_end():
     batches = make_batches()
     run = make_training(Regression(), log_interval=3, total_steps=2 * NUM_BATCHES)
-    with captured_lines() as lines:
-        train_one_epoch(run, batches, epoch=0)
-        train_one_epoch(run, batches, epoch=1)
+    recorder = Recorded()
+    for epoch in (0, 1):
+        train_one_epoch(run, batches, epoch, recorder=recorder)
     _, _, losses = train_slowly(batches + batches, [[index] for index in range(2 * NUM_BATCHES)])
     expected = [(epoch, step) for epoch in (0, 1) for step in (3, 6, 7)]
-    assert len(lines) == len(expected)
-    for line, (epoch, step) in zip(lines, expected, strict=True):
-        assert line.startswith(f"Train: {epoch} [{step:>4d}/7 (")
-        now, mean = map(float, re.search(r"Loss: ([\d.]+) \(([\d.]+)\)", line).groups())
+    assert [(stats.epoch, stats.step) for stats in recorder.intervals] == expected
+    for stats, (epoch, step) in zip(recorder.intervals, expected, strict=True):
         first = epoch * NUM_BATCHES
-        assert now == pytest.approx(losses[first + step - 1], abs=2e-5)
-        assert mean == pytest.approx(sum(losses[first:first + step]) / step, abs=2e-5)
-    assert "ETA: 0:00:00" in lines[-1]
-    assert run.throughput.intervals == 4  # neither the first nor the last
+        assert (stats.global_step, stats.steps, stats.lr) == (first + step, NUM_BATCHES, 0.05)
+        assert stats.loss == pytest.approx(losses[first + step - 1], rel=1e-5)
+        assert (stats.class_loss, stats.box_loss) == pytest.approx((0.75 * stats.loss, 0.25 * stats.loss), rel=1e-6)
+        assert stats.loss_average == pytest.approx(sum(losses[first:first + step]) / step, rel=1e-5)
+        assert stats.memory_mib > 0
+    assert recorder.intervals[-1].eta_s == 0
+
+
+def test_each_batch_is_shown_to_the_recorder_before_it_is_trained_on():
+    batches = make_batches()
+    run, recorder, seen = make_training(Regression(), max_steps=5), Recorded(), []
+    recorder.on_batch = lambda *batch: seen.append((run.steps, *batch))
+    train_one_epoch(run, batches, epoch=2, recorder=recorder)
+    assert [row[:4] for row in seen] == [(step, 2, step, NUM_BATCHES) for step in range(5)]
+    assert all(row[4] is images and row[5] is target for row, (images, target) in zip(seen, batches, strict=False))
 
 
 def test_rates_and_remaining_time_come_from_the_clock(monkeypatch):
     """A clock that ticks a second at each look: data_ready, the log line and the wait after it each take one."""
     ticks = iter(range(1000))
     monkeypatch.setattr("effdet.training.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    run = make_training(Regression(), log_interval=2, total_steps=10)
-    with captured_lines() as lines:
-        train_one_epoch(run, make_batches(4), epoch=0)
+    run, recorder = make_training(Regression(), log_interval=2, total_steps=10), Recorded()
+    train_one_epoch(run, make_batches(4), epoch=0, recorder=recorder)
     # Looks: start 0, data 1, wait 2, data 3, log 4, wait 5, data 6, wait 7, data 8, log 9.
-    assert "Time: 2.000s (2.000s)  FPS: 1.00 (1.00) img/s" in lines[0] and "Data: 1.000s (1.000s)" in lines[0]
-    assert "ETA: 0:00:16" in lines[0]  # 8 steps to go at 2 s
-    assert "Time: 2.500s (2.250s)  FPS: 0.80 (0.89) img/s" in lines[1]
-    assert "ETA: 0:00:14" in lines[1]  # 6 steps at 2.25 s is 13.5 s
+    first, second = recorder.intervals
+    assert (first.step_s, first.step_average_s, first.img_per_s, first.img_per_s_average) == (2.0, 2.0, 1.0, 1.0)
+    assert (first.data_s, first.data_average_s, first.data_share) == (1.0, 1.0, 0.5)
+    assert first.eta_s == 16.0  # 8 steps to go at 2 s
+    assert (second.step_s, second.step_average_s, second.img_per_s) == (2.5, 2.25, 0.8)
+    assert second.img_per_s_average == pytest.approx(8 / 9)
+    assert second.eta_s == 13.5  # 6 steps at 2.25 s
 
 
 # ---- reading the device ----------------------------------------------------------------------------------------------
@@ -352,9 +378,10 @@ def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
     for module in (anchors_module, loss_module):  # the way of accelerators
         monkeypatch.setattr(module, "is_host", lambda device: False)
     run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
-    with captured_lines() as lines, reads_by_step(run, monkeypatch) as reads:
-        train_one_epoch(run, make_pictures(5), epoch=0)
-    assert len(lines) == 3
+    recorder = Recorded()
+    with reads_by_step(run, monkeypatch) as reads:
+        train_one_epoch(run, make_pictures(5), epoch=0, recorder=recorder)
+    assert len(recorder.intervals) == 3
     assert set(reads) == {2, 4, 5}, f"reads by finished steps: {dict(reads)}"
     assert reads[2] == reads[4] <= 2, "one read for a line"
 
@@ -402,14 +429,16 @@ def test_evaluation_scores_every_batch_and_means_the_loss():
     batches = [(torch.full((2, 3, 4, 4), 0.25), {"img_idx": torch.tensor([0, 1])}),
                (torch.full((1, 3, 4, 4), 0.75), {"img_idx": torch.tensor([2])})]
     evaluator = Collected()
-    metric, loss = evaluate(Detecting(True).train(), batches, evaluator)
-    assert (metric, loss) == (1.25, 0.5)
-    assert evaluator.img_indices == [0, 1, 2]
+    done: list[int] = []
+    stats = evaluate(Detecting(True).train(), batches, evaluator, on_batch=done.append)
+    assert (stats.metric, stats.loss) == (1.25, 0.5) and stats.seconds > 0
+    assert evaluator.img_indices == [0, 1, 2] and done == [0, 1]
     with captured_lines() as lines:
-        metric, loss = evaluate(Detecting(False), batches, Collected(), log_interval=1)
-    assert (metric, loss) == (1.25, None)
+        stats = evaluate(Detecting(False), batches, Collected(), log_interval=1)
+    assert (stats.metric, stats.loss) == (1.25, None)
     assert [line.partition("]")[0] for line in lines] == ["Eval: [1/2", "Eval: [2/2"]
 
 
 def test_evaluation_of_nothing_is_zero():
-    assert evaluate(Detecting(True), [], Collected()) == (0.0, None)
+    stats = evaluate(Detecting(True), [], Collected())
+    assert (stats.metric, stats.loss) == (0.0, None)

@@ -1,104 +1,176 @@
-"""metrics.jsonl and TensorBoard's files, by their readers, across restarts of a run."""
+"""What a run writes, by its readers, across restarts of the run and on full disks."""
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import logging
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from effdet.report.log import format_interval_line
-from effdet.training.metrics_log import NAME, MetricsLog, check_tensorboard, drop_from, read_rows
+from effdet.config.schema import RunConfig
+from effdet.report.log import EpochStats, EvalStats, StepStats, setup_logging
+from effdet.training.recorder import (
+    METRICS_LOG_NAME,
+    RunRecorder,
+    append_summary,
+    check_tensorboard,
+    drop_rows_from,
+    drop_summary_from,
+    read_rows,
+    steady_rates,
+)
 
-LINE = {"steps": 4, "loss_average": 1.5, "class_loss": 0.75, "box_loss": 0.01, "step_s": 0.5, "step_average_s": 0.35,
-        "fps": 46.0, "fps_average": 45.0, "lr": 0.16, "data_s": 0.05, "data_average_s": 0.01, "eta_s": 7.0,
-        "memory_mib": 2048.0}
+STEP = {"epoch": 3, "global_step": 22229, "step": 50, "steps": 7393, "loss": 1.25, "loss_average": 1.5,
+        "class_loss": 0.75, "box_loss": 0.01, "lr": 0.16, "step_s": 0.345, "step_average_s": 0.35, "img_per_s": 46.375,
+        "img_per_s_average": 45.714, "data_s": 0.012, "data_average_s": 0.013, "eta_s": 7384.6, "memory_mib": 2048.0}
 has_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
                                      reason="tensorboard is not installed")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def logger():
     """The packages' logger without handlers, given back as it was."""
-    logger = logging.getLogger("effdet")
-    saved, level, logger.handlers = logger.handlers, logger.level, []
-    logger.setLevel(logging.INFO)
-    yield logger
-    logger.handlers = saved
-    logger.setLevel(level)
+    loggers = [logging.getLogger(name) for name in ("effdet", "timm_patches")]
+    saved = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:] = []
+        logger.setLevel(logging.INFO)
+    yield loggers[0]
+    for logger, level, propagate, handlers in saved:
+        for handler in logger.handlers:
+            handler.close()
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
-def train(log: MetricsLog, logger: logging.Logger, run: SimpleNamespace, epochs: range, start: int = 0) -> None:
-    """Log what epochs of four batches do, two batches to an interval; the loss tells the step."""
+def make_recorder(folder: Path, steps: int = 0, tensorboard: bool = False) -> RunRecorder:
+    cfg = RunConfig()
+    cfg.run.tensorboard = tensorboard
+    training = SimpleNamespace(device=torch.device("cpu"), model=SimpleNamespace(config=None), steps=steps)
+    categories = SimpleNamespace(class_names=("ball", "box"))
+    loader = SimpleNamespace(dataset=SimpleNamespace(parser=SimpleNamespace(category_map=categories)),
+                             mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1))
+    recorder = RunRecorder(cfg, folder, training, loader, None, None)
+    recorder.report = SimpleNamespace(write=lambda evaluator, rows: None)
+    return recorder
+
+
+def train(recorder: RunRecorder, epochs: range, start: int = 0) -> None:
+    """Record epochs of four batches, two batches to an interval; the loss tells the step."""
     for epoch in epochs:
         for step in (2, 4):
             if epoch > epochs.start or step > start:
-                run.steps = 4 * epoch + step
-                logger.info(format_interval_line(epoch=epoch, step=step, loss=float(run.steps), **LINE))
-        log.add("epoch", epoch, {"loss": 0.5, "skipped": 0})
-        log.add("evaluation", epoch, {"AP": epoch / 10, "AP50": float("nan")})
+                recorder.on_interval(StepStats(**STEP | {
+                    "epoch": epoch, "global_step": 4 * epoch + step, "step": step, "steps": 4,
+                    "loss": float(4 * epoch + step), "step_s": 0.5, "data_s": 0.05}))
+        stats = EpochStats(epoch, 4 * epoch + 4, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
+        evaluation = EvalStats(epoch / 10, None, 1.0, {"AP": epoch / 10, "AP50": math.nan})
+        recorder.add_summary(stats, evaluation if epoch else None)
+        recorder.add_epoch(stats, evaluation if epoch else None)
 
 
-def test_a_line_for_each_interval_epoch_and_evaluation(tmp_path, logger):
-    run = SimpleNamespace(steps=0)
-    log = MetricsLog(tmp_path, False, lambda: run.steps)
-    log.begin(0)
-    train(log, logger, run, range(1))
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / NAME).read_text().splitlines()]
-    assert rows == [
-        {"kind": "interval", "epoch": 0, "global_step": step, "step": step, "steps": 4, "loss": float(step),
-         "class_loss": 0.75, "box_loss": 0.01, "lr": 0.16, "img_per_s": 46.0, "data_share": 0.1, "memory_mib": 2048.0}
-        for step in (2, 4)] + [
-        {"kind": "epoch", "epoch": 0, "global_step": 4, "loss": 0.5, "skipped": 0},
-        {"kind": "evaluation", "epoch": 0, "global_step": 4, "AP": 0.0, "AP50": None}]
-    assert read_rows(tmp_path / NAME) == rows
+@pytest.mark.parametrize(("rates", "expected"), [
+    ([], []), ([7], [7]), ([1, 9], [9]), ([1, 10, 90], [10]), ([1, 10, 20, 30, 500], [10, 20, 30])])
+def test_throughput_leaves_out_the_start_and_the_end(rates: list[int], expected: list[int]) -> None:
+    assert steady_rates(rates) == expected
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.CRITICAL])
+def test_a_row_for_each_interval_epoch_and_evaluation_whatever_is_logged(tmp_path, capsys, level):
+    setup_logging(tmp_path).setLevel(level)
+    recorder = make_recorder(tmp_path)
+    recorder.begin(0, 0)
+    train(recorder, range(2))
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / METRICS_LOG_NAME).open()]
+    assert rows == [row for epoch in range(2) for row in [
+        *({"kind": "interval", "epoch": epoch, "global_step": 4 * epoch + step, "step": step, "steps": 4,
+           "loss": 4.0 * epoch + step, "class_loss": 0.75, "box_loss": 0.01, "lr": 0.16, "img_per_s": 46.375,
+           "data_share": 0.1, "memory_mib": 2048.0} for step in (2, 4)),
+        {"kind": "epoch", "epoch": epoch, "global_step": 4 * epoch + 4, "loss": 0.5, "class_loss": 0.25,
+         "box_loss": 0.01, "lr": 0.16, "img_per_s": 46.0, "memory_mib": 2048.0, "skipped": 0},
+        *([{"kind": "evaluation", "epoch": 1, "global_step": 8, "AP": 0.1, "AP50": None}] if epoch else [])]]
+    assert read_rows(tmp_path / METRICS_LOG_NAME) == rows
+    assert capsys.readouterr().out.count("Train: ") == (tmp_path / "log.txt").read_text().count("Train: ") == (
+        4 if level == logging.INFO else 0)
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (1, 0), (1, 2), (2, 0)])
-def test_a_resumed_run_has_each_line_once(tmp_path, logger, epoch, step):
-    run = SimpleNamespace(steps=0)
-    straight = MetricsLog(tmp_path, False, lambda: run.steps)
-    straight.begin(0)
-    train(straight, logger, run, range(3))
-    expected = (tmp_path / NAME).read_text()
-    with (tmp_path / NAME).open("a") as file:
-        file.write('{"kind": "inter')  # cut off by a crash
-    logger.handlers = []
-    resumed = MetricsLog(tmp_path, False, lambda: run.steps)
+def test_a_resumed_run_has_each_row_once(tmp_path, epoch, step):
+    names = (METRICS_LOG_NAME, "summary.csv")
+    recorder = make_recorder(tmp_path)
+    recorder.begin(0, 0)
+    train(recorder, range(3))
+    expected = [(tmp_path / name).read_text() for name in names]
+    for name, part in zip(names, ('{"kind": "inter', "7"), strict=True):
+        with (tmp_path / name).open("a") as file:
+            file.write(part)  # cut off by a crash
+    resumed = make_recorder(tmp_path, 4 * epoch + step)
     resumed.begin(epoch, step)
-    train(resumed, logger, run, range(epoch, 3), step)
-    assert (tmp_path / NAME).read_text() == expected
+    train(resumed, range(epoch, 3), step)
+    assert [(tmp_path / name).read_text() for name in names] == expected
 
 
-def test_a_broken_last_line_stays_apart_from_the_next(tmp_path):
-    path = tmp_path / NAME
+def test_a_broken_last_row_stays_apart_from_the_next(tmp_path):
+    path = tmp_path / METRICS_LOG_NAME
     path.write_text('{"kind": "epoch", "epoch": 0}\n{"kind": "ep')
-    MetricsLog(tmp_path, False, lambda: 9).add("epoch", 1, {"loss": 1.0})
+    make_recorder(tmp_path).add_epoch(EpochStats(1, 8, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0), None)
     assert [row["epoch"] for row in read_rows(path)] == [0, 1]
-    drop_from(path, 1)
+    drop_rows_from(path, 1)
     assert path.read_text() == '{"kind": "epoch", "epoch": 0}\n'
     assert read_rows(tmp_path / "none") == []
 
 
+def test_files_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, capsys):
+    """Every write to /dev/full fails as on a full disk; a folder in a file's place fails too.
+
+    summary.csv is not one of those that only inform.
+    """
+    for name in ("log.txt", METRICS_LOG_NAME):
+        (tmp_path / name).symlink_to("/dev/full")
+    (tmp_path / "summary.csv").mkdir()
+    setup_logging(tmp_path)
+    recorder = make_recorder(tmp_path)
+    epoch = EpochStats(1, 8, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
+    for step in (1, 2):
+        recorder.on_interval(StepStats(**STEP | {"step": step}))
+        recorder.add_epoch(epoch, None)
+    said = capsys.readouterr()
+    assert said.out.count("Train: 3") == 2 and "Traceback" not in said.err
+    for name in ("log.txt", METRICS_LOG_NAME):
+        assert said.out.count(f"{name} cannot be written (") == 1, said.out
+    with pytest.raises(OSError, match="summary.csv"):
+        recorder.add_summary(epoch, None)
+    (tmp_path / METRICS_LOG_NAME).unlink()  # there is room again
+    recorder.add_epoch(epoch, None)
+    assert [row["epoch"] for row in read_rows(tmp_path / METRICS_LOG_NAME)] == [1]
+
+
 @has_tensorboard
-def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path, logger):
+def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run = SimpleNamespace(steps=0)
-    log = MetricsLog(tmp_path, True, lambda: run.steps)
-    log.begin(0)
-    train(log, logger, run, range(2))
-    log.writer.close()
-    logger.handlers = []
-    run.steps = 6  # a checkpoint within epoch 1
-    resumed = MetricsLog(tmp_path, True, lambda: run.steps)
+    recorder = make_recorder(tmp_path, tensorboard=True)
+    recorder.begin(0, 0)
+    train(recorder, range(2))
+    recorder.writer.close()
+    resumed = make_recorder(tmp_path, 6, tensorboard=True)  # a checkpoint within epoch 1
     resumed.begin(1, 2)
-    train(resumed, logger, run, range(1, 3), 2)
+    train(resumed, range(1, 3), 2)
     resumed.writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(k, k) for k in range(2, 13, 2)]
-    assert [event.step for event in events.Scalars("val/AP")] == [4, 8, 12]
-    assert {"train/lr", "train/img_per_s", "epoch/skipped"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("val/AP")] == [8, 12]
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("epoch/")}
+    assert tags == {f"epoch/{name}" for name in ("loss", "class_loss", "box_loss", "lr", "img_per_s", "memory_mib",
+                                                 "skipped")}
 
 
 def test_tensorboard_asked_for_and_missing_is_said(monkeypatch):
@@ -106,3 +178,88 @@ def test_tensorboard_asked_for_and_missing_is_said(monkeypatch):
     with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard, .* pip install tensorboard"):
         check_tensorboard(True)
     check_tensorboard(False)
+
+
+# ---- summary.csv -----------------------------------------------------------------------------------------------------
+
+def test_summary_has_a_row_for_each_epoch(tmp_path):
+    train(make_recorder(tmp_path), range(2))
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first == {"epoch": "0", "train_loss": "0.5", "train_class_loss": "0.25", "train_box_loss": "0.01",
+                     "lr": "0.16", "img_per_s": "46.0", "skipped": "0", "AP": "", "AP50": ""}
+    assert (second["epoch"], second["AP"], second["AP50"]) == ("1", "0.1", "nan")
+
+
+def test_csv_continues_a_file_in_its_own_column_order(tmp_path) -> None:
+    path = tmp_path / "summary.csv"
+    append_summary(path, {"epoch": 0, "loss": 1.5, "note": "a, b"})
+    append_summary(path, {"note": "", "loss": 1.25, "epoch": 1})
+    assert path.read_text(encoding="utf-8") == 'epoch,loss,note\n0,1.5,"a, b"\n1,1.25,\n'
+
+
+def test_csv_survives_a_cut_off_row(tmp_path) -> None:
+    path = tmp_path / "summary.csv"
+    path.write_text("epoch,loss\n0,1.5\n1,1.", encoding="utf-8")
+    append_summary(path, {"epoch": 1, "loss": 1.25})
+    assert path.read_text(encoding="utf-8").splitlines() == ["epoch,loss", "0,1.5", "1,1.", "1,1.25"]
+    path.write_text("", encoding="utf-8")
+    append_summary(path, {"epoch": 1, "loss": 1.25})
+    assert path.read_text(encoding="utf-8") == "epoch,loss\n1,1.25\n"
+
+
+def test_csv_refuses_other_columns_and_keeps_the_file(tmp_path) -> None:
+    path = tmp_path / "summary.csv"
+    append_summary(path, {"epoch": 0, "loss": 1.5})
+    for row in ({"epoch": 1}, {"epoch": 1, "loss": 1.0, "map": 0.1}):
+        with pytest.raises(ValueError, match="has the columns epoch, loss"):
+            append_summary(path, row)
+    assert path.read_text(encoding="utf-8") == "epoch,loss\n0,1.5\n"
+
+
+def test_a_resumed_run_drops_the_csv_rows_it_will_write_anew(tmp_path) -> None:
+    path = tmp_path / "summary.csv"
+    drop_summary_from(path, 0)
+    assert not path.exists(), "nothing to drop, nothing made"
+    for epoch in (8, 9, 10, 11):
+        append_summary(path, {"epoch": epoch, "loss": epoch / 2})
+    with path.open("a", encoding="utf-8") as file:
+        file.write("7")  # cut off by a crash
+    drop_summary_from(path, 10)
+    assert path.read_text(encoding="utf-8") == "epoch,loss\n8,4.0\n9,4.5\n"
+    drop_summary_from(path, 0)
+    assert path.read_text(encoding="utf-8") == "epoch,loss\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]
+
+
+# ---- the first batch -------------------------------------------------------------------------------------------------
+
+def test_the_first_batch_is_drawn_once_in_the_life_of_a_run(tmp_path):
+    """The image is grey but for what is drawn on it."""
+    images = torch.full((2, 3, 64, 64), 128.0)
+    boxes_yxyx = torch.tensor([[[8.0, 8.0, 40.0, 50.0]], [[20.0, 4.0, 60.0, 30.0]]])
+    target = {"bbox": boxes_yxyx, "cls": torch.tensor([[1], [2]])}
+    path = tmp_path / "train_batch.jpg"
+    recorder = make_recorder(tmp_path)
+    recorder.on_batch(0, 0, 4, images, target)
+    assert not path.exists(), "before the run begins nothing is written"
+    recorder.begin(0, 0)
+    recorder.on_batch(0, 0, 4, images, target)
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    assert np.ptp(pixels, axis=2).max() > 60, "coloured boxes"
+    before = path.read_bytes()
+    recorder.on_batch(0, 1, 4, images + 50, target)
+    resumed = make_recorder(tmp_path)
+    resumed.begin(0, 2)
+    resumed.on_batch(0, 2, 4, images + 50, target)
+    assert path.read_bytes() == before
+
+
+def test_a_batch_that_cannot_be_drawn_is_one_warning(tmp_path, capsys):
+    setup_logging(None)
+    recorder = make_recorder(tmp_path)
+    recorder.begin(0, 0)
+    for step in range(3):
+        recorder.on_batch(0, step, 4, torch.zeros(2, 3, 8, 8), {})
+    assert capsys.readouterr().out.count("the first training batch could not be drawn (KeyError") == 1

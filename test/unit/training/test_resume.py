@@ -85,8 +85,7 @@ def test_the_newest_run_folder_is_found_also_before_its_first_checkpoint(tmp_pat
 def test_another_model_or_size_is_refused_with_both_sides():
     payload = {"arch": "tf_efficientdet_d1", "image_size": [64, 96]}
     with pytest.raises(CheckpointError, match="of tf_efficientdet_d1, but this run trains tf_efficientdet_d0"):
-        run_state.check_fits(payload, "a.pth", "tf_efficientdet_d0", [64, 96], False)
+        run_state.check_fits(payload, "a.pth", "tf_efficientdet_d0", [64, 96])
     with pytest.raises(CheckpointError, match="at 64x96, but this run trains at 96x64: resume with --image-size 64 96"):
-        run_state.check_fits(payload, "a.pth", "tf_efficientdet_d1", [96, 64], False)
-    run_state.check_fits(payload, "a.pth", "tf_efficientdet_d1", [96, 64], eval_only=True)
-    run_state.check_fits({}, "other trainers' files say neither", "tf_efficientdet_d1", [96, 64], False)
+        run_state.check_fits(payload, "a.pth", "tf_efficientdet_d1", [96, 64])
+    run_state.check_fits({}, "other trainers' files say neither", "tf_efficientdet_d1", [96, 64])

@@ -1,0 +1,132 @@
+"""The work of validate.py: build a detector and its data, evaluate, write the numbers."""
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effdet.config.load import split_over_devices, workers_per_device
+from effdet.config.schema import ValidateConfig
+from effdet.data.build import build_dataset, build_eval_loader
+from effdet.data.corrupt import BadPicturesError
+from effdet.evaluator import CocoEvaluator
+from effdet.factory import place_model
+from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
+from effdet.predict.speed import Speed, measure_speed
+from effdet.report import html, progress
+from effdet.report.log import METRICS_NAME, setup_logging
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+from effdet.runtime.console import one_line_errors
+from effdet.training.amp import Precision
+from effdet.training.engine import evaluate
+
+_logger = logging.getLogger("effdet.validate")
+
+
+def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
+    """Build what the config names, evaluate it, print the numbers and write the files asked for."""
+    setup_logging(None, distributed.rank())
+    with one_line_errors("validate.py"):
+        detector = find_detector(cfg)
+        dataset = open_dataset(cfg, detector)
+        world = distributed.world_size()
+        channels_last = device_layer.use_channels_last(device)
+        loader = build_eval_loader(dataset, cfg.data, detector.model.config,
+                                   split_over_devices(cfg.run.batch_size, world),
+                                   workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip,
+                                   channels_last)
+        for line in device_layer.tune(device):
+            _logger.info("setting: %s", line)
+        precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
+        place_model(detector.model, device, cfg.model.same_padding, channels_last)
+        bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
+                                    cfg.run.tta_flip, cfg.run.tta_scales)
+        bench.use_nms(cfg.model.nms, device)
+    with one_line_errors("validate.py", (BadPicturesError,)):
+        run(cfg, detector, bench, loader, device, precision)
+
+
+def find_detector(cfg: ValidateConfig) -> Detector:
+    """Load the weights that the flags name."""
+    if cfg.run.checkpoint:
+        return load_detector(cfg.run.checkpoint, cfg.model, cfg.run.use_ema, cfg.model.num_classes)
+    if cfg.model.pretrained:
+        return load_published(cfg.model)
+    raise ValueError("no weights given: name a file with --checkpoint FILE, or use --pretrained for the published ones")
+
+
+def open_dataset(cfg: ValidateConfig, detector: Detector):
+    """Open the validation split with the class numbers of the detector, or check that its class count fits."""
+    if detector.category_map is not None:
+        return build_dataset(cfg.data, "val", stored=detector.category_map.to_dict())
+    return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
+
+
+def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
+        precision: Precision) -> None:
+    """Evaluate, print the numbers and write the files asked for."""
+    _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))
+    if len(loader.dataset) == 0:
+        _logger.warning("the validation split has no pictures: there is nothing to evaluate")
+    evaluator = CocoEvaluator(loader.dataset, distributed=True,
+                              max_det=max(100, detector.model.config.max_det_per_image))
+    started = time.time()
+    log_interval = 0 if progress.current() else cfg.run.log_interval
+    with progress.progress("Evaluating", len(loader)) as on_batch:
+        found = evaluate(bench, loader, evaluator, precision.autocast, log_interval, on_batch)
+    facts = {"model": detector.model.config.name, "processes": distributed.world_size(),
+             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(found.seconds, 1e-9),
+             "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint}
+    speed = measure(bench, loader, precision) if cfg.run.speed and len(loader.dataset) else None
+    if speed is not None:
+        facts |= {"model_ms": speed.model_ms, "post_processing_ms": speed.post_ms}
+        _logger.info("speed: %s", speed)
+    if cfg.run.results:
+        evaluator.save(cfg.run.results)
+        _logger.info("results: %s", cfg.run.results)
+    for row in evaluator.per_class():
+        ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
+        _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
+    if distributed.is_primary():
+        write_files(cfg, detector, evaluator, loader.dataset, device, facts)
+    _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
+
+
+def measure(bench: torch.nn.Module, loader: Any, precision: Precision) -> Speed:
+    """Measure the speed on the first batch of this process."""
+    images, target = next(iter(loader))
+    return measure_speed(bench, images, target, precision.autocast)
+
+
+def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluator, dataset: Any, device: torch.device,
+                facts: dict[str, Any]) -> None:
+    """Write the numbers as json and csv, and the report."""
+    metrics = [Path(cfg.run.metrics)] if cfg.run.metrics else []
+    if cfg.run.output:
+        folder = Path(cfg.run.output)
+        metrics.append(folder / METRICS_NAME)
+    for path in metrics:
+        evaluator.write_metrics(path, facts)
+        _logger.info("metrics: %s", path)
+    if not cfg.run.output:
+        return
+    rows = evaluator.scores.class_rows()
+    with (folder / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    tiles = [("pictures / s, with loading", f"{facts['img_per_s']:.1f}")]
+    if "model_ms" in facts:
+        tiles += [("ms a picture, model", f"{facts['model_ms']:.2f}"),
+                  ("ms, post-processing", f"{facts['post_processing_ms']:.2f}")]
+    page = html.Report(folder / html.NAME, Path(cfg.run.checkpoint or cfg.model.pretrained).name, cfg,
+                         detector.model.config, dataset, device=device_layer.describe(device), facts=tiles)
+    page.write(evaluator)
+    _logger.info("classes: %s", folder / "per_class.csv")
+    _logger.info("report: %s", page.path)

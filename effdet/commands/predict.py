@@ -1,0 +1,35 @@
+"""Detect objects in pictures, draw them, and write what was found as a table and a json.
+
+Examples:
+  python demo.py                       (newest checkpoint, default data set)
+  python demo.py a.jpg b.jpg --checkpoint output/train/RUN/model_best.pth.tar
+  python demo.py "pics/*.jpg" --score-thr 0.3 --output drawn
+  python demo.py pics --model tf_efficientdet_d0 --checkpoint WEIGHTS.pth
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from effdet.config.cli import parse_demo_args
+
+from .environment import prepare_environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, detect and draw, and return the exit status."""
+    prepare_environment()
+    cfg = parse_demo_args(argv, __doc__)
+    from effdet.report.log import setup_logging  # torch comes with these
+    from effdet.runtime.console import one_line_errors
+
+    from .drawing import detect_and_draw
+
+    setup_logging(None)
+    with one_line_errors("demo.py"):
+        detect_and_draw(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

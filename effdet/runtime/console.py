@@ -1,0 +1,80 @@
+"""What a command says and how it ends: one line for an error at its door, the parser of small commands."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+
+_logger = logging.getLogger(__name__)
+
+INPUT_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
+    """End the process with one line and status 1 when the input is at fault; other exceptions keep their traceback.
+
+    Input errors are ValueError, OSError (a file) and RuntimeError raised while a run is set up, so use it around
+    the set-up only, or name the `kinds` of errors.
+    """
+    try:
+        yield
+    except kinds as error:
+        _logger.debug("the error came from here", exc_info=True)
+        sys.stdout.flush()
+        raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
+
+
+@contextlib.contextmanager
+def dead_workers_in_one_line(program: str) -> Iterator[None]:
+    """End the process with one line and status 1 when a loader process died; other errors keep their traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", _texts_of(error))
+        if found is None:
+            raise
+        how = f" ({found[2].strip()})" if found[2] else ""
+        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
+                         "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
+                         "with --resume auto.") from None
+
+
+def _texts_of(error: BaseException | None) -> str:
+    """Return the texts of an error and of those that led to it, the first cause first, in one line."""
+    texts: list[str] = []
+    while error is not None:
+        texts.insert(0, " ".join(str(error).split()))
+        error = error.__cause__ or error.__context__
+    return " ".join(texts)
+
+
+def _folded(command: str) -> str:
+    """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
+    parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)
+    return "  " + " \\\n      ".join(parts)
+
+
+def make_tool_parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Make the parser of a small command `python -m MODULE`, and send its log lines to the terminal as they are.
+
+    Args:
+        module: its dotted name.
+        description: one sentence.
+        example: arguments of a typical call; several, one a line.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    program = f"python -m {module}"
+    examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
+    return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_ema_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --ema / --no-ema: which of a checkpoint's two sets of weights is taken."""
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
+                        help="the averaged weights or the trained ones (default: averaged if there are any)")

@@ -1,0 +1,297 @@
+"""What a training run leaves behind and shows beside its checkpoints: the loops hand records in, files come out.
+
+That is: metrics.jsonl, summary.csv, metrics.json, TensorBoard, the report, the first batch, lines of the log and the
+live line. All of it happens on rank 0, and none of it reads the device, but for the first batch, once.
+
+metrics.jsonl has one json object a line. All have `kind`, `epoch` (from 0) and `global_step` (batches since the start
+of the run); numbers that are NaN or infinite are null. By kind:
+
+    interval     step, steps (batches of the epoch so far, and in all), loss, class_loss, box_loss (before its weight),
+                 lr, img_per_s (over all devices), data_share (of the time, spent waiting for data), memory_mib (peak)
+    epoch        loss, class_loss, box_loss (means over the epoch), lr, img_per_s, memory_mib, skipped (updates left out
+                 for inf or NaN, since the start of the run)
+    evaluation   AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small, AR_medium, AR_large
+
+A resumed run takes metrics.jsonl and summary.csv up where its checkpoint stands; in TensorBoard's files, which cannot
+be cut, it hides what lies behind (purge_step).
+"""
+from __future__ import annotations
+
+import atexit
+import contextlib
+import csv
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effdet.checkpoint.io import replacing
+from effdet.config.schema import RunConfig
+from effdet.evaluator import CocoEvaluator
+from effdet.predict.gallery import draw_training_batch
+from effdet.report import html as report
+from effdet.report import progress as live_line
+from effdet.report.images import BATCH_NAME
+from effdet.report.log import (
+    METRICS_NAME,
+    EpochStats,
+    EvalStats,
+    StepStats,
+    format_best_metric,
+    format_duration,
+    format_interval_line,
+    tolerate_write_error,
+)
+from effdet.report.summary import describe_start, next_commands
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed
+
+from .engine import Training
+
+_logger = logging.getLogger("effdet.train")
+
+METRICS_LOG_NAME, SUMMARY_NAME = "metrics.jsonl", "summary.csv"
+_INTERVAL_KEYS = ("epoch", "global_step", "step", "steps", "loss", "class_loss", "box_loss", "lr", "img_per_s",
+                  "data_share", "memory_mib")
+_CHARTS = {"interval": "train", "epoch": "epoch", "evaluation": "val"}  # how TensorBoard groups them
+_NOT_CHARTED = ("epoch", "global_step", "step", "steps")
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Refuse what cannot be had.
+
+    Raises:
+        ValueError: it is wanted, and the package is not installed.
+    """
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard, which is not installed: pip install "
+                         "tensorboard, or leave it out; the same numbers are in metrics.jsonl and report.html")
+
+
+class RunRecorder:
+    """Collect and write what a run has to show; an engine.Recorder. Does nothing on ranks other than 0.
+
+    Args:
+        cfg: the resolved settings.
+        folder: the run's.
+        training: what is trained.
+        train_loader: its data set and normalisation.
+        val_set: data set of the evaluations.
+        evaluator: that evaluates.
+    """
+
+    def __init__(self, cfg: RunConfig, folder: Path, training: Training, train_loader: Any, val_set: Any,
+                 evaluator: CocoEvaluator) -> None:
+        self.cfg, self.folder, self.training, self.train_loader = cfg, folder, training, train_loader
+        self.val_set, self.evaluator = val_set, evaluator
+        self.primary = distributed.is_primary()
+        self.rates: list[float] = []  # images per second of each interval
+        self.writer: Any = None  # TensorBoard's
+        self.draws_batch = False
+        self.device = device_layer.describe(training.device)
+        self.report = report.Report(folder / report.NAME, folder.name, cfg, training.model.config, val_set,
+                                    train_loader.dataset, self.device)
+
+    def describe(self, epochs: int, channels_last: bool) -> None:
+        """Log what the run is: so many epochs in all, with this memory layout."""
+        if not self.primary:
+            return
+        precision = self.training.precision.level
+        precision = "float32" if precision == "O0" else f"mixed precision {precision} in {self.cfg.amp.dtype}"
+        for line in describe_start(self.cfg, self.training.model, self.train_loader.dataset, self.val_set, self.device,
+                                   distributed.world_size(), channels_last, epochs, len(self.train_loader), precision,
+                                   self.folder):
+            _logger.info("%s", line)
+
+    def begin(self, epoch: int, batches: int) -> None:
+        """Open the files, without what the run will write anew.
+
+        Args:
+            epoch: the first epoch to be trained.
+            batches: those of it that are done already.
+        """
+        if not self.primary:
+            return
+        drop_rows_from(self.folder / METRICS_LOG_NAME, epoch, batches)
+        drop_summary_from(self.folder / SUMMARY_NAME, epoch)
+        self.draws_batch = not (self.folder / BATCH_NAME).exists()
+        if self.cfg.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            done = self.training.steps
+            self.writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
+            atexit.register(self.writer.close)
+
+    def on_batch(self, epoch: int, step: int, steps: int, images: Any, target: Any) -> None:
+        """Move the live line on, and draw the run's first batch; see engine.Recorder."""
+        if self.primary:
+            live_line.step(epoch=epoch, step=step, steps=steps)
+        if self.draws_batch:
+            self.draws_batch = False
+            self._draw(images, target)
+
+    def on_interval(self, stats: StepStats) -> None:
+        """Write, log and show the numbers of an interval; see engine.Recorder."""
+        if not self.primary:
+            return
+        self.rates.append(stats.img_per_s)
+        row = {key: getattr(stats, key) for key in _INTERVAL_KEYS}
+        _logger.info("%s", format_interval_line(stats), extra={"on_live_line": True})
+        live_line.show({**row, "eta": format_duration(stats.eta_s)})
+        self._write("interval", row)
+
+    def add_summary(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
+        """Append an epoch to summary.csv; call it on rank 0.
+
+        Args:
+            stats: of the epoch.
+            evaluation: after it, if there was one.
+
+        Raises:
+            OSError: the disk does not take it.
+            ValueError: the file has other columns.
+        """
+        append_summary(self.folder / SUMMARY_NAME, {
+            "epoch": stats.epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
+            "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.img_per_s, "skipped": stats.skipped,
+            "AP": evaluation and evaluation.metric, "AP50": evaluation and evaluation.scores["AP50"]})
+
+    def add_epoch(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
+        """Write an epoch's numbers and, where it was evaluated, those of the evaluation and the report."""
+        if not self.primary:
+            return
+        self._write("epoch", dataclasses.asdict(stats))
+        if evaluation is not None:
+            self._write("evaluation", {"epoch": stats.epoch, "global_step": stats.global_step, **evaluation.scores})
+            self.report.write(self.evaluator, read_rows(self.folder / METRICS_LOG_NAME))
+
+    def end(self, run: Mapping[str, Any], seconds: float, pictures: Path) -> None:
+        """Write metrics.json, say what came out, where it is and what to do next; call it on rank 0.
+
+        Args:
+            run: what the run came to, by name, for metrics.json; throughput and duration are added here.
+            seconds: its duration.
+            pictures: where predictions were drawn.
+        """
+        rates, checkpoint = steady_rates(self.rates), Path(run["checkpoint"])
+        img_per_s = sum(rates) / len(rates) if rates else 0.0
+        self.evaluator.write_metrics(self.folder / METRICS_NAME, {**run, "img_per_s": img_per_s, "seconds": seconds})
+        stats = self.evaluator.stats
+        parser = self.val_set.parser
+        image = Path(self.val_set.data_dir) / parser.img_infos[0]["file_name"] if len(parser.img_infos) else None
+        for line in (f"TrainAvgFPS: mean img/s of {len(rates)} intervals AvgFPS:{img_per_s:.2f}",
+                     format_best_metric(run["best_AP"], run["best_epoch"]),
+                     f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch, {format_duration(seconds)})",
+                     f"checkpoint: {checkpoint}", f"pictures: {pictures}", f"report: {self.report.path}",
+                     *(f"next: {command}" for command in next_commands(self.cfg, self.folder, checkpoint, image))):
+            _logger.info("%s", line)
+
+    def _write(self, kind: str, values: Mapping[str, float | None]) -> None:
+        """Write one row; it is on disk when this returns, unless the disk is full: that is said once."""
+        path = self.folder / METRICS_LOG_NAME
+        with tolerate_write_error(path), path.open("a+b") as file:
+            if file.tell() and not _ends_with_newline(file):
+                file.write(b"\n")  # the last row was cut off by a crash
+            row = {"kind": kind, **{key: _finite(value) for key, value in values.items()}}
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        if self.writer is not None:
+            for key, value in values.items():
+                if value is not None and key not in _NOT_CHARTED:
+                    self.writer.add_scalar(f"{_CHARTS[kind]}/{key}", value, values["global_step"])
+            if kind != "interval":
+                self.writer.flush()
+
+    def _draw(self, images: Any, target: Any) -> None:
+        try:
+            names = self.train_loader.dataset.parser.category_map.class_names
+            sheet = draw_training_batch(images, target, names, self.train_loader.mean, self.train_loader.std,
+                                        num_pictures=8)
+            sheet.save(self.folder / BATCH_NAME, quality=85)
+        except Exception as error:  # an image for the eye is no reason to end a run
+            _logger.warning("the first training batch could not be drawn (%s: %s)", type(error).__name__, error)
+
+
+def steady_rates(rates: Sequence[float]) -> Sequence[float]:
+    """Return those of the intervals' rates that a run's throughput is the mean of.
+
+    The first does not count, as kernels are compiled and workers started then, nor the last, which may be short; of a
+    run too short for that, all that it has but the first.
+    """
+    return rates[1:-1] or rates[1:] or rates
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, 2)
+    return file.read(1) == b"\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl in order, without broken ones; empty where there is no file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # all at once is several times faster than one by one
+    except ValueError:
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut off by a crash
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "kind" in row and "epoch" in row]
+
+
+def drop_rows_from(path: Path, epoch: int, step: int = 0) -> None:
+    """Drop the rows of an epoch and later, and broken ones; of the epoch itself intervals up to `step` stay."""
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["epoch"] < epoch or
+            row["epoch"] == epoch and row["kind"] == "interval" and row["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+# ---- summary.csv -----------------------------------------------------------------------------------------------------
+
+def append_summary(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a csv file, also across restarts of a run; it is on disk when this returns.
+
+    Args:
+        path: the file, made at the first row. An existing one is continued.
+        row: values by column; the first row of a new file fixes the columns and their order.
+
+    Raises:
+        ValueError: the columns are not those of the file.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    columns = next(csv.reader([text.splitlines()[0]])) if text.strip() else []
+    if columns and set(columns) != set(row):
+        raise ValueError(f"{path} has the columns {', '.join(columns)}; the new row has {', '.join(row)}. "
+                         "Continue it with the same settings, or give the run another output folder.")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        if text and not text.endswith("\n"):
+            file.write("\n")  # the last row was cut off by a crash; keep the new one apart from it
+        writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
+        if not columns:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def drop_summary_from(path: Path, epoch: int) -> None:
+    """Drop the rows of an epoch and later, and broken ones: a resumed run writes them anew."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if None not in row.values() and int(row["epoch"]) < epoch]
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
