@@ -26,7 +26,7 @@ from effdet.predict.gallery import write_comparisons
 from effdet.report import progress as live_line
 from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed
+from effdet.runtime import distributed, seeding
 from effdet.runtime import signals as stopping
 
 from . import auto_batch, overfit
@@ -92,13 +92,13 @@ class Session:
         self.workers = workers_per_device(cfg.data.workers, self.world)
         self.channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
         self.log_start()
-        device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+        seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
         if auto:
             self.batch_size = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
                                                            self.train_set.parser, self.channels_last)
         self.build_training(payload)
-        device_layer.seed_everything(cfg.run.seed + distributed.rank())
+        seeding.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
         check_space(output_dir, self.training)
         self.vote = distributed.LateMax()
