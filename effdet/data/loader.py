@@ -219,7 +219,7 @@ def create_loader(
     if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
         raise ValueError(
             "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
-            "DetBenchTrain.use_sizes), not by the loader: leave sampler and anchor_labeler out"
+            "DetBenchTrain's input_sizes), not by the loader: leave sampler and anchor_labeler out"
         )
     base = unwrap_subset(dataset)
     base.transform = pipeline_transform(transform_fn) if is_pipeline(transform_fn) else transform_fn or _make_transform(

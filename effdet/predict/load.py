@@ -102,7 +102,7 @@ def load_published(model: Any) -> Detector:
 
 
 def build_predict_bench(model: nn.Module, device: torch.device, same_padding: str = "auto", flip: bool = False,
-                        scales: Sequence[float] = ()) -> DetBenchPredict | TtaBench:
+                        scales: Sequence[float] = (), nms: str = "exact") -> DetBenchPredict | TtaBench:
     """Put post-processing, and test-time augmentation if asked for, around a network.
 
     Args:
@@ -111,11 +111,12 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
         same_padding: see `place_model`.
         flip: also predict mirror images.
         scales: factors of the input size to predict at as well; each is rounded to the next valid size.
+        nms: see `bench.DetBenchPredict`.
 
     Raises:
-        ValueError: a scale that gives a size which is there already.
+        ValueError: a scale that gives a size which is there already, or an NMS that is not to be had here.
     """
-    bench = DetBenchPredict(model).to(device).eval()
+    bench = DetBenchPredict(model, nms=nms).to(device).eval()
     if not flip and not scales:
         return bench
     sizes = [tuple(model.config.image_size)]
@@ -127,7 +128,7 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
                              "(height, width) is predicted already: leave it out or choose another")
         sizes.append(size)
         network = place_model(build_network_of_size(model, size), device, same_padding)
-        benches.append(DetBenchPredict(network).to(device).eval())
+        benches.append(DetBenchPredict(network, nms=nms).to(device).eval())
     return TtaBench(benches, flip)
 
 
@@ -149,8 +150,7 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
     place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
     if not scales:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
-    bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
-    bench.use_nms(model.nms, device)
+    bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales, model.nms)
     return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench)
 
 

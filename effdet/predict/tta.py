@@ -57,11 +57,6 @@ class TtaBench(nn.Module):
         """The anchors of the original input size."""
         return self.benches[0].anchors
 
-    def use_nms(self, name: str, device: torch.device) -> None:
-        """Choose how each view suppresses overlapping boxes; see DetBenchPredict.use_nms."""
-        for bench in self.benches:
-            bench.use_nms(name, device)
-
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
         """Detect objects; arguments and result are those of DetBenchPredict.forward."""
         info = img_info or {}

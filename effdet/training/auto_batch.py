@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
 from effdet.data.collate import padded_instances
 from effdet.runtime import device as device_layer
@@ -143,20 +144,20 @@ def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
 
 
 def choose_batch_size(cfg: RunConfig, device: torch.device, build_step: Callable[[], Step], parser: Any,
-                      channels_last: bool) -> int:
-    """Find the batch size of a run and put it, and the learning rate that goes with it, into its config.
+                      channels_last: bool) -> RunConfig:
+    """Find the batch size of a run and the learning rate that goes with it.
 
     All processes call it; each tries its own device, and the smallest answer is everybody's.
 
     Args:
-        cfg: of the run; `run.batch_size` and `optim.lr` are set.
+        cfg: of the run.
         device: an accelerator.
         build_step: makes what a step needs, without DistributedDataParallel.
         parser: of the training split.
         channels_last: memory layout of the images.
 
     Returns:
-        The batch size of this process.
+        The config with both, the batch size over all processes.
 
     Raises:
         RuntimeError: not even one picture fits.
@@ -183,24 +184,24 @@ def choose_batch_size(cfg: RunConfig, device: torch.device, build_step: Callable
     if size == 0:
         raise RuntimeError("-b auto: not even one picture fits the memory; give a smaller --model or --image-size, or "
                            "--amp.")
-    settle(cfg, size * world)
+    cfg = set_batch_size(cfg, size * world)
     total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
     _logger.info("-b auto: %d pictures a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,
                  largest, memory, limit)
-    return size
+    return cfg
 
 
-def settle(cfg: RunConfig, batch_size: int) -> None:
-    """Put a batch size into a config; lower the learning rate in proportion if the batch is smaller than it is for."""
+def set_batch_size(cfg: RunConfig, batch_size: int) -> RunConfig:
+    """Return a config with a batch size, and a rate lowered in proportion if that is less than the rate is for."""
     meant, lr = cfg.optim.lr_batch, cfg.optim.lr
-    cfg.run.batch_size, cfg.optim.lr_batch = batch_size, None
     rule = lr * batch_size / meant
+    used = rule if batch_size < meant else lr
     if batch_size < meant:
-        cfg.optim.lr = rule
         _logger.info("-b auto: learning rate %.4g for the batch of %d, in proportion to %.4g for %d", rule, batch_size,
                      lr, meant)
     else:
         more = "" if batch_size == meant else f"; in proportion to the batch it would be {rule:.4g} (--lr)"
         _logger.info("-b auto: learning rate %.4g as given for a batch of %d%s", lr, meant, more)
+    return replace_settings(cfg, optim={"lr": used, "lr_batch": None}, run={"batch_size": batch_size})

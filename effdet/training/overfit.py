@@ -1,6 +1,6 @@
 """`--overfit N`: learn a few pictures by heart, and say what is likely wrong when that fails.
 
-The settings that suit it are in config/overfit.py. Here: which pictures, what is measured after the training, and what
+The settings that suit it are in config/load.py. Here: which pictures, what is measured after the training, and what
 follows from the measurements. `diagnose` takes numbers only.
 """
 from __future__ import annotations
@@ -90,8 +90,7 @@ def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
     cfg, training = session.cfg, session.training
     eval_model = session.eval_bench.model
     config, ap, ap50 = eval_model.config, session.evaluator.stats["AP"], session.evaluator.stats["AP50"]
-    bench = DetBenchTrain(eval_model).to(session.device).eval()
-    bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
+    bench = DetBenchTrain(eval_model, ignore_regions=cfg.data.crowd == "ignore").to(session.device).eval()
     eval_loss, predictions = predict(bench, session.val_loader, training.precision.autocast)
     facts = OverfitFacts(
         ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,

@@ -15,8 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
-from effdet.config.inert import inert_settings
-from effdet.config.load import dump_yaml, split_over_devices, workers_per_device
+from effdet.config.load import (
+    dump_yaml,
+    inert_settings,
+    replace_settings,
+    split_over_devices,
+    workers_per_device,
+)
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from effdet.data.corrupt import BadPicturesError, BadPictureWatch
@@ -77,13 +82,15 @@ class Session:
 
     def __init__(self, cfg: RunConfig, device: torch.device, output_dir: Path, payload: dict[str, Any],
                  source: str) -> None:
-        self.cfg, self.device, self.output_dir, self.source = cfg, device, output_dir, source
+        self.device, self.output_dir, self.source = device, output_dir, source
         self.started = time.time()
         self.statistics_frozen = False
         self.world = distributed.world_size()
         if cfg.run.batch_size == auto_batch.AUTO and payload:  # a run goes on as it was
-            cfg.optim.lr, cfg.optim.lr_batch = payload["config"]["optim"]["lr"], None
-            cfg.run.batch_size = payload["config"]["run"]["batch_size"]
+            stored = payload["config"]
+            cfg = replace_settings(cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None},
+                                   run={"batch_size": stored["run"]["batch_size"]})
+        self.cfg = cfg
         auto = cfg.run.batch_size == auto_batch.AUTO
         self.batch_size = 0 if auto else split_over_devices(cfg.run.batch_size, self.world)
         if cfg.run.overfit and self.world > 1:
@@ -95,8 +102,9 @@ class Session:
         seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
         self.build_data(payload.get("category_map"))
         if auto:
-            self.batch_size = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
-                                                           self.train_set.parser, self.channels_last)
+            self.cfg = cfg = auto_batch.choose_batch_size(cfg, device, lambda: self.build_step({}, alone=True),
+                                                          self.train_set.parser, self.channels_last)
+            self.batch_size = split_over_devices(cfg.run.batch_size, self.world)
         self.build_training(payload)
         seeding.seed_everything(cfg.run.seed + distributed.rank())
         self.manager = CheckpointManager(output_dir, cfg.run.keep_best, cfg.run.save_every)
@@ -172,22 +180,17 @@ class Session:
         precision.prepare_model(model)
         optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
                                     cfg.optim.opt_eps, masters=precision.master_parameters(model))
-        bench = DetBenchTrain(model, create_labeler=True).to(device)
-        bench.anchor_labeler.ignore_regions = cfg.data.crowd == "ignore"
-        bench.use_sizes(multi_scale_sizes(cfg.data, model.config.image_size), device)
-        if cfg.loss.dense_targets:
-            bench.use_dense_targets(device)
-        bench.normalize_over_ranks = world > 1
-        if cfg.run.compile and not alone:
-            bench.use_compile()
-        return auto_batch.Step(model, ema, precision, optimizer, bench)
+        bench = DetBenchTrain(
+            model, ignore_regions=cfg.data.crowd == "ignore",
+            input_sizes=multi_scale_sizes(cfg.data, model.config.image_size), dense_targets=cfg.loss.dense_targets,
+            normalize_over_ranks=world > 1, compile_backend="inductor" if cfg.run.compile and not alone else "")
+        return auto_batch.Step(model, ema, precision, optimizer, bench.to(device))
 
     def build_training(self, payload: dict[str, Any]) -> None:
         """Build network, average, optimizer, benches, schedule; `payload` is the checkpoint to go on from, or empty."""
         cfg, device = self.cfg, self.device
         model, ema, precision, optimizer, bench = self.build_step(payload)
-        self.eval_bench = DetBenchPredict(ema.module if ema else model).to(device)
-        self.eval_bench.use_nms(cfg.model.nms, device)
+        self.eval_bench = DetBenchPredict(ema.module if ema else model, nms=cfg.model.nms).to(device)
         self.build_loaders(model.config)
         steps_per_epoch = len(self.train_loader)
         schedule, self.epochs = build_schedule(
