@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from effdet.runtime.device import pick_device, supports_pinning, to_device
+from effdet.runtime.device import pick_device
+from effdet.runtime.memory import supports_pinning, to_device
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform

@@ -17,6 +17,7 @@ from effdet.config.schema import RunConfig
 from effdet.data.collate import padded_instances
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime import memory as memory_layer
 
 from .build import Placement, Step, build_step
 
@@ -92,7 +93,7 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
             for _ in range(2):
                 run_step(size)
         except RuntimeError as error:
-            if not device_layer.is_out_of_memory(error):
+            if not memory_layer.is_out_of_memory(error):
                 raise
             enough = False  # the memory is released outside, when the error no longer holds on to the step's tensors
         release()
@@ -162,17 +163,17 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
         reserve = torch.empty(sum(p.numel() for p in step.model.parameters()) if world > 1 else 0, device=device)
         fits = make_probe(make_step(step, device, padded_instances(most_objects), place.channels_last,
                                     (cfg.optim.clip_grad or None, cfg.optim.clip_mode)),
-                          lambda: device_layer.release_memory(device))
+                          lambda: memory_layer.release_memory(device))
         largest = largest_that_fits(fits, most)
         size = with_margin(fits, largest) if largest < most else most
         del step, fits, reserve  # `reserve` stood for DistributedDataParallel's copy of the gradients
-        device_layer.release_memory(device)
+        memory_layer.release_memory(device)
     size = min(distributed.all_gather_object(size))
     if size == 0:
         raise RuntimeError("-b auto: not even one picture fits the memory; give a smaller --model or --image-size, or "
                            "--amp.")
     cfg = set_batch_size(cfg, size * world)
-    total = device_layer.total_memory_bytes(device)
+    total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
     _logger.info("-b auto: %d pictures a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,

@@ -25,7 +25,7 @@ from effdet.predict.gallery import write_comparisons
 from effdet.report import progress
 from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed, signals
+from effdet.runtime import distributed, seeding, signals
 
 from . import auto_batch, overfit, resume
 from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data
@@ -116,7 +116,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
                       device_layer.use_channels_last(device, cfg.run.channels_last))
     log_start(cfg, place, start.output_dir)
 
-    device_layer.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+    seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
     data = open_data(cfg, payload.get("category_map"))
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
@@ -124,7 +124,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms).to(device)
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(cfg.run.batch_size, world))
     training, epochs = build_training(cfg, place, step, len(loaders.train))
-    device_layer.seed_everything(cfg.run.seed + distributed.rank())
+    seeding.seed_everything(cfg.run.seed + distributed.rank())
 
     check_space(start.output_dir, training)
     manager = CheckpointManager(start.output_dir, cfg.run.keep_best, cfg.run.save_every)

@@ -10,8 +10,8 @@ import torch
 import train
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import make_synthetic_dataset
-from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime import memory as memory_layer
 from effdet.training import auto_batch
 from effdet.training.auto_batch import choose_batch_size, largest_that_fits, make_probe, set_batch_size, with_margin
 from effdet.training.build import Placement
@@ -145,7 +145,7 @@ def memory_of(pictures: int, monkeypatch):
         return original(self, x)
     monkeypatch.setattr(DetBenchTrain, "head_outputs", limited)
     monkeypatch.setattr(auto_batch, "check_device", lambda cfg, device: None)
-    monkeypatch.setattr(device_layer, "total_memory_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory_layer, "total_memory_bytes", lambda device: 2**30)
     yield sizes
 
 
