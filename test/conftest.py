@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,21 @@ import timm_patches.torchvision_ops  # noqa: F401  must come before anything tha
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads on top of that make all of them slower
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run a temporary folder that goes when it ends: processes that tests kill cannot clean up after them.
+
+    pytest's own folders of failed tests and the caches of compiled code stay.
+    """
+    if hasattr(config, "workerinput"):  # a process of xdist, which has the environment of the one that starts it
+        return
+    repository = Path(__file__).resolve().parents[1]
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "NPU_SIM_CACHE"):
+        os.environ.setdefault(name, str(repository / ".pytest_cache" / name.lower()))
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="effdet-test-")
+    config.add_cleanup(lambda: shutil.rmtree(tempfile.gettempdir(), ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

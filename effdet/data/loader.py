@@ -3,6 +3,7 @@
 What happens inside one picture is `transforms.py`'s business, the order of pictures `samplers.py`'s.
 """
 
+import multiprocessing.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -257,6 +258,8 @@ def create_loader(
         generator=torch.Generator().manual_seed(seed or 0),
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
     )
+    if num_workers > 0:
+        multiprocessing.util.get_temp_dir()  # made here, it goes with this process; a worker's stays where it is killed
     if not use_prefetcher:
         return loader
     erasing = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count} if is_training else {}

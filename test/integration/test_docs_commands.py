@@ -113,15 +113,15 @@ def test_flags_of_commands_that_are_not_run_exist(monkeypatch):
     assert checked >= 8
 
 
-@pytest.mark.parametrize(("script", "count"), [("train.py", 7), ("validate.py", 5), ("demo.py", 4)])
-def test_the_examples_of_the_help_are_valid(script, count, monkeypatch, capsys):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_examples_of_the_help_are_valid(script, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(["--help"])
     printed = capsys.readouterr().out
     examples = re.findall(rf"^  python {script}(.*?)(?:  +\(.*)?$", printed.partition("Examples:")[2], re.MULTILINE)
-    assert len(examples) == count and max(map(len, printed.splitlines())) <= 80
+    assert examples and max(map(len, printed.splitlines())) <= 80
     for arguments in examples:
         PARSERS[script](shlex.split(arguments))
 
@@ -169,7 +169,7 @@ def test_the_table_of_models_is_the_model_table():
     parameters = {name: f"{entry['_params'] / 1e6:.1f}" for name, entry in golden.items() if "_params" in entry}
     table = {name: (parameters[name], str(entry["image_size"][0]), "yes" if entry["url"] else "")
              for name, entry in efficientdet_model_param_dict.items()}
-    assert {name: tuple(more) for name, *more in rows} == table and len(rows) == 47
+    assert {name: tuple(more) for name, *more in rows} == table
 
 
 # ---- running them ----

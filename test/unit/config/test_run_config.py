@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -481,10 +482,9 @@ def test_split_against_a_search(devices):
                 continue
             below = [count for count in valid if count < total][-1:]
             above = [count for count in valid if count > total][:1]
-            with pytest.raises(ConfigError) as error:
+            with pytest.raises(ConfigError, match="batch size") as error:
                 split_over_devices(total, devices, "batch size", zero_ok)
-            assert str(error.value) == (f"batch size {total} cannot be split evenly over {devices} devices; "
-                                        f"nearest valid: {' or '.join(map(str, below + above))}")
+            assert [int(number) for number in re.findall(r"\d+", str(error.value))] == [total, devices, *below, *above]
 
 
 def test_split_of_impossible_counts():
@@ -507,7 +507,8 @@ def test_error_of_a_real_process_is_one_line():
     code = "from effdet.config.cli import parse_train_args; parse_train_args()"
     done = subprocess.run([sys.executable, "-c", code, "--lr", "abc"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "train.py: error: argument --lr: got 'abc', must be a number (--help lists everything)\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: error: ") and all(part in line for part in ("--lr", "'abc'", "number", "--help"))
 
 
 def test_a_command_line_is_parsed_before_torch_is_imported_and_timm_still_finds_what_it_needs():
