@@ -37,7 +37,7 @@ from effdet.checkpoint.manager import (
 )
 from effdet.checkpoint.state_dict import extract_state_dict
 from effdet.config.load import to_plain
-from effdet.config.model_config import model_config_to_plain
+from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import RunConfig
 from effdet.data.coco.categories import CategoryMap
 from effdet.runtime import distributed, seeding
@@ -115,7 +115,7 @@ def collect(training: Training, cfg: RunConfig, categories: CategoryMap,
         "state_dict": training.precision.float_state_dict(training.model),
         "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
         "scaler": training.precision.state_dict(), "ranks": ranks, "step": training.steps,
-        "config": to_plain(cfg), "model_config": model_config_to_plain(config),
+        "config": to_plain(cfg), "model_config": ModelSpec(config).to_plain(),
         "category_map": categories.to_dict(), "image_size": list(config.image_size)}
     if training.ema is not None:
         state = training.ema.state_dict()
