@@ -23,7 +23,8 @@ def build(side: str, case: Any) -> pairing.Work:
     config = inputs.make_config(case)
     labeler = AnchorLabeler(Anchors.from_config(config).to(device), case.classes)
     target = inputs.make_target(side, case.batch, case.image_size, case.classes, device)
-    labels = labeler.batch_label_anchors(target["bbox"], target["cls"])
+    make_labels = labeler.assign if side == "ours" else labeler.batch_label_anchors
+    labels = make_labels(target["bbox"], target["cls"])
     layout = torch.contiguous_format
     if side == "ours":
         from effdet.runtime.device import use_channels_last

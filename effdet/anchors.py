@@ -148,20 +148,26 @@ class AnchorLabeler:
         self.ignore_regions = ignore_regions
         self._sparse: SparseMatcher | None = None
 
-    def assign(self, gt_boxes_yxyx: Tensor, gt_classes: Tensor, filter_valid: bool = True
-               ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the targets of a batch in flat form.
+    def assign(self, gt_boxes_yxyx: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any],
+               filter_valid: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the targets of a batch: the one way to labels, for every device.
 
         Args:
-            gt_boxes_yxyx: float [B, M, 4], pixels of the network input.
-            gt_classes: [B, M]: 1..K, -1 for padding, -2 for an ignore region.
+            gt_boxes_yxyx: float [B, M, 4], pixels of the network input, or for each image its own boxes [n_i, 4], n_i
+                from 0 on.
+            gt_classes: [B, M], or for each image its own classes [n_i]: 1..K, -1 for padding, -2 for an ignore region.
             filter_valid: leave rows with a class <= -1 out; otherwise all but ignore regions count.
 
         Returns:
             class targets int64 [B, N] (0..K-1, -1 background, -2 ignore), box codes float32 [B, N, 4] (zero where not
             positive), number of positive anchors float32 [B]. Images without objects get background everywhere.
+
+        Raises:
+            ValueError: boxes and classes of different numbers of images, or of objects in an image.
         """
         anchors = self.anchors.boxes
+        if not (isinstance(gt_boxes_yxyx, Tensor) and isinstance(gt_classes, Tensor)):
+            gt_boxes_yxyx, gt_classes = _pad_objects(gt_boxes_yxyx, gt_classes, anchors.device)
         if gt_boxes_yxyx.shape[1] == 0:  # one padding row keeps the reductions below defined
             gt_boxes_yxyx = gt_boxes_yxyx.new_zeros((gt_boxes_yxyx.shape[0], 1, 4))
             gt_classes = gt_classes.new_full((gt_classes.shape[0], 1), IGNORE)  # left out also without filter_valid
@@ -254,22 +260,14 @@ class AnchorLabeler:
 
     def batch_label_anchors(self, gt_boxes: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any],
                             filter_valid: bool = True) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Make the targets of a batch, one tensor for each level.
+        """Make the targets of a batch, one tensor for each level, as effdet does.
 
-        Args:
-            gt_boxes: float [B, M, 4] as in `assign`, or for each image its own boxes [n_i, 4], n_i from 0 on.
-            gt_classes: [B, M] as in `assign`, or for each image its own classes [n_i].
-            filter_valid: as in `assign`.
+        Args and errors are those of `assign`.
 
         Returns:
             class targets int64 [B, height, width, A] for each level, box codes [B, height, width, A * 4] for each
             level, number of positive anchors float32 [B].
-
-        Raises:
-            ValueError: boxes and classes of different numbers of images, or of objects in an image.
         """
-        if not (isinstance(gt_boxes, Tensor) and isinstance(gt_classes, Tensor)):
-            gt_boxes, gt_classes = _pad_objects(gt_boxes, gt_classes, self.anchors.boxes.device)
         class_targets, box_targets, num_positives = self.assign(gt_boxes, gt_classes, filter_valid)
         return self.split_levels(class_targets), self.split_levels(box_targets), num_positives
 

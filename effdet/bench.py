@@ -18,7 +18,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum, world_size
 
 from .anchors import AnchorLabeler, Anchors
-from .loss import DetectionLoss, dense_focal_loss_sum
+from .loss import DetectionLoss
 
 _LOSSES = ("loss", "class_loss", "box_loss")
 
@@ -26,7 +26,7 @@ _LOSSES = ("loss", "class_loss", "box_loss")
 class _DetBench(nn.Module):
     """A model and its anchors; what the two benches share."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, nms: str) -> None:
         super().__init__()
         self.model = model
         config = model.config
@@ -42,21 +42,11 @@ class _DetBench(nn.Module):
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
         self.soft_nms = config.soft_nms
-        self.nms_operator: Callable[..., tuple[Tensor, ...]] | None = None  # see use_nms
-
-    def use_nms(self, name: str, device: torch.device) -> None:
-        """Choose how overlapping boxes are suppressed.
-
-        Args:
-            name: 'exact' (the default on every device), or an operator of the device's own that device.py knows.
-            device: where it will run.
-
-        Raises:
-            ValueError: the device has no such operator, or it does not take this model's settings.
-        """
-        self.nms_operator = device_layer.nms_operator(name, device, self.max_det_per_image)
-        if self.nms_operator is not None and self.soft_nms:
-            raise ValueError(f"Soft-NMS and the device's own NMS ('{name}') exclude each other: choose one.")
+        self.nms_operator: Callable[..., tuple[Tensor, ...]] | None = None
+        if nms != "exact":
+            if self.soft_nms:
+                raise ValueError(f"Soft-NMS and the device's own NMS ('{nms}') exclude each other: choose one.")
+            self.nms_operator = device_layer.nms_operator(nms, _device_of(model), self.max_det_per_image)
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Run the model.
@@ -112,16 +102,19 @@ class _DetBench(nn.Module):
 class DetBenchPredict(_DetBench):
     """Model and post-processing: images to detections."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, nms: str = "exact") -> None:
         """Wrap a model.
 
         Args:
             model: an EfficientDet.
+            nms: how overlapping boxes are suppressed: 'exact' everywhere, or the name of an operator of the device's
+                own, which device.py knows; the model must be on that device already.
 
         Raises:
-            ValueError: the config's image_size was changed after the network was built.
+            ValueError: the config's image_size was changed after the network was built, or the model's device has no
+                such operator, or the operator does not take this model's settings.
         """
-        super().__init__(model)
+        super().__init__(model, nms)
 
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
         """Detect objects.
@@ -144,63 +137,53 @@ class DetBenchPredict(_DetBench):
 class DetBenchTrain(_DetBench):
     """Model, labels and loss: images and ground truth to losses, with detections in eval mode."""
 
-    def __init__(self, model: nn.Module, create_labeler: bool = True) -> None:
+    def __init__(self, model: nn.Module, create_labeler: bool = True, *, ignore_regions: bool = False,
+                 input_sizes: Iterable[tuple[int, int]] = (), dense_targets: bool = False,
+                 normalize_over_ranks: bool = False, compile_backend: str = "") -> None:
         """Wrap a model.
 
         Args:
             model: an EfficientDet.
             create_labeler: make anchor labels here from boxes; otherwise the loader has put them into the target.
-
-        Set `normalize_over_ranks` in distributed training: the loss is then normalised by the positive anchors of all
-        ranks, so that averaged gradients are those of one process with the whole batch.
+            ignore_regions: see `anchors.AnchorLabeler`.
+            input_sizes: further (height, width) in pixels that batches may have; anchors and labels are those of the
+                batch's size. They are made on the device that the model is on.
+            dense_targets: see `loss.DetectionLoss`.
+            normalize_over_ranks: in distributed training, normalise the loss by the positive anchors of all ranks, so
+                that averaged gradients are those of one process with the whole batch.
+            compile_backend: of torch.compile, such as 'inductor': compile network and loss of training steps, in one
+                graph for each shape of a batch. Labels are made outside of it, and eval mode does not use it. '' does
+                not compile.
 
         Raises:
-            ValueError: the config's image_size was changed after the network was built.
+            ValueError: the config's image_size was changed after the network was built, or there are further input
+                sizes and no labeler, or the network cannot take such a size (EfficientDet.set_input_size).
         """
-        super().__init__(model)
+        super().__init__(model, "exact")
         for module in model.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # in place, autograd copies the input for the backward pass: one more pass
-        self.anchor_labeler = AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
-        self.loss_fn = DetectionLoss(model.config)
-        self.normalize_over_ranks = False
+        self.anchor_labeler = (AnchorLabeler(self.anchors, self.num_classes, ignore_regions=ignore_regions)
+                               if create_labeler else None)
+        self.loss_fn = DetectionLoss(model.config, dense_targets=dense_targets)
+        self.normalize_over_ranks = normalize_over_ranks
         self._labelers: dict[tuple[int, int], AnchorLabeler] = {}  # of further input sizes
+        for size in input_sizes:
+            self._add_size(size)
+        if compile_backend:
+            self._losses = torch.compile(self._losses, backend=compile_backend, dynamic=False)
 
-    def use_sizes(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> None:
-        """Train with batches of these input sizes too; anchors and labels are those of the batch's size.
-
-        Args:
-            sizes: (height, width) in pixels.
-            device: where labels are made.
-
-        Raises:
-            ValueError: there is no labeler here, or the network cannot take such a size (EfficientDet.set_input_size).
-        """
+    def _add_size(self, size: tuple[int, int]) -> None:
         if self.anchor_labeler is None:
             raise ValueError("Several input sizes need the labeler in the bench: build it with create_labeler=True.")
         base = self.anchors.image_size
-        for size in sizes:
-            self.model.set_input_size(size)
-            self.model.set_input_size(base)
-            if size != base:
-                anchors = Anchors.from_config(self.config, size).to(device)
-                self._labelers[size] = AnchorLabeler(anchors, self.num_classes, self.anchor_labeler.match_threshold,
-                                                     self.anchor_labeler.ignore_regions)
-            self.input_sizes.append(size)
-
-    def use_dense_targets(self, device: torch.device) -> None:
-        """Compute the class loss from one-hot targets made by the device: the same numbers, more memory and time."""
-        self.loss_fn.focal_sum = functools.partial(dense_focal_loss_sum, one_hot=device_layer.one_hot(device))
-
-    def use_compile(self, backend: str = "inductor") -> None:
-        """Compile network and loss of training steps, in one graph for each shape of a batch.
-
-        Labels are made outside of it; eval mode does not use it.
-
-        Args:
-            backend: of torch.compile.
-        """
-        self._losses = torch.compile(self._losses, backend=backend, dynamic=False)
+        self.model.set_input_size(size)
+        self.model.set_input_size(base)
+        if size != base:
+            anchors = Anchors.from_config(self.config, size).to(_device_of(self.model))
+            self._labelers[size] = AnchorLabeler(anchors, self.num_classes,
+                                                 ignore_regions=self.anchor_labeler.ignore_regions)
+        self.input_sizes.append(size)
 
     def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of a batch.
@@ -231,23 +214,28 @@ class DetBenchTrain(_DetBench):
         detections = self.post_process(cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
         return dict(zip(_LOSSES, losses, strict=True)) | {"detections": detections}
 
-    def _losses(self, x: Tensor, class_targets: list[Tensor], box_targets: list[Tensor], num_positives: Tensor
+    def _losses(self, x: Tensor, class_targets: Tensor, box_targets: Tensor, num_positives: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor]:
         return self.loss_fn(*self.head_outputs(x), class_targets, box_targets, num_positives)
 
-    def _labels(self, target: Mapping[str, Any], size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _labels(self, target: Mapping[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the targets of all anchors as `AnchorLabeler.assign` does, from boxes or from the loader's labels."""
         if self.anchor_labeler is not None:
             if "bbox" not in target or "cls" not in target:
                 raise ValueError(f"The target needs 'bbox' and 'cls'; it has {sorted(target)}.")
             with torch.no_grad():
-                labeler = self._labelers.get(size, self.anchor_labeler)
-                return labeler.batch_label_anchors(target["bbox"], target["cls"])
+                return self._labelers.get(size, self.anchor_labeler).assign(target["bbox"], target["cls"])
         if "label_num_positives" not in target:
             raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
                              "the bench with create_labeler=True, or the loader with an anchor_labeler.")
         levels = range(self.num_levels)
-        return ([target[f"label_cls_{level}"] for level in levels], [target[f"label_bbox_{level}"] for level in levels],
+        return (torch.cat([target[f"label_cls_{level}"].flatten(1) for level in levels], 1),
+                torch.cat([target[f"label_bbox_{level}"].flatten(1) for level in levels], 1).unflatten(1, (-1, 4)),
                 target["label_num_positives"])
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def unwrap_bench(model: Any) -> nn.Module:

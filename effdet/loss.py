@@ -1,7 +1,8 @@
 """Detection loss: focal loss for classes, Huber loss for boxes.
 
-The focal loss is one pass with its gradient in closed form: every logit is treated as background, and the few at an
-anchor's own class are corrected afterwards, so no one-hot target exists. All arithmetic is fp32, whatever the logits'
+Targets are those of all anchors, [B, N]; lists with a tensor for each level, as effdet has them, are taken too. The
+network's outputs stay one tensor for each level, as joining them would copy every logit. The focal loss is one pass
+with its gradient in closed form (ops/focal.py, on CPUs focal_cpu.py). All arithmetic is fp32, whatever the logits'
 dtype and also inside autocast.
 
 Source: RetinaNet, https://arxiv.org/abs/1708.02002 (focal loss); google/automl, efficientdet/det_model_fn.py (label
@@ -9,16 +10,16 @@ smoothing, masking, normalisers).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdet.ops.focal import IGNORED_LOGIT, background_terms, foreground_terms
-from effdet.ops.focal_cpu import focal_loss_and_gradient
+from effdet.ops import focal, focal_cpu
 from effdet.runtime.device import is_host
+from effdet.runtime.device import one_hot as device_one_hot
 
 
 class _FocalLossSum(torch.autograd.Function):
@@ -27,51 +28,15 @@ class _FocalLossSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
                 smoothing: float) -> Tensor:
-        """Return the sum as a scalar.
-
-        Args:
-            ctx: autograd's.
-            logits: [B, A * K, height, width], any float dtype and memory layout.
-            class_targets: int64 [B, A, height, width]: 0..K-1, -1 background, -2 ignore.
-            num_classes: K.
-            alpha: weight of the foreground; the background's is 1 - alpha.
-            gamma: focusing exponent.
-            smoothing: label smoothing in 0..1.
-        """
+        """Return the sum as a scalar; see `focal_loss_sum`."""
         with_gradient = ctx.needs_input_grad[0]
         # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
         gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        if is_host(logits.device) and gamma > 0:
-            total, gradient = focal_loss_and_gradient(
-                logits, class_targets.permute(0, 2, 3, 1), num_classes, alpha, gamma, smoothing, with_gradient,
-                gradient_dtype)
-            if with_gradient:
-                ctx.save_for_backward(gradient)
-                ctx.logits_dtype = logits.dtype
-            return total
-        # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
-        x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
-        targets = class_targets.flatten(2).unsqueeze(2)
-        x = x.masked_fill(targets == -2, IGNORED_LOGIT)
-        loss, gradient = background_terms(x, gamma, smoothing, with_gradient)
-        if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
-            for terms in (loss, gradient) if with_gradient else (loss,):
-                terms.masked_fill_(targets == -2, 0)
-        total = loss.sum() * (1 - alpha)
-
-        positive = targets >= 0
-        index = targets.clamp(min=0)
-        own = x.gather(2, index)  # [B, A, 1, cells]
-        foreground_loss, foreground_gradient = foreground_terms(own, gamma, smoothing)
-        correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
-        total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
-
+        implementation = focal_cpu if is_host(logits.device) and gamma > 0 else focal
+        total, gradient = implementation.focal_loss_and_gradient(
+            logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype)
         if with_gradient:
-            gradient.mul_(1 - alpha)
-            correction = alpha * foreground_gradient - gradient.gather(2, index)
-            gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
-            gradient = gradient.flatten(1, 2).unflatten(2, logits.shape[2:])
-            ctx.save_for_backward(gradient.to(gradient_dtype))
+            ctx.save_for_backward(gradient)
             ctx.logits_dtype = logits.dtype
         return total
 
@@ -82,24 +47,17 @@ class _FocalLossSum(torch.autograd.Function):
 
 
 def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                         label_smoothing: float = 0.0, one_hot: Callable[[Tensor, int], Tensor] | None = None
-                         ) -> Tensor:
+                         label_smoothing: float = 0.0) -> Tensor:
     """Compute `focal_loss_sum` from one-hot targets by autograd: the same number, in more memory and time.
 
-    Args:
-        logits: as for `focal_loss_sum`, like the next five.
-        class_targets: see there.
-        num_classes: K.
-        alpha: see there.
-        gamma: see there.
-        label_smoothing: see there.
-        one_hot: maps int32 [B, n] and K to float32 [B, n, K], all zero for a negative index; default is this module's.
+    The one-hot targets are made by the device's own operator, where it has one. Arguments are those of
+    `focal_loss_sum`.
     """
-    flat = class_targets.flatten(1)
-    dense = (one_hot or compare_one_hot)(flat.to(torch.int32), num_classes)
+    make_one_hot = device_one_hot(logits.device) or compare_one_hot
+    dense = make_one_hot(class_targets.to(torch.int32), num_classes)
     by_anchor = logits.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, num_classes).float()
     loss = new_focal_loss(by_anchor, dense, alpha, gamma, 1.0, label_smoothing)
-    return loss.masked_fill((flat == -2).unsqueeze(-1), 0.0).sum()
+    return loss.masked_fill((class_targets == -2).unsqueeze(-1), 0.0).sum()
 
 
 def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
@@ -108,7 +66,7 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
 
     Args:
         logits: [B, A * K, height, width].
-        class_targets: int64 [B, height, width, A]: 0..K-1, -1 background, -2 left out.
+        class_targets: int64 [B, height * width * A]: 0..K-1, -1 background, -2 left out.
         num_classes: K.
         alpha: weight of the foreground in 0..1.
         gamma: focusing exponent, >= 0.
@@ -117,7 +75,7 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
     Returns:
         A float32 scalar, not normalised; finite for any finite logits.
     """
-    return _FocalLossSum.apply(logits, class_targets.permute(0, 3, 1, 2), num_classes, alpha, gamma, label_smoothing)
+    return _FocalLossSum.apply(logits, class_targets, num_classes, alpha, gamma, label_smoothing)
 
 
 def huber_loss(input: Tensor, target: Tensor, delta: float = 1.0, weights: Tensor | None = None,
@@ -156,17 +114,17 @@ def smooth_l1_loss(input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights
     return loss.mean() if size_average else loss.sum()
 
 
-def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
-            box_targets: Sequence[Tensor], num_positives: Tensor, num_classes: int, alpha: float, gamma: float,
-            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False,
-            focal_sum: Callable[..., Tensor] = focal_loss_sum) -> tuple[Tensor, Tensor, Tensor]:
+def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Tensor | Sequence[Tensor],
+            box_targets: Tensor | Sequence[Tensor], num_positives: Tensor, num_classes: int, alpha: float, gamma: float,
+            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False, *,
+            dense_targets: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the detection loss of a batch.
 
     Args:
         cls_outputs: logits [B, A * K, height, width] of each level.
         box_outputs: codes [B, A * 4, height, width] of each level.
-        cls_targets: int64 [B, height, width, A] of each level: 0..K-1, -1 background, -2 left out.
-        box_targets: float [B, height, width, A * 4] of each level; exact zeros are left out.
+        cls_targets: int64 [B, N]: 0..K-1, -1 background, -2 left out; or [B, height, width, A] of each level.
+        box_targets: float [B, N, 4]; exact zeros are left out; or [B, height, width, A * 4] of each level.
         num_positives: positive anchors of each image [B].
         num_classes: K.
         alpha: weight of the foreground in 0..1.
@@ -175,29 +133,48 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
         box_loss_weight: weight of the box loss in the total.
         label_smoothing: in 0..1.
         legacy_focal: the form without label smoothing; otherwise the same function.
-        focal_sum: computes the class loss of a level, `focal_loss_sum` or its equal `dense_focal_loss_sum`.
+        dense_targets: compute the class loss by `dense_focal_loss_sum`, the equal of `focal_loss_sum`.
 
     Returns:
         total, class and box loss: float32 scalars, normalised by the batch's positive anchors + 1, so a batch of
         background only is finite.
     """
+    focal_sum = dense_focal_loss_sum if dense_targets else focal_loss_sum
+    counts = [codes[0].numel() // 4 for codes in box_outputs]  # anchors of each level
     with torch.autocast(cls_outputs[0].device.type, enabled=False):
         normalizer = num_positives.sum().float() + 1.0
         smoothing = 0.0 if legacy_focal else label_smoothing
         cls_loss = torch.stack([
-            focal_sum(logits, targets, num_classes, alpha, gamma, smoothing)
-            for logits, targets in zip(cls_outputs, cls_targets, strict=True)]).sum() / normalizer
+            focal_sum(logits, targets.flatten(1), num_classes, alpha, gamma, smoothing)
+            for logits, targets in zip(cls_outputs, _by_level(cls_targets, counts), strict=True)]).sum() / normalizer
         box_loss = torch.stack([
-            huber_loss(codes.permute(0, 2, 3, 1).float(), targets.float(), delta, targets != 0, size_average=False)
-            for codes, targets in zip(box_outputs, box_targets, strict=True)]).sum() / (normalizer * 4.0)
+            _box_loss_sum(codes, targets, delta)
+            for codes, targets in zip(box_outputs, _by_level(box_targets, counts), strict=True)
+        ]).sum() / (normalizer * 4.0)
         return cls_loss + box_loss_weight * box_loss, cls_loss, box_loss
+
+
+def _by_level(targets: Tensor | Sequence[Tensor], counts: Sequence[int]) -> Sequence[Tensor]:
+    return targets.split(counts, 1) if isinstance(targets, Tensor) else targets
+
+
+def _box_loss_sum(codes: Tensor, targets: Tensor, delta: float) -> Tensor:
+    """Sum Huber's loss over the positive anchors of one level; targets are [B, n, 4] or [B, height, width, A * 4]."""
+    codes = codes.permute(0, 2, 3, 1).float()
+    targets = targets.reshape(codes.shape).float()
+    return huber_loss(codes, targets, delta, targets != 0, size_average=False)
 
 
 class DetectionLoss(nn.Module):
     """`loss_fn` with the constants of a model config."""
 
-    def __init__(self, config: Any) -> None:
-        """Read num_classes, alpha, gamma, delta, box_loss_weight, label_smoothing and legacy_focal from `config`."""
+    def __init__(self, config: Any, *, dense_targets: bool = False) -> None:
+        """Read num_classes, alpha, gamma, delta, box_loss_weight, label_smoothing and legacy_focal from `config`.
+
+        Args:
+            config: a model config.
+            dense_targets: see `loss_fn`.
+        """
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
@@ -207,14 +184,15 @@ class DetectionLoss(nn.Module):
         self.box_loss_weight = config.box_loss_weight
         self.label_smoothing = config.label_smoothing
         self.legacy_focal = config.legacy_focal
-        self.focal_sum: Callable[..., Tensor] = focal_loss_sum
+        self.dense_targets = dense_targets
 
-    def forward(self, cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Sequence[Tensor],
-                box_targets: Sequence[Tensor], num_positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor],
+                cls_targets: Tensor | Sequence[Tensor], box_targets: Tensor | Sequence[Tensor], num_positives: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute total, class and box loss; see `loss_fn`."""
         return loss_fn(cls_outputs, box_outputs, cls_targets, box_targets, num_positives, self.num_classes, self.alpha,
                        self.gamma, self.delta, self.box_loss_weight, self.label_smoothing, self.legacy_focal,
-                       self.focal_sum)
+                       dense_targets=self.dense_targets)
 
 
 def compare_one_hot(x: Tensor, num_classes: int) -> Tensor:

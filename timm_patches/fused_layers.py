@@ -20,6 +20,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .depthwise_cpu import COLUMNS, depthwise_conv2d
+from .exchange import exchange_layers
 from .padding import plan_conv
 
 # Elements. Below, everything is in the cache anyhow, and calls would cost more than they save.
@@ -178,15 +179,12 @@ def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
     """Choose how BatchNormAct2d, SqueezeExcite and depthwise layers work; in place, reversible, idempotent.
 
     Args:
-        model: any module; only layers of exactly these classes take part.
+        model: any module; only layers inside it take part, of exactly these classes.
         fused: False to undo.
 
     Returns:
         The number of layers changed by this call.
     """
     classes = _FUSED if fused else _TIMMS
-    layers = [module for module in model.modules()
-              if type(module) in classes and (type(module) is not nn.Conv2d or _gains(module))]
-    for layer in layers:
-        layer.__class__ = classes[type(layer)]
-    return len(layers)
+    return len(exchange_layers(model, lambda layer: None if type(layer) is nn.Conv2d and not _gains(layer)
+                               else classes.get(type(layer))))

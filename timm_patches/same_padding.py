@@ -1,9 +1,7 @@
 """The switch between timm's SAME padding by a pad operator and the same numbers without one.
 
-Lives here: which layers of a model are exchanged, and back. A layer is exchanged by giving it another class:
-parameters, buffers, hooks, state-dict keys and everyone's references to the layer stay as they are, and copies and
-pickles follow.
-timm's own classes and functions are never changed.
+Lives here: which layers of a model are exchanged, and back (exchange.py says how). timm's own classes and functions
+are never changed.
 """
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from .conv2d_same import Conv2dSameNoPad
+from .exchange import exchange_layers
 from .pool2d_same import AvgPool2dSameNoPad, MaxPool2dSameNoPad
 
 MODES = ("kernel", "pad")
@@ -48,7 +47,7 @@ def convert_same_padding(model: nn.Module, mode: str = "kernel") -> SamePaddingR
     Call it before torch.compile and before an export; optimizers, EMA and DistributedDataParallel do not mind.
 
     Args:
-        model: any module; one without SAME layers is left as it is.
+        model: any module; one without SAME layers is left as it is, and so is one that is a SAME layer itself.
         mode: 'kernel' lets convolutions and pools pad by themselves, for devices where a pad operator on an activation
             costs (NPU); 'pad' is timm's explicit padding.
 
@@ -64,20 +63,19 @@ def convert_same_padding(model: nn.Module, mode: str = "kernel") -> SamePaddingR
         raise ValueError(f"Unknown mode of SAME padding {mode!r}: use 'kernel' (no pad operator on activations) or "
                          "'pad' (timm's explicit padding).")
     classes = _WITHOUT_PAD if mode == "kernel" else _WITH_PAD
-    counts = dict.fromkeys(_WITHOUT_PAD, 0)
-    left = []
-    for name, module in model.named_modules():
-        cls = type(module)  # the very class: a subclass may compute something else in its forward
-        if cls in classes and not (issubclass(cls, MaxPool2dSame) and module.dilation != (1, 1)):
-            module.__class__ = classes[cls]
-            counts[_WITH_PAD.get(cls, cls)] += 1
-        if _pads_explicitly(module):
-            left.append(name or type(module).__name__)
-    return SamePaddingReport(counts[Conv2dSame], counts[MaxPool2dSame], counts[AvgPool2dSame], tuple(left))
+
+    def choose(layer: nn.Module) -> type[nn.Module] | None:
+        dilated = isinstance(layer, MaxPool2dSame) and layer.dilation != (1, 1)
+        return None if dilated else classes.get(type(layer))  # the very class: a subclass may compute something else
+
+    exchanged = exchange_layers(model, choose)
+    counts = (sum(isinstance(layer, cls) for layer in exchanged) for cls in _WITHOUT_PAD)
+    left = (name or type(layer).__name__ for name, layer in model.named_modules() if _pads_explicitly(layer))
+    return SamePaddingReport(*counts, tuple(left))
 
 
 def restore_same_padding(model: nn.Module) -> SamePaddingReport:
-    """Undo `convert_same_padding`: every layer it exchanged gets timm's class back; returns its report."""
+    """Undo `convert_same_padding`: timm's layers take their places again; returns its report."""
     return convert_same_padding(model, mode="pad")
 
 

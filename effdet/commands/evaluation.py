@@ -46,8 +46,7 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
         place_model(detector.model, device, cfg.model.same_padding, channels_last)
         bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
-                                    cfg.run.tta_flip, cfg.run.tta_scales)
-        bench.use_nms(cfg.model.nms, device)
+                                    cfg.run.tta_flip, cfg.run.tta_scales, cfg.model.nms)
     with one_line_errors("validate.py", (BadPicturesError,)):
         run(cfg, detector, bench, loader, device, precision)
 

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from .load import load_config
-from .options import Option, list_options, nearest
-from .schema import ConfigError, DemoConfig, RunConfig, ValidateConfig, flags_of, range_text
+from .options import ConfigError, Option, list_options, nearest
+from .schema import DemoConfig, RunConfig, ValidateConfig
 
-__all__ = ["REFUSED", "parse_check_args", "parse_demo_args", "parse_train_args", "parse_validate_args"]
 _ConfigT = TypeVar("_ConfigT")
 
 _AMP = "use --amp with --opt-level O1 or O2, and --amp-dtype"
@@ -78,7 +77,7 @@ def default_text(option: Option) -> str:
     """Return the default of a field in the words of the help."""
     default = option.default
     if default is None:
-        return option.item.metadata["none"]
+        return option.none
     if isinstance(default, list):
         return ",".join(map(str, default)) or "none"
     return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default) or "none"
@@ -86,17 +85,15 @@ def default_text(option: Option) -> str:
 
 def value_text(option: Option) -> str:
     """Return the placeholder of a field's value; empty for a flag that takes none."""
-    meta = option.item.metadata
     if option.kinds == (bool,):
         return ""
-    words = "|".join(word or "''" for word in meta["choices"])
-    return meta["metavar"] or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
+    words = "|".join(word or "''" for word in option.choices)
+    return option.metavar or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
 
 
 def _help_text(option: Option) -> str:
-    meta = option.item.metadata
-    limits = "" if meta["choices"] else range_text(option.item)
-    return f"{meta['text']}{f' [{limits}]' if limits else ''} (default: {default_text(option)})".replace("%", "%%")
+    limits = "" if option.choices else option.range_text
+    return f"{option.text}{f' [{limits}]' if limits else ''} (default: {default_text(option)})".replace("%", "%%")
 
 
 def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser:
@@ -116,9 +113,9 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
         if section not in groups:
             section_type = typing.get_type_hints(root)[section]
             groups[section] = parser.add_argument_group(section, textwrap.fill(section_type.__doc__, 76))
-        flags, meta = list(flags_of(option.item)), option.item.metadata
+        flags = option.spellings
         if positional and key == "run.images":
-            parser.description += "\n" + textwrap.fill(f"The arguments: {meta['text']}.", 78)
+            parser.description += "\n" + textwrap.fill(f"The arguments: {option.text}.", 78)
             continue
         if not flags:
             plain.setdefault(section, []).append(f"{key}: {_help_text(option)}")
@@ -128,7 +125,7 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             off = tuple("--no-" + flag[2:] for flag in flags if flag.startswith("--"))
             groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
         else:
-            extra = {"nargs": "?", "const": meta["bare"]} if meta["bare"] else {}
+            extra = {"nargs": "?", "const": option.bare} if option.bare else {}
             groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
     for section, lines in plain.items():
         wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
@@ -145,9 +142,8 @@ def _prepare_argv(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
 
     `--lr-noise 0.4 0.9 optim.lr=1` becomes `--lr-noise=0.4,0.9 optim.lr=1`; a bare `--pretrained` gets its value.
     """
-    lists = {flag for option in options.values() if option.is_list for flag in flags_of(option.item)}
-    bare = {flag: option.item.metadata["bare"] for option in options.values() if option.item.metadata["bare"]
-            for flag in flags_of(option.item)}
+    lists = {flag for option in options.values() if option.is_list for flag in option.spellings}
+    bare = {flag: option.bare for option in options.values() if option.bare for flag in option.spellings}
     ready, rest = [], list(argv)
     while rest:
         token = rest.pop(0)
@@ -200,7 +196,7 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
 def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
     options = list_options(root)
-    parser = _build_parser(root, prog, about, "\n               [PICTURE ...]" if images else "")
+    parser = _build_parser(root, prog, about, "\n               [IMAGE ...]" if images else "")
     namespace, extras = parser.parse_known_args(_prepare_argv(sys.argv[1:] if argv is None else argv, options))
     try:
         _refuse_unknown(extras, parser)

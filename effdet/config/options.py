@@ -1,10 +1,46 @@
-"""What the schema declares, as a flat table: one Option for each field of a run config."""
+"""What one setting is: how schema.py declares it, and what a declaration says, as a flat table of Options.
+
+No setting by name, no file access and no argument parsing belongs here.
+"""
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any
+
+
+class ConfigError(ValueError):
+    """Tell the user which setting is wrong, what was got and what is allowed."""
+
+
+def setting(
+    default: Any, text: str, *, flags: str | None = None, none: str = "from the model table", low: float | None = None,
+    high: float | None = None, above: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
+    bare: str | None = None, metavar: str | None = None,
+) -> Any:
+    """Declare one field of a section.
+
+    Args:
+        default: value when nobody sets the field; a list is copied for every instance.
+        text: help text: what it is, with its unit; default and range are appended by cli.py.
+        flags: spellings on the command line; None: `--` and the field's name; empty: no flag, only YAML and
+            `section.field=value`.
+        none: what the value None stands for, shown as the default in the help.
+        low: inclusive lower bound; all bounds hold for each element of a list.
+        high: inclusive upper bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        choices: the allowed words.
+        bare: value meant by the flag without an argument; None: the flag needs its argument.
+        metavar: placeholder of the value in the help.
+    """
+    meta = {"text": text, "flags": flags, "none": none, "low": low, "high": high, "above": above, "below": below,
+            "choices": choices, "bare": bare, "metavar": metavar}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +52,24 @@ class Option:
     kinds: tuple[type, ...]
     is_list: bool
     optional: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """What `setting` was told: `text`, `low`, `choices`, ..."""
+        try:
+            return self.item.metadata[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The spellings on the command line, the one for messages first; empty: it has no flag."""
+        words = ("--" + self.item.name.replace("_", "-"),) if self.flags is None else self.flags.split()
+        return tuple(sorted(words, key=lambda word: not word.startswith("--")))
+
+    @property
+    def title(self) -> str:
+        """The name for messages: `section.field (--flag)`."""
+        return self.key + (f" ({self.spellings[0]})" if self.spellings else "")
 
     @property
     def type_name(self) -> str:
@@ -30,6 +84,32 @@ class Option:
         """The value when nobody sets the field; a list is a new one each time."""
         factory = self.item.default_factory
         return self.item.default if factory is dataclasses.MISSING else factory()
+
+    @property
+    def range_text(self) -> str:
+        """The allowed values in words; empty when the type is the only limit."""
+        words = ", ".join(repr(word) for word in self.choices)
+        if words and self.low is None:
+            return "one of " + words
+        bounds = [(">=", self.low), (">", self.above), ("<=", self.high), ("<", self.below)]
+        text = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        return f"{text} or {words}" if words else text
+
+    def get(self, cfg: Any) -> Any:
+        """Return the field's value in a config."""
+        section, name = self.key.split(".")
+        return getattr(getattr(cfg, section), name)
+
+    def allows(self, value: Any) -> bool:
+        """Return True when a value, each element of a list, lies within the bounds and choices; None always does."""
+        if isinstance(value, list):
+            return all(self.allows(one) for one in value)
+        if value is None or self.choices and isinstance(value, str):
+            return value is None or value in self.choices
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return not (self.low is not None and value < self.low or self.high is not None and value > self.high
+                    or self.above is not None and value <= self.above or self.below is not None and value >= self.below)
 
 
 def flatten_type(hint: Any) -> list[Any]:

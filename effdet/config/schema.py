@@ -1,194 +1,129 @@
 """Every setting of a run, declared once: name, type, default, unit and range, flag, help text.
 
-`RunConfig` belongs to train.py, `ValidateConfig` to validate.py, `DemoConfig` to demo.py. The flags, their help and the
-range checks are all read from the fields here. Merging YAML, flags and dotted overrides is done in load.py; no
-argument parsing, no file access and no torch belongs here.
+`RunConfig` belongs to train.py, `ValidateConfig` to validate.py, `DemoConfig` to demo.py. An instance never changes:
+what is known later makes a new one (`load.replace_settings`). What a declaration means is in options.py, where the
+values come from and what they must fulfil together in load.py; no argument parsing, no file access and no torch here.
 """
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-_ConfigT = TypeVar("_ConfigT")
+from .options import setting
 
-
-class ConfigError(ValueError):
-    """Tell the user which setting is wrong, what was got and what is allowed."""
+_SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none")
+_DEVICE = "kind of device: auto (the best there is), cpu, or torch's name of an accelerator"
 
 
-def setting(
-    default: Any, text: str, *, flags: tuple[str, ...] | None = None, none: str = "none",
-    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None,
-    choices: tuple[str, ...] = (), bare: str | None = None, metavar: str | None = None,
-) -> Any:
-    """Declare one field of a section.
+# ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help ----
 
-    Args:
-        default: value when nobody sets the field; a list is copied for every instance.
-        text: help text: what it is, with its unit; default and range are appended by load.py.
-        flags: spellings on the command line, the first is the one shown in messages; None: `--` and the field's name;
-            empty: no flag, only YAML and `section.field=value`.
-        none: what the value None stands for, shown as the default in the help.
-        low: inclusive lower bound; all bounds hold for each element of a list.
-        high: inclusive upper bound.
-        above: exclusive lower bound.
-        below: exclusive upper bound.
-        choices: the allowed words.
-        bare: value meant by the flag without an argument; None: the flag needs its argument.
-        metavar: placeholder of the value in the help.
-    """
-    meta = {"text": text, "flags": flags, "none": none, "low": low, "high": high, "above": above,
-            "below": below, "choices": choices, "bare": bare, "metavar": metavar}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
-    return field(default=default, metadata=meta)
+@dataclass(frozen=True)
+class DemoModelConfig:
+    """Choose the network to show, its input size and what becomes of its outputs."""
 
-
-# ---- sections; a base class holds what more than one script uses; the docstring heads the section in --help ----
-
-@dataclass
-class PostProcessConfig:
-    """Set the input size and what becomes of the network's outputs."""
-
-    name: str | None = setting(None, "model name", flags=("--model",), none="from the checkpoint")
+    name: str | None = setting(
+        None, "model name, for weight files that do not carry one", flags="--model", none="from the checkpoint")
     image_size: list[int] | None = setting(
-        None, "network input as height and width in pixels; one value: square", low=32, metavar="H [W]",
-        none="from the checkpoint or the model table", flags=("--image-size", "--img-size"))
-    soft_nms: bool | None = setting(None, "soft-NMS instead of NMS", none="from the model table")
+        None, "network input as height and width in pixels; one value: square", flags="--image-size --img-size",
+        low=32, metavar="H [W]", none="from the checkpoint or the model table")
+    soft_nms: bool | None = setting(None, "soft-NMS instead of NMS")
     nms: str = setting("exact", "'exact' everywhere, or the name of an operator that the device layer knows")
     same_padding: str = setting(
-        "auto", "how TensorFlow's SAME padding is computed, with equal numbers: 'pad' by a pad operator on the "
-        "activation, 'kernel' without one by extending kernels; 'auto' chooses for the device",
-        choices=("auto", "pad", "kernel"))
-    max_det: int | None = setting(None, "detections kept per image", low=1, none="from the model table")
+        "auto", "SAME padding pads the activation or extends the kernel", choices=("auto", "pad", "kernel"))
+    max_det: int | None = setting(None, "detections kept per image", low=1)
 
 
-@dataclass
-class _BaseModelConfig(PostProcessConfig):
-    """Add what training and evaluation need to build the network."""
+@dataclass(frozen=True)
+class EvalModelConfig(DemoModelConfig):
+    """Choose the network to evaluate."""
 
+    name: str | None = setting(
+        None, "model name", flags="--model", none="from the checkpoint, else tf_efficientdet_d0")
     num_classes: int | None = setting(
-        None, "object classes; must agree with the annotation file", low=1,
-        none="from the checkpoint or the annotation file")
+        None, "object classes; must agree with the annotation file", low=1, none="from the checkpoint or that file")
     pretrained: str = setting(
-        "", "start from published weights: alone or 'url' downloads the model's own, a PATH loads every tensor of that "
-        "file that fits and stays offline", bare="url", metavar="PATH")
+        "", "published weights: downloaded, or every tensor of PATH that fits", bare="url", metavar="PATH")
     pad_type: str | None = setting(
-        None, "padding of strided layers: as in TensorFlow, or symmetric for checkpoints of the original Ascend port",
-        choices=("same", "symmetric"), none="from the model table")
-    redundant_bias: bool | None = setting(
-        None, "biases before batch norm, as the published tf_ weights have", none="from the model table")
+        None, "padding of strided layers; the original Ascend port's is symmetric", choices=("same", "symmetric"))
+    redundant_bias: bool | None = setting(None, "biases before batch norm, as the published tf_ weights have")
 
 
-@dataclass
-class ModelConfig(_BaseModelConfig):
+@dataclass(frozen=True)
+class ModelConfig(EvalModelConfig):
     """Choose the network and the weights it starts from."""
 
-    name: str = setting("tf_efficientdet_d0", "model name", flags=("--model",))
+    name: str = setting("tf_efficientdet_d0", "model name", flags="--model")
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
-    anchor_scale: float | None = setting(
-        None, "anchor size in multiples of a level's stride", above=0, none="from the model table")
+    anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
     aspect_ratios: list[float] | None = setting(
-        None, "width / height of the anchors; published weights need three", above=0, none="from the model table",
-        metavar="R,R,R")
-    drop_path: float | None = setting(
-        None, "stochastic depth rate of the backbone", low=0, below=1, none="from the model table")
+        None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R")
+    drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
     pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
     freeze_bn_epochs: int = setting(
-        0, "in the last N epochs, normalise by the running batch-norm statistics and keep them, so that the weights "
-        "adapt to what evaluation uses; helps short runs and small batches", low=0)
-    bn_momentum: float | None = setting(
-        None, "weight of a new batch in the batch-norm statistics", above=0, high=1, none="from the model table")
+        0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0)
+    bn_momentum: float | None = setting(None, "weight of a new batch in the batch-norm statistics", above=0, high=1)
 
 
-@dataclass
-class EvalModelConfig(_BaseModelConfig):
-    """Choose the network to evaluate."""
-
-    name: str | None = setting(
-        None, "model name", flags=("--model",), none="from the checkpoint, else tf_efficientdet_d0")
-
-
-@dataclass
-class DemoModelConfig(PostProcessConfig):
-    """Choose the network to show."""
-
-    name: str | None = setting(None, "model name, for weight files that do not carry one", flags=("--model",),
-                               none="from the checkpoint")
-
-
-@dataclass
+@dataclass(frozen=True)
 class EvalDataConfig:
-    """Name the pictures to evaluate and how they are resized."""
+    """Name the images to evaluate and how they are resized."""
 
-    root: str = setting(
-        "", "data folder in COCO layout (annotations/, train2017/, val2017/)", flags=("--root",), metavar="DIR")
-    val_images: str = setting("", "folder of the validation pictures, instead of the one in --root", metavar="DIR")
+    root: str = setting("", "data folder in COCO layout (annotations/, train2017/, val2017/)", metavar="DIR")
+    val_images: str = setting("", "folder of the validation images, instead of the one in --root", metavar="DIR")
     val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
     workers: int | None = setting(
-        None, "loader processes over all devices; 0: load in the main process", flags=("-j", "--workers"), low=0,
+        None, "loader processes over all devices; 0: load in the main process", flags="-j --workers", low=0,
         none="up to 4 per device")
-    max_bad_images: int | None = setting(
-        0, "pictures that may turn out to be unreadable; each is named, and nothing is detected in it", low=0)
+    max_bad_images: int | None = setting(0, "unreadable images allowed; each is named, and has no detections", low=0)
     interpolation: str = setting("bilinear", "resampling in evaluation", choices=("bilinear", "bicubic"))
     fill_color: str = setting(
         "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig(EvalDataConfig):
-    """Name the pictures and how they are augmented."""
+    """Name the images and how they are augmented."""
 
-    train_images: str = setting("", "folder of the training pictures, instead of the one in --root", metavar="DIR")
+    train_images: str = setting("", "folder of the training images, instead of the one in --root", metavar="DIR")
     train_ann: str = setting("", "training annotations in COCO format, instead of those in --root", metavar="JSON")
     max_bad_images: int | None = setting(
-        None, "pictures of each split that may turn out to be unreadable during the run; each is named once; training "
-        "takes another one instead, evaluation detects nothing in it; one more than N ends the run", low=0,
-        none="1 % of the split, at least 10")
+        None, "unreadable images allowed in each split, replaced in training, without detections in evaluation",
+        low=0, none="1 % of the split, at least 10")
     train_interpolation: str = setting(
-        "random", "resampling in training; 'random' draws one per picture", choices=("random", "bilinear", "bicubic"))
+        "random", "resampling in training; 'random' draws one per image", choices=("random", "bilinear", "bicubic"))
     scale_min: float = setting(0.1, "scale jitter: smallest factor on the size that just fits the input", above=0)
     scale_max: float = setting(2.0, "scale jitter: largest factor; what is too large is cropped at random", above=0)
     hflip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     transform: str = setting(
-        "", "your own transform of the picture as it was read: a callable (picture, target) -> (picture, target) or an "
-        "Albumentations pipeline", metavar="FILE.py:NAME")
+        "", "your own function of (image, target), or an Albumentations pipeline", metavar="FILE.py:NAME")
     aa: str = setting("", "AutoAugment policy for detection; v0 is the paper's", choices=("", "v0", "v1", "v2", "v3"))
-    color_jitter: float = setting(
-        0.0, "strength of random changes of brightness, contrast and saturation; 0: off", low=0)
-    mosaic: float = setting(0.0, "probability that four pictures are put together", low=0, high=1)
-    mixup: float = setting(0.0, "probability that a further picture is blended in", low=0, high=1)
+    color_jitter: float = setting(0.0, "strength of random brightness, contrast and saturation; 0: off", low=0)
+    mosaic: float = setting(0.0, "probability that four images are put together", low=0, high=1)
+    mixup: float = setting(0.0, "probability that a further image is blended in", low=0, high=1)
     multi_scale: list[int] = setting(
-        [], "train each batch at one of these input sizes: the longer side in pixels, shape as --image-size; "
-        "evaluation keeps to --image-size", low=32, metavar="N [N ...]")
+        [], "longer side in pixels of the sizes to train at, one a batch", low=32, metavar="N [N ...]")
     reprob: float = setting(0.0, "probability of random erasing", low=0, high=1)
     remode: str = setting("pixel", "what fills an erased area", choices=("const", "rand", "pixel"))
-    recount: int = setting(1, "erased areas per picture", low=1)
+    recount: int = setting(1, "erased areas per image", low=1)
     crowd: str = setting(
-        "drop", "crowd boxes: 'drop' them from the targets or 'ignore' their area in the loss",
-        choices=("drop", "ignore"))
+        "drop", "'drop' crowd boxes from the targets or 'ignore' their area in the loss", choices=("drop", "ignore"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """Override the loss of the model table."""
 
     label_smoothing: float | None = setting(
-        None, "label smoothing of the focal loss", flags=("--smoothing",), low=0, below=1, none="from the model table")
+        None, "label smoothing of the focal loss", flags="--smoothing", low=0, below=1)
     dense_targets: bool = setting(
         False, "class loss from one-hot targets: the same numbers, more memory and time; for comparison")
-    legacy_focal: bool | None = setting(None, "the older focal loss formula", none="from the model table")
-    alpha: float | None = setting(None, "focal loss: weight of the positives", flags=(), low=0, high=1,
-                                  none="from the model table")
-    gamma: float | None = setting(None, "focal loss: focusing exponent", flags=(), low=0, none="from the model table")
-    delta: float | None = setting(None, "Huber loss: where it turns linear, in anchor units", flags=(), above=0,
-                                  none="from the model table")
-    box_loss_weight: float | None = setting(None, "factor of the box loss in the sum", flags=(), low=0,
-                                            none="from the model table")
+    legacy_focal: bool | None = setting(None, "the older focal loss formula")
+    alpha: float | None = setting(None, "focal loss: weight of the positives", flags="", low=0, high=1)
+    gamma: float | None = setting(None, "focal loss: focusing exponent", flags="", low=0)
+    delta: float | None = setting(None, "Huber loss: where it turns linear, in anchor units", flags="", above=0)
+    box_loss_weight: float | None = setting(None, "factor of the box loss in the sum", flags="", low=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """Choose the optimiser and the clipping of gradients."""
 
@@ -196,75 +131,71 @@ class OptimConfig:
         "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead")
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
     lr_batch: int | None = setting(
-        None, "with -b auto: batch size that --lr was chosen for; for a smaller one the rate is lowered in proportion",
-        low=1, flags=(), none="the batch size of the YAML files, else 256")
+        None, "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion", low=1,
+        flags="", none="the batch size of the YAML files, else 256")
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
     opt_eps: float | None = setting(
         None, "epsilon of the optimisers that have one", above=0, none="the optimiser's own")
     clip_grad: float = setting(10.0, "gradient clipping threshold; 0: off", low=0)
-    clip_mode: str = setting("norm", "what is clipped: the global norm, each value, or adaptively per unit",
-                             choices=("norm", "value", "agc"))
+    clip_mode: str = setting(
+        "norm", "clip the global norm, each value, or adaptively per unit", choices=("norm", "value", "agc"))
     grad_accum: int = setting(1, "batches whose gradients make one update", low=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SchedConfig:
     """Choose the learning-rate schedule and the length of the run."""
 
-    sched: str = setting("cosine", "learning-rate schedule",
-                         choices=("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none"))
-    epochs: int = setting(300, "epochs to train, without the cooldown", flags=("--epochs", "--epoch"), low=1)
+    sched: str = setting("cosine", "learning-rate schedule", choices=_SCHEDULES)
+    epochs: int = setting(300, "epochs to train, without the cooldown", flags="--epochs --epoch", low=1)
     start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up, a fraction is allowed", low=0)
     warmup_lr: float = setting(1e-4, "learning rate at the start of the warm-up", low=0)
     min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)
     cooldown_epochs: int = setting(10, "epochs at min_lr after the schedule", low=0)
     lr_noise: list[float] | None = setting(
-        None, "noise on the learning rate: the fraction of the epochs where it starts and, optionally, where it ends",
-        low=0, high=1, none="off", metavar="ON [OFF]")
+        None, "noise on the learning rate: fraction of the epochs where it starts and, optionally, ends", low=0,
+        high=1, none="off", metavar="ON [OFF]")
     lr_noise_pct: float = setting(0.67, "limit of the noise as a fraction of the learning rate", above=0)
     lr_noise_std: float = setting(1.0, "standard deviation of the noise", above=0)
     lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
     lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
     decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
-    decay_milestones: list[int] = setting([90, 180, 270], "epochs at whose start the rate drops (multistep)",
-                                          flags=(), low=1)
-    decay_rate: float = setting(0.1, "factor of a decay (step, multistep, plateau), exponent (poly)",
-                                flags=("--decay-rate", "--dr"), above=0)
+    decay_milestones: list[int] = setting(
+        [90, 180, 270], "epochs at whose start the rate drops (multistep)", flags="", low=1)
+    decay_rate: float = setting(
+        0.1, "factor of a decay (step, multistep, plateau), exponent (poly)", flags="--decay-rate --dr", above=0)
     patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EmaConfig:
     """Keep an exponential moving average (EMA) of the weights."""
 
-    enabled: bool = setting(True, "keep an exponential moving average of the weights; it is what is ranked",
-                            flags=("--model-ema",))
-    decay: float = setting(0.9999, "weight of the past in the average", flags=("--model-ema-decay",), low=0, below=1)
-    warmup: bool = setting(True, "let the decay grow to its value over the first updates",
-                           flags=("--model-ema-warmup",))
+    enabled: bool = setting(True, "keep an average of the weights; it is what is ranked", flags="--model-ema")
+    decay: float = setting(0.9999, "weight of the past in the average", flags="--model-ema-decay", low=0, below=1)
+    warmup: bool = setting(True, "let the decay grow to its value over the first updates", flags="--model-ema-warmup")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalAmpConfig:
     """Choose the precision of the arithmetic."""
 
-    enabled: bool = setting(False, "mixed precision", flags=("--amp",))
+    enabled: bool = setting(False, "mixed precision", flags="--amp")
     opt_level: str = setting(
-        "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", flags=("--opt-level",),
-        choices=("O0", "O1", "O2"))
-    dtype: str = setting("float16", "half-precision type", flags=("--amp-dtype",), choices=("float16", "bfloat16"))
+        "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", choices=("O0", "O1", "O2"))
+    dtype: str = setting("float16", "half-precision type", flags="--amp-dtype", choices=("float16", "bfloat16"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class AmpConfig(EvalAmpConfig):
     """Choose the precision of the arithmetic and the loss scale."""
 
     loss_scale: float | str = setting("dynamic", "with --amp in float16: 'dynamic' or one fixed factor", metavar="N")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalDistConfig:
     """Run on several devices."""
 
@@ -273,113 +204,95 @@ class EvalDistConfig:
     master_port: int | None = setting(None, "port on that host", low=1, high=65535, none="a free one")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DistConfig(EvalDistConfig):
     """Run on several devices."""
 
     sync_bn: bool = setting(False, "batch-norm statistics over all devices")
     dist_bn: str = setting(
-        "reduce", "before each evaluation, average the batch-norm statistics of the devices ('reduce'), send those of "
-        "the first to all ('broadcast'), or neither ('')", choices=("", "reduce", "broadcast"))
+        "reduce", "before evaluation, average or send batch-norm statistics", choices=("", "reduce", "broadcast"))
     max_restarts: int = setting(
-        0, "with --device-list: when a process fails, start all of them again, up to N times; they resume by "
-        "themselves", low=0)
+        0, "with --device-list: start all processes again, up to N times, when one fails; they resume", low=0)
     hang_timeout: float = setting(
-        1800.0, "seconds without progress on any device after which the processes are ended with an error that names "
-        "the one they wait for; 0: never", low=0)
+        1800.0, "seconds without progress after which the run ends, naming the device waited for; 0: never", low=0)
 
 
-@dataclass
-class _BaseRunConfig:
-    """Say where every script runs."""
-
-    device: str = setting("auto", "kind of device: auto (the best there is), cpu, or torch's name of an accelerator")
-    batch_size: int = setting(32, "pictures per step over all devices", flags=("-b", "--batch-size"), low=1)
-
-
-@dataclass
-class RunSectionConfig(_BaseRunConfig):
+@dataclass(frozen=True)
+class RunSectionConfig:
     """Say where the run takes place, how long, and what it keeps."""
 
+    device: str = setting("auto", _DEVICE)
     batch_size: int | str = setting(
-        256, "pictures per step over all devices; 'auto': as many as fit the memory of an accelerator, found by "
-        "running training steps", flags=("-b", "--batch-size"), low=1, choices=("auto",), metavar="N|auto")
+        256, "images per step over all devices; 'auto': as many as fit an accelerator's memory, found by trying",
+        flags="-b --batch-size", low=1, choices=("auto",), metavar="N|auto")
     seed: int = setting(42, "seed of every random generator; each process adds its rank", low=0)
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
     resume: str = setting(
-        "", "continue the run of this checkpoint; 'auto': the checkpoint of --experiment, or else of the newest run "
-        "under --output, that has come furthest and is whole; where there is none, train anew", metavar="PATH|auto")
+        "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto")
     overfit: int = setting(
-        0, "learn N pictures of the training split by heart and evaluate on the same: without augmentation, with "
-        "settings that suit it where no flag says otherwise; AP should come near 1, and if it does not, the run says "
-        "what is likely wrong and exits with status 3; 0: train as usual", low=0)
+        0, "learn N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)", low=0)
     check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
-    val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
+    val_skip: int = setting(0, "evaluate every Nth validation image only; 0: all", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
     recovery_interval: int = setting(
-        0, "also write recovery.pth.tar every N updates within an epoch; 0: only when a signal (SIGTERM, SIGINT, "
-        "SIGUSR1) ends the run, which then exits with 128 + the signal's number", low=0)
+        0, "also save every N updates within an epoch; 0: only when SIGTERM, SIGINT or SIGUSR1 ends the run", low=0)
     max_skipped: int = setting(
-        50, "stop when N updates in a row were skipped for inf or NaN in their gradients, and save the last batch for "
-        "a post-mortem; looked at with each log line; 0: go on", low=0)
+        50, "stop after N updates in a row skipped for inf or NaN, and keep their batch; 0: go on", low=0)
     deterministic: bool = setting(
-        False, "choose algorithms that give the same bits each time, slower; operators without one are warned of")
-    save_errors: str = setting("stop", "when a checkpoint cannot be written, as on a full disk: 'stop' the run, or "
-                               "'warn' and train on", choices=("stop", "warn"))
+        False, "algorithms that give the same bits each time, slower; operators without one are warned of")
+    save_errors: str = setting(
+        "stop", "when a checkpoint cannot be written: 'stop' the run, or 'warn' and train on", choices=("stop", "warn"))
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
-    compile: bool = setting(False, "train with torch.compile, on GPUs and CPUs: the same numbers up to rounding, after "
-                            "minutes of compiling; on the CPU it was slower")
+    compile: bool = setting(False, "train with torch.compile: equal up to rounding; minutes to compile, slower on CPUs")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
-    tensorboard: bool = setting(
-        False, "also write TensorBoard's event files into the run's folder; needs the package tensorboard")
+    tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
 
 
-@dataclass
-class _PredictRunConfig(_BaseRunConfig):
+@dataclass(frozen=True)
+class _PredictRunConfig:
     """Say how a trained network is used."""
 
+    device: str = setting("auto", _DEVICE)
+    batch_size: int = setting(32, "images per step over all devices", flags="-b --batch-size", low=1)
     use_ema: bool | None = setting(None, "use the averaged weights", none="when the checkpoint has them")
     tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")
     tta_scales: list[float] = setting(
-        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0,
-        metavar="X,X")
+        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0, metavar="X,X")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalRunSectionConfig(_PredictRunConfig):
     """Say what is evaluated, where, and what is written."""
 
     checkpoint: str = setting("", "weights to evaluate", metavar="PATH")
-    val_skip: int = setting(0, "evaluate every Nth validation picture only; 0: all", low=0)
-    log_interval: int = setting(10, "batches between two log lines", flags=("--log-interval", "--log-freq"), low=1)
+    val_skip: int = setting(0, "evaluate every Nth validation image only; 0: all", low=0)
+    log_interval: int = setting(10, "batches between two log lines", flags="--log-interval --log-freq", low=1)
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
     metrics: str = setting("", "write the metrics to this file", metavar="JSON")
-    output: str = setting("output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none",
-                          metavar="DIR")
-    speed: bool = setting(
-        False, "also measure milliseconds a picture of the model and of the post-processing, on one batch repeated")
+    output: str = setting(
+        "output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none", metavar="DIR")
+    speed: bool = setting(False, "also time the model and the post-processing, on one batch repeated")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoRunSectionConfig(_PredictRunConfig):
     """Say what is shown, where, and what is written."""
 
-    batch_size: int = setting(1, "pictures per step", flags=("-b", "--batch-size"), low=1)
-    images: list[str] = setting([], "pictures, folders or glob patterns; none: pictures of the default data set",
-                                flags=())
+    batch_size: int = setting(1, "images per step", flags="-b --batch-size", low=1)
+    images: list[str] = setting([], "images, folders or glob patterns; none: images of the default data set", flags="")
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
-    output: str = setting("output/demo", "folder for the drawn pictures and the json", metavar="DIR")
+    output: str = setting("output/demo", "folder for the drawn images and the json", metavar="DIR")
 
 
 # ---- one root per script ----
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a training run depends on."""
 
@@ -394,7 +307,7 @@ class RunConfig:
     run: RunSectionConfig = field(default_factory=RunSectionConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidateConfig:
     """Everything an evaluation depends on."""
 
@@ -405,35 +318,9 @@ class ValidateConfig:
     run: EvalRunSectionConfig = field(default_factory=EvalRunSectionConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoConfig:
     """Everything a demo depends on."""
 
     model: DemoModelConfig = field(default_factory=DemoModelConfig)
     run: DemoRunSectionConfig = field(default_factory=DemoRunSectionConfig)
-
-
-# ---- reading a declaration ----
-
-def flags_of(item: dataclasses.Field) -> tuple[str, ...]:
-    """Return the spellings of a field on the command line, the one for messages first; empty: it has no flag."""
-    flags = item.metadata["flags"]
-    spellings = ("--" + item.name.replace("_", "-"),) if flags is None else flags
-    return tuple(sorted(spellings, key=lambda spelling: not spelling.startswith("--")))
-
-
-def spelled(section: str, item: dataclasses.Field) -> str:
-    """Return a field's name for messages, `section.field (--flag)`."""
-    flags = flags_of(item)
-    return f"{section}.{item.name}" + (f" ({flags[0]})" if flags else "")
-
-
-def range_text(item: dataclasses.Field) -> str:
-    """Return the allowed values of a field in words; empty when its type is the only limit."""
-    meta = item.metadata
-    words = ", ".join(repr(word) for word in meta["choices"])
-    if words and meta["low"] is None:
-        return "one of " + words
-    bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"]), ("<", meta["below"])]
-    text = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-    return f"{text} or {words}" if words else text

@@ -3,6 +3,7 @@
 What happens inside one picture is `transforms.py`'s business, the order of pictures `samplers.py`'s.
 """
 
+import multiprocessing.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import torch.utils.data
 
 from effdet.anchors import AnchorLabeler
-from effdet.runtime.device import pick_device, supports_pinning, to_device
+from effdet.runtime.device import pick_device
+from effdet.runtime.memory import supports_pinning, to_device
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform
@@ -241,7 +243,7 @@ def create_loader(
     if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
         raise ValueError(
             "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
-            "DetBenchTrain.use_sizes), not by the loader: leave sampler and anchor_labeler out"
+            "DetBenchTrain's input_sizes), not by the loader: leave sampler and anchor_labeler out"
         )
     base = unwrap_subset(dataset)
     base.transform = pipeline_transform(transform_fn) if is_pipeline(transform_fn) else transform_fn or _make_transform(
@@ -279,6 +281,8 @@ def create_loader(
         generator=torch.Generator().manual_seed(seed or 0),
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
     )
+    if num_workers > 0:
+        multiprocessing.util.get_temp_dir()  # made here, it goes with this process; a worker's stays where it is killed
     if not use_prefetcher:
         return loader
     erasing = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count} if is_training else {}

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet.ops.boxes import box_area, pairwise_iou
+from effdet.ops.boxes import box_area, pairwise_common, pairwise_iou
 
 from .box_list import BoxList
 
@@ -11,6 +11,11 @@ from .box_list import BoxList
 def area(boxlist: BoxList) -> Tensor:
     """Return the areas [N]."""
     return box_area(boxlist.boxes())
+
+
+def intersection(boxlist1: BoxList, boxlist2: BoxList) -> Tensor:
+    """Return the area that each pair of boxes has in common [N, M]."""
+    return pairwise_common(boxlist1.boxes(), boxlist2.boxes())
 
 
 def iou(boxlist1: BoxList, boxlist2: BoxList) -> Tensor:

@@ -1,11 +1,13 @@
-"""The focal loss and its gradient in closed form, logit by logit: what both ways of computing it share.
+"""The focal loss and its gradient in closed form: logit by logit, and over a whole level as accelerators compute it.
 
-loss.py runs it over whole levels, focal_cpu.py piece by piece.
+Every logit is treated as background, and the few at an anchor's own class are corrected afterwards, so no one-hot
+target exists. focal_cpu.py does the same piece by piece on CPUs; loss.py chooses between them.
 
 Source: RetinaNet, https://arxiv.org/abs/1708.02002.
 """
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,3 +48,45 @@ def foreground_terms(logits: Tensor, gamma: float, smoothing: float) -> tuple[Te
     """Return loss and gradient of each logit for target 1, without the factor alpha: the mirror of the background's."""
     loss, gradient = background_terms(-logits, gamma, smoothing, with_gradient=True)
     return loss, -gradient
+
+
+def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
+                            smoothing: float, with_gradient: bool, gradient_dtype: torch.dtype
+                            ) -> tuple[Tensor, Tensor | None]:
+    """Sum the focal loss over one level and compute its gradient, in fixed shapes and without waiting for values.
+
+    Args:
+        logits: [B, A * K, height, width], any float dtype and memory layout.
+        class_targets: int64 [B, height * width * A]: 0..K-1, -1 background, -2 left out.
+        num_classes: K.
+        alpha: weight of the positives, 0..1.
+        gamma: focusing exponent, >= 0.
+        smoothing: label smoothing, 0..1.
+        with_gradient: whether the gradient is wanted.
+        gradient_dtype: its dtype.
+
+    Returns:
+        A float32 scalar, and the gradient in the shape of the logits, or None.
+    """
+    # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
+    x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
+    targets = class_targets.unflatten(1, (-1, x.shape[1])).transpose(1, 2).unsqueeze(2)  # [B, A, 1, cells]
+    x = x.masked_fill(targets == -2, IGNORED_LOGIT)
+    loss, gradient = background_terms(x, gamma, smoothing, with_gradient)
+    if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
+        for terms in (loss, gradient) if with_gradient else (loss,):
+            terms.masked_fill_(targets == -2, 0)
+    total = loss.sum() * (1 - alpha)
+
+    positive = targets >= 0
+    index = targets.clamp(min=0)
+    own = x.gather(2, index)  # [B, A, 1, cells]
+    foreground_loss, foreground_gradient = foreground_terms(own, gamma, smoothing)
+    correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
+    total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
+    if gradient is None:
+        return total, None
+    gradient.mul_(1 - alpha)
+    correction = alpha * foreground_gradient - gradient.gather(2, index)
+    gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
+    return total, gradient.flatten(1, 2).unflatten(2, logits.shape[2:]).to(gradient_dtype)

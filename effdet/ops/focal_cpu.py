@@ -1,8 +1,8 @@
-"""The focal loss of loss.py on a CPU: equal values, in one pass through memory.
+"""The focal loss of focal.py on a CPU: equal values, in one pass through memory.
 
 A CPU spends the loss on reading and writing the logits, not on arithmetic, and reading a value costs it nothing. So the
 logits are worked off in pieces that stay in the cache, every one as background, and the few at an anchor's own class
-are found and corrected afterwards. Accelerators need fixed shapes and few large kernels instead: loss.py.
+are found and corrected afterwards. Accelerators need fixed shapes and few large kernels instead.
 """
 from __future__ import annotations
 
@@ -20,27 +20,16 @@ LARGE = 80.0  # exp() of more overflows float32
 def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
                             smoothing: float, with_gradient: bool, gradient_dtype: torch.dtype
                             ) -> tuple[Tensor, Tensor | None]:
-    """Sum the focal loss over one level and compute its gradient.
+    """Sum the focal loss over one level and compute its gradient, in the memory layout of the logits.
 
-    Args:
-        logits: [B, A * K, height, width], any float dtype.
-        class_targets: int64 [B, height, width, A]: 0..K-1, -1 background, -2 left out.
-        num_classes: K.
-        alpha: weight of the positives, 0..1.
-        gamma: focusing exponent, above 0.
-        smoothing: label smoothing, 0..1.
-        with_gradient: whether the gradient is wanted.
-        gradient_dtype: its dtype.
-
-    Returns:
-        A float32 scalar, and the gradient in the shape and memory layout of the logits, or None.
+    Arguments and result are those of `focal.focal_loss_and_gradient`, but for gamma, which must be above 0.
     """
     by_cell = logits.is_contiguous(memory_format=torch.channels_last)
     logits = logits if by_cell else logits.contiguous()
     gradient = torch.empty_like(logits, dtype=gradient_dtype) if with_gradient else None
     flat = _in_memory_order(logits, by_cell)
     flat_gradient = None if gradient is None else _in_memory_order(gradient, by_cell)
-    first, step, targets = _find_objects(class_targets, num_classes, by_cell)
+    first, step, targets = _find_objects(class_targets, logits.shape, num_classes, by_cell)
     ignored = first[targets == -2]
     if len(ignored):
         flat = flat.clone()
@@ -58,21 +47,20 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
     return total.float(), gradient
 
 
-def _find_objects(class_targets: Tensor, num_classes: int, by_cell: bool) -> tuple[Tensor, int, Tensor]:
+def _find_objects(class_targets: Tensor, shape: torch.Size, num_classes: int, by_cell: bool
+                  ) -> tuple[Tensor, int, Tensor]:
     """Find the anchors that are not plain background.
 
     Returns:
         position of each one's first logit in memory [n], steps from one class to the next, targets [n].
     """
-    _, height, width, per_cell = class_targets.shape
-    found = (class_targets != -1).nonzero()
-    image, row, column, anchor = found.unbind(1)
-    cell = row * width + column
+    image, number = (class_targets != -1).nonzero().unbind(1)
     if by_cell:
-        first, step = ((image * height * width + cell) * per_cell + anchor) * num_classes, 1
+        first, step = (image * class_targets.shape[1] + number) * num_classes, 1
     else:
-        first, step = (image * per_cell + anchor) * num_classes * height * width + cell, height * width
-    return first, step, class_targets[image, row, column, anchor]
+        per_cell, step = shape[1] // num_classes, shape[2] * shape[3]
+        first = (image * per_cell + number % per_cell) * num_classes * step + number // per_cell
+    return first, step, class_targets[image, number]
 
 
 def _in_memory_order(maps: Tensor, by_cell: bool) -> Tensor:

@@ -11,11 +11,10 @@ from torch import nn
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
-from effdet.config import get_efficientdet_config
-from effdet.config.model_config import model_config_from_plain, published_model_name
+from effdet.config.model_config import find_model_spec, published_model_name, stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.categories import CategoryMap
-from effdet.factory import apply_model_overrides, create_model_from_config, place_model, set_pad_type
+from effdet.factory import apply_settings, create_model_from_config, place_model, set_pad_type
 from effdet.network.folding import fold_batch_norm
 from effdet.ops.sizes import nearest_image_size
 from effdet.runtime import device as device_layer
@@ -53,21 +52,21 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     state = extract_state_dict(payload, use_ema)
     name = model.name or payload.get("arch") or published_model_name(Path(path).name)
     if isinstance(payload.get("model_config"), Mapping):
-        config = model_config_from_plain(payload["model_config"])
+        config = stored_model_spec(payload["model_config"])
         if model.name and config.name != model.name:
             raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: "
                                   "leave --model out.")
     elif name:
-        config = get_efficientdet_config(name)
-        config.num_classes = _count_classes(state, config)
+        config = find_model_spec(name)
+        config = config.replace(num_classes=_count_classes(state, config))
     else:
         raise CheckpointError(f"{path} holds weights only and does not say of which model: give --model NAME.")
     if num_classes is not None and num_classes != config.num_classes:
         raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked "
                               "for: leave --num-classes out, or train a new head with --pretrained.")
-    apply_model_overrides(config, model)
+    config = apply_settings(config, model)
     if getattr(model, "pad_type", None) is not None:
-        set_pad_type(config, model.pad_type)
+        config = set_pad_type(config, model.pad_type)
     network = create_model_from_config(config, pretrained_backbone=False)
     load_state_dict_report(network, state, strict=True)
     stored = payload.get("category_map")
@@ -94,15 +93,15 @@ def load_published(model: Any) -> Detector:
     Args:
         model: the model section; `pretrained` is 'url' or a path.
     """
-    config = get_efficientdet_config(model.name or "tf_efficientdet_d0")
-    apply_model_overrides(config, model)
-    network = create_model_from_config(config, num_classes=model.num_classes, pad_type=model.pad_type,
+    spec = apply_settings(find_model_spec(model.name or "tf_efficientdet_d0"), model)
+    network = create_model_from_config(spec, num_classes=model.num_classes, pad_type=model.pad_type,
                                        pretrained=True if model.pretrained == "url" else model.pretrained)
-    return Detector(network.eval(), None, f"{config.name}, {config.num_classes} classes, weights {model.pretrained}")
+    source = f"{spec.name}, {network.config.num_classes} classes, weights {model.pretrained}"
+    return Detector(network.eval(), None, source)
 
 
 def build_predict_bench(model: nn.Module, device: torch.device, same_padding: str = "auto", flip: bool = False,
-                        scales: Sequence[float] = ()) -> DetBenchPredict | TtaBench:
+                        scales: Sequence[float] = (), nms: str = "exact") -> DetBenchPredict | TtaBench:
     """Put post-processing, and test-time augmentation if asked for, around a network.
 
     Args:
@@ -111,11 +110,12 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
         same_padding: see `place_model`.
         flip: also predict mirror images.
         scales: factors of the input size to predict at as well; each is rounded to the next valid size.
+        nms: see `bench.DetBenchPredict`.
 
     Raises:
-        ValueError: a scale that gives a size which is there already.
+        ValueError: a scale that gives a size which is there already, or an NMS that is not to be had here.
     """
-    bench = DetBenchPredict(model).to(device).eval()
+    bench = DetBenchPredict(model, nms=nms).to(device).eval()
     if not flip and not scales:
         return bench
     sizes = [tuple(model.config.image_size)]
@@ -127,7 +127,7 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
                              "(height, width) is predicted already: leave it out or choose another")
         sizes.append(size)
         network = place_model(build_network_of_size(model, size), device, same_padding)
-        benches.append(DetBenchPredict(network).to(device).eval())
+        benches.append(DetBenchPredict(network, nms=nms).to(device).eval())
     return TtaBench(benches, flip)
 
 
@@ -149,8 +149,7 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
     place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
     if not scales:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
-    bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales)
-    bench.use_nms(model.nms, device)
+    bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales, model.nms)
     return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench)
 
 

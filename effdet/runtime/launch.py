@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,16 @@ def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0
         taken, master_port = master_port, None
         _logger.warning("port %d is in use on this machine: a free one is taken instead", taken)
     master_port = master_port or _free_port()
+    logs = tempfile.TemporaryDirectory(prefix="effdet-launch-")  # torchrun never removes a log folder of its own
     arguments = torchrun.get_args_parser().parse_args([
+        f"--log-dir={logs.name}",
         f"--nproc-per-node={num_processes}", f"--master-addr={master_addr}", f"--max-restarts={max_restarts}",
         f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
         f"--master-port={master_port}", *command])
     here = str(Path(__file__).resolve().parents[2])  # children find the package where this process found it
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _core_count() // num_processes))
-    with _environment(OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(paths)):
+    with logs, _environment(OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(paths)):
         try:
             _run_at_a_free_port(torchrun.run, arguments)
         except ChildFailedError as error:

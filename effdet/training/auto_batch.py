@@ -5,36 +5,27 @@ it, those of a network, an optimizer and an average that are made for the search
 """
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
+from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
 from effdet.data.collate import padded_instances
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime import memory as memory_layer
 
-from .amp import Precision
-from .ema import ModelEma
+from .build import Placement, Step, build_step
 
 _logger = logging.getLogger("effdet.train")
 
 AUTO = "auto"
 _MARGIN = 0.9  # batches differ in their objects, and the allocator's memory falls to pieces in a long run
 _LARGEST = 4096  # per device; no network here gains from more
-
-
-class Step(NamedTuple):
-    """What one training step needs."""
-
-    model: nn.Module
-    ema: ModelEma | None
-    precision: Precision
-    optimizer: torch.optim.Optimizer
-    bench: nn.Module  # DetBenchTrain, not wrapped
 
 
 def check_device(cfg: RunConfig, device: torch.device) -> None:
@@ -102,7 +93,7 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
             for _ in range(2):
                 run_step(size)
         except RuntimeError as error:
-            if not device_layer.is_out_of_memory(error):
+            if not memory_layer.is_out_of_memory(error):
                 raise
             enough = False  # the memory is released outside, when the error no longer holds on to the step's tensors
         release()
@@ -141,65 +132,64 @@ def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
     return run_step
 
 
-def choose_batch_size(cfg: RunConfig, device: torch.device, build_step: Callable[[], Step], parser: Any,
-                      channels_last: bool) -> int:
-    """Find the batch size of a run and put it, and the learning rate that goes with it, into its config.
+def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes: int) -> RunConfig:
+    """Find the batch size of a run and the learning rate that goes with it.
 
     All processes call it; each tries its own device, and the smallest answer is everybody's.
 
     Args:
-        cfg: of the run; `run.batch_size` and `optim.lr` are set.
-        device: an accelerator.
-        build_step: makes what a step needs, without DistributedDataParallel.
+        cfg: of the run.
+        place: where it takes place, on an accelerator.
         parser: of the training split.
-        channels_last: memory layout of the images.
+        num_classes: K.
 
     Returns:
-        The batch size of this process.
+        The config with both, the batch size over all processes.
 
     Raises:
         RuntimeError: not even one picture fits.
     """
-    world = distributed.world_size()
+    device, world = place.device, place.world
     most_objects = max((len(parser.get_ann_info(k)["cls"]) for k in range(len(parser.img_ids))), default=0)
     most = max(1, min(_LARGEST, len(parser.img_ids) // world))
     # Alone, as a process that runs out of memory would keep the others waiting.
     with distributed.alone(), torch.random.fork_rng(devices=[]):
         logging.disable(logging.INFO)  # the run builds all of this again, and says so then
         try:
-            step = build_step()
+            step = build_step(replace_settings(cfg, run={"compile": False}), dataclasses.replace(place, world=1),
+                              num_classes, {})
         finally:
             logging.disable(logging.NOTSET)
         reserve = torch.empty(sum(p.numel() for p in step.model.parameters()) if world > 1 else 0, device=device)
-        fits = make_probe(make_step(step, device, padded_instances(most_objects), channels_last,
+        fits = make_probe(make_step(step, device, padded_instances(most_objects), place.channels_last,
                                     (cfg.optim.clip_grad or None, cfg.optim.clip_mode)),
-                          lambda: device_layer.release_memory(device))
+                          lambda: memory_layer.release_memory(device))
         largest = largest_that_fits(fits, most)
         size = with_margin(fits, largest) if largest < most else most
         del step, fits, reserve  # `reserve` stood for DistributedDataParallel's copy of the gradients
-        device_layer.release_memory(device)
+        memory_layer.release_memory(device)
     size = min(distributed.all_gather_object(size))
     if size == 0:
         raise RuntimeError("-b auto: not even one picture fits the memory; give a smaller --model or --image-size, or "
                            "--amp.")
-    settle(cfg, size * world)
-    total = device_layer.total_memory_bytes(device)
+    cfg = set_batch_size(cfg, size * world)
+    total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
     _logger.info("-b auto: %d pictures a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,
                  largest, memory, limit)
-    return size
+    return cfg
 
 
-def settle(cfg: RunConfig, batch_size: int) -> None:
-    """Put a batch size into a config; lower the learning rate in proportion if the batch is smaller than it is for."""
+def set_batch_size(cfg: RunConfig, batch_size: int) -> RunConfig:
+    """Return a config with a batch size, and a rate lowered in proportion if that is less than the rate is for."""
     meant, lr = cfg.optim.lr_batch, cfg.optim.lr
-    cfg.run.batch_size, cfg.optim.lr_batch = batch_size, None
     rule = lr * batch_size / meant
+    used = rule if batch_size < meant else lr
     if batch_size < meant:
-        cfg.optim.lr = rule
         _logger.info("-b auto: learning rate %.4g for the batch of %d, in proportion to %.4g for %d", rule, batch_size,
                      lr, meant)
     else:
         more = "" if batch_size == meant else f"; in proportion to the batch it would be {rule:.4g} (--lr)"
         _logger.info("-b auto: learning rate %.4g as given for a batch of %d%s", lr, meant, more)
+    return replace_settings(cfg, optim={"lr": used, "lr_batch": None}, run={"batch_size": batch_size})

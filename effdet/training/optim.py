@@ -6,6 +6,7 @@ in amp.py.
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from timm_patches.exchange import exchange_layers
 from timm_patches.optim_factory import create_optimizer
 
 CLIP_MODES = ("norm", "value", "agc")
@@ -149,13 +151,15 @@ class Frozen(NamedTuple):
 
 
 class _StaysInEval:
-    """Mixed into a frozen module's class: `train()` on it or on any parent leaves it in eval mode."""
+    """Goes before a frozen module's own class: `train()` on it or on any parent leaves it in eval mode."""
 
     def train(self, mode: bool = True) -> nn.Module:
         return super().train(False)
 
 
-_eval_classes: dict[type, type] = {}
+@functools.cache
+def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Frozen{cls.__name__}", (_StaysInEval, cls), {})
 
 
 def freeze_backbone(model: nn.Module) -> Frozen:
@@ -178,7 +182,7 @@ def freeze_backbone(model: nn.Module) -> Frozen:
     if backbone is None:
         raise ValueError(f"{type(model).__name__} has no `backbone` to freeze; pass the detection model or its bench.")
     frozen = _stop_gradients(backbone.parameters())
-    _keep_in_eval(backbone)
+    _keep_in_eval(model, [backbone])
     norms = sum(isinstance(module, _NormBase) for module in backbone.modules())
     return Frozen(frozen, norms)
 
@@ -193,11 +197,9 @@ def freeze_bn(model: nn.Module) -> Frozen:
     Returns:
         The number of parameters fixed by this call (tensors) and of norm layers kept in eval mode.
     """
-    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
-    frozen = 0
-    for layer in layers:
-        frozen += _stop_gradients(layer.parameters(recurse=False))
-        _keep_in_eval(layer)
+    layers = _norm_layers(model)
+    frozen = sum(_stop_gradients(layer.parameters(recurse=False)) for layer in layers)
+    _keep_in_eval(model, layers)
     return Frozen(frozen, len(layers))
 
 
@@ -211,10 +213,13 @@ def freeze_bn_statistics(model: nn.Module) -> int:
     Returns:
         The number of norm layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
-    for layer in layers:
-        _keep_in_eval(layer)
+    layers = _norm_layers(model)
+    _keep_in_eval(model, layers)
     return len(layers)
+
+
+def _norm_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
 def _stop_gradients(parameters: Iterable[Tensor]) -> int:
@@ -226,14 +231,14 @@ def _stop_gradients(parameters: Iterable[Tensor]) -> int:
     return len(trainable)
 
 
-def _keep_in_eval(module: nn.Module) -> None:
-    """Put a module into eval mode and make that last; a second call changes nothing.
+def _keep_in_eval(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Put layers of a model into eval mode and make that last; a second call changes nothing.
 
-    Its class is replaced by a subclass rather than its `train` by a closure, which deepcopy would bind to the original.
+    Layers of a subclass take their place: replacing their `train` by a closure would not survive a deepcopy, which
+    would bind it to the original.
     """
-    cls = type(module)
-    if not issubclass(cls, _StaysInEval):
-        if cls not in _eval_classes:
-            _eval_classes[cls] = type(f"Frozen{cls.__name__}", (_StaysInEval, cls), {})
-        module.__class__ = _eval_classes[cls]
-    module.eval()
+    layers = set(layers)
+    for layer in layers:
+        layer.eval()
+    exchange_layers(model, lambda layer: _frozen_class(type(layer))
+                    if layer in layers and not isinstance(layer, _StaysInEval) else None)

@@ -8,8 +8,10 @@ written to crash-*, which can be given as an argument to try it again. test_anno
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,8 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["effdet.data"]):
     from annotation_promises import ATOMS, KEYS, VALID, check
-
-FOLDER = Path(tempfile.mkdtemp(prefix="effdet-fuzz-"))
 
 
 def mutated(data: bytes) -> bytes:
@@ -54,22 +54,30 @@ def mutated(data: bytes) -> bytes:
     return json.dumps(tree).encode()
 
 
-def one_input(data: bytes) -> None:
+def one_input(folder: Path, data: bytes) -> None:
     if data:
         flags, data = data[0], data[1:]
-        check(FOLDER, mutated(data) if flags & 1 else data, has_labels=not flags & 2,
+        check(folder, mutated(data) if flags & 1 else data, has_labels=not flags & 2,
               crowd="ignore" if flags & 4 else "drop", with_files=bool(flags & 8))
 
 
-def main() -> None:
+def fuzz(folder: Path) -> None:
     logging.disable(logging.CRITICAL)
-    seeds = FOLDER / "seeds"
+    seeds = folder / "seeds"
     seeds.mkdir()
     (seeds / "valid").write_bytes(b"\0" + json.dumps(VALID).encode())
     (seeds / "fields").write_bytes(b"\1" + bytes(range(40)))
-    atheris.Setup([*sys.argv, str(seeds)], one_input)
+    atheris.Setup([*sys.argv, str(seeds)], functools.partial(one_input, folder))
     atheris.Fuzz()
 
 
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="effdet-fuzz-") as name:
+        child = os.fork()  # libFuzzer ends its process without Python's cleaning up
+        if not child:
+            fuzz(Path(name))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

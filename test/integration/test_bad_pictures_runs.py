@@ -17,7 +17,7 @@ from broken_data import copy_set, unprivileged
 import train
 import validate
 from effdet.config.cli import parse_train_args
-from effdet.config.inert import _NEEDS, inert_settings
+from effdet.config.load import NEEDS, inert_settings
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.training.run_dir import check_shared_memory, choose_output_dir
 
@@ -150,7 +150,7 @@ def test_settings_without_effect_are_named(key):
 
 
 def test_settings_with_an_effect_are_not():
-    assert set(INERT) == {key for keys, _, _ in _NEEDS for key in keys}, "every rule is tried"
+    assert set(INERT) == {key for keys, _, _ in NEEDS for key in keys}, "every rule is tried"
     for line in ([], ["--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5"],
                  ["--reprob", "0.5", "--remode", "rand"], ["--device-list", "0,1", "--max-restarts", "2"]):
         assert not list(inert_settings(parse_train_args(["--root", "x", *line])))

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,6 @@ import effdet.data.synthetic.dataset
 import train
 import validate
 from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
-from effdet.config.flags_page import flags_page
 from effdet.config.model_config import efficientdet_model_param_dict
 
 REPO = Path(__file__).resolve().parents[2]
@@ -113,15 +113,15 @@ def test_flags_of_commands_that_are_not_run_exist(monkeypatch):
     assert checked >= 8
 
 
-@pytest.mark.parametrize(("script", "count"), [("train.py", 7), ("validate.py", 5), ("demo.py", 4)])
-def test_the_examples_of_the_help_are_valid(script, count, monkeypatch, capsys):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_examples_of_the_help_are_valid(script, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(["--help"])
     printed = capsys.readouterr().out
     examples = re.findall(rf"^  python {script}(.*?)(?:  +\(.*)?$", printed.partition("Examples:")[2], re.MULTILINE)
-    assert len(examples) == count and max(map(len, printed.splitlines())) <= 80
+    assert examples and max(map(len, printed.splitlines())) <= 80
     for arguments in examples:
         PARSERS[script](shlex.split(arguments))
 
@@ -158,8 +158,8 @@ def test_the_index_names_every_page():
 
 
 def test_the_page_of_flags_is_the_schema():
-    assert (REPO / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page(), (
-        "docs/flags.md is not up to date: run python -m effdet.config.flags_page")
+    made = runpy.run_path(str(REPO / "docs" / "make_flags.py"))["flags_page"]()
+    assert (REPO / "docs" / "flags.md").read_text(encoding="utf-8") == made, "run python docs/make_flags.py"
 
 
 def test_the_table_of_models_is_the_model_table():
@@ -169,7 +169,7 @@ def test_the_table_of_models_is_the_model_table():
     parameters = {name: f"{entry['_params'] / 1e6:.1f}" for name, entry in golden.items() if "_params" in entry}
     table = {name: (parameters[name], str(entry["image_size"][0]), "yes" if entry["url"] else "")
              for name, entry in efficientdet_model_param_dict.items()}
-    assert {name: tuple(more) for name, *more in rows} == table and len(rows) == 47
+    assert {name: tuple(more) for name, *more in rows} == table
 
 
 # ---- running them ----

@@ -71,8 +71,7 @@ def test_losses_gradients_and_detections_equal_the_cpu(device, name, mode):
 def test_labels_are_the_same_to_the_bit(device):
     results = []
     for where in (CPU, device):
-        bench = DetBenchTrain(make_model()).to(where)
-        bench.anchor_labeler.ignore_regions = True
+        bench = DetBenchTrain(make_model(), ignore_regions=True).to(where)
         _, target = make_batch()
         target["cls"][0, 5] = -2  # an ignore region
         target["bbox"][0, 5] = torch.tensor([0.0, 0.0, 96.0, 128.0])
@@ -137,16 +136,14 @@ def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
     model = create_model("tf_efficientdet_d0", num_classes=5, image_size=SIZE, pretrained_backbone=False,
                          max_det_per_image=max_det, max_detection_points=400)
     generator = torch.Generator().manual_seed(3)
-    bench = DetBenchPredict(model).to(device).eval()
-    heads = [[torch.randn(2, channels, *size, generator=generator) * scale for size in bench.anchors.level_sizes]
+    model.to(device).eval()
+    benches = {name: DetBenchPredict(model, nms=name).to(device) for name in ("exact", "npu")}
+    sizes = benches["npu"].anchors.level_sizes
+    heads = [[torch.randn(2, channels, *size, generator=generator) * scale for size in sizes]
              for channels, scale in ((9 * 5, 2.0), (36, 0.3))]
     _, target = make_batch()
-    results = []
-    for name in ("exact", "npu"):
-        bench.use_nms(name, device)
-        results.append(bench.post_process([x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]],
-                                          target["img_scale"].to(device), None).cpu())
-    exact, npu = results
+    exact, npu = (bench.post_process([x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]],
+                                     target["img_scale"].to(device), None).cpu() for bench in benches.values())
     assert exact.shape == npu.shape == (2, max_det, 6) and npu.dtype == torch.float32
     for one, other in zip(exact, npu, strict=True):
         assert_close(other[other[:, 4].argsort(descending=True, stable=True)],
@@ -157,22 +154,20 @@ def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
 def test_npu_batch_nms_refuses_what_it_cannot_do(device):
     model = create_model("tf_efficientdet_d0", num_classes=2, image_size=SIZE, pretrained_backbone=False,
                          max_det_per_image=1001)
-    bench = DetBenchPredict(model)
-    with pytest.raises(ValueError, match="1 to 1000 boxes per image, but max_det is 1001"):
-        bench.use_nms("npu", device)
     with pytest.raises(ValueError, match="operator of Ascend devices, and this run is on cpu"):
-        bench.use_nms("npu", CPU)
+        DetBenchPredict(model, nms="npu")
+    model.to(device)
+    with pytest.raises(ValueError, match="1 to 1000 boxes per image, but max_det is 1001"):
+        DetBenchPredict(model, nms="npu")
     with pytest.raises(ValueError, match="Unknown NMS 'fast': choose exact"):
-        bench.use_nms("fast", device)
+        DetBenchPredict(model, nms="fast")
 
 
 def test_dense_targets_give_the_same_loss_and_gradient(device):
     losses, gradients = [], []
     for dense in (False, True):
         model = place_model(make_model(), device)
-        bench = DetBenchTrain(model).to(device).train()
-        if dense:
-            bench.use_dense_targets(device)
+        bench = DetBenchTrain(model, dense_targets=dense).to(device).train()
         images, target = make_batch()
         with npu_sim.count_waits() as meters:
             loss = bench(images.to(device), on(device, target))["class_loss"]

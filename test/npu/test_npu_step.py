@@ -126,8 +126,7 @@ def check_operators(meters: npu_sim.Meters) -> None:
 def test_a_prediction_waits_for_nothing(device, nms, half):
     model = place_model(create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False),
                         device)
-    bench = DetBenchPredict(model).to(device).eval()
-    bench.use_nms(nms, device)
+    bench = DetBenchPredict(model, nms=nms).to(device).eval()
     images = make_batches(device, 1)[0][0]
     info = {"img_scale": torch.ones(2).to(device), "img_size": torch.full((2, 2), 64.0).to(device)}
     with torch.no_grad(), torch.autocast("npu", torch.float16, enabled=half):

@@ -72,8 +72,7 @@ def waits(device: torch.device, rank: int) -> dict:
     model = place_model(distributed.convert_sync_batchnorm(model), device)
     precision = Precision(device, loss_scale=16.0)
     optimizer = build_optimizer(model, "fusedmomentum", lr=1e-3)
-    bench = DetBenchTrain(model).to(device)
-    bench.normalize_over_ranks = True
+    bench = DetBenchTrain(model, normalize_over_ranks=True).to(device)
     wrapped = DistributedDataParallel(bench, device_ids=[device.index], broadcast_buffers=False)
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(2, 3, 64, 64, generator=generator).to(device)

@@ -59,7 +59,6 @@ def folder(tmp_path, monkeypatch, small_checkpoint, synthetic_pictures):
 
 
 def test_the_python_of_the_prediction_page(folder, capsys):
-    assert len(blocks("predict.md", "python")[0].strip().splitlines()) == 5
     names: dict = {}
     for block in blocks("predict.md", "python"):
         exec(block, names)
@@ -74,7 +73,7 @@ def test_the_commands_of_the_prediction_page(folder):
     lines = "".join(blocks("predict.md", "bash")).splitlines()
     for line in lines:
         run_line(line)
-    assert len(lines) == 9 and len(list((folder / "output" / "demo").glob("?.png"))) == 2
+    assert len(list((folder / "output" / "demo").glob("?.png"))) == 2
     assert load_checkpoint_file("average.pth.tar")["averaged_from"] == ["checkpoint-1.pth.tar"]
     assert load_checkpoint_file("detector.pth")["category_map"]["names"] == ["ball", "box", "star"]
     assert len(list(folder.glob("published-*.pth"))) == 1

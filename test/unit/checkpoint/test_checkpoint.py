@@ -530,8 +530,10 @@ def test_not_strict_loads_what_fits_and_reports_the_rest():
     assert "stem.weight" in report.loaded and len(report.loaded) == 6
     assert all(torch.equal(after[key], source.state_dict()[key]) for key in report.loaded)
     assert all(torch.equal(after[key], before[key]) for key in ("stem.bias", "head.weight", "head.bias"))
-    assert report.lines()[0] == "6 tensors loaded" and len(report.lines()) == 4
-    assert report.lines(limit=1)[1] == "2 of another shape (head.weight: file 3x4x1x1, model 5x4x1x1; ...)"
+    text = "\n".join(report.lines())
+    assert "6 " in text and "head.weight" in text and "3x4x1x1" in text and "5x4x1x1" in text
+    assert all(name in text for name in ("head.bias", "stem.bias", "extra.weight"))
+    assert "head.bias" not in "\n".join(report.lines(limit=1))
 
 
 def test_nothing_that_fits_is_an_error_even_when_not_strict():

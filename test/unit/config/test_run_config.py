@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -10,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet.config.check import check_config
 from effdet.config.cli import REFUSED, parse_demo_args, parse_train_args, parse_validate_args
 from effdet.config.load import (
+    check_config,
     dump_yaml,
     from_plain,
     load_config,
+    replace_settings,
     split_over_devices,
     to_plain,
     workers_per_device,
 )
-from effdet.config.schema import ConfigError, DemoConfig, RunConfig, ValidateConfig, flags_of
+from effdet.config.options import ConfigError, list_options
+from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 PARSERS = {RunConfig: parse_train_args, ValidateConfig: parse_validate_args, DemoConfig: parse_demo_args}
@@ -53,6 +56,10 @@ def sections_of(root) -> dict[str, type]:
 
 def all_fields(root):
     return [(section, item) for section, kind in sections_of(root).items() for item in dataclasses.fields(kind)]
+
+
+def spellings_of(root) -> list[str]:
+    return [flag for option in list_options(root).values() for flag in option.spellings]
 
 
 # ---- defaults and precedence ----
@@ -164,7 +171,7 @@ def test_flags_do_not_swallow_the_override_behind_them():
 
 @pytest.mark.parametrize("root", list(PARSERS))
 def test_each_spelling_belongs_to_one_field(root):
-    spellings = [flag for _, item in all_fields(root) for flag in flags_of(item)]
+    spellings = spellings_of(root)
     assert len(spellings) == len(set(spellings))
     assert not set(spellings) & set(REFUSED)
 
@@ -175,9 +182,9 @@ def test_help_shows_every_group_and_field(root, capsys):
         PARSERS[root](["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for section, item in all_fields(root):
-        assert f" {section}: {sections_of(root)[section].__doc__}" in text
-        assert (flags_of(item) or (item.metadata["text"],))[0] in text
+    for section, kind in sections_of(root).items():
+        assert f" {section}: {kind.__doc__}" in text
+    assert all((option.spellings or (option.text,))[0] in text for option in list_options(root).values())
     if root is RunConfig:
         assert "--lr X peak learning rate, for the global batch as it is [> 0] (default: 0.32)" in text
         assert "loss.gamma: focal loss: focusing exponent [>= 0] (default: from the model table)" in text
@@ -246,7 +253,7 @@ def test_gone_flags_say_what_to_do(flag, capsys):
 @pytest.mark.parametrize("replacement", [word.strip(",;.") for text in REFUSED.values() for word in text.split()
                                          if word.startswith("--")])
 def test_every_named_successor_exists(replacement):
-    known = {flag for root in PARSERS for _, item in all_fields(root) for flag in flags_of(item)}
+    known = {flag for root in PARSERS for flag in spellings_of(root)}
     assert replacement in known
 
 
@@ -262,9 +269,9 @@ device-list loss-scale opt-level multiprocessing-distributed dist-backend""".spl
 
 @pytest.mark.parametrize("name", PEER_FLAGS)
 def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
-    accepted = {flag for _, item in all_fields(RunConfig) for flag in flags_of(item)}
-    accepted |= {"--no-" + flag.removeprefix("--") for _, item in all_fields(RunConfig) if item.default is False
-                 for flag in flags_of(item)}
+    accepted = set(spellings_of(RunConfig))
+    accepted |= {"--no-" + flag.removeprefix("--") for option in list_options(RunConfig).values()
+                 if option.default is False for flag in option.spellings}
     assert ("--" + name in accepted) != ("--" + name in REFUSED)
 
 
@@ -364,12 +371,22 @@ def test_a_fixed_loss_scale_needs_float16(capsys):
 
 
 def test_check_config_serves_api_users():
-    cfg = RunConfig()
-    cfg.model.image_size = [640]
-    assert check_config(cfg) is cfg and cfg.model.image_size == [640, 640]
-    cfg.optim.lr = -1.0
+    cfg = replace_settings(RunConfig(), model={"image_size": [640]}, optim={"momentum": 0.5})
+    checked = check_config(cfg)
+    assert (checked.model.image_size, checked.optim.momentum, cfg.model.image_size) == ([640, 640], 0.5, [640])
+    assert check_config(checked) is checked
     with pytest.raises(ConfigError, match="optim.lr"):
-        check_config(cfg)
+        check_config(replace_settings(cfg, optim={"lr": -1.0}))
+
+
+@pytest.mark.parametrize("root", list(PARSERS))
+def test_a_resolved_config_does_not_change(root):
+    cfg = PARSERS[root]([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.model = None
+    for section in sections_of(root):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(getattr(cfg, section), dataclasses.fields(getattr(cfg, section))[0].name, None)
 
 
 # ---- validate.py and demo.py ----
@@ -465,10 +482,9 @@ def test_split_against_a_search(devices):
                 continue
             below = [count for count in valid if count < total][-1:]
             above = [count for count in valid if count > total][:1]
-            with pytest.raises(ConfigError) as error:
+            with pytest.raises(ConfigError, match="batch size") as error:
                 split_over_devices(total, devices, "batch size", zero_ok)
-            assert str(error.value) == (f"batch size {total} cannot be split evenly over {devices} devices; "
-                                        f"nearest valid: {' or '.join(map(str, below + above))}")
+            assert [int(number) for number in re.findall(r"\d+", str(error.value))] == [total, devices, *below, *above]
 
 
 def test_split_of_impossible_counts():
@@ -491,7 +507,8 @@ def test_error_of_a_real_process_is_one_line():
     code = "from effdet.config.cli import parse_train_args; parse_train_args()"
     done = subprocess.run([sys.executable, "-c", code, "--lr", "abc"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "train.py: error: argument --lr: got 'abc', must be a number (--help lists everything)\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: error: ") and all(part in line for part in ("--lr", "'abc'", "number", "--help"))
 
 
 def test_a_command_line_is_parsed_before_torch_is_imported_and_timm_still_finds_what_it_needs():
@@ -562,7 +579,7 @@ def test_every_field_is_read(root, script):
     if not (ROOT / script).exists():
         pytest.skip(f"{script} is not there yet")
     files = [ROOT / script, *sorted((ROOT / "effdet").rglob("*.py"))]
-    declaring = ("schema.py", "check.py", "options.py", "load.py", "cli.py")
+    declaring = ("schema.py", "options.py", "load.py", "cli.py")
     sources = {str(path): path.read_text() for path in files
                if path.parent.name != "config" or path.name not in declaring}
     wanted = {(section, item.name) for section, item in all_fields(root)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.config.model_config import model_config_from_plain
+from effdet.config.model_config import stored_model_spec
 from effdet.config.schema import DataConfig
 from effdet.data import create_loader, open_coco
 from effdet.data.augment import affine
@@ -373,7 +373,7 @@ def small_network(size):
     plain = {"name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": size, "fpn_channels": 16,
              "fpn_cell_repeats": 2, "box_class_repeats": 1, "pad_type": "same", "num_classes": 3,
              "backbone_args": {"pad_type": "same"}}
-    return EfficientDet(model_config_from_plain(plain), pretrained_backbone=False)
+    return EfficientDet(stored_model_spec(plain), pretrained_backbone=False)
 
 
 def test_a_network_of_another_size_is_the_one_built_for_it():
@@ -399,13 +399,10 @@ def test_a_network_of_another_size_is_the_one_built_for_it():
 
 def test_a_bench_labels_and_trains_at_each_size_like_one_built_for_it():
     sizes = [(128, 128), (96, 160)]
-    native = {size: DetBenchTrain(small_network(size)) for size in sizes}
-    bench = DetBenchTrain(small_network((128, 128)))
-    bench.anchor_labeler.ignore_regions = True
-    bench.use_sizes(sizes, torch.device("cpu"))
+    native = {size: DetBenchTrain(small_network(size), ignore_regions=True) for size in sizes}
+    bench = DetBenchTrain(small_network((128, 128)), ignore_regions=True, input_sizes=sizes)
     assert not any(key.startswith("_") for key in bench.state_dict())
     for size in [*sizes, *sizes]:
-        native[size].anchor_labeler.ignore_regions = True
         target = {"bbox": torch.tensor([[[5.0, 6, 60, 70], [10, 20, 90, 90], [0, 0, 50, 96]]]),
                   "cls": torch.tensor([[1, 3, -2]])}
         target = {key: torch.cat([value, value.flip(1)]) for key, value in target.items()}
@@ -420,7 +417,7 @@ def test_a_bench_labels_and_trains_at_each_size_like_one_built_for_it():
     with pytest.raises(ValueError, match="built for images of"):
         predict(torch.zeros(1, 3, 96, 160))
     with pytest.raises(ValueError, match="create_labeler=True"):
-        DetBenchTrain(small_network((128, 128)), create_labeler=False).use_sizes(sizes, torch.device("cpu"))
+        DetBenchTrain(small_network((128, 128)), create_labeler=False, input_sizes=sizes)
 
 
 # Users' own transforms

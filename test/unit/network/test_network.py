@@ -356,14 +356,20 @@ def test_missing_targets_are_named(labeler, keys, words):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_normalising_over_ranks_changes_nothing_in_one_process(empty):
-    bench, target = DetBenchTrain(build()).eval(), make_target()
+    model, target = build(), make_target()
     if empty:
         target["cls"].fill_(-1)
-    expected = bench(make_images(), target)
-    bench.normalize_over_ranks = True
-    for key, value in bench(make_images(), target).items():
+    expected = DetBenchTrain(model).eval()(make_images(), target)
+    for key, value in DetBenchTrain(model, normalize_over_ranks=True).eval()(make_images(), target).items():
         assert torch.equal(value, expected[key]) and torch.isfinite(value).all()
     assert (expected["box_loss"] == 0) == empty
+
+
+@pytest.mark.parametrize("soft, nms, words", [(False, "npu", "this run is on cpu"), (False, "fast", "Unknown NMS"),
+                                              (True, "npu", "exclude each other")])
+def test_an_nms_that_is_not_to_be_had_is_refused_when_the_bench_is_built(soft, nms, words):
+    with pytest.raises(ValueError, match=words):
+        DetBenchPredict(build(soft_nms=soft), nms=nms)
 
 
 def test_bench_inside_autocast():

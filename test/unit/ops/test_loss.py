@@ -21,7 +21,7 @@ from effdet.loss import (
     one_hot,
     smooth_l1_loss,
 )
-from effdet.ops import focal_cpu as loss_cpu
+from effdet.ops import focal_cpu
 
 ANCHORS = 3
 SIZES = [(4, 3), (2, 2)]  # cells of the two levels
@@ -30,7 +30,7 @@ GAMMAS = [0.0, 1.0, 1.5, 2.0, 2.5]
 
 @pytest.fixture(autouse=True, params=["CPU's way", "accelerator's way"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(loss_cpu, "PIECE", 7)  # many pieces and a rest
+    monkeypatch.setattr(focal_cpu, "PIECE", 7)  # many pieces and a rest
     monkeypatch.setattr(loss, "is_host", lambda device: request.param != "accelerator's way")
 
 
@@ -90,7 +90,7 @@ def make_level(num_classes: int, size: tuple[int, int], seed: int, spread: float
 def sum_and_gradient(logits: Tensor, targets: Tensor, num_classes: int, gamma: float, smoothing: float,
                      factor: float = 1.0) -> tuple[Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
-    total = focal_loss_sum(logits, targets, num_classes, 0.25, gamma, smoothing)
+    total = focal_loss_sum(logits, targets.flatten(1), num_classes, 0.25, gamma, smoothing)
     (gradient,) = torch.autograd.grad(total * factor, logits)
     return total.detach(), gradient
 
@@ -117,7 +117,7 @@ def test_dense_targets_give_the_same_sum_and_gradient(num_classes, gamma, smooth
     logits, targets, _, _ = make_level(num_classes, (4, 3), seed=0)
     total, gradient = sum_and_gradient(logits, targets, num_classes, gamma, smoothing)
     dense_logits = logits.clone().requires_grad_()
-    dense = dense_focal_loss_sum(dense_logits, targets, num_classes, 0.25, gamma, smoothing)
+    dense = dense_focal_loss_sum(dense_logits, targets.flatten(1), num_classes, 0.25, gamma, smoothing)
     torch.testing.assert_close(dense, total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(dense, dense_logits)[0], gradient, rtol=1e-4, atol=1e-6)
 
@@ -141,9 +141,15 @@ def test_whole_loss(legacy, smoothing, num_classes):
     assert total.item() == pytest.approx(expected_class + 40 * expected_box, rel=1e-5)
     config = SimpleNamespace(num_classes=num_classes, alpha=0.3, gamma=1.5, delta=0.2, box_loss_weight=40.0,
                              label_smoothing=smoothing, legacy_focal=legacy)
-    for one, other in zip(DetectionLoss(config)(logits, codes, targets, code_targets, num_positives),
-                          (total, class_loss, box_loss), strict=True):
-        assert torch.equal(one, other)
+    flat = (torch.cat([level.flatten(1) for level in targets], 1),
+            torch.cat([level.reshape(2, -1, 4) for level in code_targets], 1))
+    for given in ((targets, code_targets), flat):
+        for one, other in zip(DetectionLoss(config)(logits, codes, *given, num_positives),
+                              (total, class_loss, box_loss), strict=True):
+            assert torch.equal(one, other)
+    dense = DetectionLoss(config, dense_targets=True)(logits, codes, *flat, num_positives)
+    torch.testing.assert_close(dense[1], class_loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(dense[2], box_loss)
 
 
 def test_box_gradient():
@@ -268,7 +274,7 @@ def test_one_tensor_is_kept_for_the_backward_pass(dtype, bytes_per_logit):
 def test_nothing_is_kept_without_a_backward_pass():
     logits, targets, _, _ = make_level(90, (4, 3), seed=8)
     with torch.no_grad():
-        total = focal_loss_sum(logits, targets, 90, 0.25, 1.5)
+        total = focal_loss_sum(logits, targets.flatten(1), 90, 0.25, 1.5)
     assert not total.requires_grad
     assert total.item() == sum_and_gradient(logits, targets, 90, 1.5, 0.0)[0].item()
 

@@ -28,9 +28,9 @@ def make_layers(kernel: int, stride: int, padding: int | None) -> tuple[nn.Modul
     torch.manual_seed(0)
     cls, options = (Conv2dSame, {}) if padding is None else (nn.Conv2d, {"padding": padding})
     layer = cls(CHANNELS, CHANNELS, kernel, stride, groups=CHANNELS, bias=False, **options)
-    fused = copy.deepcopy(layer)
-    assert convert_fused_layers(fused) == 1 and type(fused) is (FusedConv2dSame if padding is None else FusedConv2d)
-    return layer, fused
+    model = nn.Sequential(copy.deepcopy(layer))
+    assert convert_fused_layers(model) == 1 and type(model[0]) is (FusedConv2dSame if padding is None else FusedConv2d)
+    return layer, model[0]
 
 
 def make_input(height: int = 9, width: int = 8, batch: int = 3) -> torch.Tensor:

@@ -40,9 +40,9 @@ def make_squeezes() -> tuple[nn.Module, nn.Module]:
 
 
 def convert(layer: nn.Module, expected: type) -> nn.Module:
-    fused = copy.deepcopy(layer)
-    assert convert_fused_layers(fused) == 1 and convert_fused_layers(fused) == 0 and type(fused) is expected
-    return fused
+    model = nn.Sequential(copy.deepcopy(layer))
+    assert convert_fused_layers(model) == 1 and convert_fused_layers(model) == 0 and type(model[0]) is expected
+    return model[0]
 
 
 def make_input(offset: float = 0.0) -> torch.Tensor:
@@ -155,6 +155,6 @@ def check_the_same(layer: nn.Module, fused: nn.Module, change: str, monkeypatch)
 
 
 def test_can_be_undone():
-    norm, squeeze = make_norms()[1], make_squeezes()[1]
-    assert convert_fused_layers(nn.Sequential(norm, squeeze, nn.BatchNorm2d(3)), fused=False) == 2
-    assert type(norm) is BatchNormAct2d and type(squeeze) is SqueezeExcite
+    model = nn.Sequential(make_norms()[1], make_squeezes()[1], nn.BatchNorm2d(3))
+    assert convert_fused_layers(model, fused=False) == 2
+    assert [type(layer) for layer in model] == [BatchNormAct2d, SqueezeExcite, nn.BatchNorm2d]

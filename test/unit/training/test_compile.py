@@ -14,18 +14,17 @@ from effdet.efficientdet import EfficientDet
 from effdet.runtime import device as device_layer
 
 SIZES = ((128, 128), (128, 160))
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench() -> DetBenchTrain:
+def network() -> EfficientDet:
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
     config = get_efficientdet_config("tf_efficientdet_d0")
     config.update(backbone_name="mobilenetv3_small_050", backbone_args=None, image_size=SIZES[0], num_classes=3,
                   fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1)
-    return DetBenchTrain(EfficientDet(config, pretrained_backbone=False), create_labeler=True)
+    return EfficientDet(config, pretrained_backbone=False)
 
 
 def make_batch(size: tuple[int, int], number: int) -> tuple[torch.Tensor, dict]:
@@ -53,10 +52,9 @@ def train(bench: DetBenchTrain, sizes: list[tuple[int, int]]) -> list[float]:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_two_epochs_of_two_sizes_are_two_graphs_with_equal_numbers(bench, backend):
-    bench.use_sizes(SIZES, CPU)
-    plain = copy.deepcopy(bench)
-    bench.use_compile(backend)
+def test_two_epochs_of_two_sizes_are_two_graphs_with_equal_numbers(network, backend):
+    plain = DetBenchTrain(copy.deepcopy(network), input_sizes=SIZES)
+    bench = DetBenchTrain(network, input_sizes=SIZES, compile_backend=backend)
     epoch = [SIZES[0], SIZES[0], SIZES[1], SIZES[0], SIZES[1]]
     losses = train(bench, epoch)
     assert counters["stats"]["unique_graphs"] == 2
@@ -68,16 +66,16 @@ def test_two_epochs_of_two_sizes_are_two_graphs_with_equal_numbers(bench, backen
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_guard_above_sees_a_recompilation(bench):
-    bench.use_compile(backend="eager")
+def test_the_guard_above_sees_a_recompilation(network):
+    bench = DetBenchTrain(network, compile_backend="eager")
     train(bench, [SIZES[0]])
     bench.loss_fn.delta = 0.5
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match="[Rr]ecompil"):
         train(bench, [SIZES[0]])
 
 
-def test_eval_mode_is_not_compiled(bench):
-    bench.use_compile(backend="eager")
+def test_eval_mode_is_not_compiled(network):
+    bench = DetBenchTrain(network, compile_backend="eager")
     images, target = make_batch(SIZES[0], 0)
     with torch.no_grad():
         assert bench.eval()(images, target)["detections"].shape == (2, 100, 6)

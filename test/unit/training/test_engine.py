@@ -304,17 +304,29 @@ def test_each_batch_is_shown_to_the_recorder_before_it_is_trained_on():
 
 
 def test_rates_and_remaining_time_come_from_the_clock(monkeypatch):
-    """A clock that ticks a second at each look: data_ready, the log line and the wait after it each take one."""
-    ticks = iter(range(1000))
-    monkeypatch.setattr("effdet.training.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    run, recorder = make_training(Regression(), log_interval=2, total_steps=10), Recorded()
-    train_one_epoch(run, make_batches(4), epoch=0, recorder=recorder)
-    # Looks: start 0, data 1, wait 2, data 3, log 4, wait 5, data 6, wait 7, data 8, log 9.
+    """A clock that moves by what things take: 1 s to read a batch of 2, 1 s for each step and 2 s for the third."""
+    now = [0.0]
+    monkeypatch.setattr("effdet.training.engine.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class SlowBatches(Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 1.0
+                yield batch
+
+    class SlowRegression(Regression):
+        def forward(self, images, target):
+            now[0] += 2.0 if now[0] == 5.0 else 1.0
+            return super().forward(images, target)
+
+    run, recorder = make_training(SlowRegression(), log_interval=2, total_steps=10), Recorded()
+    train_one_epoch(run, SlowBatches(list(make_batches(4))), epoch=0, recorder=recorder)
     first, second = recorder.intervals
     assert (first.step_s, first.step_average_s, first.img_per_s, first.img_per_s_average) == (2.0, 2.0, 1.0, 1.0)
     assert (first.data_s, first.data_average_s, first.data_share) == (1.0, 1.0, 0.5)
     assert first.eta_s == 16.0  # 8 steps to go at 2 s
     assert (second.step_s, second.step_average_s, second.img_per_s) == (2.5, 2.25, 0.8)
+    assert (second.data_s, second.data_share) == (1.0, 0.4)
     assert second.img_per_s_average == pytest.approx(8 / 9)
     assert second.eta_s == 13.5  # 6 steps at 2.25 s
 

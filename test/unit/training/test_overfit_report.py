@@ -11,7 +11,7 @@ import torch
 
 import train
 from effdet.config.cli import parse_train_args
-from effdet.config.overfit import OVERFIT
+from effdet.config.load import OVERFIT
 from effdet.data.build import build_dataset, build_eval_loader
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator

@@ -1,19 +1,22 @@
-"""Write docs/flags.md from schema.py: `python -m effdet.config.flags_page`, or `--out FILE` for another file.
+#!/usr/bin/env python3
+"""Write docs/flags.md from effdet/config/schema.py: `python docs/make_flags.py`.
 
 What lives here: the page's form. Names, defaults, ranges and texts are the schema's; a test compares the page with it.
 """
-import argparse
+import sys
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import REFUSED, default_text, value_text
-from .options import Option, list_options
-from .schema import DemoConfig, RunConfig, ValidateConfig, flags_of, range_text
+PAGE = Path(__file__).with_name("flags.md")
+sys.path.insert(0, str(PAGE.parents[1]))
+
+from effdet.config.cli import REFUSED, default_text, value_text  # noqa: E402
+from effdet.config.options import Option, list_options  # noqa: E402
+from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig  # noqa: E402
 
 _HEAD = """# Every flag
 
-Made by `python -m effdet.config.flags_page` from `effdet/config/schema.py`; do not edit it here.
+Made by `python docs/make_flags.py` from `effdet/config/schema.py`; do not edit it here.
 
 Each row is one setting. `--flag value` and `section.field=value` set the same thing on the command line; in a YAML file
 (`-c FILE`, repeatable) it is `field` below `section`. Later ones win: defaults, the model table, YAML files in their
@@ -35,11 +38,11 @@ def _cell(text: str) -> str:
 
 def _row(key: str, option: Option) -> str:
     value = value_text(option)
-    flags = ", ".join(f"`{flag}{' ' + value if value else ''}`" for flag in flags_of(option.item))
-    flags = flags or ("`PICTURE ...`" if key == "run.images" else "(no flag)")
-    limits = "" if option.item.metadata["choices"] else range_text(option.item)
+    flags = ", ".join(f"`{flag}{' ' + value if value else ''}`" for flag in option.spellings)
+    flags = flags or ("`IMAGE ...`" if key == "run.images" else "(no flag)")
+    limits = "" if option.choices else option.range_text
     default = default_text(option) + (f"; {limits}" if limits else "")
-    return f"| {_cell(flags)} | `{key}` | {_cell(default)} | {_cell(option.item.metadata['text'])} |"
+    return f"| {_cell(flags)} | `{key}` | {_cell(default)} | {_cell(option.text)} |"
 
 
 def _table(rows: list[str]) -> str:
@@ -59,13 +62,5 @@ def flags_page() -> str:
     return "\n".join(parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m effdet.config.flags_page",
-                                     description="Write the page of all flags from the schema.")
-    parser.add_argument("--out", default="docs/flags.md", metavar="FILE", help="the page (default: docs/flags.md)")
-    Path(parser.parse_args(arguments).out).write_text(flags_page(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(flags_page(), encoding="utf-8")
