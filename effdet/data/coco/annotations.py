@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from effdet.ops.labels import IGNORE
+
 from .categories import CategoryMap, resolve_category_map
 from .check import CocoArrays, check_coco, check_files, four_numbers
 from .image_table import ImageTable
@@ -27,14 +29,11 @@ __all__ = [
     "CocoParserCfg",
     "DatasetError",
     "DatasetReport",
-    "IGNORE_CLS",
     "coco_paths",
     "resolve_category_map",
 ]
 
 _logger = logging.getLogger(__name__)
-
-IGNORE_CLS = -2  # target label of an ignore region; padding is -1
 
 # Where COCO keeps each split, below its root: (image directory, annotation file). {year} is 2017 or 2014.
 _LAYOUT = {
@@ -232,7 +231,7 @@ class CocoParser:
         if not len(bbox):
             return {"bbox": bbox, "cls": np.zeros(0, dtype=np.int64)}
         cls = self.category_map.to_idx(self._category_ids[span]) + 1
-        cls[self._is_crowd[span]] = IGNORE_CLS
+        cls[self._is_crowd[span]] = IGNORE
         return {"bbox": bbox, "cls": cls}
 
     def box_table(self) -> dict[str, np.ndarray]:
