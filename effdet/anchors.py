@@ -20,7 +20,8 @@ from effdet.object_detection import (  # noqa: F401  (effdet has them here)
     IouSimilarity,
     TargetAssigner,
 )
-from effdet.ops.boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
+from effdet.ops.boxes import box_area, clip_boxes_xyxy, common_area, decode_boxes, encode_boxes, iou_from_areas
+from effdet.ops.labels import BACKGROUND, IGNORE, MATCH_IOU, PADDING
 from effdet.ops.labels_cpu import SparseMatcher
 from effdet.ops.nms import generate_detections
 from effdet.ops.sizes import get_feat_sizes, to_height_width
@@ -30,8 +31,6 @@ from .soft_nms import batched_soft_nms  # noqa: F401  (effdet has it here)
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
 _DUMMY_DETECTION_SCORE = -1e5
-
-BACKGROUND, IGNORE = -1, -2  # class targets that are not a class
 
 # The [B, slots, N] overlaps are computed for as many ground-truth slots at a time as keep them below this size.
 _MAX_OVERLAP_ELEMENTS = 1 << 24
@@ -131,7 +130,7 @@ class AnchorLabeler:
         google/automl, efficientdet/object_detection (argmax matcher with force_match_for_each_row).
     """
 
-    def __init__(self, anchors: Anchors, num_classes: int, match_threshold: float = 0.5,
+    def __init__(self, anchors: Anchors, num_classes: int, match_threshold: float = MATCH_IOU,
                  ignore_regions: bool = False) -> None:
         """Make a labeler.
 
@@ -173,7 +172,7 @@ class AnchorLabeler:
             gt_classes = gt_classes.new_full((gt_classes.shape[0], 1), IGNORE)  # left out also without filter_valid
         boxes = gt_boxes_yxyx.to(device=anchors.device, dtype=torch.float32)
         classes = gt_classes.to(device=anchors.device, dtype=torch.int64)
-        valid = classes > BACKGROUND if filter_valid else classes != IGNORE
+        valid = classes > PADDING if filter_valid else classes != IGNORE
         if self._may_search(classes):
             return self._matcher().targets(boxes, classes, valid, self.match_threshold)
 
@@ -206,8 +205,8 @@ class AnchorLabeler:
     def _overlaps(self, boxes: Tensor, classes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return best IoU and slot for each anchor [B, N], best anchor for each slot [B, M], and ignored [B, N]."""
         batch, num_slots, _ = boxes.shape
-        y_min, x_min, y_max, x_max = (side.view(1, 1, -1) for side in self.anchors.boxes.unbind(1))
-        areas = (y_max - y_min) * (x_max - x_min)
+        anchors = [side.view(1, 1, -1) for side in self.anchors.boxes.unbind(1)]
+        areas = box_area(self.anchors.boxes).view(1, 1, -1)
         gt_areas = box_area(boxes).unsqueeze(-1)
         corners = [corner.unsqueeze(-1) for corner in boxes.unbind(-1)]  # each [B, M, 1]
 
@@ -216,13 +215,10 @@ class AnchorLabeler:
         step = max(1, _MAX_OVERLAP_ELEMENTS // max(1, batch * areas.shape[-1]))
         for start in range(0, num_slots, step):
             part = slice(start, start + step)
-            gt_y_min, gt_x_min, gt_y_max, gt_x_max = (corner[:, part] for corner in corners)
-            heights = (torch.minimum(gt_y_max, y_max) - torch.maximum(gt_y_min, y_min)).clamp_(min=0)
-            widths = (torch.minimum(gt_x_max, x_max) - torch.maximum(gt_x_min, x_min)).clamp_(min=0)
-            intersection = heights.mul_(widths)
-            union = gt_areas[:, part] + areas - intersection
+            intersection = common_area([corner[:, part] for corner in corners], anchors)
             # A degenerate box has no intersection: 0 / union is 0 without a special case, as no anchor is empty.
-            iou = torch.where(valid[:, part].unsqueeze(-1), intersection / union, -torch.ones_like(union))
+            iou = iou_from_areas(intersection, gt_areas[:, part], areas)
+            iou = torch.where(valid[:, part].unsqueeze(-1), iou, -torch.ones_like(iou))
             best_anchor.append(iou.argmax(2))
             part_iou, part_slot = iou.max(1)
             part_slot = part_slot + start
@@ -306,5 +302,5 @@ def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = F
     return decode_boxes(rel_codes, anchors, output_xyxy)
 
 
-__all__ = ["AnchorLabeler", "Anchors", "BACKGROUND", "IGNORE", "MIN_CLASS_SCORE", "clip_boxes_xyxy",
+__all__ = ["AnchorLabeler", "Anchors", "MIN_CLASS_SCORE", "clip_boxes_xyxy",
            "decode_box_outputs", "generate_detections", "get_feat_sizes"]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdet.ops import focal, focal_cpu
+from effdet.ops.labels import IGNORE
 from effdet.runtime.device import is_host
 from effdet.runtime.device import one_hot as device_one_hot
 
@@ -57,7 +58,7 @@ def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int
     dense = make_one_hot(class_targets.to(torch.int32), num_classes)
     by_anchor = logits.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, num_classes).float()
     loss = new_focal_loss(by_anchor, dense, alpha, gamma, 1.0, label_smoothing)
-    return loss.masked_fill((class_targets == -2).unsqueeze(-1), 0.0).sum()
+    return loss.masked_fill((class_targets == IGNORE).unsqueeze(-1), 0.0).sum()
 
 
 def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,

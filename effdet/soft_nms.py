@@ -14,8 +14,8 @@ from effdet.ops.boxes import pairwise_iou
 __all__ = ["batched_soft_nms", "pairwise_iou", "soft_nms"]
 
 
-def soft_nms(boxes: Tensor, scores: Tensor, method_gaussian: bool = True, sigma: float = 0.5,
-             iou_threshold: float = 0.5, score_threshold: float = 0.005) -> tuple[Tensor, Tensor]:
+def soft_nms(boxes: Tensor, scores: Tensor, method_gaussian: bool = True, sigma: float = nms.SOFT_NMS_SIGMA,
+             iou_threshold: float = nms.IOU_THRESHOLD, score_threshold: float = 0.005) -> tuple[Tensor, Tensor]:
     """Order the boxes of one class by score, lowering the scores of those that overlap a better one.
 
     Args:
@@ -37,8 +37,9 @@ def soft_nms(boxes: Tensor, scores: Tensor, method_gaussian: bool = True, sigma:
                             iou_threshold, score_threshold)
 
 
-def batched_soft_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, method_gaussian: bool = True, sigma: float = 0.5,
-                     iou_threshold: float = 0.5, score_threshold: float = 0.001) -> tuple[Tensor, Tensor]:
+def batched_soft_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, method_gaussian: bool = True,
+                     sigma: float = nms.SOFT_NMS_SIGMA, iou_threshold: float = nms.IOU_THRESHOLD,
+                     score_threshold: float = nms.SOFT_NMS_MIN_SCORE) -> tuple[Tensor, Tensor]:
     """Order the boxes of one image by score as `soft_nms` does; boxes of different classes leave each other alone.
 
     Args:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from effdet.ops.labels import PADDING
+
 MAX_NUM_INSTANCES = 100  # what effdet padded to; give it as max_instances for its shapes
 
 _PAD_STEP = 128
@@ -39,7 +41,7 @@ class DetectionFastCollate:
         self,
         instance_keys: set[str] | None = None,
         instance_shapes: dict[str, tuple[int, ...]] | None = None,
-        instance_fill: float = -1,
+        instance_fill: float = PADDING,
         max_instances: int | None = None,
         anchor_labeler: Any = None,
     ) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 
 from effdet.anchors import Anchors
 from effdet.config.model_spec import ModelSpec
+from effdet.ops.boxes import box_area
+from effdet.ops.labels import MATCH_IOU
 from effdet.ops.labels_cpu import SparseMatcher
 from effdet.ops.sizes import IMAGE_STRIDE, letterbox_scale
 
-MATCH_IOU = 0.5
 SIDE_EDGES_PX = (0, 4, 8, 16, 32, 64, 128, 256, 512, np.inf)  # of the square root of a box's area
 _CHUNK = 4096  # boxes matched at a time
 _SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -54,7 +55,7 @@ def letterbox_boxes(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, input_hw: Sequ
 
 def sides_px(boxes_yxyx: np.ndarray) -> np.ndarray:
     """Return the square root of each box's area."""
-    return np.sqrt((boxes_yxyx[:, 2] - boxes_yxyx[:, 0]) * (boxes_yxyx[:, 3] - boxes_yxyx[:, 1]))
+    return np.sqrt(box_area(boxes_yxyx))
 
 
 def find_reached(boxes_yxyx: np.ndarray, config: Any) -> np.ndarray:

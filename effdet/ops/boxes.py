@@ -30,10 +30,6 @@ def box_area(boxes: Array) -> Array:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def _library(array: Array) -> Any:
-    return torch if isinstance(array, Tensor) else np
-
-
 def common_area(planes1: Sequence[Array], planes2: Sequence[Array]) -> Array:
     """Compute the areas that boxes have in common.
 
@@ -44,10 +40,15 @@ def common_area(planes1: Sequence[Array], planes2: Sequence[Array]) -> Array:
     Returns:
         The broadcast shape; 0 where the boxes do not overlap.
     """
-    library = _library(planes1[0])
-    first = (library.minimum(planes1[2], planes2[2]) - library.maximum(planes1[0], planes2[0])).clip(0)
-    second = (library.minimum(planes1[3], planes2[3]) - library.maximum(planes1[1], planes2[1])).clip(0)
-    return first * second
+    area = _common_side(planes1[0], planes1[2], planes2[0], planes2[2])
+    area *= _common_side(planes1[1], planes1[3], planes2[1], planes2[3])
+    return area
+
+
+def _common_side(low1: Array, high1: Array, low2: Array, high2: Array) -> Array:
+    if isinstance(low1, Tensor):
+        return (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp_(min=0)
+    return np.maximum(np.minimum(high1, high2) - np.maximum(low1, low2), 0)
 
 
 def iou_from_areas(common: Array, areas1: Array, areas2: Array) -> Array:
@@ -73,7 +74,7 @@ def pairwise_iou(boxes1: Array, boxes2: Array) -> Array:
     """
     common = pairwise_common(boxes1, boxes2)
     iou = iou_from_areas(common, box_area(boxes1)[..., :, None], box_area(boxes2)[..., None, :])
-    library = _library(iou)
+    library: Any = torch if isinstance(iou, Tensor) else np
     return library.where(common > 0, iou, library.zeros_like(iou))
 
 

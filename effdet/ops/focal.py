@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .labels import IGNORE
+
 IGNORED_LOGIT = -1e4  # probability, loss and gradient are exactly 0 there
 
 
@@ -71,11 +73,11 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
     # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
     x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
     targets = class_targets.unflatten(1, (-1, x.shape[1])).transpose(1, 2).unsqueeze(2)  # [B, A, 1, cells]
-    x = x.masked_fill(targets == -2, IGNORED_LOGIT)
+    x = x.masked_fill(targets == IGNORE, IGNORED_LOGIT)
     loss, gradient = background_terms(x, gamma, smoothing, with_gradient)
     if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
         for terms in (loss, gradient) if with_gradient else (loss,):
-            terms.masked_fill_(targets == -2, 0)
+            terms.masked_fill_(targets == IGNORE, 0)
     total = loss.sum() * (1 - alpha)
 
     positive = targets >= 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .focal import IGNORED_LOGIT, background_terms, foreground_terms
+from .labels import BACKGROUND, IGNORE
 
 # Logits of one piece. Large enough that threads share it and the calls cost little, small enough for the cache.
 PIECE = 1 << 17
@@ -30,7 +31,7 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
     flat = _in_memory_order(logits, by_cell)
     flat_gradient = None if gradient is None else _in_memory_order(gradient, by_cell)
     first, step, targets = _find_objects(class_targets, logits.shape, num_classes, by_cell)
-    ignored = first[targets == -2]
+    ignored = first[targets == IGNORE]
     if len(ignored):
         flat = flat.clone()
         flat[(ignored.unsqueeze(1) + torch.arange(num_classes) * step).reshape(-1)] = IGNORED_LOGIT
@@ -54,7 +55,7 @@ def _find_objects(class_targets: Tensor, shape: torch.Size, num_classes: int, by
     Returns:
         position of each one's first logit in memory [n], steps from one class to the next, targets [n].
     """
-    image, number = (class_targets != -1).nonzero().unbind(1)
+    image, number = (class_targets != BACKGROUND).nonzero().unbind(1)
     if by_cell:
         first, step = (image * class_targets.shape[1] + number) * num_classes, 1
     else:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import encode_boxes
+from .boxes import box_area, common_area, encode_boxes, iou_from_areas
+from .labels import BACKGROUND
 
 
 class SparseMatcher:
@@ -27,7 +28,7 @@ class SparseMatcher:
         """
         self.boxes_yxyx = boxes_yxyx
         self.boxes = boxes_yxyx.numpy()
-        self.areas = (self.boxes[:, 2] - self.boxes[:, 0]) * (self.boxes[:, 3] - self.boxes[:, 1])
+        self.areas = box_area(self.boxes)
         sizes = np.repeat(np.array(level_sizes), per_cell, 0)  # one row for each level and size at a cell
         self.ends = sizes
         self.rows, self.columns = sizes.T
@@ -123,13 +124,9 @@ class SparseMatcher:
         return self.offset[shape] + (row * self.columns[shape] + column) * self.step
 
     def _iou(self, gt_boxes: np.ndarray, box: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-        """Return the IoU of pairs, in float32 and in the order of operations of anchors.AnchorLabeler."""
-        first, second = gt_boxes[box], self.boxes[anchor]
-        height = np.minimum(first[:, 2], second[:, 2]) - np.maximum(first[:, 0], second[:, 0])
-        width = np.minimum(first[:, 3], second[:, 3]) - np.maximum(first[:, 1], second[:, 1])
-        intersection = np.maximum(height, 0) * np.maximum(width, 0)
-        areas = (first[:, 2] - first[:, 0]) * (first[:, 3] - first[:, 1])
-        return intersection / (areas + self.areas[anchor] - intersection)
+        """Return the IoU of pairs, in float32: the same bits as anchors.AnchorLabeler's."""
+        boxes = gt_boxes[box]
+        return iou_from_areas(common_area(boxes.T, self.boxes[anchor].T), box_area(boxes), self.areas[anchor])
 
     def _best_of(self, box: np.ndarray, anchor: np.ndarray, iou: np.ndarray, count: int) -> np.ndarray:
         """Return the anchor of the highest IoU, the first of equal ones, for each of `count` boxes; -1 without a pair.
@@ -168,7 +165,7 @@ class SparseMatcher:
             threshold: IoU from which an anchor is positive, above 0.
         """
         batch, count = len(gt_boxes), len(self.boxes)
-        class_targets = torch.full((batch, count), -1)
+        class_targets = torch.full((batch, count), BACKGROUND)
         box_targets = torch.zeros(batch, count, 4)
         image, slot = valid.nonzero().unbind(1)
         boxes, classes = gt_boxes[image, slot], gt_classes[image, slot]

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from effdet.data.coco.annotations import IGNORE_CLS
 from effdet.data.images import PictureError, read_picture
+from effdet.ops.labels import IGNORE
 from effdet.report.draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
 
 from .predictor import Predictor
@@ -87,8 +87,8 @@ def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor]
     size_wh = cell_px, round(cell_px * height / width)
     drawn = []
     for picture, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
-        shown = (labels > 0) | (labels == IGNORE_CLS)
-        names = ["ignore" if label == IGNORE_CLS else class_names[label - 1] for label in labels[shown]]
+        shown = (labels > 0) | (labels == IGNORE)
+        names = ["ignore" if label == IGNORE else class_names[label - 1] for label in labels[shown]]
         resized = Image.fromarray(picture).resize(size_wh)  # before drawing, so that labels can be read
         drawn.append(draw_detections(resized, rows[shown][:, [1, 0, 3, 2]] * (cell_px / width), names, colors=colors))
     return make_contact_sheet(drawn, 4, size_wh)

@@ -19,6 +19,7 @@ from effdet.bench import DetBenchTrain
 from effdet.config.schema import RunConfig
 from effdet.data.dataset import DetectionDatset
 from effdet.datacheck.anchor_reach import find_reached, letterbox_boxes
+from effdet.metrics.voc import MATCH_IOU
 from effdet.ops.boxes import pairwise_iou
 
 _logger = logging.getLogger("effdet.train")
@@ -29,7 +30,6 @@ _BATCHES_PER_EPOCH = 10
 _PASSES_PER_EPOCH = 5
 _LEARNT_LOSS, _EXPLODED_LOSS = 0.5, 10.0  # an untrained network has a loss of 2 to 3, pictures known by heart 0.01
 _SCORE = 0.3  # predictions below do not count as found
-_IOU = 0.5
 
 
 @dataclass
@@ -135,7 +135,7 @@ def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parse
     same = pairwise_iou(boxes_xyxy, boxes_xyxy).numpy() > 0.9
     facts.conflicts += int((same & (classes[:, None] < classes)).sum())
     sure = detections[detections[:, 4] >= _SCORE]
-    overlaps = pairwise_iou(boxes_xyxy, sure[:, :4]).numpy() >= _IOU
+    overlaps = pairwise_iou(boxes_xyxy, sure[:, :4]).numpy() >= MATCH_IOU
     for k, hits in enumerate(overlaps):
         predicted = sure[hits, 5].long().tolist()  # the best score first
         if not predicted:

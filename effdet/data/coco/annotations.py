@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from effdet.ops.labels import IGNORE
+
 from ..dataset_config import Coco2014Cfg, Coco2017Cfg
 from .categories import CategoryMap, resolve_category_map
 from .check import CocoArrays, check_coco, check_files, four_numbers
@@ -29,14 +31,11 @@ __all__ = [
     "CocoParserCfg",
     "DatasetError",
     "DatasetReport",
-    "IGNORE_CLS",
     "coco_paths",
     "resolve_category_map",
 ]
 
 _logger = logging.getLogger(__name__)
-
-IGNORE_CLS = -2  # target label of an ignore region; padding is -1
 
 UNLABELED_SPLITS = tuple(name for name, split in Coco2017Cfg().splits.items() if not split["has_labels"])
 
@@ -219,7 +218,7 @@ class CocoParser(Parser):
         if not len(bbox):
             return {"bbox": bbox, "cls": np.zeros(0, dtype=np.int64)}
         cls = self.category_map.to_idx(self._category_ids[span]) + 1
-        cls[self._is_crowd[span]] = IGNORE_CLS
+        cls[self._is_crowd[span]] = IGNORE
         return {"bbox": bbox, "cls": cls}
 
     def box_table(self) -> dict[str, np.ndarray]:
