@@ -1,4 +1,4 @@
-"""The same models, pictures, boxes and files for both sides, from fixed seeds."""
+"""The same models, images, boxes and files for both sides, from fixed seeds."""
 from __future__ import annotations
 
 import contextlib
@@ -97,7 +97,7 @@ def make_weights(path: str, model_name: str, image_size: int, classes: int) -> N
 
 
 def make_images(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Draw normalised pictures, float32 [batch, 3, size, size]: blobs of several sizes and some noise."""
+    """Draw normalised images, float32 [batch, 3, size, size]: blobs of several sizes and some noise."""
     rng = np.random.default_rng(seed)
     images = torch.zeros(batch, 3, size, size)
     for cells in (4, 8, 16, 32, size):
@@ -107,13 +107,13 @@ def make_images(batch: int, size: int, seed: int = 0) -> Tensor:
 
 
 def make_pixels(batch: int, size: int, device: torch.device) -> Tensor:
-    """Return `make_images`' pictures before their normalisation, as a loader hands them on: uint8, on the device."""
+    """Return `make_images`' images before their normalisation, as a loader hands them on: uint8, on the device."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
     return (make_images(batch, size) * std + mean).clamp(0, 255).to(torch.uint8).to(device)
 
 
 def make_boxes(batch: int, size: int, classes: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draw boxes yxyx and classes from 1 for each picture, as many as COCO has: 7 on average, at most 60."""
+    """Draw boxes yxyx and classes from 1 for each image, as many as COCO has: 7 on average, at most 60."""
     rng = np.random.default_rng(seed)
     objects = []
     for _ in range(batch):
@@ -150,23 +150,23 @@ def make_head_outputs(batch: int, size: int, classes: int, seed: int = 2) -> tup
     return [draw(9 * classes, side) * 2 - 6 for side in sides], [draw(36, side) * 0.5 for side in sides]
 
 
-def make_coco_folder(path: str, pictures: int, classes: int, size_wh: tuple[int, int] = (640, 480)) -> None:
-    """Make a data set in COCO's layout: JPEGs of four synthetic pictures each, the same set for train and val.
+def make_coco_folder(path: str, images: int, classes: int, size_wh: tuple[int, int] = (640, 480)) -> None:
+    """Make a data set in COCO's layout: JPEGs of four synthetic images each, the same set for train and val.
 
     Category ids are 1..classes, because the peer takes ids as class numbers.
     """
     from PIL import Image
 
-    from effdet.data.synthetic.dataset import make_picture
+    from effdet.data.synthetic.dataset import make_image
     folder, rng = Path(path), np.random.default_rng(0)
     width, height = size_wh
     images, annotations = [], []
     (folder / "annotations").mkdir(parents=True)
     (folder / "train2017").mkdir()
-    for index in range(pictures):
+    for index in range(images):
         canvas = Image.new("RGB", size_wh)
         for quarter in range(4):
-            part = make_picture(0, "train", 4 * index + quarter)
+            part = make_image(0, "train", 4 * index + quarter)
             left, top = quarter % 2 * width // 2, quarter // 2 * height // 2
             scale_y, scale_x = height / 2 / part.pixels.shape[0], width / 2 / part.pixels.shape[1]
             canvas.paste(Image.fromarray(part.pixels).resize((width // 2, height // 2)), (left, top))

@@ -34,7 +34,7 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def make_cases(options: Any) -> list[dict[str, Any]]:
     exact = {**{f"classes {level}": 0 for level in range(5)}, "positives": 0, "": 1e-5}
-    return [pairing.base_case(options, "labels", batch=batch, dtype="float32", pictures=batch, tolerance=exact)
+    return [pairing.base_case(options, "labels", batch=batch, dtype="float32", images=batch, tolerance=exact)
             for batch in options.batch]
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The loader: 640x480 JPEGs to normalised batches with anchor labels, pictures a second; one run is one epoch.
+"""The loader: 640x480 JPEGs to normalised batches with anchor labels, images a second; one run is one epoch.
 
 Training transforms with the defaults of each side's train.py, labels made in the loader on both sides (ours can also
 make them in the bench). Random numbers differ between the sides, what they are drawn from does not; compared are the
 batches of the evaluation transform, where nothing is random. With workers each of them has one thread.
 
---augment measures our augmentations instead: processor time to read and transform a picture in one process, without and
-with each of them, switched on for every picture. The peer has none of them.
+--augment measures our augmentations instead: processor time to read and transform an image in one process, without and
+with each of them, switched on for every image. The peer has none of them.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_augmentation(case: Any) -> pairing.Work:
 
     def measure() -> float:
         started = time.process_time()
-        for index in range(case.pictures):
+        for index in range(case.images):
             dataset[index]
         return time.process_time() - started
     return pairing.Work(measure, dict, measure=measure)
@@ -95,14 +95,14 @@ def make_peer(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
 
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    pictures = (64 if options.quick else options.pictures) // options.batch[0] * options.batch[0]
-    data = pairing.make_file(folder, "make_coco_folder", pictures, options.classes)
+    images = (64 if options.quick else options.images) // options.batch[0] * options.batch[0]
+    data = pairing.make_file(folder, "make_coco_folder", images, options.classes)
     if options.augment:
-        return [pairing.base_case(options, f"augment_{name}", batch=1, dtype="uint8", pictures=pictures, threads=1,
-                                  data=data, augmentation=name, unit="picture") for name in AUGMENTATIONS]
-    tolerance = {"images": 1e-2, "label_num_positives": 0, "": 1e-4}  # pictures: one step of 255 in rounding
+        return [pairing.base_case(options, f"augment_{name}", batch=1, dtype="uint8", images=images, threads=1,
+                                  data=data, augmentation=name, unit="image") for name in AUGMENTATIONS]
+    tolerance = {"images": 1e-2, "label_num_positives": 0, "": 1e-4}  # images: one step of 255 in rounding
     return [pairing.base_case(options, f"loader{'' if labels else '_no_labels'}_{workers}_workers", dtype="float32",
-                              pictures=pictures, workers=workers, labels=labels, data=data, threads=1,
+                              images=images, workers=workers, labels=labels, data=data, threads=1,
                               tolerance=tolerance)
             for labels in (True, False) for workers in options.workers]
 
@@ -111,8 +111,8 @@ if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
     parser.set_defaults(batch=[8])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--pictures", type=int, default=256, help="in one epoch")
-    parser.add_argument("--augment", action="store_true", help="ms a picture of each augmentation, ours alone")
+    parser.add_argument("--images", type=int, default=256, help="in one epoch")
+    parser.add_argument("--augment", action="store_true", help="ms an image of each augmentation, ours alone")
     options = parser.parse_args()
     options.ours_only |= options.augment
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def make_cases(options: Any) -> list[dict[str, Any]]:
     tolerances = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-    return [pairing.base_case(options, "loss", batch=batch, dtype=dtype, pictures=batch, tolerance=tolerances[dtype])
+    return [pairing.base_case(options, "loss", batch=batch, dtype=dtype, images=batch, tolerance=tolerances[dtype])
             for dtype in options.dtype for batch in options.batch]
 
 

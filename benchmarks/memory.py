@@ -62,7 +62,7 @@ def read_status(name: str) -> int:
 
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    data = pairing.make_file(folder, "make_coco_folder", train_step.PICTURES, options.classes)
+    data = pairing.make_file(folder, "make_coco_folder", train_step.IMAGES, options.classes)
     return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, steps=1, folder=folder,
                               data=data, tolerance=train_step.TOLERANCES[dtype], unit="bytes",
                               fresh=True, repeats_factor=factor)

@@ -130,7 +130,7 @@ def compare(ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray],
         tolerances: the largest difference allowed, as a fraction of the peer's largest absolute value in that array; 0
             for equality. One number, or by name with "" for the rest. A pair (difference, share) is for detections
             [B, N, 6], where two of almost the same score may change places: that share of the rows must have a row of
-            the same picture and class (the last column) in the peer's that differs by no more.
+            the same image and class (the last column) in the peer's that differs by no more.
 
     Returns:
         The difference found, by name, in the same measure.
@@ -166,7 +166,7 @@ def compare(ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray],
 def nearest_rows(ours: np.ndarray, peer: np.ndarray) -> np.ndarray:
     """Return [B, N]: the largest difference of each row [x1, y1, x2, y2, score, class] to the peer's row nearest to it.
 
-    A row whose class the peer has nowhere in that picture differs by inf.
+    A row whose class the peer has nowhere in that image differs by inf.
     """
     differences = np.abs(ours[:, :, None] - peer[:, None])
     differences[..., -1] = np.where(differences[..., -1] > 0, np.inf, 0)
@@ -277,10 +277,10 @@ def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     def show(value: float) -> str:
         if case.get("unit", "s") == "bytes":
             return f"{value / 2**20:8.1f} MiB"
-        if case.get("unit") == "picture":
-            return f"{value * 1e3 / case['pictures']:8.2f} ms a picture"
+        if case.get("unit") == "image":
+            return f"{value * 1e3 / case['images']:8.2f} ms an image"
         text = f"{value:8.3f} s" if value >= 1 else f"{value * 1e3:8.3f} ms"
-        return f"{text} {case['pictures'] / value:8.1f}/s" if case.get("pictures") else text
+        return f"{text} {case['images'] / value:8.1f}/s" if case.get("images") else text
 
     name = f"{case['figure']:<24} {case['device']} {case['dtype']:<8} {case['threads']}t batch {case['batch']:<4}"
     moved = "".join(
@@ -302,7 +302,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--repeats", type=int, default=7, help="samples of each side (default 7)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="pictures in a batch; several make several "
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images in a batch; several make several "
                         "figures")
     parser.add_argument("--image-size", type=int, default=512, help="height and width in pixels (default 512)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"),

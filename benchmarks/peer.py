@@ -58,7 +58,7 @@ def _add_nms_kernel() -> None:
 
 
 class PrefetchLoader:
-    """Do on the CPU what the peer's class of this name does on a GPU: normalise a batch of uint8 pictures."""
+    """Do on the CPU what the peer's class of this name does on a GPU: normalise a batch of uint8 images."""
 
     def __init__(self, loader: Any, mean: Any, std: Any) -> None:
         self.loader = loader
@@ -66,8 +66,8 @@ class PrefetchLoader:
         self.std = torch.tensor([x * 255 for x in std]).view(1, 3, 1, 1)
 
     def __iter__(self) -> Any:
-        for pictures, target in self.loader:
-            yield pictures.float().sub_(self.mean).div_(self.std), target
+        for images, target in self.loader:
+            yield images.float().sub_(self.mean).div_(self.std), target
 
 
 def make_loader(dataset: Any, size: int, batch: int, is_training: bool, workers: int, labeler: Any, device: str) -> Any:

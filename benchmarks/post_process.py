@@ -50,7 +50,7 @@ def build(side: str, case: Any) -> pairing.Work:
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:
-    return [pairing.base_case(options, "post_process", batch=batch, dtype=dtype, pictures=batch, layout=options.layout,
+    return [pairing.base_case(options, "post_process", batch=batch, dtype=dtype, images=batch, layout=options.layout,
                               tolerance={"classes": 0, "": 1e-5})
             for dtype in options.dtype for batch in options.batch]
 

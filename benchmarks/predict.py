@@ -48,7 +48,7 @@ def make_bench(side: str, model: Any, device: Any, batch: int) -> Any:
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     weights = pairing.make_file(folder, "make_weights", options.model, options.image_size, options.classes)
     tolerances = {"float32": {"scores": 1e-3, "detections": (1e-3, 0.98)}, "bfloat16": 0.1, "float16": 2e-2}
-    return [pairing.base_case(options, "predict", batch=batch, dtype=dtype, pictures=batch, weights=weights,
+    return [pairing.base_case(options, "predict", batch=batch, dtype=dtype, images=batch, weights=weights,
                               tolerance=tolerances[dtype])
             for dtype in options.dtype for batch in options.batch]
 

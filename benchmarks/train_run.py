@@ -42,9 +42,9 @@ def build(side: str, case: Any) -> pairing.Work:
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     batch = options.batch[0]
-    pictures = (2 * batch if options.quick else options.pictures) // batch * batch
-    data = pairing.make_file(folder, "make_coco_folder", pictures, options.classes)
-    return [pairing.base_case(options, "train_run", dtype=dtype, pictures=pictures, workers=options.workers, data=data,
+    images = (2 * batch if options.quick else options.images) // batch * batch
+    data = pairing.make_file(folder, "make_coco_folder", images, options.classes)
+    return [pairing.base_case(options, "train_run", dtype=dtype, images=images, workers=options.workers, data=data,
                               folder=folder, ema=options.ema, steps=1,
                               tolerance=train_step.TOLERANCES[dtype])
             for dtype in options.dtype]
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     parser = pairing.make_parser(__doc__)
     parser.set_defaults(repeats=3)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=32, help="in one epoch")
+    parser.add_argument("--images", type=int, default=32, help="in one epoch")
     parser.add_argument("--ema", action="store_true", help="with the moving average of the weights on both sides")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

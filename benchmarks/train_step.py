@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One training step from uint8 pictures on the device: normalisation, labels, forward, loss, backward, clipping, SGD.
+"""One training step from uint8 images on the device: normalisation, labels, forward, loss, backward, clipping, SGD.
 
 Ours is a batch of engine.train_one_epoch in a run set up by train.py, with the settings that it chooses for the device.
 The peer's is the step of its train.py, with labels made in the bench. On an accelerator one sample is an epoch of 20
@@ -16,7 +16,7 @@ from typing import Any
 import pairing
 
 LR, MOMENTUM, WEIGHT_DECAY, CLIP = 0.01, 0.9, 4e-5, 10.0
-PICTURES = 4  # in the data set that a run needs to be set up; the step gets its own
+IMAGES = 4  # in the data set that a run needs to be set up; the step gets its own
 
 
 def build(side: str, case: Any) -> pairing.Work:
@@ -28,7 +28,7 @@ def build_ours(case: Any) -> pairing.Work:
 
     from effdet.data.loader import PrefetchLoader
     from effdet.training.engine import train_one_epoch
-    trained = make_run(case, PICTURES, "--workers", "0")
+    trained = make_run(case, IMAGES, "--workers", "0")
     training, place = trained.training, trained.place
     batches = [(inputs.make_pixels(case.batch, case.image_size, place.device),
                 inputs.make_target("ours", case.batch, case.image_size, case.classes, place.device))]
@@ -140,8 +140,8 @@ def count_steps(options: Any) -> int:
 
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
-    data = pairing.make_file(folder, "make_coco_folder", PICTURES, options.classes)
-    return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, pictures=batch, ema=options.ema,
+    data = pairing.make_file(folder, "make_coco_folder", IMAGES, options.classes)
+    return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, images=batch, ema=options.ema,
                               steps=count_steps(options), folder=folder, data=data, tolerance=TOLERANCES[dtype])
             for dtype in options.dtype for batch in options.batch]
 

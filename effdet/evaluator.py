@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from effdet.checkpoint.io import write_json
 from effdet.data.coco.truth import category_ids, covered_img_ids, find_parser, load_ground_truth, plain_id
-from effdet.data.corrupt import BadPictureWatch, find_bad_pictures
+from effdet.data.corrupt import BadImageWatch, find_bad_images
 from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
@@ -155,8 +155,8 @@ class CocoEvaluator(Evaluator):
     `cat_ids_as_labels`). A predicted class without a category in the json is dropped and counted in the log: weights
     with 90 outputs for COCO's 80 classes have such.
 
-    A picture that could not be read counts as one in which nothing was found, where the dataset puts up with such
-    (`bad_pictures`, data/corrupt.py): its objects are missed, and the log names it.
+    An image that could not be read counts as one in which nothing was found, where the dataset puts up with such
+    (`bad_images`, data/corrupt.py): its objects are missed, and the log names it.
 
     `stats` holds the last evaluation: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small,
     AR_medium, AR_large. A number is NaN where there is no ground truth for it (pycocotools says -1). It is empty
@@ -176,8 +176,8 @@ class CocoEvaluator(Evaluator):
         self.max_det = max_det
         self._parser = find_parser(dataset)
         self._covered = covered_img_ids(dataset, self._parser)
-        found = find_bad_pictures(dataset)
-        self._watch = None if found is None else BadPictureWatch(found[0], 'validation')
+        found = find_bad_images(dataset)
+        self._watch = None if found is None else BadImageWatch(found[0], 'validation')
         self._scores: CocoScores | VocScores | None = None
         self._truth: COCO | None = None  # rank 0 only, at the first evaluation
         self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
@@ -196,7 +196,7 @@ class CocoEvaluator(Evaluator):
     def scored_predictions(self) -> Mapping[Any, np.ndarray]:
         """What the last evaluation scored, by image id, on rank 0; empty on the other ranks.
 
-        Float32 [n, 6]: x_min, y_min, x_max, y_max in the picture's pixels, score, class from 1.
+        Float32 [n, 6]: x_min, y_min, x_max, y_max in the image's pixels, score, class from 1.
         """
         return self._last
 
@@ -218,7 +218,7 @@ class CocoEvaluator(Evaluator):
         Raises:
             ValueError: ground truth or category ids are not to be had from the dataset's parser, or a predicted
                 image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
-            BadPicturesError: more pictures could not be read than the dataset puts up with; raised on all ranks.
+            BadImagesError: more images could not be read than the dataset puts up with; raised on all ranks.
         """
         if self._watch is not None:
             self._watch.settle(together=self._spread)
@@ -277,7 +277,7 @@ class CocoEvaluator(Evaluator):
 
     @property
     def is_hopeless(self) -> bool:
-        """True once more pictures could not be read than are allowed."""
+        """True once more images could not be read than are allowed."""
         return self._watch is not None and self._watch.bad.too_many
 
     def _is_bad(self, index: int) -> bool:

@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
     parser.add_argument("--outputs", choices=OUTPUTS, default="raw",
                         help="raw (default): the heads' outputs; detections: decoding and NMS, a fixed number of rows")
-    parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="pictures per batch (default 1)")
+    parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="images per batch (default 1)")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, metavar="N",
                         help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})")
     parser.add_argument("--model", metavar="NAME", help="the model's name, for files that hold weights only")

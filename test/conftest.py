@@ -75,8 +75,8 @@ def small_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def synthetic_pictures(tmp_path_factory) -> list[Path]:
-    """Return the files of eight pictures of the embedded data set."""
+def synthetic_images(tmp_path_factory) -> list[Path]:
+    """Return the files of eight images of the embedded data set."""
     from effdet.data.synthetic.dataset import make_synthetic_dataset
 
     root = make_synthetic_dataset(tmp_path_factory.mktemp("synthetic"), num_train=1, num_val=8)

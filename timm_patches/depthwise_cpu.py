@@ -2,7 +2,7 @@
 
 oneDNN has depthwise kernels for the output and the gradient of the input of any size. For the gradient of the weight
 it has one for kernels of up to three columns; with more it computes 16 x 16 channels for each 16 that are wanted. Here
-such kernels are taken three columns at a time, from a copy of a few padded pictures that stays in the cache. That takes
+such kernels are taken three columns at a time, from a copy of a few padded images that stays in the cache. That takes
 about a third of the time, copies included (benchmarks/README.md). SAME padding costs no padded activation: see
 plan_conv in padding.py.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .conv2d_same import extend_kernel
 
 COLUMNS = 3  # of a kernel, that oneDNN's gradient of depthwise weights takes
-PIECE = 1 << 20  # elements of the input to copy at a time, in whole pictures
+PIECE = 1 << 20  # elements of the input to copy at a time, in whole images
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int],
@@ -75,10 +75,10 @@ def _weight_columns(dy: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, in
     height, width = ((out - 1) * step + kernel
                      for out, step, kernel in zip(dy.shape[2:], stride, weight.shape[2:], strict=True))
     rows, columns = (_overlap(*axis) for axis in zip(x.shape[2:], (height, width), before, strict=True))
-    pictures = min(len(x), max(1, PIECE // x[0].numel()))
-    windows = x.new_zeros(pictures, height, width, x.shape[1]).permute(0, 3, 1, 2)
+    images = min(len(x), max(1, PIECE // x[0].numel()))
+    windows = x.new_zeros(images, height, width, x.shape[1]).permute(0, 3, 1, 2)
     total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    for piece, grad in zip(x[:, :, rows[1], columns[1]].split(pictures), dy.split(pictures), strict=True):
+    for piece, grad in zip(x[:, :, rows[1], columns[1]].split(images), dy.split(images), strict=True):
         taken = windows[:len(piece)]
         taken[:, :, rows[0], columns[0]] = piece
         total += _gradients(grad, taken, weight, stride, (0, 0), (False, True, False))[1]

@@ -13,7 +13,7 @@ import torch
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_eval_loader
-from effdet.data.corrupt import BadPicturesError
+from effdet.data.corrupt import BadImagesError
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import place_model
 from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
@@ -47,7 +47,7 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         place_model(detector.model, device, cfg.model.same_padding, channels_last)
         bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
                                     cfg.run.tta_flip, cfg.run.tta_scales, cfg.model.nms)
-    with one_line_errors("validate.py", (BadPicturesError,)):
+    with one_line_errors("validate.py", (BadImagesError,)):
         run(cfg, detector, bench, loader, device, precision)
 
 
@@ -70,9 +70,9 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
 def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
         precision: Precision) -> None:
     """Evaluate, print the numbers and write the files asked for."""
-    _logger.info("%s, on %s, %d pictures", detector.source, device_layer.describe(device), len(loader.dataset))
+    _logger.info("%s, on %s, %d images", detector.source, device_layer.describe(device), len(loader.dataset))
     if len(loader.dataset) == 0:
-        _logger.warning("the validation split has no pictures: there is nothing to evaluate")
+        _logger.warning("the validation split has no images: there is nothing to evaluate")
     evaluator = CocoEvaluator(loader.dataset, distributed=True,
                               max_det=max(100, detector.model.config.max_det_per_image))
     started = time.time()
@@ -120,9 +120,9 @@ def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluato
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    tiles = [("pictures / s, with loading", f"{facts['img_per_s']:.1f}")]
+    tiles = [("images / s, with loading", f"{facts['img_per_s']:.1f}")]
     if "model_ms" in facts:
-        tiles += [("ms a picture, model", f"{facts['model_ms']:.2f}"),
+        tiles += [("ms an image, model", f"{facts['model_ms']:.2f}"),
                   ("ms, post-processing", f"{facts['post_processing_ms']:.2f}")]
     page = html.Report(folder / html.NAME, Path(cfg.run.checkpoint or cfg.model.pretrained).name, cfg,
                          detector.model.config, dataset, device=device_layer.describe(device), facts=tiles)

@@ -1,4 +1,4 @@
-"""Detect objects in pictures, draw them, and write what was found as a table and a json.
+"""Detect objects in images, draw them, and write what was found as a table and a json.
 
 Examples:
   python demo.py                       (newest checkpoint, default data set)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     """Start a process for each device, or train in this one; `arguments` are those that gave `cfg`."""
-    from effdet.data.corrupt import BadPicturesError
+    from effdet.data.corrupt import BadImagesError
     from effdet.report import progress
     from effdet.runtime import distributed, heartbeat, signals
     from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
@@ -66,7 +66,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
             prepared = prepare(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
         with (signals.listening(), progress.ended(), contextlib.closing(prepared),
-              dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadPicturesError,))):
+              dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadImagesError,))):
             status = fit(prepared)
         if watch is not None:
             watch.end()

@@ -28,14 +28,14 @@ REFUSED: dict[str, str] = {
     "--apex-amp": _AMP,
     "--native-amp": _AMP,
     "--pin-mem": "host memory is pinned whenever the device gains from it; drop it",
-    "--no-prefetcher": "pictures always travel as uint8 and are normalised on the device; drop it",
+    "--no-prefetcher": "images always travel as uint8 and are normalised on the device; drop it",
     "--bench-labeler": "targets are labelled on the device in every run; drop it",
     "--no-bench-labeler": "targets are labelled on the device in every run; drop it",
     "--no-resume-opt": "use --initial-checkpoint FILE, which takes the weights and nothing else",
     "--mean": "mean and standard deviation come from the model table; drop it",
     "--std": "mean and standard deviation come from the model table; drop it",
     "--dataset": "data is read in COCO format: name it with --root DIR, or --val-images and --val-ann",
-    "--split": "name the pictures to evaluate with --val-images and --val-ann",
+    "--split": "name the images to evaluate with --val-images and --val-ann",
     "--tta": "use --tta-flip and --tta-scales of validate.py and demo.py",
     "--mixup-off-epoch": _NEVER,
     "--eval-metric": "checkpoints are ranked by COCO AP; drop it",
@@ -138,7 +138,7 @@ _NUMBER = re.compile(r"[-+]?[\d.][\d.eE+,-]*")
 
 
 def _prepare_argv(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
-    """Make each flag and its values one token, so that no flag swallows an override or a picture behind it.
+    """Make each flag and its values one token, so that no flag swallows an override or an image behind it.
 
     `--lr-noise 0.4 0.9 optim.lr=1` becomes `--lr-noise=0.4,0.9 optim.lr=1`; a bare `--pretrained` gets its value.
     """

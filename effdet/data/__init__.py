@@ -1,4 +1,4 @@
-"""Data: annotation files, pictures, transforms and loaders."""
+"""Data: annotation files, images, transforms and loaders."""
 
 from .augment.autoaugment import AutoAugment, ColorJitter
 from .augment.mosaic import MosaicMixup
@@ -8,7 +8,7 @@ from .coco.categories import CategoryMap, resolve_category_map
 from .coco.report import DatasetError, DatasetReport
 from .dataset import DetectionDatset, SkipSubset
 from .dataset_factory import create_dataset, open_coco
-from .images import PictureError
+from .images import ImageError
 from .input_config import resolve_input_config
 from .loader import create_loader
 from .parsers import CocoParserCfg, create_parser
@@ -49,7 +49,7 @@ __all__ = [
     "ImageToTensor",
     "MosaicMixup",
     "Normalize",
-    "PictureError",
+    "ImageError",
     "RandomFlip",
     "RandomResizePad",
     "ResizePad",

@@ -14,7 +14,7 @@ from effdet.ops.sizes import check_image_size, nearest_image_size
 from .augment.build import build_train_transform, describe_augmentation
 from .coco.annotations import coco_paths
 from .coco.report import DatasetError
-from .corrupt import BadPictures, default_limit
+from .corrupt import BadImages, default_limit
 from .dataset import SkipSubset
 from .dataset_factory import open_coco
 from .input_config import resolve_input_config
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: int | None = None,
                   stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
-    """Open the training or the validation split that the config names; its unreadable pictures are put up with.
+    """Open the training or the validation split that the config names; its unreadable images are put up with.
 
     Args:
         data: the data section.
@@ -45,15 +45,15 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
     if split == "train" and len(dataset) and not report.num_boxes:
         dropped = "".join(f", {reason}" for reason in report.reasons())
         raise DatasetError(f"{report.source} has no box to train on: {report.num_images} images, "
-                           f"{report.num_annotations} annotations{dropped}. Annotate the pictures, or name another "
+                           f"{report.num_annotations} annotations{dropped}. Annotate the images, or name another "
                            "file.")
     limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
-    dataset.bad_pictures = BadPictures(len(dataset), limit, replace=split == "train")
+    dataset.bad_images = BadImages(len(dataset), limit, replace=split == "train")
     return dataset
 
 
 def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Path]:
-    """Return the picture folder and the annotation file of a split, as `build_dataset` uses them.
+    """Return the image folder and the annotation file of a split, as `build_dataset` uses them.
 
     Raises:
         ValueError: the config names no data; FileNotFoundError: something is absent in the root.
@@ -76,7 +76,7 @@ def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_
         dataset: of `build_dataset`; its transform is set.
         data: the data section.
         model_config: gives input size, mean and std.
-        batch_size: pictures a step of this process.
+        batch_size: images a step of this process.
         num_workers: loading processes of this process.
         device: where batches go.
         seed: of shuffling and augmentation, the same on all ranks.
@@ -114,10 +114,10 @@ def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, bat
         dataset: of `build_dataset`; its transform is set.
         data: the data section.
         model_config: gives input size, mean and std.
-        batch_size: pictures a step of this process.
+        batch_size: images a step of this process.
         num_workers: loading processes of this process.
         device: where batches go.
-        val_skip: take every Nth picture; 0 and 1: all.
+        val_skip: take every Nth image; 0 and 1: all.
         channels_last: memory layout of the batches.
     """
     inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)

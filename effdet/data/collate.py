@@ -22,7 +22,7 @@ def padded_instances(most: int) -> int:
 
 
 class DetectionFastCollate:
-    """Put samples (picture [3, H, W], target dict) together into a batch.
+    """Put samples (image [3, H, W], target dict) together into a batch.
 
     Per-box entries (`instance_keys`) are padded to M slots; others are stacked: numbers to [B], sequences to [B, n],
     arrays as they are.
@@ -52,7 +52,7 @@ class DetectionFastCollate:
         self.anchor_labeler = anchor_labeler
 
     def __call__(self, batch: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Stack samples (picture, target) to a batch: images [B, C, H, W], and a tensor [B, ...] for each key."""
+        """Stack samples (image, target) to a batch: images [B, C, H, W], and a tensor [B, ...] for each key."""
         images = _stack_images([sample[0] for sample in batch])
         target = {}
         for key in batch[0][1]:
@@ -93,7 +93,7 @@ def _stack_images(images: list) -> torch.Tensor:
     shapes = {tuple(i.shape) for i in images}
     if len(shapes) > 1:
         raise ValueError(
-            f"pictures of one batch have different shapes {sorted(shapes)}; the transform must give all the same size"
+            f"images of one batch have different shapes {sorted(shapes)}; the transform must give all the same size"
         )
     if all(isinstance(i, np.ndarray) and i.strides[0] < i.strides[-1] for i in images):
         # Views of [H, W, 3]: copied row by row, they become a batch in channels_last order. The device turns it round

@@ -1,13 +1,13 @@
-"""Pictures that cannot be read while a run is under way: what comes in their place, and how many a run puts up with.
+"""Images that cannot be read while a run is under way: what comes in their place, and how many a run puts up with.
 
-Data are checked before a run (coco_check.py), but not by reading every picture, and files get lost or damaged later.
+Data are checked before a run (coco_check.py), but not by reading every image, and files get lost or damaged later.
 One bad file must not end a run of days, and a disk that has gone must not turn it into a run on nothing. So:
 
-- Training takes another picture with its own boxes instead, always the same one for the same bad picture, augmented as
+- Training takes another image with its own boxes instead, always the same one for the same bad image, augmented as
   the bad one would have been.
-- Evaluation never takes another picture, as that would score another data set: nothing is detected in a bad picture and
+- Evaluation never takes another image, as that would score another data set: nothing is detected in a bad image and
   all its objects count as missed. So the metric never gets better by a bad file.
-- Each bad picture is named once, and when there are more than the limit, all processes end together, with an error.
+- Each bad image is named once, and when there are more than the limit, all processes end together, with an error.
 """
 
 import logging
@@ -22,7 +22,7 @@ from PIL import Image
 from effdet.runtime import distributed
 
 from .coco.report import DatasetError, shown
-from .images import PictureError, read_picture
+from .images import ImageError, read_image
 
 _logger = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ _MAX_NAMED = 8  # in one message
 _BLANK_PX = 64
 
 
-class BadPicturesError(DatasetError):
-    """More pictures cannot be read than the run puts up with. The text says how many, and names the first."""
+class BadImagesError(DatasetError):
+    """More images cannot be read than the run puts up with. The text says how many, and names the first."""
 
 
 def default_limit(count: int) -> int:
-    """How many bad pictures a training run puts up with when nobody says: 1 % of `count`, at least 10.
+    """How many bad images a training run puts up with when nobody says: 1 % of `count`, at least 10.
 
     A percent is far more than a healthy disk loses, and too little to change what is learned; 10 leave room in a small
     data set.
@@ -43,11 +43,11 @@ def default_limit(count: int) -> int:
     return max(10, count // 100)
 
 
-class BadPictures:
-    """Which pictures could not be read; shared by the loading processes of one process.
+class BadImages:
+    """Which images could not be read; shared by the loading processes of one process.
 
     Args:
-        count: pictures in the data set.
+        count: images in the data set.
         limit: how many of them may be bad; one is always needed to be good.
         replace: True as in training, False as in evaluation (module docstring).
     """
@@ -69,11 +69,11 @@ class BadPictures:
         return len(self) > self.limit
 
     def indices(self) -> list[int]:
-        """Return the dataset indices of the bad pictures, ascending."""
+        """Return the dataset indices of the bad images, ascending."""
         return np.flatnonzero(self._flags.numpy()).tolist()
 
     def add(self, index: int) -> None:
-        """Note a bad picture."""
+        """Note a bad image."""
         self._flags[index] = True
 
     def clear(self) -> None:
@@ -81,14 +81,14 @@ class BadPictures:
         self._flags.zero_()
 
     def item_instead(self, index: int, read: Callable[[int], Any]) -> Any:
-        """Note that picture `index` is bad and give what comes in its place.
+        """Note that image `index` is bad and give what comes in its place.
 
         Args:
             index: its dataset index.
-            read: gives the item of an index, or raises PictureError.
+            read: gives the item of an index, or raises ImageError.
 
         Returns:
-            Another picture's item; None in evaluation, and when too many are bad.
+            Another image's item; None in evaluation, and when too many are bad.
         """
         self.add(index)
         if self.replace:
@@ -97,39 +97,39 @@ class BadPictures:
                     break
                 try:
                     return read(other)
-                except PictureError:
+                except ImageError:
                     self.add(other)
         return None
 
 
 def blank_item(index: int, width: int, height: int, has_labels: bool) -> tuple[Image.Image, dict[str, Any]]:
-    """Give an item of an empty picture, so that batches keep their size until all processes know."""
+    """Give an item of an empty image, so that batches keep their size until all processes know."""
     target: dict[str, Any] = {"img_idx": index, "img_size": (width, height)}
     if has_labels:
         target |= {"bbox": np.zeros((0, 4), dtype=np.float32), "cls": np.zeros(0, dtype=np.int64)}
     return Image.new("RGB", (_BLANK_PX, _BLANK_PX), (128, 128, 128)), target
 
 
-def find_bad_pictures(dataset: Any) -> tuple[Any, BadPictures] | None:
-    """Return the data set that keeps a `bad_pictures`, behind any subsets, and these; None where there is none."""
+def find_bad_images(dataset: Any) -> tuple[Any, BadImages] | None:
+    """Return the data set that keeps a `bad_images`, behind any subsets, and these; None where there is none."""
     while dataset is not None:
-        if getattr(dataset, "bad_pictures", None) is not None:
-            return dataset, dataset.bad_pictures
+        if getattr(dataset, "bad_images", None) is not None:
+            return dataset, dataset.bad_images
         dataset = getattr(dataset, "dataset", None)
     return None
 
 
-class BadPictureWatch:
+class BadImageWatch:
     """Bring together what the processes of a run found, name it, and end all of them when it is too much.
 
     Args:
-        dataset: a DetectionDatset whose `bad_pictures` is set.
+        dataset: a DetectionDatset whose `bad_images` is set.
         what: its name in messages, 'training' or 'validation'.
     """
 
     def __init__(self, dataset: Any, what: str) -> None:
         self.dataset, self.what = dataset, what
-        self.bad: BadPictures = dataset.bad_pictures
+        self.bad: BadImages = dataset.bad_images
         self.named: dict[int, str] = {}  # dataset index -> file and reason, of all processes
         self._late = distributed.LateMax()
 
@@ -137,7 +137,7 @@ class BadPictureWatch:
         """Settle when any process has found a new one by its last call; every process calls it as often, none waits.
 
         Raises:
-            BadPicturesError: see `settle`.
+            BadImagesError: see `settle`.
         """
         if self._late(int(len(self.bad) > len(self.named))):
             self.settle()
@@ -151,7 +151,7 @@ class BadPictureWatch:
             together: False: this process alone, which has seen the whole data set.
 
         Raises:
-            BadPicturesError: on all processes together, when there are more than the limit.
+            BadImagesError: on all processes together, when there are more than the limit.
         """
         mine = self.bad.indices()
         fresh = {index: self._describe(index, n < _MAX_NAMED) for n, index in
@@ -166,12 +166,12 @@ class BadPictureWatch:
         else:
             self.bad.clear()
         if len(bad) > self.bad.limit:
-            raise BadPicturesError(self._error_text(bad))
+            raise BadImagesError(self._error_text(bad))
         if (fresh or bad and not self.bad.replace) and distributed.is_primary():
-            _logger.warning("%d of %d %s pictures cannot be read (at most %d may be, --max-bad-images) and %s%s",
+            _logger.warning("%d of %d %s images cannot be read (at most %d may be, --max-bad-images) and %s%s",
                             len(bad), len(self.dataset), self.what, self.bad.limit,
                             "others are trained on instead" if self.bad.replace else
-                            "count as pictures in which nothing was found",
+                            "count as images in which nothing was found",
                             ": " + _list(list(fresh.values())) if fresh else "")
         return len(bad)
 
@@ -180,14 +180,14 @@ class BadPictureWatch:
         if not with_reason:
             return shown(info["file_name"])
         try:
-            read_picture(Path(self.dataset.data_dir) / info["file_name"], info["width"], info["height"])
-        except PictureError as error:
+            read_image(Path(self.dataset.data_dir) / info["file_name"], info["width"], info["height"])
+        except ImageError as error:
             return str(error)
         return f"{shown(info['file_name'])}: can be read again by now"
 
     def _error_text(self, bad: list[int]) -> str:
         everything = ", that is all of them" if len(bad) == len(self.dataset) else ""
-        return (f"{len(bad)} of {len(self.dataset)} {self.what} pictures cannot be read{everything}; at most "
+        return (f"{len(bad)} of {len(self.dataset)} {self.what} images cannot be read{everything}; at most "
                 f"{self.bad.limit} may be (--max-bad-images): {_list([self.named[index] for index in bad], 3)}. "
                 f"See whether {self.dataset.data_dir} and the disk it is on are still there; mend these files, take "
                 "them out of the json, or allow more.")

@@ -1,4 +1,4 @@
-"""Data sets: one index in, one (picture, target) out.
+"""Data sets: one index in, one (image, target) out.
 
 Random transforms repeat: with `seed` set, an item's transform runs with Python's, numpy's and torch's (CPU) generators
 seeded from (seed, epoch, index) and puts their states back afterwards. So the same seed gives the same augmentations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.utils.data as data
 
-from .corrupt import BadPictures, blank_item
-from .images import PictureError, read_picture
+from .corrupt import BadImages, blank_item
+from .images import ImageError, read_image
 from .parsers import create_parser
 from .parsers.parser_factory import CocoParser
 
@@ -51,9 +51,9 @@ def _seeded(numbers: tuple[int, ...], standard_only: bool = False) -> Iterator[N
 
 
 class DetectionDatset(data.Dataset):
-    """Serve pictures with their boxes; the spelling is effdet's.
+    """Serve images with their boxes; the spelling is effdet's.
 
-    An item is (picture, target): an RGB Pillow picture, or what the transform made of it, and a dict with `img_idx`
+    An item is (image, target): an RGB Pillow image, or what the transform made of it, and a dict with `img_idx`
     (the dataset index), `img_size` (original width, height in pixels) and, with labels, `bbox` float32 [n, 4] yxyx
     and `cls` int64 [n].
 
@@ -61,16 +61,16 @@ class DetectionDatset(data.Dataset):
         data_dir: the image directory.
         parser: a parser, or the name of one ('coco') made with `parser_kwargs`.
         parser_kwargs: for a parser given by name.
-        transform: callable (picture, target) -> (picture, target), or None.
+        transform: callable (image, target) -> (image, target), or None.
         seed: makes random transforms repeat (module docstring); None leaves the global generators alone, as effdet did.
 
     Attributes:
-        bad_pictures: what becomes of pictures that cannot be read (bad_pictures.py); None, the default: their item
-            raises PictureError.
+        bad_images: what becomes of images that cannot be read (bad_images.py); None, the default: their item
+            raises ImageError.
 
     Raises:
         ValueError: no parser.
-        DatasetError: pictures of the json that are not in `data_dir`.
+        DatasetError: images of the json that are not in `data_dir`.
     """
 
     def __init__(
@@ -92,32 +92,32 @@ class DetectionDatset(data.Dataset):
         self.seed = seed
         # In shared memory, because persistent workers keep the copy of the data set they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.bad_pictures: BadPictures | None = None
+        self.bad_images: BadImages | None = None
 
     def _read(self, index: int) -> tuple[Any, dict[str, Any]]:
         info = self._parser.img_infos[index]
         target = {"img_idx": index, "img_size": (info["width"], info["height"])}
         if self._parser.has_labels:
             target.update(self._parser.get_ann_info(index))
-        return read_picture(self.data_dir / info["file_name"], info["width"], info["height"]), target
+        return read_image(self.data_dir / info["file_name"], info["width"], info["height"]), target
 
     def _item_instead(self, index: int) -> tuple[Any, dict[str, Any]]:
-        item = self.bad_pictures.item_instead(index, self._read)
+        item = self.bad_images.item_instead(index, self._read)
         if item is None:
             info = self._parser.img_infos[index]
             item = blank_item(index, info["width"], info["height"], self._parser.has_labels)
         return item
 
     def read(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """Return an item as it is on disk, without transform; one that cannot be read is replaced (bad_pictures.py).
+        """Return an item as it is on disk, without transform; one that cannot be read is replaced (bad_images.py).
 
         Raises:
-            PictureError: it cannot be read, and nothing says what to do then.
+            ImageError: it cannot be read, and nothing says what to do then.
         """
         try:
             return self._read(index)
-        except PictureError:
-            if self.bad_pictures is None:
+        except ImageError:
+            if self.bad_images is None:
                 raise
             return self._item_instead(index)
 
@@ -141,7 +141,7 @@ class DetectionDatset(data.Dataset):
 
     @property
     def transform(self) -> Callable | None:
-        """The callable (picture, target) -> (picture, target)."""
+        """The callable (image, target) -> (image, target)."""
         return self._transform
 
     @transform.setter

@@ -1,6 +1,6 @@
-"""Read one picture file of any kind as 8-bit RGB.
+"""Read one image file of any kind as 8-bit RGB.
 
-What a picture's pixels mean is settled here (gray, palette, CMYK, 16 bit, EXIF); nothing here knows about boxes or
+What an image's pixels mean is settled here (gray, palette, CMYK, 16 bit, EXIF); nothing here knows about boxes or
 about datasets.
 """
 
@@ -14,12 +14,12 @@ from PIL import Image, ImageOps
 _EXIF_ORIENTATION = 0x0112
 
 
-class PictureError(ValueError):
-    """A picture file that cannot be used. The text names the file."""
+class ImageError(ValueError):
+    """An image file that cannot be used. The text names the file."""
 
 
-def read_picture(path: str | Path, width: int | None = None, height: int | None = None) -> Image.Image:
-    """Read a picture as RGB, in the orientation the annotations were made in.
+def read_image(path: str | Path, width: int | None = None, height: int | None = None) -> Image.Image:
+    """Read an image as RGB, in the orientation the annotations were made in.
 
     The camera's EXIF rotation is applied only when the stored pixels do not have the expected size and the rotated
     ones do: annotation tools disagree about EXIF, and the json's size is what tells which of the two the boxes belong
@@ -31,10 +31,10 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
         height: the same.
 
     Returns:
-        A loaded Pillow picture in mode RGB.
+        A loaded Pillow image in mode RGB.
 
     Raises:
-        PictureError: unreadable file, a pixel format without a known 8-bit meaning, or a size other than expected.
+        ImageError: unreadable file, a pixel format without a known 8-bit meaning, or a size other than expected.
     """
     try:
         with _open(path) as img:
@@ -44,25 +44,25 @@ def read_picture(path: str | Path, width: int | None = None, height: int | None 
             img = _orient(img, width, height)
             rgb = _to_rgb(img)
     except FileNotFoundError as e:
-        raise PictureError(f"{path}: no such file") from e
-    except PictureError as e:
-        raise PictureError(f"{path}: {e}") from e
+        raise ImageError(f"{path}: no such file") from e
+    except ImageError as e:
+        raise ImageError(f"{path}: {e}") from e
     # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, IndexError,
     # struct.error, a bomb warning's error.
     except Exception as e:
-        raise PictureError(
-            f"{path}: cannot be read as a picture ({type(e).__name__}: {e}). Replace it or leave it out."
+        raise ImageError(
+            f"{path}: cannot be read as an image ({type(e).__name__}: {e}). Replace it or leave it out."
         ) from e
     return rgb
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """Read (width, height) in pixels from a picture's header, as stored, without EXIF rotation. Raises PictureError."""
+    """Read (width, height) in pixels from an image's header, as stored, without EXIF rotation. Raises ImageError."""
     try:
         with _open(path) as img:
             return img.size
     except Exception as e:
-        raise PictureError(f"{path}: cannot be read as a picture ({type(e).__name__}: {e})") from e
+        raise ImageError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -80,10 +80,10 @@ def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Im
     raise _wrong_size(img, width, height)
 
 
-def _wrong_size(img: Image.Image, width: int, height: int) -> PictureError:
-    return PictureError(
+def _wrong_size(img: Image.Image, width: int, height: int) -> ImageError:
+    return ImageError(
         f"is {img.size[0]}x{img.size[1]} pixels (width x height), the json says {width}x{height}. "
-        "Correct the json, or put the picture its boxes were drawn on."
+        "Correct the json, or put the image its boxes were drawn on."
     )
 
 
@@ -91,11 +91,11 @@ def _to_rgb(img: Image.Image) -> Image.Image:
     if img.mode == "RGB":
         return img
     if img.mode.startswith("I"):
-        # 16-bit gray. Pillow's own conversion clips at 255, which turns such pictures white.
+        # 16-bit gray. Pillow's own conversion clips at 255, which turns such images white.
         wide = np.clip(np.asarray(img).astype(np.int64), 0, 65535)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if img.mode == "F":
-        raise PictureError("has floating point pixels, whose range is unknown. Save it with 8 bits per channel.")
+        raise ImageError("has floating point pixels, whose range is unknown. Save it with 8 bits per channel.")
     if img.mode in ("P", "PA"):
         img = img.convert("RGBA")  # a palette with transparency loses its colours (with a warning) on the direct way
     return img.convert("RGB")

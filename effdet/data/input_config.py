@@ -1,4 +1,4 @@
-"""Settle how pictures reach the model, from the command line and the model's config."""
+"""Settle how images reach the model, from the command line and the model's config."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence

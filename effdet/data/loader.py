@@ -1,6 +1,6 @@
 """Loaders: the right batches for this process, moved to the device and normalised there.
 
-What happens inside one picture is `transforms.py`'s business, the order of pictures `samplers.py`'s.
+What happens inside one image is `transforms.py`'s business, the order of images `samplers.py`'s.
 """
 
 import multiprocessing.util
@@ -198,7 +198,7 @@ def create_loader(
     processes each image comes exactly once.
 
     Args:
-        dataset: gives (picture, target), as `DetectionDatset` does.
+        dataset: gives (image, target), as `DetectionDatset` does.
         input_size: (3, height, width), (height, width) or one number, in pixels.
         batch_size: of this process.
         is_training: training transform, shuffling and equal shares for all processes.
@@ -206,7 +206,7 @@ def create_loader(
             collate made them; the default transforms then normalise in the workers.
         re_prob: random erasing in training, with the prefetcher: probability, 0..1.
         re_mode: what fills an area: 'const', 'rand' or 'pixel'.
-        re_count: most areas in a picture.
+        re_count: most areas in an image.
         interpolation: of the default transforms.
         fill_color: of the padding: 'mean', or RGB 0..255.
         mean: of the pixels, 0..1 a channel, for the normalisation.
@@ -215,8 +215,8 @@ def create_loader(
         distributed: take rank and world size from the process group.
         pin_mem: page-lock host batches, where the device gains from it.
         anchor_labeler: compute anchor targets in the workers, see `DetectionFastCollate`.
-        transform_fn: callable (picture, target) -> (picture, target) instead of the default transforms; the default
-            collate takes pictures as arrays or tensors [3, H, W], and the prefetcher values of 0..255. Or an
+        transform_fn: callable (image, target) -> (image, target) instead of the default transforms; the default
+            collate takes images as arrays or tensors [3, H, W], and the prefetcher values of 0..255. Or an
             Albumentations pipeline that ends in one size, with bbox_params=BboxParams(format='pascal_voc',
             label_fields=['cls']).
         collate_fn: instead of `DetectionFastCollate`.

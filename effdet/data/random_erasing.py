@@ -1,7 +1,7 @@
 """Random erasing on a batch of normalised images, inside each image's own area (not in its padding).
 
 Source: Zhong et al., Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896; ranges and the limit to the
-picture's area after
+image's area after
 rwightman/efficientdet-pytorch.
 """
 

@@ -1,8 +1,8 @@
-"""Resize RGB pictures to arrays, by the fastest resampler of this machine.
+"""Resize RGB images to arrays, by the fastest resampler of this machine.
 
 torch's uint8 resampler follows Pillow's antialiased one and has vector code for x86 with AVX2, where it is several
 times faster. Its weights have a bit or two less: of a photograph, one value in 400 differs from Pillow's by 1 of 255.
-Fine for training pictures, not for evaluation, which stays with Pillow. Elsewhere (ARM) Pillow is the faster one.
+Fine for training images, not for evaluation, which stays with Pillow. Elsewhere (ARM) Pillow is the faster one.
 """
 
 from functools import cache
@@ -23,10 +23,10 @@ def torch_is_faster() -> bool:
 def resize_crop(
     img: Image.Image, size_wh: tuple[int, int], crop_xyxy: tuple[int, int, int, int], method: Image.Resampling
 ) -> np.ndarray:
-    """Resize a picture and cut a part out of the result.
+    """Resize an image and cut a part out of the result.
 
     Args:
-        img: a Pillow picture in mode RGB.
+        img: a Pillow image in mode RGB.
         size_wh: (width, height) of the whole result, in pixels.
         crop_xyxy: the part to cut out, in pixels of the result.
         method: Pillow's name of the filter.
@@ -51,6 +51,6 @@ def pillow_resize_crop(
     """Do the same as `resize_crop` with Pillow alone, computing only the pixels of the part."""
     left, top, right, bottom = crop_xyxy
     across, down = img.width / size_wh[0], img.height / size_wh[1]
-    # Pillow refuses a box that rounding puts a hair outside of the picture.
+    # Pillow refuses a box that rounding puts a hair outside of the image.
     box = (left * across, top * down, min(right * across, img.width), min(bottom * down, img.height))
     return img.resize((right - left, bottom - top), method, box=box)

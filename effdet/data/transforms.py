@@ -1,8 +1,8 @@
-"""Picture and target together: resize, pad, crop, flip, and to numpy.
+"""Image and target together: resize, pad, crop, flip, and to numpy.
 
-Every transform is a callable (Pillow picture, target dict) -> (picture, target dict). Boxes are `bbox` float32 [n, 4]
+Every transform is a callable (Pillow image, target dict) -> (image, target dict). Boxes are `bbox` float32 [n, 4]
 yxyx in pixels with labels `cls` int64 [n]; both stay aligned and a target's arrays are replaced, never written into.
-Random ones draw from the standard `random` module: the dataset seeds it per picture (see `dataset.py`), which makes
+Random ones draw from the standard `random` module: the dataset seeds it per image (see `dataset.py`), which makes
 users' own transforms repeatable in the same way. Source: recipe and constants of rwightman/efficientdet-pytorch,
 itself after google/automl efficientdet's dataloader.
 """
@@ -51,13 +51,13 @@ def _size_tuple(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def clip_boxes_(boxes: np.ndarray, img_size: Sequence[float]) -> None:
-    """Clip boxes [n, 4] yxyx to a picture of `img_size` (height, width), in place."""
+    """Clip boxes [n, 4] yxyx to an image of `img_size` (height, width), in place."""
     height, width = img_size
     np.clip(boxes, 0, np.array([height, width, height, width], dtype=boxes.dtype), out=boxes)
 
 
 def clip_boxes(boxes: np.ndarray, img_size: Sequence[float]) -> np.ndarray:
-    """Clip boxes [n, 4] yxyx to a picture of `img_size` (height, width); the argument stays as it is."""
+    """Clip boxes [n, 4] yxyx to an image of `img_size` (height, width); the argument stays as it is."""
     clipped = boxes.copy()
     clip_boxes_(clipped, img_size)
     return clipped
@@ -93,7 +93,7 @@ def move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_h
 
 
 class ResizePad:
-    """Letterbox: scale to fit, put the picture at the top left, fill the rest.
+    """Letterbox: scale to fit, put the image at the top left, fill the rest.
 
     Sets target['img_scale'], original pixels per output pixel.
 
@@ -111,7 +111,7 @@ class ResizePad:
         _pil_interp(self.interpolation)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
-        """Return the letterboxed picture and its target, boxes moved."""
+        """Return the letterboxed image and its target, boxes moved."""
         width, height = img.size
         scale = letterbox_scale((height, width), self.target_size)
         scaled_h, scaled_w = scaled_hw((height, width), scale)
@@ -141,7 +141,7 @@ class RandomResizePad:
         self.fill_color = tuple(fill_color)
 
     def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Choose the output size (height, width) of the pictures that come next."""
+        """Choose the output size (height, width) of the images that come next."""
         self.target_size = size_hw
 
     def _resize(self, img: Image.Image, size_wh: tuple, crop_xyxy: tuple, method: Image.Resampling) -> Any:
@@ -150,7 +150,7 @@ class RandomResizePad:
         return out
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Any, Target]:
-        """Return the picture at a random size and its target, boxes moved and clipped."""
+        """Return the image at a random size and its target, boxes moved and clipped."""
         width, height = img.size
         target_h, target_w = self.target_size
         factor = random.uniform(*self.scale)
@@ -175,7 +175,7 @@ class RandomResizePadToNumpy(RandomResizePad):
         self.set_size(self.target_size)
 
     def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Choose the output size (height, width) of the pictures that come next."""
+        """Choose the output size (height, width) of the images that come next."""
         super().set_size(size_hw)
         # To copy from: rows go over whole, where numpy would write a colour of three numbers one number at a time.
         self._filled = np.full((*size_hw, 3), self.fill_color, dtype=np.uint8)
@@ -193,7 +193,7 @@ class RandomResizePadToNumpy(RandomResizePad):
 
 
 class RandomFlip:
-    """Mirror the picture, each enabled direction on its own with probability `prob`."""
+    """Mirror the image, each enabled direction on its own with probability `prob`."""
 
     def __init__(self, horizontal: bool = True, vertical: bool = False, prob: float = 0.5) -> None:
         self.horizontal = horizontal
@@ -201,7 +201,7 @@ class RandomFlip:
         self.prob = prob
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
-        """Return the picture and its target, both mirrored or neither."""
+        """Return the image and its target, both mirrored or neither."""
         flip_x = self.horizontal and random.random() < self.prob
         flip_y = self.vertical and random.random() < self.prob
         width, height = img.size
@@ -220,7 +220,7 @@ class RandomFlip:
 
 
 class ImageToNumpy:
-    """Turn the picture into uint8 numpy [C, H, W]."""
+    """Turn the image into uint8 numpy [C, H, W]."""
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
         """Return the pixels and the target as it is."""
@@ -231,7 +231,7 @@ class ImageToNumpy:
 
 
 class ImageToTensor:
-    """Turn the picture into a tensor [C, H, W] of `dtype` with values 0..255."""
+    """Turn the image into a tensor [C, H, W] of `dtype` with values 0..255."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
@@ -250,7 +250,7 @@ class Normalize:
         self.std = torch.tensor([255 * x for x in std], dtype=torch.float32).view(-1, 1, 1)
 
     def __call__(self, img: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
-        """Return the normalised picture and the target as it is."""
+        """Return the normalised image and the target as it is."""
         return img.float().sub(self.mean).div(self.std), target
 
 
@@ -277,13 +277,13 @@ class Compose:
         return all(type(t) in _DRAW_STANDARD for t in self.transforms)
 
     def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Choose the output size (height, width) of the pictures that come next."""
+        """Choose the output size (height, width) of the images that come next."""
         for transform in self.transforms:
             if hasattr(transform, "set_size"):
                 transform.set_size(size_hw)
 
     def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
-        """Return what the last transform makes of picture and target."""
+        """Return what the last transform makes of image and target."""
         for transform in self.transforms:
             img, target = transform(img, target)
         return img, target
@@ -313,7 +313,7 @@ def transforms_coco_eval(
         std: of the pixels.
 
     Returns:
-        A callable (picture, target) -> (picture, target).
+        A callable (image, target) -> (image, target).
     """
     pad = ResizePad(img_size, interpolation=interpolation, fill_color=resolve_fill_color(fill_color, mean))
     return Compose([pad, *_to_output(use_prefetcher, mean, std)])
@@ -342,7 +342,7 @@ def transforms_coco_train(
         std: see there.
         scale: range of the scale jitter relative to the letterbox fit.
         hflip: probability of the flip.
-        before: transforms (Pillow picture, target) -> (Pillow picture, target) of the picture as it was read.
+        before: transforms (Pillow image, target) -> (Pillow image, target) of the image as it was read.
     """
     flip = RandomFlip(horizontal=True, prob=hflip)
     options = (img_size, scale, interpolation, resolve_fill_color(fill_color, mean))

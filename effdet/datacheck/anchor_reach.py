@@ -1,7 +1,7 @@
 """Which boxes the anchors can learn: those that an anchor overlaps with IoU 0.5 or more; and settings that reach more.
 
 A box below that is matched with its best anchor all the same, but with that one only, and poorly. Boxes here are where
-the letterbox of the evaluation puts them; a training that scales pictures at random sees them smaller and larger.
+the letterbox of the evaluation puts them; a training that scales images at random sees them smaller and larger.
 """
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Suggestion:
 
 
 def letterbox_boxes(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, input_hw: Sequence[int]) -> np.ndarray:
-    """Scale boxes as the letterbox does: boxes [n, 4] and their pictures' sizes [n, 2] in, float32 [n, 4] out."""
+    """Scale boxes as the letterbox does: boxes [n, 4] and their images' sizes [n, 2] in, float32 [n, 4] out."""
     scale = letterbox_scale((sizes_wh[:, 1], sizes_wh[:, 0]), input_hw)
     return (boxes_yxyx * scale[:, None]).astype(np.float32)
 
@@ -70,8 +70,8 @@ def suggest_anchors(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, config: Any) -
     """Try other anchor sizes and aspect ratios, then larger inputs if need be, and say which reach more boxes.
 
     Args:
-        boxes_yxyx: float [n, 4], n >= 1, pixels of the original pictures; two thousand are enough.
-        sizes_wh: width and height of the picture of each box, [n, 2].
+        boxes_yxyx: float [n, 4], n >= 1, pixels of the original images; two thousand are enough.
+        sizes_wh: width and height of the image of each box, [n, 2].
         config: the model config.
     """
     def try_setting(image_size: Sequence[int], scale: Any, ratios: Sequence[Any]) -> float:

@@ -1,6 +1,6 @@
 """Look at a data set before training on it: `python -m effdet.datacheck ROOT [flags of train.py] [--html PATH]`.
 
-Exit status: 0 clean, 3 with warnings, 4 with errors (training would refuse, or meet broken pictures); 1 when the check
+Exit status: 0 clean, 3 with warnings, 4 with errors (training would refuse, or meet broken images); 1 when the check
 could not be made and 2 for a wrong flag, as everywhere.
 """
 from __future__ import annotations
@@ -95,15 +95,15 @@ def text_lines(facts: DataFacts, config: object) -> list[str]:
 
 def split_lines(split: SplitFacts, config: object) -> list[str]:
     """Return a split's counts and the histogram of its boxes' sizes."""
-    report, scan, per_picture = split.report, split.scan, split.boxes_per_picture
+    report, scan, per_image = split.report, split.scan, split.boxes_per_image
     height, width = config.image_size
     bad = sum(scan.broken.values()) + report.errors.get("missing_image", 0)
     empty = report.num_images_without_boxes
-    lines = [f"{split.name}: {report.source}, pictures in {split.img_dir}",
-             f"  {report.num_images} pictures ({empty} without boxes, {bad} broken or missing), "
+    lines = [f"{split.name}: {report.source}, images in {split.img_dir}",
+             f"  {report.num_images} images ({empty} without boxes, {bad} broken or missing), "
              f"{report.num_annotations} annotations, {len(split.sides_px)} boxes"
-             + (f" ({per_picture.mean():.1f} in a picture, at most {per_picture.max()})" if len(per_picture) else ""),
-             f"  {len(scan.names)} pictures decoded in {scan.seconds:.1f} s",
+             + (f" ({per_image.mean():.1f} in an image, at most {per_image.max()})" if len(per_image) else ""),
+             f"  {len(scan.names)} images decoded in {scan.seconds:.1f} s",
              f"  box size (square root of the area) in the {height} x {width} (height x width) input of {config.name},",
              "  and the share that no anchor overlaps with IoU 0.5:"]
     counts = split.side_counts
@@ -124,12 +124,12 @@ def side_label(k: int) -> str:
 
 
 def class_lines(facts: DataFacts) -> list[str]:
-    """Return the table of classes: boxes, and pictures with such boxes, in each split."""
+    """Return the table of classes: boxes, and images with such boxes, in each split."""
     names = [split.name for split in facts.splits]
-    rows = [(f"{i}", name, *(f"{boxes} ({pictures})" for boxes, pictures in
+    rows = [(f"{i}", name, *(f"{boxes} ({images})" for boxes, images in
                              (split.class_counts.get(i, (0, 0)) for split in facts.splits)))
             for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
-    shown = [("id", "class", *(f"{name} boxes (pictures)" for name in names)), *rows[:_MOST_CLASSES]]
+    shown = [("id", "class", *(f"{name} boxes (images)" for name in names)), *rows[:_MOST_CLASSES]]
     widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]
     lines = [f"{facts.categories}"]
     lines += ["  " + "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]),

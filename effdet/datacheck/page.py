@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from effdet.data.images import PictureError, read_picture
+from effdet.data.images import ImageError, read_image
 from effdet.data.transforms import ResizePad
 from effdet.report.draw import draw_detections, make_class_colors
 
@@ -58,7 +58,7 @@ def write_html(path: Path, facts: DataFacts, config: Any, seed: int = 0) -> None
     if facts.categories is not None:
         rows = [(name, str(i), *(f"{n}" for split in facts.splits for n in split.class_counts.get(i, (0, 0))))
                 for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
-        head = ("class", "id", *(f"{split.name} {what}" for split in facts.splits for what in ("boxes", "pictures")))
+        head = ("class", "id", *(f"{split.name} {what}" for split in facts.splits for what in ("boxes", "images")))
         parts.append("<h2>Classes</h2>" + _table(head, rows))
     for split in facts.splits:
         parts.append(f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, facts, config, seed)}"
@@ -87,26 +87,26 @@ def _split_part(split: SplitFacts) -> str:
         missed = f"{100 * (1 - split.reached[k] / split.tested[k]):.1f} %" if split.tested[k] else ""
         rows.append(f"<tr><td>{low:g}{f' to {high:g}' if np.isfinite(high) else ' and more'}<td>{counts[k]}<td>{missed}"
                     f'<td class=bar><i style="width:{100 * counts[k] / counts.max():.1f}%"></i>')
-    return (f"<h2>{_text(split.name)}: {report.num_images} pictures, {len(split.sides_px)} boxes</h2>"
-            f"<p>{_text(report.source)}, pictures in {_text(split.img_dir)}</p>"
+    return (f"<h2>{_text(split.name)}: {report.num_images} images, {len(split.sides_px)} boxes</h2>"
+            f"<p>{_text(report.source)}, images in {_text(split.img_dir)}</p>"
             "<div class=wide><table><tr><th>box size, px<th>boxes<th>no anchor<th class=text>"
             f"{''.join(rows)}</table></div>")
 
 
 def _samples(split: SplitFacts, facts: DataFacts, config: Any, seed: int) -> str:
-    """Return pictures with boxes, drawn at random, as the network's input shows them."""
+    """Return images with boxes, drawn at random, as the network's input shows them."""
     arrays, drawn = split.arrays, []
     names = {} if facts.categories is None else dict(zip(facts.categories.ids, facts.categories.names, strict=True))
     colors = make_class_colors(list(names.values()))
-    for k in np.random.default_rng(seed).permutation(np.flatnonzero(split.boxes_per_picture)):
+    for k in np.random.default_rng(seed).permutation(np.flatnonzero(split.boxes_per_image)):
         info, span = arrays.img_infos[k], slice(arrays.offsets[k], arrays.offsets[k + 1])
         try:
-            picture = read_picture(split.img_dir / info["file_name"], info["width"], info["height"])
-        except PictureError:
+            image = read_image(split.img_dir / info["file_name"], info["width"], info["height"])
+        except ImageError:
             continue
-        boxes = letterbox_boxes(arrays.boxes_yxyx[span], np.array([picture.size], dtype=np.float64), config.image_size)
+        boxes = letterbox_boxes(arrays.boxes_yxyx[span], np.array([image.size], dtype=np.float64), config.image_size)
         labels = [names.get(i, str(i)) for i in arrays.category_ids[span].tolist()]
-        shown = ResizePad(config.image_size, fill_color=(127, 127, 127))(picture, {})[0]
+        shown = ResizePad(config.image_size, fill_color=(127, 127, 127))(image, {})[0]
         file = io.BytesIO()
         draw_detections(shown, boxes[:, [1, 0, 3, 2]], labels, colors=colors).save(file, "JPEG", quality=85)
         missed = int((~find_reached(boxes, config)).sum())

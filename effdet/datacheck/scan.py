@@ -1,6 +1,6 @@
-"""Decode every picture of a split in parallel processes: which are broken, and what is in each, as a hash.
+"""Decode every image of a split in parallel processes: which are broken, and what is in each, as a hash.
 
-Nothing here knows of boxes. Memory stays at two short hashes for each picture, whatever their number.
+Nothing here knows of boxes. Memory stays at two short hashes for each image, whatever their number.
 """
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from effdet.data.coco.report import MAX_EXAMPLES
-from effdet.data.images import PictureError, read_picture
+from effdet.data.images import ImageError, read_image
 
 _logger = logging.getLogger(__name__)
 
 _HASH_BYTES = 16
-_CHUNK = 32  # pictures sent to a process at a time
+_CHUNK = 32  # images sent to a process at a time
 _PROGRESS_S = 10.0
 
 BROKEN = {
     "missing": "files that are not there",
     "empty": "empty files",
-    "unknown": "files that are no picture, or of an unknown format",
-    "other_size": "pictures of another size than the json says",
-    "float_pixels": "pictures with floating point pixels",
-    "damaged": "truncated or damaged pictures",
+    "unknown": "files that are no image, or of an unknown format",
+    "other_size": "images of another size than the json says",
+    "float_pixels": "images with floating point pixels",
+    "damaged": "truncated or damaged images",
 }
 
 
 @dataclass
-class PictureScan:
+class ImageScan:
     """What a scan found.
 
     Attributes:
@@ -58,7 +58,7 @@ class PictureScan:
 
 
 def read_hashes(job: tuple[str, int | None, int | None]) -> tuple[bytes | None, bytes | None, str, str]:
-    """Decode one picture.
+    """Decode one image.
 
     Args:
         job: path, and the width and height that the json gives (None: any).
@@ -69,16 +69,16 @@ def read_hashes(job: tuple[str, int | None, int | None]) -> tuple[bytes | None, 
     """
     path, width, height = job
     try:
-        picture = read_picture(path, width, height)
+        image = read_image(path, width, height)
         with open(path, "rb") as file:
             file_hash = hashlib.file_digest(file, _new_hash) if hasattr(hashlib, "file_digest") else None
             file_hash = file_hash or _new_hash(file.read())  # Python 3.10 has no file_digest
-    except PictureError as error:
+    except ImageError as error:
         return None, None, _kind_of(error, path), str(error)
     except OSError as error:
         return None, None, "damaged", f"{path}: {error}"
-    pixels = _new_hash(repr(picture.size).encode())
-    pixels.update(picture.tobytes())
+    pixels = _new_hash(repr(image.size).encode())
+    pixels.update(image.tobytes())
     return file_hash.digest(), pixels.digest(), "", ""
 
 
@@ -86,7 +86,7 @@ def _new_hash(content: bytes = b"") -> Any:
     return hashlib.blake2b(content, digest_size=_HASH_BYTES)
 
 
-def _kind_of(error: PictureError, path: str) -> str:
+def _kind_of(error: ImageError, path: str) -> str:
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         return "missing"
@@ -94,24 +94,24 @@ def _kind_of(error: PictureError, path: str) -> str:
         return "empty"
     if isinstance(cause, UnidentifiedImageError):
         return "unknown"
-    if isinstance(cause, PictureError):  # of our own, not the decoder's
+    if isinstance(cause, ImageError):  # of our own, not the decoder's
         return "float_pixels" if "floating point" in str(cause) else "other_size"
     return "damaged"
 
 
-def scan_pictures(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, processes: int) -> PictureScan:
-    """Decode and hash pictures.
+def scan_images(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, processes: int) -> ImageScan:
+    """Decode and hash images.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         infos: {'file_name', 'width', 'height'} of each; a size of 0 is unknown.
         total: their number, for the progress lines.
         processes: worker processes; 0 works in this one.
 
     Raises:
-        RuntimeError: a picture ended its worker process, such as by using up the memory.
+        RuntimeError: an image ended its worker process, such as by using up the memory.
     """
-    scan = PictureScan()
+    scan = ImageScan()
     started = said = time.perf_counter()
     kept, jobs = [], []
     for info in infos:
@@ -128,7 +128,7 @@ def scan_pictures(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, 
         now = time.perf_counter()
         if now - said > _PROGRESS_S:
             rate = len(scan.names) / (now - started)
-            _logger.info("%s: %d of %d pictures decoded, %.0f a second, about %.0f s left", folder, len(scan.names),
+            _logger.info("%s: %d of %d images decoded, %.0f a second, about %.0f s left", folder, len(scan.names),
                          total, rate, (total - len(scan.names)) / rate)
             said = now
     scan.seconds = time.perf_counter() - started
@@ -148,12 +148,12 @@ def _results(jobs: list[tuple], processes: int) -> Iterator[tuple]:
                 yield result
         except BrokenProcessPool as error:
             near = jobs[done // _CHUNK * _CHUNK][0]
-            raise RuntimeError(f"a process that decodes pictures was ended, at or soon after {near}: a picture may be "
+            raise RuntimeError(f"a process that decodes images was ended, at or soon after {near}: an image may be "
                                "too large for the memory; -j 0 decodes in one process and shows which") from error
 
 
 def repeats_within(hashes: Iterable[bytes | None], names: list[str]) -> list[tuple[str, str]]:
-    """Return (first, later) for every picture whose hash an earlier one has; None is like no other."""
+    """Return (first, later) for every image whose hash an earlier one has; None is like no other."""
     seen: dict[bytes, str] = {}
     pairs = []
     for content, name in zip(hashes, names, strict=True):
@@ -164,8 +164,8 @@ def repeats_within(hashes: Iterable[bytes | None], names: list[str]) -> list[tup
     return pairs
 
 
-def shared_between(first: PictureScan, second: PictureScan) -> list[tuple[str, str, bool]]:
-    """Return the pictures of `second` that are in `first` too: (name in first, name in second, files are equal)."""
+def shared_between(first: ImageScan, second: ImageScan) -> list[tuple[str, str, bool]]:
+    """Return the images of `second` that are in `first` too: (name in first, name in second, files are equal)."""
     places = {content: k for k, content in reversed(list(enumerate(first.pixel_hashes))) if content is not None}
     pairs = []
     for k, content in enumerate(second.pixel_hashes):

@@ -15,7 +15,7 @@ from effdet.data.coco.read import collector_paused, read_json
 from effdet.data.coco.report import MAX_EXAMPLES, DatasetReport
 
 from .anchor_reach import SIDE_EDGES_PX, Suggestion, find_reached, letterbox_boxes, sides_px, suggest_anchors
-from .scan import BROKEN, PictureScan, repeats_within, scan_pictures, shared_between
+from .scan import BROKEN, ImageScan, repeats_within, scan_images, shared_between
 
 _TESTED_BOXES = 50_000  # boxes whose anchors are looked for: a share is then known to about 0.2 points
 _TRIED_BOXES = 2_000  # of them, boxes that other settings are tried on
@@ -38,11 +38,11 @@ class SplitFacts:
 
     Attributes:
         name: 'train' or 'val'.
-        img_dir, arrays, report: pictures and annotations; small pictures are still in.
+        img_dir, arrays, report: images and annotations; small images are still in.
         sides_px: square root of each box's area in the network's input, [n].
         tested, reached: for each bin of SIDE_EDGES_PX, how many boxes were tested, and how many of them an anchor
             reaches.
-        scan: of the picture files.
+        scan: of the image files.
     """
 
     name: str
@@ -52,7 +52,7 @@ class SplitFacts:
     sides_px: np.ndarray
     tested: np.ndarray
     reached: np.ndarray
-    scan: PictureScan = field(default_factory=PictureScan)
+    scan: ImageScan = field(default_factory=ImageScan)
 
     @property
     def side_counts(self) -> np.ndarray:
@@ -61,15 +61,15 @@ class SplitFacts:
 
     @functools.cached_property
     def class_counts(self) -> dict[int, tuple[int, int]]:
-        """Boxes and pictures by category id, crowd regions aside; (0, 0) of a category without boxes is left out."""
+        """Boxes and images by category id, crowd regions aside; (0, 0) of a category without boxes is left out."""
         ids, which, boxes = np.unique(self.arrays.category_ids, return_inverse=True, return_counts=True)
         images = max(1, len(self.arrays.img_infos))
-        pictures = np.bincount(np.unique(which * images + box_images(self.arrays)) // images, minlength=len(ids))
-        return {int(i): (int(n), int(m)) for i, n, m in zip(ids, boxes, pictures, strict=True)}
+        images = np.bincount(np.unique(which * images + box_images(self.arrays)) // images, minlength=len(ids))
+        return {int(i): (int(n), int(m)) for i, n, m in zip(ids, boxes, images, strict=True)}
 
     @property
-    def boxes_per_picture(self) -> np.ndarray:
-        """Boxes of each picture, [images]."""
+    def boxes_per_image(self) -> np.ndarray:
+        """Boxes of each image, [images]."""
         return np.diff(self.arrays.offsets)
 
 
@@ -107,10 +107,10 @@ def gather_facts(paths: dict[str, tuple[Path, Path] | Exception], config: Any, n
     """Check the splits of a data set.
 
     Args:
-        paths: picture folder and annotation file of 'train' and 'val', or the error that stands in their place.
+        paths: image folder and annotation file of 'train' and 'val', or the error that stands in their place.
         config: the model config, for input size and anchors.
         num_classes: asked for by the user, or None.
-        processes: worker processes that decode pictures; 0 works in this one.
+        processes: worker processes that decode images; 0 works in this one.
         seed: of the samples.
     """
     facts = DataFacts()
@@ -124,7 +124,7 @@ def gather_facts(paths: dict[str, tuple[Path, Path] | Exception], config: Any, n
             continue
         split = facts.splits[-1]
         there = [info for info in split.arrays.img_infos if (split.img_dir / info["file_name"]).is_file()]
-        split.scan = scan_pictures(split.img_dir, there, len(there), processes)
+        split.scan = scan_images(split.img_dir, there, len(there), processes)
         facts.findings += judge_split(split, config.max_det_per_image)
     judge_categories(facts, num_classes)
     judge_repeats(facts)
@@ -139,7 +139,7 @@ def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> S
     """Read a split's annotations and measure its boxes.
 
     Raises:
-        DatasetError: the json is not in COCO's form; FileNotFoundError: no json, or no picture folder.
+        DatasetError: the json is not in COCO's form; FileNotFoundError: no json, or no image folder.
     """
     if not img_dir.is_dir():
         raise FileNotFoundError(f"image directory {img_dir} does not exist")
@@ -181,16 +181,16 @@ def judge_split(split: SplitFacts, max_det: int) -> Iterator[Finding]:
         yield Finding("error", f"{split.name}: {count} {BROKEN[kind]} ({'; '.join(split.scan.examples[kind])}"
                                f"{'; ...' if count > MAX_EXAMPLES else ''}): replace them or take them out of the json")
     if not len(split.arrays.img_infos):
-        yield Finding("error", f"{split.name}: there are no pictures")
+        yield Finding("error", f"{split.name}: there are no images")
     elif not len(split.sides_px):
         yield Finding("error", f"{split.name}: there are no boxes")
-    crowded = int((split.boxes_per_picture > max_det).sum())
+    crowded = int((split.boxes_per_image > max_det).sum())
     if crowded and split.name == "val":
-        yield Finding("warning", f"{split.name}: {crowded} pictures have more than {max_det} boxes, and no more are "
-                                 f"predicted in one: give --max-det {split.boxes_per_picture.max()}")
+        yield Finding("warning", f"{split.name}: {crowded} images have more than {max_det} boxes, and no more are "
+                                 f"predicted in one: give --max-det {split.boxes_per_image.max()}")
     if split.report.num_images_without_boxes:
         yield Finding("note", f"{split.name}: {split.report.num_images_without_boxes} of {split.report.num_images} "
-                              "pictures have no boxes; they teach what background looks like")
+                              "images have no boxes; they teach what background looks like")
 
 
 def judge_categories(facts: DataFacts, num_classes: int | None) -> None:
@@ -223,21 +223,21 @@ def judge_categories(facts: DataFacts, num_classes: int | None) -> None:
 
 
 def judge_repeats(facts: DataFacts) -> None:
-    """Look for pictures that occur twice: in train and val, or within one of them."""
+    """Look for images that occur twice: in train and val, or within one of them."""
     train, val = facts.split("train"), facts.split("val")
     if train and val:
         shared = shared_between(train.scan, val.scan)
         if shared:
             same = sum(equal for _, _, equal in shared)
             pairs = _some([f"{first} = {second}" for first, second, _ in shared])
-            facts.add("warning", f"{len(shared)} of {len(val.scan.names)} val pictures are in train too ({same} with "
+            facts.add("warning", f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
                                  f"equal files, {len(shared) - same} with equal pixels in another file; train = val: "
                                  f"{pairs}): they make the AP look better than it is; take them out of one split")
     for split in facts.splits:
         repeats = repeats_within(split.scan.pixel_hashes, split.scan.names)
         if repeats:
             pairs = _some([f"{first} = {later}" for first, later in repeats])
-            facts.add("note", f"{split.name}: {len(repeats)} pictures repeat an earlier one ({pairs})")
+            facts.add("note", f"{split.name}: {len(repeats)} images repeat an earlier one ({pairs})")
 
 
 def judge_anchors(found: Suggestion) -> Iterator[Finding]:

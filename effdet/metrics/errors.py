@@ -1,6 +1,6 @@
-"""Which objects a detector finds, mixes up or misses at one score threshold: confusion matrix and worst pictures.
+"""Which objects a detector finds, mixes up or misses at one score threshold: confusion matrix and worst images.
 
-Lives here: numpy on plain arrays in one process. Boxes are xyxy in a picture's pixels; classes are positions in the
+Lives here: numpy on plain arrays in one process. Boxes are xyxy in an image's pixels; classes are positions in the
 sorted list of category ids.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ RIGHT, CONFUSED, WRONG = 0, 1, 2  # of a prediction: class and place, place only
 
 
 class Matches(NamedTuple):
-    """How the predictions of one picture meet its objects.
+    """How the predictions of one image meet its objects.
 
     Args:
         object_of: int [N], for each prediction the object it was matched with, -1 for none.
@@ -33,7 +33,7 @@ class Matches(NamedTuple):
     object_state: np.ndarray
 
 
-def match_picture(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicted_xyxy: np.ndarray,
+def match_image(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicted_xyxy: np.ndarray,
                   predicted_classes: np.ndarray, crowds_xyxy: np.ndarray | None = None) -> Matches:
     """Match predictions with objects at IoU 0.5, each at most once.
 
@@ -72,8 +72,8 @@ def match_picture(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicte
 
 
 @dataclass
-class Picture:
-    """One picture's objects and predictions, with what became of them."""
+class Image:
+    """One image's objects and predictions, with what became of them."""
 
     image_id: Any
     objects_xyxy: np.ndarray
@@ -114,19 +114,19 @@ class Analysis:
     Args:
         confusion: int [K + 1, K + 1]: objects of class (row) predicted as class (column); the last column are missed
             objects, the last row predictions without an object.
-        worst: the pictures with the most errors, worst first.
-        pictures: how many were looked at.
+        worst: the images with the most errors, worst first.
+        images: how many were looked at.
         threshold: the score from which predictions counted.
     """
 
     confusion: np.ndarray
-    worst: list[Picture]
-    pictures: int
+    worst: list[Image]
+    images: int
     threshold: float
 
 
 def analyse(truth: Any, predictions: Mapping[Any, np.ndarray], class_of_label: Sequence[int], threshold: float = 0.3,
-            num_worst: int = 8, max_pictures: int = 2000) -> Analysis:
+            num_worst: int = 8, max_images: int = 2000) -> Analysis:
     """Match the predictions of an evaluation with its ground truth.
 
     Args:
@@ -134,8 +134,8 @@ def analyse(truth: Any, predictions: Mapping[Any, np.ndarray], class_of_label: S
         predictions: by image id float32 [n, 6], xyxy, score, label from 1.
         class_of_label: position in the sorted category ids of each label, from label 1 on; -1 for none.
         threshold: predictions with a lower score do not count.
-        num_worst: pictures to return.
-        max_pictures: of more pictures than that, as many are looked at, evenly spread: a report must cost little.
+        num_worst: images to return.
+        max_images: of more images than that, as many are looked at, evenly spread: a report must cost little.
 
     Returns:
         The analysis; an empty one for no predictions.
@@ -144,27 +144,27 @@ def analyse(truth: Any, predictions: Mapping[Any, np.ndarray], class_of_label: S
     label_to_class = np.asarray([*class_of_label, -1], dtype=np.int64)
     count = len(class_of_id)
     ids = list(predictions)
-    if len(ids) > max_pictures:
-        ids = [ids[at] for at in np.linspace(0, len(ids) - 1, max_pictures).round().astype(int).tolist()]
+    if len(ids) > max_images:
+        ids = [ids[at] for at in np.linspace(0, len(ids) - 1, max_images).round().astype(int).tolist()]
     cells: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    ranked: list[tuple[float, int, Picture]] = []
+    ranked: list[tuple[float, int, Image]] = []
     for number, image_id in enumerate(ids):
-        picture = _picture(truth, image_id, predictions[image_id], class_of_id, label_to_class, threshold)
-        matches = picture.matches
-        classes = np.append(picture.object_classes, count)  # -1, no object, is the last
+        image = _image(truth, image_id, predictions[image_id], class_of_id, label_to_class, threshold)
+        matches = image.matches
+        classes = np.append(image.object_classes, count)  # -1, no object, is the last
         counted = matches.prediction_state >= 0
-        cells.append(classes[matches.object_of[counted]] * (count + 1) + picture.predicted_classes[counted])
-        cells.append(picture.object_classes[matches.object_state == WRONG] * (count + 1) + count)
-        wrongness = picture.wrongness
+        cells.append(classes[matches.object_of[counted]] * (count + 1) + image.predicted_classes[counted])
+        cells.append(image.object_classes[matches.object_state == WRONG] * (count + 1) + count)
+        wrongness = image.wrongness
         if wrongness > 0:
-            ranked.append((-wrongness, number, picture))
+            ranked.append((-wrongness, number, image))
     confusion = np.bincount(np.concatenate(cells), minlength=(count + 1) ** 2).reshape(count + 1, count + 1)
-    worst = [picture for _, _, picture in heapq.nsmallest(num_worst, ranked, key=lambda entry: entry[:2])]
+    worst = [image for _, _, image in heapq.nsmallest(num_worst, ranked, key=lambda entry: entry[:2])]
     return Analysis(confusion, worst, len(ids), threshold)
 
 
-def _picture(truth: Any, image_id: Any, rows: np.ndarray, class_of_id: Mapping[Any, int], label_to_class: np.ndarray,
-             threshold: float) -> Picture:
+def _image(truth: Any, image_id: Any, rows: np.ndarray, class_of_id: Mapping[Any, int], label_to_class: np.ndarray,
+             threshold: float) -> Image:
     annotations = [a for a in truth.imgToAnns.get(image_id, ()) if a["category_id"] in class_of_id]
     single = [a for a in annotations if not a["iscrowd"]]
     objects_xyxy = _to_xyxy([a["bbox"] for a in single])
@@ -175,8 +175,8 @@ def _picture(truth: Any, image_id: Any, rows: np.ndarray, class_of_id: Mapping[A
     keep = keep[np.argsort(-rows[keep, 4], kind="stable")]
     predicted, found = rows[keep, :4].astype(np.float64), found[keep]
     crowds = _to_xyxy([a["bbox"] for a in annotations if a["iscrowd"]])
-    return Picture(image_id, objects_xyxy, classes, predicted, found, rows[keep, 4],
-                   match_picture(objects_xyxy, classes, predicted, found, crowds))
+    return Image(image_id, objects_xyxy, classes, predicted, found, rows[keep, 4],
+                   match_image(objects_xyxy, classes, predicted, found, crowds))
 
 
 def _to_xyxy(boxes_xywh: Sequence[Sequence[float]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Candidate selection and hard NMS of nms.py on a CPU: equal results, with as little work as the picture needs.
+"""Candidate selection and hard NMS of nms.py on a CPU: equal results, with as little work as the image needs.
 
 Reading a value costs a CPU nothing, so work stops as soon as the answer is known; accelerators need the fixed shapes of
 nms.py.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .boxes import pairwise_iou
 
-_FIRST_BLOCK = 256  # candidates compared at a time; most pictures need no second block
+_FIRST_BLOCK = 256  # candidates compared at a time; most images need no second block
 _BLOCK = 512
 
 

@@ -1,4 +1,4 @@
-"""Pictures to look at: a data set with the truth beside what a model predicts, and a batch as the network gets it."""
+"""Images to look at: a data set with the truth beside what a model predicts, and a batch as the network gets it."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from effdet.data.images import PictureError, read_picture
+from effdet.data.images import ImageError, read_image
 from effdet.ops.labels import IGNORE
 from effdet.report.draw import draw_comparison, draw_detections, make_class_colors, make_contact_sheet
 
@@ -19,16 +19,16 @@ from .predictor import Predictor
 _CELL_WIDTH_PX = 640
 
 
-def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path, num_pictures: int = 12,
+def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path, num_images: int = 12,
                       score_threshold: float = 0.3) -> Path:
-    """Draw truth and predictions side by side for some pictures of a data set, evenly spread over it.
+    """Draw truth and predictions side by side for some images of a data set, evenly spread over it.
 
     Args:
         model: an EfficientDet with weights.
         dataset: a DetectionDatset.
         device: where to predict.
-        output_dir: folder for the drawn pictures, made if need be.
-        num_pictures: how many.
+        output_dir: folder for the drawn images, made if need be.
+        num_images: how many.
         score_threshold: predictions below are not drawn.
 
     Returns:
@@ -39,19 +39,19 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
     parser = dataset.parser
     predictor = Predictor(model, device, parser.category_map)
     colors = make_class_colors(parser.category_map.class_names)
-    count = min(num_pictures, len(dataset))
+    count = min(num_images, len(dataset))
     drawn = []
     for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []:
         info = parser.img_infos[index]
         try:
-            picture = read_picture(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
-        except PictureError:  # the evaluation has named it
+            image = read_image(Path(dataset.data_dir) / info["file_name"], info["width"], info["height"])
+        except ImageError:  # the evaluation has named it
             continue
         truth = parser.get_ann_info(index)
         objects = truth["cls"] > 0
-        (found,) = predictor.predict([picture], score_threshold)
+        (found,) = predictor.predict([image], score_threshold)
         drawn.append(draw_comparison(
-            picture, truth["bbox"][objects][:, [1, 0, 3, 2]],
+            image, truth["bbox"][objects][:, [1, 0, 3, 2]],
             [predictor.name_of(int(label) - 1) for label in truth["cls"][objects]],
             found.boxes_xyxy, found.names, found.scores.tolist(), colors))
         drawn[-1].save(output_dir / f"{Path(info['file_name']).stem}.jpg", quality=92)
@@ -64,7 +64,7 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
 
 
 def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor], class_names: Sequence[str],
-                        mean: torch.Tensor, std: torch.Tensor, num_pictures: int = 16, cell_px: int = 400
+                        mean: torch.Tensor, std: torch.Tensor, num_images: int = 16, cell_px: int = 400
                         ) -> Image.Image:
     """Draw a batch with its boxes as the network sees it, augmented and resized.
 
@@ -74,21 +74,21 @@ def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor]
         class_names: the K names.
         mean: [1, 3, 1, 1], what the images were normalised with, in units of pixel values; a PrefetchLoader has it.
         std: likewise.
-        num_pictures: draw at most the first so many.
-        cell_px: width of each picture on the sheet.
+        num_images: draw at most the first so many.
+        cell_px: width of each image on the sheet.
 
     Returns:
-        One picture, a sheet in up to four columns.
+        One image, a sheet in up to four columns.
     """
-    pixels = (images[:num_pictures].float().cpu() * std.cpu() + mean.cpu()).round().clamp(0, 255).to(torch.uint8)
+    pixels = (images[:num_images].float().cpu() * std.cpu() + mean.cpu()).round().clamp(0, 255).to(torch.uint8)
     boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().numpy()
     colors = make_class_colors(class_names) | {"ignore": (128, 128, 128)}
     height, width = images.shape[-2:]
     size_wh = cell_px, round(cell_px * height / width)
     drawn = []
-    for picture, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
+    for image, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
         shown = (labels > 0) | (labels == IGNORE)
         names = ["ignore" if label == IGNORE else class_names[label - 1] for label in labels[shown]]
-        resized = Image.fromarray(picture).resize(size_wh)  # before drawing, so that labels can be read
+        resized = Image.fromarray(image).resize(size_wh)  # before drawing, so that labels can be read
         drawn.append(draw_detections(resized, rows[shown][:, [1, 0, 3, 2]] * (cell_px / width), names, colors=colors))
     return make_contact_sheet(drawn, 4, size_wh)

@@ -139,7 +139,7 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
         detector: of `load_detector`.
         model: the model section.
         device_name: kind of device, or 'auto'.
-        batch_size: pictures predicted together.
+        batch_size: images predicted together.
         flip: test-time augmentation; see `build_predict_bench`.
         scales: the same.
     """
@@ -156,16 +156,16 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
 def load(checkpoint: str, device: str = "auto", batch_size: int = 8, use_ema: bool | None = None,
          model: str | None = None, image_size: tuple[int, int] | None = None, max_det: int | None = None,
          flip: bool = False, scales: Sequence[float] = ()) -> Predictor:
-    """Load a detector for prediction: `effdet.load(checkpoint).predict(pictures)`.
+    """Load a detector for prediction: `effdet.load(checkpoint).predict(images)`.
 
     Args:
         checkpoint: a checkpoint of train.py, or any file with weights of a known model.
         device: 'auto', 'cpu', or another kind of device that `pick_device` knows.
-        batch_size: pictures predicted together.
+        batch_size: images predicted together.
         use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
         model: the model's name, for files that hold weights only.
         image_size: another input height and width in pixels than the checkpoint's.
-        max_det: at most this many objects in a picture, instead of the model's own number.
+        max_det: at most this many objects in an image, instead of the model's own number.
         flip: test-time augmentation: also predict mirror images.
         scales: test-time augmentation: also predict at these factors of the input size.
 

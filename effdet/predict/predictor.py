@@ -1,4 +1,4 @@
-"""Detect objects in pictures: a network, the preprocessing it was trained with, and names for its classes."""
+"""Detect objects in images: a network, the preprocessing it was trained with, and names for its classes."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +14,19 @@ from torch import nn
 from effdet.bench import DetBenchPredict
 from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
 from effdet.data.coco.categories import CategoryMap
-from effdet.data.images import read_picture
+from effdet.data.images import read_image
 from effdet.runtime.device import use_channels_last
 from effdet.runtime.memory import to_device
 
-Picture = str | PathLike[str] | Image.Image | np.ndarray
+Image = str | PathLike[str] | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The objects found in one picture, by falling score; all four fields have the same length, 0 when none was found.
+    """The objects found in one image, by falling score; all four fields have the same length, 0 when none was found.
 
     Args:
-        boxes_xyxy: float32 [n, 4], x_min, y_min, x_max, y_max in the picture's pixels.
+        boxes_xyxy: float32 [n, 4], x_min, y_min, x_max, y_max in the image's pixels.
         scores: float32 [n], in 0..1.
         names: class names.
         category_ids: int64 [n], the data set's numbers of the classes.
@@ -42,7 +42,7 @@ class Detections:
 
 
 class Predictor:
-    """Run a network on pictures of any size; the same pictures in the same order give the same result, bit for bit."""
+    """Run a network on images of any size; the same images in the same order give the same result, bit for bit."""
 
     def __init__(self, model: nn.Module, device: torch.device, category_map: CategoryMap | None = None,
                  batch_size: int = 1, interpolation: str = "bilinear", bench: nn.Module | None = None) -> None:
@@ -52,7 +52,7 @@ class Predictor:
             model: an EfficientDet with weights; moved to the device and put into eval mode.
             device: where to run.
             category_map: names and category ids of the classes; without it a class is called by its number.
-            batch_size: pictures predicted together.
+            batch_size: images predicted together.
             interpolation: of the resize, 'bilinear' or 'bicubic'.
             bench: what runs the network, a DetBenchPredict or a stand-in for one; None makes one.
         """
@@ -75,41 +75,41 @@ class Predictor:
         """Return the category id of a class, or its number from 1 when the weights came without names."""
         return class_idx + 1 if self.category_map is None else int(self.category_map.idx_to_id[class_idx])
 
-    def predict(self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.0) -> list[Detections]:
+    def predict(self, images: Image | Sequence[Image], score_threshold: float = 0.0) -> list[Detections]:
         """Detect objects.
 
         Args:
-            pictures: one picture or a sequence of them, of any size: a path, a Pillow picture, or uint8 pixels
+            images: one image or a sequence of them, of any size: a path, a Pillow image, or uint8 pixels
                 [height, width, 3] in RGB or [height, width] in gray. Paths are read batch by batch.
             score_threshold: detections below are left out.
 
         Returns:
-            A list with one result for each picture, in order.
+            A list with one result for each image, in order.
 
         Raises:
-            PictureError: a file that cannot be read; TypeError, ValueError: something that is no picture.
+            ImageError: a file that cannot be read; TypeError, ValueError: something that is no image.
         """
         return [Detections(rows[:, :4], rows[:, 4], [self.name_of(int(idx)) for idx in rows[:, 5]],
                            np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64))
-                for rows in self.predict_rows(pictures, score_threshold)]
+                for rows in self.predict_rows(images, score_threshold)]
 
     @torch.no_grad()
-    def predict_rows(self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.0) -> list[np.ndarray]:
+    def predict_rows(self, images: Image | Sequence[Image], score_threshold: float = 0.0) -> list[np.ndarray]:
         """Detect objects, in the network's own terms; arguments and errors are those of `predict`.
 
         Returns:
-            For each picture float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
+            For each image float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
             class_idx from 0; [0, 6] when nothing was found.
         """
         results = []
-        for batch in self._batches(pictures):
+        for batch in self._batches(images):
             arrays, info = [], {"img_scale": [], "img_size": []}
-            for picture in batch:
+            for image in batch:
                 target: dict[str, Any] = {}
-                resized, target = self._resize(picture, target)
+                resized, target = self._resize(image, target)
                 arrays.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
                 info["img_scale"].append(float(target["img_scale"]))
-                info["img_size"].append([float(side) for side in picture.size])
+                info["img_size"].append([float(side) for side in image.size])
             images = to_device(torch.stack(arrays), self.device).float().sub(self._mean).div_(self._std)
             images = images.contiguous(memory_format=self._layout)
             img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
@@ -119,22 +119,22 @@ class Predictor:
                 results.append(rows)
         return results
 
-    def _batches(self, pictures: Picture | Sequence[Picture]) -> Iterator[list[Image.Image]]:
-        single = isinstance(pictures, (str, PathLike, Image.Image)) or getattr(pictures, "ndim", None) in (2, 3)
-        listed = [pictures] if single else pictures
+    def _batches(self, images: Image | Sequence[Image]) -> Iterator[list[Image.Image]]:
+        single = isinstance(images, (str, PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3)
+        listed = [images] if single else images
         for start in range(0, len(listed), self.batch_size):
-            yield [_to_rgb_picture(picture) for picture in listed[start:start + self.batch_size]]
+            yield [_to_rgb_image(image) for image in listed[start:start + self.batch_size]]
 
 
-def _to_rgb_picture(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if isinstance(picture, (str, PathLike)):
-        return read_picture(picture)
-    if not isinstance(picture, np.ndarray):
-        raise TypeError(f"a picture is a {type(picture).__name__}: give a path, a Pillow picture or a numpy array")
-    if picture.dtype != np.uint8 or picture.size == 0 or not (
-            picture.ndim == 2 or picture.ndim == 3 and picture.shape[2] == 3):
-        raise ValueError(f"a picture is an array {picture.dtype} {list(picture.shape)}: give uint8 [height, width, 3] "
+def _to_rgb_image(image: Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, PathLike)):
+        return read_image(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image is a {type(image).__name__}: give a path, a Pillow image or a numpy array")
+    if image.dtype != np.uint8 or image.size == 0 or not (
+            image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3):
+        raise ValueError(f"an image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3] "
                          "in RGB order, or [height, width] in gray")
-    return Image.fromarray(picture).convert("RGB")
+    return Image.fromarray(image).convert("RGB")

@@ -1,4 +1,4 @@
-"""How long a detector takes for a picture: the network and the post-processing apart, on one batch again and again."""
+"""How long a detector takes for an image: the network and the post-processing apart, on one batch again and again."""
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,7 @@ from effdet.runtime.device import synchronize
 
 
 class Speed(NamedTuple):
-    """Milliseconds for a picture, medians over the measured batches."""
+    """Milliseconds for an image, medians over the measured batches."""
 
     model_ms: float
     post_ms: float
@@ -24,8 +24,8 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         total = self.model_ms + self.post_ms
-        return (f"{self.model_ms:.2f} ms model + {self.post_ms:.2f} ms post-processing a picture, {1000 / total:.1f} "
-                f"pictures/s (median of {self.batches} batches of {self.batch_size})")
+        return (f"{self.model_ms:.2f} ms model + {self.post_ms:.2f} ms post-processing an image, {1000 / total:.1f} "
+                f"images/s (median of {self.batches} batches of {self.batch_size})")
 
 
 @torch.no_grad()

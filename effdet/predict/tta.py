@@ -29,9 +29,9 @@ def build_network_of_size(model: EfficientDet, image_size: tuple[int, int]) -> E
 
 
 class TtaBench(nn.Module):
-    """Stand in for a DetBenchPredict and predict several views of each picture.
+    """Stand in for a DetBenchPredict and predict several views of each image.
 
-    The views are the picture at each size, and its mirror image at each size where `flip` is set. A box of the result
+    The views are the image at each size, and its mirror image at each size where `flip` is set. A box of the result
     is the average of the boxes of its class that overlap it, weighted by score; its score is the mean over the views of
     the best score there, so an object that only some views see counts for less.
     """
@@ -82,7 +82,7 @@ class TtaBench(nn.Module):
 
 
 def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tensor:
-    """Fuse the detections of several views of the same pictures.
+    """Fuse the detections of several views of the same images.
 
     Args:
         views: float [B, V, D, 6], rows x_min, y_min, x_max, y_max, score, class from 1; rows of score 0 are padding.

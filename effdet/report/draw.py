@@ -1,6 +1,6 @@
 """Draw labelled boxes, truth beside prediction, and contact sheets, with Pillow only.
 
-Takes pictures and numbers and returns new pictures; what to draw and where to save it is the caller's part.
+Takes images and numbers and returns new images; what to draw and where to save it is the caller's part.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def draw_detections(
     scores: Sequence[float] | None = None,
     colors: Mapping[str, Color] | Sequence[Color] | None = None,
 ) -> Image.Image:
-    """Return a copy of the picture with labelled boxes on it; line width and font follow the picture's size.
+    """Return a copy of the image with labelled boxes on it; line width and font follow the image's size.
 
     Args:
         image: any mode; the copy is RGB.
-        boxes_xyxy: array, CPU tensor or lists [N, 4] in pixels; parts outside the picture are not drawn.
+        boxes_xyxy: array, CPU tensor or lists [N, 4] in pixels; parts outside the image are not drawn.
         labels: N texts, any Unicode; too long ones are shortened.
         scores: N numbers shown behind the labels, or None.
         colors: by label, or one for each box, red, green, blue in 0..255. None, and labels that the mapping lacks, take
             a colour that depends on the label's text alone; `make_class_colors` gives better separated ones.
 
     Returns:
-        An RGB picture of the same size; a plain copy when N is 0.
+        An RGB image of the same size; a plain copy when N is 0.
 
     Raises:
         ValueError: the counts differ, or a box is not four finite numbers.
@@ -87,7 +87,7 @@ def draw_comparison(
     scores: Sequence[float] | None = None,
     colors: Mapping[str, Color] | None = None,
 ) -> Image.Image:
-    """Return the picture twice, side by side under the captions "truth" and "prediction".
+    """Return the image twice, side by side under the captions "truth" and "prediction".
 
     Args:
         image: any mode.
@@ -108,27 +108,27 @@ def draw_comparison(
     gap = max(4, round(image.width / 60))
     sheet = Image.new("RGB", (2 * image.width + gap, image.height + caption_px), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for x, caption, picture in ((0, "truth", left), (image.width + gap, "prediction", right)):
-        sheet.paste(picture, (x, caption_px))
+    for x, caption, image in ((0, "truth", left), (image.width + gap, "prediction", right)):
+        sheet.paste(image, (x, caption_px))
         draw.text((x + image.width / 2, caption_px / 2), caption, fill=_DARK, font=font, anchor="mm")
     return sheet
 
 
 def make_contact_sheet(images: Sequence[Image.Image], columns: int, cell_px: int | tuple[int, int]) -> Image.Image:
-    """Return one picture with all pictures in rows, each scaled to fit its cell and centred there.
+    """Return one image with all images in rows, each scaled to fit its cell and centred there.
 
     Args:
         images: at least one.
-        columns: 1 or more; fewer pictures than columns make one shorter row.
+        columns: 1 or more; fewer images than columns make one shorter row.
         cell_px: side of the square cells, or their (width, height).
 
     Raises:
-        ValueError: there are no pictures, or a size is below 1.
+        ValueError: there are no images, or a size is below 1.
     """
     width, height = (cell_px, cell_px) if isinstance(cell_px, int) else cell_px
     if not images or columns < 1 or min(width, height) < 1:
         raise ValueError(
-            f"got {len(images)} pictures, {columns} columns, cells of {width} x {height}; each must be 1 or more"
+            f"got {len(images)} images, {columns} columns, cells of {width} x {height}; each must be 1 or more"
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -167,7 +167,7 @@ def _load_font(size_px: int, labels: Sequence[str]) -> Any:
 
 
 def _to_pixels(box_xyxy: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Return first and last column and row of a box cut at the picture's edge, or None when nothing is left."""
+    """Return first and last column and row of a box cut at the image's edge, or None when nothing is left."""
     width, height = size
     x0, y0, x1, y1 = box_xyxy
     if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height or x1 < x0 or y1 < y0:
@@ -182,7 +182,7 @@ def _chip_size(text: str, font: Any) -> tuple[int, int]:
 
 
 def _shorten(text: str, score: str, font: Any, width: int) -> str:
-    """Cut the label, never the score, until its chip is no wider than the picture."""
+    """Cut the label, never the score, until its chip is no wider than the image."""
     whole = text
     while text and _chip_size(text + score, font)[0] > width:
         text = text[:-1]
@@ -196,7 +196,7 @@ def _place_chip(
     line_px: int,
     placed: list[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
-    """Return the chip's pixels, inside the picture, at the first of six places around the box that is free."""
+    """Return the chip's pixels, inside the image, at the first of six places around the box that is free."""
     width, height = chip_wh
     x0, y0, x1, y1 = box
     edge = line_px // 2

@@ -1,7 +1,7 @@
 """report.html: one self-contained page with everything a run has to show, made anew after each evaluation.
 
 Lives here: which numbers the page shows and where they come from. How they look is page/ (HTML, CSS, JavaScript
-that draws the charts); pictures are drawn by images.py, errors found by errors.py. The page loads
+that draws the charts); images are drawn by images.py, errors found by errors.py. The page loads
 nothing from anywhere.
 """
 from __future__ import annotations
@@ -28,7 +28,7 @@ from PIL import Image
 
 from effdet.checkpoint.io import replacing
 from effdet.config.load import dump_yaml, to_plain
-from effdet.data.images import PictureError
+from effdet.data.images import ImageError
 from effdet.evaluator import CocoEvaluator
 from effdet.metrics.errors import Analysis, analyse
 from effdet.version import __version__
@@ -104,7 +104,7 @@ class Report:
                         f"written {datetime.datetime.now():%Y-%m-%d %H:%M}",
             "tiles": self._tiles(scores.stats, evaluations),
             "stats": scores.to_json()["stats"],
-            "accuracy_note": f"The last evaluation: {scores.image_count} pictures, {sum(r['count'] for r in classes)} "
+            "accuracy_note": f"The last evaluation: {scores.image_count} images, {sum(r['count'] for r in classes)} "
                              f"objects.",
             "box_loss_weight": self.model_config.box_loss_weight,
             **self._curves(rows, evaluations),
@@ -112,9 +112,9 @@ class Report:
             "precision": _precision(getattr(scores, "tables", None)),
             "confusion": _confusion(analysis, names),
             "worst": self._worst(analysis, names, truth),
-            "worst_note": "Those with the most errors, weighed by the share that errors have in the picture. "
-                          f"Predictions count from a score of {analysis.threshold:g} on; click a picture to enlarge.",
-            "batch": _read_picture(self.path.with_name(BATCH_NAME)),
+            "worst_note": "Those with the most errors, weighed by the share that errors have in the image. "
+                          f"Predictions count from a score of {analysis.threshold:g} on; click an image to enlarge.",
+            "batch": _read_image(self.path.with_name(BATCH_NAME)),
             "data": {"sets": sets, "edges": SIZE_EDGES_PX},
             "settings": {"changed": changed_settings(self.cfg), "yaml": dump_yaml(self.cfg)},
             "environment": describe_environment(self.device),
@@ -157,10 +157,10 @@ class Report:
     def _worst(self, analysis: Analysis, names: Sequence[str], truth: Any) -> list[dict[str, Any]]:
         folder = Path(self.val_set.dataset.data_dir if hasattr(self.val_set, "indices") else self.val_set.data_dir)
         drawn = []
-        for picture in analysis.worst:
-            info = truth.imgs[picture.image_id]
-            with contextlib.suppress(PictureError):  # the loader has said so
-                drawn.append(draw_errors(picture, folder / info["file_name"], info.get("width"), info.get("height"),
+        for image in analysis.worst:
+            info = truth.imgs[image.image_id]
+            with contextlib.suppress(ImageError):  # the loader has said so
+                drawn.append(draw_errors(image, folder / info["file_name"], info.get("width"), info.get("height"),
                                          names))
         return drawn
 
@@ -225,10 +225,10 @@ def _confusion(analysis: Analysis, names: Sequence[str]) -> dict[str, Any] | Non
     keep = [*chosen.tolist(), total]
     return {"labels": [names[k] for k in chosen], "rows": counts[np.ix_(keep, keep)].tolist(), "top": top,
             "note": f"Matched at IoU 0.5, predictions with a score of {analysis.threshold:g} or more, "
-                    f"{analysis.pictures} pictures.{shown}"}
+                    f"{analysis.images} images.{shown}"}
 
 
-def _read_picture(path: Path) -> dict[str, Any] | None:
+def _read_image(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""The pictures of a report: objects and predictions drawn by what became of them, a training batch as it went in."""
+"""The images of a report: objects and predictions drawn by what became of them, a training batch as it went in."""
 from __future__ import annotations
 
 import base64
@@ -9,49 +9,49 @@ from typing import Any
 
 from PIL import Image
 
-from effdet.data.images import read_picture
-from effdet.metrics.errors import CONFUSED, RIGHT, Picture
+from effdet.data.images import read_image
+from effdet.metrics.errors import CONFUSED, RIGHT, Image
 
 from .draw import draw_detections
 
 _GREEN, _ORANGE, _RED, _GRAY = (46, 160, 88), (240, 150, 30), (222, 58, 48), (140, 140, 140)
-_SIDE_PX = 420  # longest side of a picture in the report
+_SIDE_PX = 420  # longest side of an image in the report
 BATCH_NAME = "train_batch.jpg"
 
 
 def encode_jpeg(image: Image.Image, quality: int = 80) -> str:
-    """Return a picture as a data URL."""
+    """Return an image as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def draw_errors(picture: Picture, path: Path, width: int, height: int, names: Sequence[str]) -> dict[str, Any]:
-    """Draw a picture's objects, and its predictions, in the colours of what is right and wrong.
+def draw_errors(image: Image, path: Path, width: int, height: int, names: Sequence[str]) -> dict[str, Any]:
+    """Draw an image's objects, and its predictions, in the colours of what is right and wrong.
 
     Args:
-        picture: of `error_analysis.analyse`.
+        image: of `error_analysis.analyse`.
         path: its file.
         width: its width by the annotations.
         height: likewise.
-        names: of the classes, by the numbers that `picture` has.
+        names: of the classes, by the numbers that `image` has.
 
     Returns:
         'truth' and 'prediction': data URLs; 'width', 'height' of both in pixels; 'file', 'missed', 'confused',
         'false_alarms'.
     """
-    image = read_picture(path, width, height)
+    image = read_image(path, width, height)
     factor = min(1.0, _SIDE_PX / max(image.size))
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))),
                          Image.Resampling.BILINEAR)
     colors = {RIGHT: _GREEN, CONFUSED: _ORANGE, -1: _GRAY}
-    matches = picture.matches
+    matches = image.matches
     truth = draw_detections(
-        image, picture.objects_xyxy * factor, [names[k] for k in picture.object_classes],
+        image, image.objects_xyxy * factor, [names[k] for k in image.object_classes],
         colors=[colors.get(state, _RED) for state in matches.object_state.tolist()])
     prediction = draw_detections(
-        image, picture.predicted_xyxy * factor, [names[k] for k in picture.predicted_classes], picture.scores.tolist(),
+        image, image.predicted_xyxy * factor, [names[k] for k in image.predicted_classes], image.scores.tolist(),
         [colors.get(state, _RED) for state in matches.prediction_state.tolist()])
     return {"truth": encode_jpeg(truth), "prediction": encode_jpeg(prediction), "width": image.width,
-            "height": image.height, "file": path.name, "missed": picture.missed, "confused": picture.confused,
-            "false_alarms": picture.false_alarms}
+            "height": image.height, "file": path.name, "missed": image.missed, "confused": image.confused,
+            "false_alarms": image.false_alarms}

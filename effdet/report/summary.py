@@ -70,7 +70,7 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
     lines = {
         "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
                  f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
-                 f"{_gmacs(model)} GMACs a picture",
+                 f"{_gmacs(model)} GMACs an image",
         "train": _describe_split(train_set),
         "val": _describe_split(val_set),
         "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",
@@ -78,7 +78,7 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
                   f"{'channels-last' if channels_last else 'channels-first'}",
         "batch": f"{cfg.run.batch_size}{accumulated} over all devices, {steps_per_epoch} steps an epoch",
         "length": f"{epochs} epochs{end}, evaluated every {cfg.run.val_interval}",
-        "lr": f"{optim.lr:g} for {update} pictures an update ({optim.lr / update:.3g} each), {sched.sched}, "
+        "lr": f"{optim.lr:g} for {update} images an update ({optim.lr / update:.3g} each), {sched.sched}, "
               f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",
         "optimizer": f"{optim.opt}, weight decay {optim.weight_decay:g}, {clip}, {ema}",
         "folder": str(folder),
@@ -100,17 +100,17 @@ def _millions(count: int) -> str:
 def _describe_split(dataset: Any) -> str:
     report = getattr(dataset.parser, "report", None)
     boxes = "" if report is None else f", {report.num_boxes} boxes"
-    return f"{len(dataset)} pictures{boxes}"
+    return f"{len(dataset)} images{boxes}"
 
 
-def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, picture: Path | None) -> list[str]:
+def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, image: Path | None) -> list[str]:
     """Return command lines that work as they are: evaluate, predict, train on.
 
     Args:
         cfg: the run's settings.
         folder: the run's.
         checkpoint: the best one.
-        picture: one to predict.
+        image: one to predict.
     """
     data, run, amp = cfg.data, cfg.run, cfg.amp
     where = [] if run.device == "auto" else ["--device", run.device]
@@ -122,7 +122,7 @@ def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, picture: Path 
         validate += ["--device-list", ",".join(map(str, cfg.dist.device_list))]
     if amp.enabled:
         validate += ["--amp", "--opt-level", amp.opt_level, "--amp-dtype", amp.dtype]
-    demo = ["demo.py", str(picture), "--checkpoint", str(checkpoint), *where]
+    demo = ["demo.py", str(image), "--checkpoint", str(checkpoint), *where]
     longer = ["--max-steps", str(2 * run.max_steps)] if run.max_steps else ["--epochs", str(2 * cfg.sched.epochs)]
     resume = ["train.py", "-c", str(folder / "config.yaml"), "--resume", str(folder / LAST_NAME), *longer]
     return [f"python {shlex.join(words)}" for words in (validate, demo, resume) if "None" not in words]

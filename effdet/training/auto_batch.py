@@ -50,7 +50,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
         A size that was tried and fitted; 0 when not even 1 does.
     """
     good, bad = 0, most + 1
-    size = min(2, most)  # batch norm refuses a single picture where it makes one cell, so 1 comes last
+    size = min(2, most)  # batch norm refuses a single image where it makes one cell, so 1 comes last
     while good < bad - 1 and size < bad:
         if not fits(size):
             bad = size
@@ -108,7 +108,7 @@ def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
     Args:
         step: what to train; it is of no use afterwards.
         device: where it is.
-        slots: objects in the fullest picture.
+        slots: objects in the fullest image.
         channels_last: memory layout of the images.
         clip: as in engine.Training.
     """
@@ -147,7 +147,7 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
         The config with both, the batch size over all processes.
 
     Raises:
-        RuntimeError: not even one picture fits.
+        RuntimeError: not even one image fits.
     """
     device, world = place.device, place.world
     most_objects = max((len(parser.get_ann_info(k)["cls"]) for k in range(len(parser.img_ids))), default=0)
@@ -170,13 +170,13 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
         memory_layer.release_memory(device)
     size = min(distributed.all_gather_object(size))
     if size == 0:
-        raise RuntimeError("-b auto: not even one picture fits the memory; give a smaller --model or --image-size, or "
+        raise RuntimeError("-b auto: not even one image fits the memory; give a smaller --model or --image-size, or "
                            "--amp.")
     cfg = set_batch_size(cfg, size * world)
     total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
-    _logger.info("-b auto: %d pictures a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,
+    _logger.info("-b auto: %d images a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,
                  largest, memory, limit)
     return cfg
 

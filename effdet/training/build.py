@@ -17,7 +17,7 @@ from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_rep
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
-from effdet.data.corrupt import BadPictureWatch
+from effdet.data.corrupt import BadImageWatch
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
 from effdet.runtime import distributed, signals
@@ -51,7 +51,7 @@ class Data:
     train_set: Any
     val_set: Any
     categories: CategoryMap
-    bad_images: BadPictureWatch  # of the training split
+    bad_images: BadImageWatch  # of the training split
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,16 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
         ValueError: the data contradict the config, or each other.
     """
     train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
-    bad_images = BadPictureWatch(train_set, "training")
+    bad_images = BadImageWatch(train_set, "training")
     categories = train_set.parser.category_map
     if cfg.run.overfit:
-        train_set, val_set = overfit.choose_pictures(train_set, cfg)
+        train_set, val_set = overfit.choose_images(train_set, cfg)
     else:
         val_set = build_dataset(cfg.data, "val", stored=categories)
     if cfg.data.workers is not None and cfg.data.workers > len(train_set):
         raise ValueError(f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "
                          f"have nothing to do. Give at most {len(train_set)}.")
-    _logger.info("data: %d training and %d validation pictures, %s", len(train_set), len(val_set), categories)
+    _logger.info("data: %d training and %d validation images, %s", len(train_set), len(val_set), categories)
     return Data(train_set, val_set, categories, bad_images)
 
 

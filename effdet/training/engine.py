@@ -272,7 +272,7 @@ def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
 
     Raises:
         StopRequested: on every process, when a signal asked one of them to stop (signals.py).
-        BadPicturesError: on every process, when too many pictures cannot be read.
+        BadImagesError: on every process, when too many images cannot be read.
     """
     bench.eval()
     total: Any = None

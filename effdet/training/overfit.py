@@ -1,6 +1,6 @@
-"""`--overfit N`: learn a few pictures by heart, and say what is likely wrong when that fails.
+"""`--overfit N`: learn a few images by heart, and say what is likely wrong when that fails.
 
-The settings that suit it are in config/load.py. Here: which pictures, what is measured after the training, and what
+The settings that suit it are in config/load.py. Here: which images, what is measured after the training, and what
 follows from the measurements. `diagnose` takes numbers only.
 """
 from __future__ import annotations
@@ -28,7 +28,7 @@ PASS_AP = 0.9
 FAILED_STATUS = 3
 _BATCHES_PER_EPOCH = 10
 _PASSES_PER_EPOCH = 5
-_LEARNT_LOSS, _EXPLODED_LOSS = 0.5, 10.0  # an untrained network has a loss of 2 to 3, pictures known by heart 0.01
+_LEARNT_LOSS, _EXPLODED_LOSS = 0.5, 10.0  # an untrained network has a loss of 2 to 3, images known by heart 0.01
 _SCORE = 0.3  # predictions below do not count as found
 
 
@@ -39,7 +39,7 @@ class OverfitFacts:
     ap: float
     ap50: float
     losses: Sequence[float]  # mean training loss of each epoch
-    eval_loss: float  # of the evaluated weights on the same pictures, in evaluation mode
+    eval_loss: float  # of the evaluated weights on the same images, in evaluation mode
     steps: int
     skipped: int  # of the steps, for an inf or NaN in the gradients
     lr: float
@@ -48,39 +48,39 @@ class OverfitFacts:
     missed: int  # not predicted with IoU 0.5, whatever the class
     missed_unreached: int
     wrong_class: int  # predicted in place, but as another class only
-    conflicts: int  # pairs of boxes in one picture, nearly equal, of different classes
-    beyond_limit: int  # boxes of pictures that have more of them than are predicted
+    conflicts: int  # pairs of boxes in one image, nearly equal, of different classes
+    beyond_limit: int  # boxes of images that have more of them than are predicted
     max_det: int
     frozen: Sequence[str] = ()  # flags that keep parts from learning
     ema_share: float = 0.0  # of the evaluated average that is still the initial weights
     confused: Sequence[str] = field(default_factory=tuple)  # 'truth as prediction', the most frequent first
 
 
-def choose_pictures(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDatset, DetectionDatset]:
-    """Draw `run.overfit` pictures with boxes, by the run's seed.
+def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDatset, DetectionDatset]:
+    """Draw `run.overfit` images with boxes, by the run's seed.
 
     Args:
         dataset: the training split.
         cfg: of the run.
 
     Returns:
-        The pictures as a training set, each repeated so often that an epoch has several passes and steps, shuffled,
+        The images as a training set, each repeated so often that an epoch has several passes and steps, shuffled,
         whole batches; and as a validation set.
 
     Raises:
-        ValueError: there are fewer pictures with boxes.
+        ValueError: there are fewer images with boxes.
     """
     count, batch, parser = cfg.run.overfit, cfg.run.batch_size, dataset.parser
     full = [k for k in range(len(dataset)) if (parser.get_ann_info(k)["cls"] > 0).any()]
     if len(full) < count:
-        raise ValueError(f"--overfit {count} needs as many pictures with boxes, but the training split has {len(full)}")
+        raise ValueError(f"--overfit {count} needs as many images with boxes, but the training split has {len(full)}")
     rng = np.random.default_rng(cfg.run.seed)
     chosen = np.sort(rng.choice(full, count, replace=False))
     batches = max(_BATCHES_PER_EPOCH, -(-_PASSES_PER_EPOCH * count // batch))
     order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[:batches * batch]
     val = DetectionDatset(dataset.data_dir, parser.subset(chosen), seed=dataset.seed)
     val.img_ids = val.parser.img_ids  # the evaluator asks for them; its json has more
-    _logger.info("overfit: %d pictures, %d steps an epoch, no augmentation: %s", count, batches,
+    _logger.info("overfit: %d images, %d steps an epoch, no augmentation: %s", count, batches,
                  ", ".join(info["file_name"] for info in val.parser.img_infos[:8]) + (", ..." if count > 8 else ""))
     return DetectionDatset(dataset.data_dir, parser.subset(order), seed=dataset.seed), val
 
@@ -110,7 +110,7 @@ def examine(run: Any, losses: Sequence[float]) -> OverfitFacts:
 
 @torch.no_grad()
 def predict(bench: nn.Module, loader: Any, autocast: Any) -> tuple[float, list[tuple[int, torch.Tensor]]]:
-    """Return the mean loss of the batches, and each picture's index and detections [D, 6] on the host."""
+    """Return the mean loss of the batches, and each image's index and detections [D, 6] on the host."""
     losses, results = [], []
     for images, target in loader:
         with autocast():
@@ -122,7 +122,7 @@ def predict(bench: nn.Module, loader: Any, autocast: Any) -> tuple[float, list[t
 
 def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parser: Any, index: int,
                 detections: torch.Tensor, config: Any) -> None:
-    """Add one picture's boxes to the counts: found, missed, of another class, out of the anchors' reach."""
+    """Add one image's boxes to the counts: found, missed, of another class, out of the anchors' reach."""
     info, truth = parser.img_infos[index], parser.get_ann_info(index)
     keep = truth["cls"] > 0
     boxes, classes = truth["bbox"][keep], truth["cls"][keep]
@@ -148,7 +148,7 @@ def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parse
 
 
 def diagnose(facts: OverfitFacts) -> list[str]:
-    """Say what is likely wrong, the likeliest first; empty when the pictures were learnt.
+    """Say what is likely wrong, the likeliest first; empty when the images were learnt.
 
     Args:
         facts: of a finished run.
@@ -162,7 +162,7 @@ def diagnose(facts: OverfitFacts) -> list[str]:
     learnt = last < min(0.25 * first, _LEARNT_LOSS)
     found = []
     if facts.frozen:
-        found.append(f"{' and '.join(facts.frozen)} keep the network from learning these pictures: leave them out")
+        found.append(f"{' and '.join(facts.frozen)} keep the network from learning these images: leave them out")
     if facts.skipped > 0.1 * facts.steps or not math.isfinite(last):
         found.append(f"{facts.skipped} of {facts.steps} updates were skipped for inf or NaN in the gradients: lower "
                      f"--lr ({facts.lr:g}), or with --amp the --loss-scale")
@@ -175,9 +175,9 @@ def diagnose(facts: OverfitFacts) -> list[str]:
             cause = (f"the averaged (EMA) weights are still {100 * facts.ema_share:.0f} % initial weights: train "
                      "longer, or lower --model-ema-decay")
         found.append(f"the loss is {last:.3g} in training but {facts.eval_loss:.3g} in evaluation, on the same "
-                     f"pictures: {cause}")
+                     f"images: {cause}")
     if facts.wrong_class > 0.05 * boxes and learnt:
-        clash = (f"; {facts.conflicts} pairs of nearly equal boxes in one picture have different classes, which no "
+        clash = (f"; {facts.conflicts} pairs of nearly equal boxes in one image have different classes, which no "
                  "detector can learn" if facts.conflicts else "")
         found.append(f"{facts.wrong_class} of {boxes} boxes are found with another class "
                      f"({', '.join(facts.confused)}): look at the labels{clash}")
@@ -185,7 +185,7 @@ def diagnose(facts: OverfitFacts) -> list[str]:
         found.append(f"{facts.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {facts.missed_unreached} "
                      "of these are missed: python -m effdet.datacheck names settings that reach more")
     if facts.beyond_limit:
-        found.append(f"{facts.beyond_limit} boxes are beyond the {facts.max_det} that are predicted in a picture: give "
+        found.append(f"{facts.beyond_limit} boxes are beyond the {facts.max_det} that are predicted in an image: give "
                      "a larger --max-det")
     reached_missed = facts.missed - facts.missed_unreached
     if reached_missed > 0.05 * boxes and learnt:
@@ -195,7 +195,7 @@ def diagnose(facts: OverfitFacts) -> list[str]:
         found.append(f"the objects are found (AP50 {facts.ap50:.2f}), their boxes are not tight yet: train longer "
                      "(--epochs)")
     return found or [f"nothing that was measured explains it (the loss went from {first:.3g} to {last:.3g}): look at "
-                     "the drawn pictures, and train longer (--epochs)"]
+                     "the drawn images, and train longer (--epochs)"]
 
 
 def _judge_lr(facts: OverfitFacts) -> str:
@@ -221,9 +221,9 @@ def report(run: Any, losses: Sequence[float]) -> int:
     for cause in causes[1:]:
         _logger.info("overfit: also: %s", cause)
     if not causes:
-        _logger.info("overfit: AP %.3f: the pictures are learnt by heart; data, labels, loss and evaluation agree",
+        _logger.info("overfit: AP %.3f: the images are learnt by heart; data, labels, loss and evaluation agree",
                      facts.ap)
         return 0
-    _logger.info("overfit: AP %.3f on the training pictures, expected %.1f or more: %s; status %d", facts.ap, PASS_AP,
+    _logger.info("overfit: AP %.3f on the training images, expected %.1f or more: %s; status %d", facts.ap, PASS_AP,
                  causes[0], FAILED_STATUS)
     return FAILED_STATUS

@@ -36,7 +36,7 @@ def write_postmortem(folder: Path, run: Any, images: Tensor, target: dict[str, A
         run: the engine's Training.
         images: the batch, as the model got it.
         target: the same.
-        image_ids: ids in the annotation file of its pictures.
+        image_ids: ids in the annotation file of its images.
 
     Returns:
         The file, loadable with `torch.load(weights_only=True)`: nonfinite-rank0.pt for the first process.

@@ -169,13 +169,13 @@ class RunRecorder:
             self._write("evaluation", {"epoch": stats.epoch, "global_step": stats.global_step, **evaluation.scores})
             self.report.write(self.evaluator, read_rows(self.folder / METRICS_LOG_NAME))
 
-    def end(self, run: Mapping[str, Any], seconds: float, pictures: Path) -> None:
+    def end(self, run: Mapping[str, Any], seconds: float, images: Path) -> None:
         """Write metrics.json, say what came out, where it is and what to do next; call it on rank 0.
 
         Args:
             run: what the run came to, by name, for metrics.json; throughput and duration are added here.
             seconds: its duration.
-            pictures: where predictions were drawn.
+            images: where predictions were drawn.
         """
         rates, checkpoint = steady_rates(self.rates), Path(run["checkpoint"])
         img_per_s = sum(rates) / len(rates) if rates else 0.0
@@ -186,7 +186,7 @@ class RunRecorder:
         for line in (f"TrainAvgFPS: mean img/s of {len(rates)} intervals AvgFPS:{img_per_s:.2f}",
                      format_best_metric(run["best_AP"], run["best_epoch"]),
                      f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch, {format_duration(seconds)})",
-                     f"checkpoint: {checkpoint}", f"pictures: {pictures}", f"report: {self.report.path}",
+                     f"checkpoint: {checkpoint}", f"images: {images}", f"report: {self.report.path}",
                      *(f"next: {command}" for command in next_commands(self.cfg, self.folder, checkpoint, image))):
             _logger.info("%s", line)
 
@@ -209,7 +209,7 @@ class RunRecorder:
         try:
             names = self.train_loader.dataset.parser.category_map.class_names
             sheet = draw_training_batch(images, target, names, self.train_loader.mean, self.train_loader.std,
-                                        num_pictures=8)
+                                        num_images=8)
             sheet.save(self.folder / BATCH_NAME, quality=85)
         except Exception as error:  # an image for the eye is no reason to end a run
             _logger.warning("the first training batch could not be drawn (%s: %s)", type(error).__name__, error)

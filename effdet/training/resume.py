@@ -11,8 +11,8 @@ A checkpoint's `ranks` has an entry for each process that took part:
 `progress`, only in recovery.pth.tar, says how far epoch `epoch + 1` has come:
 
     batches     int, batches done by each process
-    batch_size, grad_accum   int, pictures in a batch over all processes, batches to an update
-    pictures    int, pictures in the training set
+    batch_size, grad_accum   int, images in a batch over all processes, batches to an update
+    images    int, images in the training set
     trained     bool, training of the epoch is complete, its evaluation is not
 """
 from __future__ import annotations
@@ -222,24 +222,24 @@ def _restore_buffers(stored: Mapping[str, Tensor], models: Mapping[str, nn.Modul
                 buffer.copy_(stored[f"{prefix}.{name}"])
 
 
-def read_position(payload: Mapping[str, Any], batch_size: int, pictures: int, grad_accum: int) -> Position:
+def read_position(payload: Mapping[str, Any], batch_size: int, images: int, grad_accum: int) -> Position:
     """Return where this process goes on.
 
-    With another global batch size the epoch goes on at the last whole update before the pictures already seen.
+    With another global batch size the epoch goes on at the last whole update before the images already seen.
 
     Args:
         payload: the checkpoint.
-        batch_size: pictures in a batch over all processes, now.
-        pictures: pictures in the training set, now.
+        batch_size: images in a batch over all processes, now.
+        images: images in the training set, now.
         grad_accum: batches to an update, now.
     """
     position = Position(int(payload.get("epoch", -1)) + 1)
     progress = payload.get("progress")
     if progress is None:
         return position
-    if progress["pictures"] != pictures:
-        _logger.warning("the training set had %d pictures, now it has %d: epoch %d starts anew", progress["pictures"],
-                        pictures, position.epoch)
+    if progress["images"] != images:
+        _logger.warning("the training set had %d images, now it has %d: epoch %d starts anew", progress["images"],
+                        images, position.epoch)
         return position
     ranks, before = payload["ranks"], int(progress["batches"])
     same = len(ranks) == distributed.world_size()

@@ -131,7 +131,7 @@ def check_shared_memory(processes: int, workers: int, batch_size: int, image_siz
     Args:
         processes: of the run on this machine.
         workers: loading processes of each of them.
-        batch_size: pictures of each of them.
+        batch_size: images of each of them.
         image_size: height and width of the network's input in pixels.
         folder: where shared memory lies; without such a folder nothing is checked.
 

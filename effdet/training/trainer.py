@@ -20,7 +20,7 @@ from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
 from effdet.config.load import dump_yaml, inert_settings, replace_settings, split_over_devices, workers_per_device
 from effdet.config.schema import RunConfig
-from effdet.data.corrupt import BadPicturesError
+from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
 from effdet.report import progress
 from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
@@ -183,7 +183,7 @@ def fit(run: Run) -> int:
 
     Raises:
         StopRequested: on all ranks, when a signal came; the state is saved then.
-        BadPicturesError: on all ranks, when too many images cannot be read.
+        BadImagesError: on all ranks, when too many images cannot be read.
     """
     if distributed.is_primary():
         (run.output_dir / "config.yaml").write_text(dump_yaml(run.cfg), encoding="utf-8")
@@ -225,7 +225,7 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
     if is_last or (epoch + 1) % run.cfg.run.val_interval == 0:
         try:
             evaluation = evaluate_weights(run, epoch)
-        except (signals.StopRequested, BadPicturesError):
+        except (signals.StopRequested, BadImagesError):
             save_recovery(run, epoch, state.progress, trained=True)
             raise
     training.schedule.step(epoch + 1, evaluation and evaluation.metric)
@@ -323,7 +323,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
 
     def write() -> None:
         position = {"batches": done.batches, "batch_size": cfg.run.batch_size, "trained": trained,
-                    "grad_accum": cfg.optim.grad_accum, "pictures": len(run.data.train_set)}
+                    "grad_accum": cfg.optim.grad_accum, "images": len(run.data.train_set)}
         payload = resume.collect(run.training, cfg, run.data.categories, ranks)
         path = run.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
         _logger.info("saved %s: epoch %d, batch %d", path, epoch, done.batches)
@@ -335,7 +335,7 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
     """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
     bad, metric = run.data.bad_images.settle(), evaluation and evaluation.metric
     _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", stats.epoch, stats.loss,
-                 stats.img_per_s, stats.memory_mib, stats.skipped, f", {bad} unreadable picture(s)" if bad else "")
+                 stats.img_per_s, stats.memory_mib, stats.skipped, f", {bad} unreadable image(s)" if bad else "")
     ranks = distributed.gather_object(resume.capture_rank(run.place.device))
 
     def write() -> None:
@@ -354,7 +354,7 @@ def finish(run: Run) -> None:
         return
     metric, epoch = run.manager.best
     with run.training.precision.autocast():  # without an EMA the weights may be in half precision
-        drawn = write_comparisons(run.eval_bench.model, run.data.val_set, run.place.device, run.output_dir / "pictures")
+        drawn = write_comparisons(run.eval_bench.model, run.data.val_set, run.place.device, run.output_dir / "images")
     # A run continued in another folder may not have bettered the metric it started from.
     best = run.output_dir / BEST_NAME
     run.recorder.end({

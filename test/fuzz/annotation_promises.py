@@ -29,7 +29,7 @@ def check(folder: Path, raw: bytes, has_labels: bool = True, crowd: str = "drop"
         folder: where to put the file; also the image directory.
         raw: its content.
         has_labels, crowd: as in CocoParserCfg.
-        with_files: also look for the pictures in `folder`.
+        with_files: also look for the images in `folder`.
 
     Returns:
         'refused', or 'read'. Any other error than the documented one comes through.

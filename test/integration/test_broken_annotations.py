@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "an empty file": (lambda data: b"", "no valid json"),
     "not json": (lambda data: "image,x,y,w,h\n1,2,3,4,5", "no valid json"),
     "xml": (lambda data: "<annotation><object/></annotation>", "no valid json"),
-    "bytes of a picture": (lambda data: b"\xff\xd8\xff\xe0\x00\x10JFIF", "no valid json"),
+    "bytes of an image": (lambda data: b"\xff\xd8\xff\xe0\x00\x10JFIF", "no valid json"),
     "json cut off in the middle": (text(lambda raw: raw[: len(raw) // 2]), "no valid json"),
     "json cut off at the last brace": (text(lambda raw: raw[:-1]), "no valid json"),
     "two json objects": (text(lambda raw: raw + raw), "no valid json (Extra data"),
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "an image id that is no integer": (edit("images", id=1.5), "images without an id or file_name"),
     "an image that is null": (put(images=[None]), "images without an id or file_name (None)"),
     "an image id used twice": (twice("images"), "image ids used twice"),
-    "a picture that is not there": (edit("images", file_name="gone.jpg"), "image 1 gone.jpg"),
+    "an image that is not there": (edit("images", file_name="gone.jpg"), "image 1 gone.jpg"),
     "an absolute file name": (edit("images", file_name="/etc/passwd"), "file names that leave the image directory"),
     "a way up in a file name": (edit("images", file_name="../annotations/x.jpg"), "leave the image directory"),
     "a way down and up in a file name": (edit("images", file_name="a/../../b.jpg"), "leave the image directory"),
@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "crowd only": (every("annotations", iscrowd=1), "crowd regions"),
     "no usable box": (every("annotations", bbox=[NAN, 1, 2, 3]), "boxes with NaN or infinite numbers"),
     "no images": (put(images=[], annotations=[]), "the training set has 0 images"),
-    "only pictures too small to train on": (every("images", width=20), "the training set has 0 images"),
+    "only images too small to train on": (every("images", width=20), "the training set has 0 images"),
 }
 
 
@@ -167,7 +167,7 @@ COUNTED: dict[str, tuple[Callable, str, int]] = {
     "no width": (more(bbox=[1, 2, 0, 40]), "empty_bbox", 1),
     "swapped corners": (more(bbox=[40, 50, -30, -40]), "empty_bbox", 1),
     "a negative place, wholly outside": (more(bbox=[-50, 2, 30, 40]), "outside_bbox", 1),
-    "below the picture": (more(bbox=[1, 9000, 30, 40]), "outside_bbox", 1),
+    "below the image": (more(bbox=[1, 9000, 30, 40]), "outside_bbox", 1),
     "a negative place, partly inside": (more(bbox=[-10, -10, 30, 40]), "clipped_bbox", 1),
     "a giant box": (more(bbox=[-1e9, -1e9, 2e9, 2e9]), "clipped_bbox", 1),
     "a box of half a pixel": (more(bbox=[1, 2, 0.5, 40]), "tiny_bbox", 1),
@@ -255,7 +255,7 @@ def test_accepted(name, root):
     "".join(dataset.parser.category_map.names).encode()
 
 
-def test_ten_thousand_boxes_in_one_picture(root):
+def test_ten_thousand_boxes_in_one_image(root):
     data = read_ann(root)
     first = data["images"][0]["id"]
     data["annotations"] = [{"id": k + 1, "image_id": first, "category_id": 1, "bbox": [k % 150, k // 150, 20, 20]}

@@ -256,10 +256,10 @@ def test_your_own_data_in_five_minutes_and_the_readme(home, monkeypatch):
     assert set(to_run("README.md")) - {(".venv/bin/python", "demo.py")} <= set(own)  # all of README has been run here
 
 
-def test_the_python_of_the_pages(home, monkeypatch, capsys, small_checkpoint, synthetic_pictures):
+def test_the_python_of_the_pages(home, monkeypatch, capsys, small_checkpoint, synthetic_images):
     monkeypatch.chdir(home)
     shutil.copy(small_checkpoint, "model_best.pth.tar")
-    for name, source in zip(("a.jpg", "b.jpg"), synthetic_pictures, strict=False):
+    for name, source in zip(("a.jpg", "b.jpg"), synthetic_images, strict=False):
         Image.open(source).convert("RGB").save(name)
     seen: dict = {}
     assert blocks("README.zh-CN.md", "python") == blocks("README.md", "python")

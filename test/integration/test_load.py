@@ -15,7 +15,7 @@ from real_process import Process, children_of, losses, wait_until_gone
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 pytestmark = pytest.mark.slow
-# The smallest model. One picture to a process is too few for the coarsest level's batch norms, so they are fixed.
+# The smallest model. One image to a process is too few for the coarsest level's batch norms, so they are fixed.
 LIGHT = ("--model", "tf_efficientdet_lite0", "--freeze-backbone", "--freeze-bn", "--opt", "momentum", "--lr", 0.001)
 
 
@@ -39,7 +39,7 @@ def start(data: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 def test_eight_processes_with_two_loader_processes_each_do_a_thousand_steps(start, tmp_path):
-    """Three of the processes have no validation picture."""
+    """Three of the processes have no validation image."""
     steps, per_epoch = 1000, 200 // 8
     run = start("log", "--device-list", "0,1,2,3,4,5,6,7", "-b", 8, "-j", 16, "--epochs", steps // per_epoch,
                 "--val-interval", 10, "--log-interval", per_epoch, "--hang-timeout", 300, "--experiment", "run")

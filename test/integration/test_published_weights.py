@@ -15,7 +15,7 @@ COCO_LIKE = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 44, 
 
 @pytest.fixture
 def coco_root(tmp_path):
-    """Write three pictures with one dog each, in COCO's layout and with COCO's ids."""
+    """Write three images with one dog each, in COCO's layout and with COCO's ids."""
     images, annotations = [], []
     (tmp_path / "val2017").mkdir()
     for number in range(3):

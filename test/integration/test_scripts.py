@@ -1,4 +1,4 @@
-"""train.py, validate.py and demo.py as users run them, on a data set of a dozen pictures.
+"""train.py, validate.py and demo.py as users run them, on a data set of a dozen images.
 
 One short training in a process of its own serves most tests; the others call the scripts' main() here, which is what a
 process does without the seconds of importing torch. Two processes are in test_two_processes.py.
@@ -186,7 +186,7 @@ def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
 
 
 def test_training_ends_with_the_numbers_and_where_everything_is(run):
-    average, best, numbers, checkpoint, pictures, report, *following = run.output.splitlines()[-9:]
+    average, best, numbers, checkpoint, images, report, *following = run.output.splitlines()[-9:]
     stats = json.loads((run.folder / "metrics.json").read_text())["stats"]
     rows = run.summary()
     metric, epoch = max((float(row["AP"]), -int(row["epoch"])) for row in rows)
@@ -194,7 +194,7 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
     assert best == f"*** Best metric: {metric:.5f} (epoch {-epoch})"
     assert numbers.startswith(f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch")
     assert Path(checkpoint.removeprefix("checkpoint: ")) == run.folder / "model_best.pth.tar"
-    assert Path(pictures.removeprefix("pictures: ")) == run.folder / "pictures" / "sheet.jpg"
+    assert Path(images.removeprefix("images: ")) == run.folder / "images" / "sheet.jpg"
     assert (run.folder / "model_best.pth.tar").is_file()
     assert report == f"report: {run.folder / 'report.html'}" and (run.folder / "report.html").is_file()
     assert [line.split()[:3] for line in following] == [
@@ -222,12 +222,12 @@ def test_losses_of_the_log_are_in_a_file(run, resumed):
 
 def test_predictions_are_drawn_beside_the_truth(run, data):
     names = {path.stem for path in (data / "val2017").iterdir()}
-    assert {path.stem for path in (run.folder / "pictures").iterdir()} == names | {"sheet"}
+    assert {path.stem for path in (run.folder / "images").iterdir()} == names | {"sheet"}
     for name in names:
         with Image.open(data / "val2017" / f"{name}.jpg") as source, \
-                Image.open(run.folder / "pictures" / f"{name}.jpg") as drawn:
+                Image.open(run.folder / "images" / f"{name}.jpg") as drawn:
             assert drawn.width >= 2 * source.width and drawn.height >= source.height
-    with Image.open(run.folder / "pictures" / "sheet.jpg") as sheet:
+    with Image.open(run.folder / "images" / "sheet.jpg") as sheet:
         assert len(sheet.convert("L").getcolors(256)) > 100, "something is on it"
 
 
@@ -327,7 +327,7 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed)
         assert_same_bits(before["state_dict"], after["state_dict"], "/state_dict")
 
 
-def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
+def test_images_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
     original, seen = trainer.train_one_epoch, []
 
     def poisoned(training, loader, *more):
@@ -388,7 +388,7 @@ def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, dat
 
 
 def test_accumulating_gradients_keeps_the_updates_and_the_learning_rate(run, data, tmp_path):
-    """Two batches of 2 for one update are not one batch of 4: batch norm sees 2 pictures, so the losses differ."""
+    """Two batches of 2 for one update are not one batch of 4: batch norm sees 2 images, so the losses differ."""
     argv = [*train_argv(data, tmp_path, "halves", "--grad-accum", "2", "--val-skip", str(NUM_VAL)),
             "-b", "2", "--max-steps", str(2 * STEPS_PER_EPOCH)]
     code, output = call(train, *argv)
@@ -425,7 +425,7 @@ def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path)
     code, output = call(train, *argv)
     assert code == 0, output
     assert "(trained weights)" in output and "mixed precision O2 in bfloat16" in output
-    assert (tmp_path / "half" / "pictures" / "sheet.jpg").is_file()
+    assert (tmp_path / "half" / "images" / "sheet.jpg").is_file()
     payload = torch.load(tmp_path / "half" / "last.pth.tar", weights_only=True)
     assert set(payload) == KEYS - {"state_dict_ema", "ema"}
     assert {value.dtype for value in payload["state_dict"].values()} == {torch.float32, torch.int64}
@@ -463,7 +463,7 @@ def test_what_a_run_says_to_do_next_works(run, data, tmp_path):
     best = json.loads((run.folder / "metrics.json").read_text())["run"]["best_AP"]
     assert numbers["stats"]["AP"] == best
     assert 0 < numbers["run"]["post_processing_ms"] < numbers["run"]["model_ms"]
-    assert re.search(r"^speed: [\d.]+ ms model \+ [\d.]+ ms post-processing a picture", output, re.MULTILINE)
+    assert re.search(r"^speed: [\d.]+ ms model \+ [\d.]+ ms post-processing an image", output, re.MULTILINE)
     with open(tmp_path / "v" / "per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["name"], row["AP"]) for row in rows] == [
@@ -489,11 +489,11 @@ def test_metrics_of_a_run_are_in_one_file_once(run, resumed):
         assert [row["global_step"] for row in rows if row["kind"] == "epoch"] == [3, 6, 9]
         assert all(row["memory_mib"] > 100 and 0 <= row["data_share"] <= 1 for row in rows if row["kind"] == "interval")
         with Image.open(each.folder / "train_batch.jpg") as image:
-            assert image.width > 4 * 64, "four pictures side by side"
+            assert image.width > 4 * 64, "four images side by side"
         data = json.loads(re.search(r'type="application/json">(.*?)</script>',
                                     (each.folder / "report.html").read_text(), re.DOTALL)[1])
         assert data["evaluations"]["AP"] == pytest.approx([float(row["AP"]) for row in each.summary()], rel=1e-5)
-        assert data["batch"] and data["data"]["sets"][0]["pictures"] == NUM_TRAIN
+        assert data["batch"] and data["data"]["sets"][0]["images"] == NUM_TRAIN
 
 
 def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path):
@@ -505,7 +505,7 @@ def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path)
         "tf_efficientdet_d0", 1, 4, str(run.folder / "last.pth.tar"))
     assert output.splitlines()[-1] == f"AP {ap:.5f}  AP50 {float(run.summary()[-1]['AP50']):.5f}"
     assert f"Eval: 2  AP: {ap:.5f}" in run.output and output.count("\nAR_large ") == 1
-    assert "64x64, EMA weights" in output and "6 pictures" in output
+    assert "64x64, EMA weights" in output and "6 images" in output
 
 
 def test_validate_takes_the_trained_weights_on_request(run, data, tmp_path):
@@ -530,7 +530,7 @@ def test_results_are_coco_results_with_the_original_ids(run, data, val_ann, tmp_
     assert coco_ap(val_ann, results) == pytest.approx(ap, abs=1e-12)
 
 
-def test_every_second_picture_can_be_skipped(run, data, val_ann, tmp_path):
+def test_every_second_image_can_be_skipped(run, data, val_ann, tmp_path):
     results = tmp_path / "results.json"
     ap, _ = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--results", results, "--val-skip", 2)
     img_ids = [image["id"] for image in json.loads(val_ann.read_text())["images"]][::2]
@@ -554,7 +554,7 @@ def test_one_of_the_roots_files_can_be_replaced(run, data, val_ann, tmp_path):
     (tmp_path / "two.json").write_text(json.dumps(truth))
     _, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--val-ann", tmp_path / "two.json",
                          "--results", tmp_path / "results.json")
-    assert "2 pictures" in output
+    assert "2 images" in output
     assert {row["image_id"] for row in json.loads((tmp_path / "results.json").read_text())} == keep
 
 
@@ -577,17 +577,17 @@ def show(run: Run, output: Path, *argv: object) -> list[dict]:
 
 
 def test_demo_takes_a_file_a_folder_and_a_pattern(run, data, tmp_path):
-    pictures = sorted((data / "val2017").iterdir())
-    one = show(run, tmp_path / "file", pictures[2])
-    assert [entry["file"] for entry in one] == [str(pictures[2])]
+    images = sorted((data / "val2017").iterdir())
+    one = show(run, tmp_path / "file", images[2])
+    assert [entry["file"] for entry in one] == [str(images[2])]
     folder = show(run, tmp_path / "folder", data / "val2017")
-    assert [entry["file"] for entry in folder] == [str(path) for path in pictures]
+    assert [entry["file"] for entry in folder] == [str(path) for path in images]
     assert {**folder[2], "drawn": ""} == {**one[0], "drawn": ""}
-    pattern = show(run, tmp_path / "pattern", data / "val2017" / "*[24].jpg", pictures[1])
-    assert [entry["file"] for entry in pattern] == [str(pictures[1]), str(pictures[3])]
+    pattern = show(run, tmp_path / "pattern", data / "val2017" / "*[24].jpg", images[1])
+    assert [entry["file"] for entry in pattern] == [str(images[1]), str(images[3])]
 
 
-def test_demo_lists_objects_with_names_ids_and_boxes_of_the_picture(run, data, tmp_path):
+def test_demo_lists_objects_with_names_ids_and_boxes_of_the_image(run, data, tmp_path):
     entries = show(run, tmp_path / "out", data / "val2017")
     objects = [(entry, item) for entry in entries for item in entry["objects"]]
     assert objects
@@ -642,7 +642,7 @@ def test_demo_without_a_checkpoint_makes_no_data(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drawings_of_pictures_with_one_name_do_not_replace_each_other(tmp_path):
+def test_drawings_of_images_with_one_name_do_not_replace_each_other(tmp_path):
     paths = [Path("a/x.jpg"), Path("a/x.png"), Path("b/x.jpg"), Path("a/x_2.jpg")]
     assert [path.name for path in name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
     with pytest.raises(ValueError, match="choose another --output"):
@@ -717,7 +717,7 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
                             ["batch size 5", "2 devices", "4 or 6"]),
     "evaluation batch not divisible": (validate, lambda p: p.validate("-b", 5, "--device-list", "0,1"),
                                        ["batch size 5", "2 devices", "4 or 6"]),
-    "fewer pictures than a batch": (train, lambda p: p.train("-b", 16), ["12 images", "16"]),
+    "fewer images than a batch": (train, lambda p: p.train("-b", 16), ["12 images", "16"]),
     "class count against the json": (train, lambda p: p.train("--num-classes", 3),
                                      ["num_classes is 3", "6 categories"]),
     "setting unknown in YAML": (
@@ -725,7 +725,7 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
         ["my.yaml", "optim.momentun", "did you mean optim.momentum"]),
     "YAML is missing": (train, lambda p: p.train("-c", NO_SUCH), [NO_SUCH, "No such file"]),
     "pretrained file is missing": (train, lambda p: p.train("--pretrained", NO_SUCH), [NO_SUCH, "No checkpoint"]),
-    "more workers than pictures": (train, lambda p: p.train("-j", 13), ["13 loader processes", "12", "at most 12"]),
+    "more workers than images": (train, lambda p: p.train("-j", 13), ["13 loader processes", "12", "at most 12"]),
     "resume at another size": (train, lambda p: p.train("--image-size", 96, "--resume", p.last),
                                ["64x64", "96x96", "--image-size 64 64", "--initial-checkpoint"]),
     "output below a file": (train, lambda p: p.train("--output", p.write("file", "") / "deeper"), ["file/deeper"]),
@@ -767,8 +767,8 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
         ["EMA"]),
     "validate a folder": (validate, lambda p: p.validate("--checkpoint", p.run.folder),
                           ["is a folder", "model_best.pth.tar"]),
-    "demo finds no picture": (demo, lambda p: [p.tmp / "*.jpg", "--checkpoint", p.last], ["*.jpg", "no picture found"]),
-    "demo of a broken picture": (
+    "demo finds no image": (demo, lambda p: [p.tmp / "*.jpg", "--checkpoint", p.last], ["*.jpg", "no image found"]),
+    "demo of a broken image": (
         demo, lambda p: [p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"), "--checkpoint", p.last, "--output", p.tmp],
         ["broken.jpg", "cannot be read"]),
     "demo would draw over its input": (

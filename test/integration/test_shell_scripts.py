@@ -1,6 +1,6 @@
 """The shell scripts of test/ and run_train.sh, run as users run them, in a copy of the repository's tree.
 
-Each script really trains or evaluates here, small: 64 px, a dozen pictures, a step or two. What the scripts ask for in
+Each script really trains or evaluates here, small: 64 px, a dozen images, a step or two. What the scripts ask for in
 full size is checked on their command lines, with a Python that only writes them down. `Checkout` takes the device and
 the environment, so the same runs can be made on another device.
 """

@@ -2,7 +2,7 @@
 
 Loss by loss this holds with synchronised batch norm, without drop path, whose random numbers each process draws for
 itself, and without channels-last, where torch's own batch norm on the CPU (the one process's) is off by 1e-4. The
-pictures are not smaller, and the batch is not, because the coarsest level has one cell then: its batch norms would see
+images are not smaller, and the batch is not, because the coarsest level has one cell then: its batch norms would see
 too few numbers, and rounding alone would move the loss.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ from effdet.data.synthetic.dataset import make_synthetic_dataset
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 24, 6, 8, 2
 STEPS = EPOCHS * NUM_TRAIN // BATCH
-# The gradient of an initial network on four small pictures is huge (norm 360) and repeats to 5e-4 only, as norm layers
+# The gradient of an initial network on four small images is huge (norm 360) and repeats to 5e-4 only, as norm layers
 # divide by the spread of four nearly equal values. Steps this small lower the loss by a percent and keep 1e-4.
 LR = 3e-5
 
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(alone, data, tmp_path):
-    """Each process predicts one picture at a time, as the single one does, so that the arithmetic is the same."""
+    """Each process predicts one image at a time, as the single one does, so that the arithmetic is the same."""
     metrics, rows = [], []
     for number, more in enumerate((("-b", 1), ("-b", 2, "--device-list", "0,1"))):
         done = spawn("validate.py", "--root", data, "--checkpoint", alone / "last.pth.tar", "-j", 0, "--device", "cpu",

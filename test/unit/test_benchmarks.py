@@ -84,7 +84,7 @@ def test_without_a_peer_the_figure_is_of_ours_alone():
     side = FakeSide("ours", [3.0, 1.0, 2.0], [], x=[1.0])
     result = pairing.measure(lambda: [side], {"tolerance": 0}, 3)
     assert result["ours"] == 2.0 and "ratio" not in result
-    case = {"figure": "f", "device": "cpu", "dtype": "float32", "threads": 1, "batch": 4, "pictures": 4}
+    case = {"figure": "f", "device": "cpu", "dtype": "float32", "threads": 1, "batch": 4, "images": 4}
     assert "2.000 s      2.0/s   (no peer)" in pairing.format_figure(case, result)
 
 

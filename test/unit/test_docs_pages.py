@@ -40,12 +40,12 @@ def run_line(line: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, small_checkpoint, synthetic_pictures):
+def folder(tmp_path, monkeypatch, small_checkpoint, synthetic_images):
     """A folder with what the pages assume to be there."""
     monkeypatch.chdir(tmp_path)
     for name in ("model_best.pth.tar", "checkpoint-1.pth.tar", "checkpoint-2.pth.tar"):
         shutil.copy(small_checkpoint, tmp_path / name)
-    for name, source in zip(("a.jpg", "b.jpg"), synthetic_pictures, strict=False):
+    for name, source in zip(("a.jpg", "b.jpg"), synthetic_images, strict=False):
         Image.open(source).convert("RGB").save(tmp_path / name)
     (tmp_path / "data" / "val2017").mkdir(parents=True)
     shutil.copy(tmp_path / "a.jpg", tmp_path / "data" / "val2017")

@@ -678,23 +678,23 @@ def coco_root(tmp_path):
 
 
 def write_coco(root, ids):
-    """A train and a val split in COCO's layout: pictures of several sizes, 0 to 3 boxes in each."""
+    """A train and a val split in COCO's layout: images of several sizes, 0 to 3 boxes in each."""
     (root / "annotations").mkdir()
     rng = np.random.default_rng(1)
     for split, count in (("train", 5), ("val", 4)):
-        pictures, annotations = [], []
+        images, annotations = [], []
         (root / f"{split}2017").mkdir()
         for number in range(count):
             width, height = [(100, 60), (64, 90), (128, 128)][number % 3]
             name = f"{number:012d}.jpg"
             Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / f"{split}2017" / name)
-            pictures.append({"id": 10 * number + 3, "file_name": name, "width": width, "height": height})
+            images.append({"id": 10 * number + 3, "file_name": name, "width": width, "height": height})
             for k in range(number % 4):
                 box = [4.0 + 12 * k, 3.0 + 8 * k, 30.0 + 5 * k, 40.0 - 6 * k]
                 annotations.append({
                     "id": len(annotations) + 1, "image_id": 10 * number + 3, "category_id": ids[k % len(ids)],
                     "bbox": box, "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
-        content = {"images": pictures, "annotations": annotations,
+        content = {"images": images, "annotations": annotations,
                    "categories": [{"id": i, "name": f"kind {i}"} for i in ids]}  # fmt: skip
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     return root
@@ -790,11 +790,11 @@ def test_own_transform_and_own_collate(coco_root):
     dataset = create_dataset("coco", coco_root, ("train",))
     seen = []
 
-    def transform(picture, annotations):
+    def transform(image, annotations):
         seen.append(annotations["img_idx"])
-        scale = 128 / max(picture.size)
+        scale = 128 / max(image.size)
         pixels = np.zeros((128, 128, 3), dtype=np.uint8)
-        small = picture.resize([int(side * scale) for side in picture.size])
+        small = image.resize([int(side * scale) for side in image.size])
         pixels[: small.height, : small.width] = np.asarray(small)
         return pixels.transpose(2, 0, 1), dict(annotations, bbox=annotations["bbox"] * scale, img_scale=1 / scale)
 
@@ -805,9 +805,9 @@ def test_own_transform_and_own_collate(coco_root):
     torch.testing.assert_close(target["img_scale"], torch.tensor([100 / 128, 90 / 128, 1.0]))
 
     def collate(batch):
-        pictures, annotations = zip(*batch, strict=True)
+        images, annotations = zip(*batch, strict=True)
         boxes, classes = ([torch.from_numpy(a[key]).float() for a in annotations] for key in ("bbox", "cls"))
-        return torch.from_numpy(np.stack(pictures)).float() / 255, {"bbox": boxes, "cls": classes}
+        return torch.from_numpy(np.stack(images)).float() / 255, {"bbox": boxes, "cls": classes}
 
     loader = create_loader(dataset, (3, 128, 128), 3, use_prefetcher=False, num_workers=0, transform_fn=transform,
                            collate_fn=collate)  # fmt: skip

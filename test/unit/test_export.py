@@ -1,4 +1,4 @@
-"""Exported files give the boxes that PyTorch gives, on real pictures, and say what they are."""
+"""Exported files give the boxes that PyTorch gives, on real images, and say what they are."""
 from __future__ import annotations
 
 import importlib.util
@@ -23,9 +23,9 @@ FACTS = {"model": "pocket", "input": "images", "mean": [0.485, 0.456, 0.406], "s
 
 
 @pytest.fixture(scope="module")
-def images(synthetic_pictures) -> torch.Tensor:
+def images(synthetic_images) -> torch.Tensor:
     transform = transforms_coco_eval(128)
-    return torch.stack([transform(Image.open(path).convert("RGB"), {})[0] for path in synthetic_pictures[:4]])
+    return torch.stack([transform(Image.open(path).convert("RGB"), {})[0] for path in synthetic_images[:4]])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Move a picture by an affine map, and its boxes with it."""
+"""Move an image by an affine map, and its boxes with it."""
 
 import math
 from typing import Any
@@ -26,29 +26,29 @@ def shear_y(amount: float) -> Matrix:
 
 
 def rotation(degrees: float, size_wh: tuple[int, int]) -> Matrix:
-    """Turn a picture of this size around its middle."""
+    """Turn an image of this size around its middle."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = size_wh[0] / 2, size_wh[1] / 2
     return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
 
 
-def warp_picture(img: Image.Image, matrix: Matrix, fill_color: tuple[int, int, int]) -> Image.Image:
-    """Return the picture after the map, of the same size; `fill_color` is where the map leads out of it."""
+def warp_image(img: Image.Image, matrix: Matrix, fill_color: tuple[int, int, int]) -> Image.Image:
+    """Return the image after the map, of the same size; `fill_color` is where the map leads out of it."""
     whole_pixels = matrix[:2] == (1, 0) and matrix[3:5] == (0, 1) and all(float(v).is_integer() for v in matrix)
     method = Image.Resampling.NEAREST if whole_pixels else Image.Resampling.BILINEAR
     return img.transform(img.size, Image.Transform.AFFINE, matrix, method, fillcolor=fill_color)
 
 
 def warp_boxes(boxes_yxyx: np.ndarray, matrix: Matrix, size_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Move boxes as `warp_picture` moves what they hold.
+    """Move boxes as `warp_image` moves what they hold.
 
     Args:
         boxes_yxyx: float32 [n, 4] in pixels; n may be 0.
         matrix: the map.
-        size_wh: (width, height) of the picture.
+        size_wh: (width, height) of the image.
 
     Returns:
-        float32 [n, 4], around what of each moved box is inside the picture; bool [n], False where nothing is.
+        float32 [n, 4], around what of each moved box is inside the image; bool [n], False where nothing is.
     """
     a, b, c, d, e, f = matrix
     back = np.linalg.inv(np.array([[a, b], [d, e]]))
@@ -65,7 +65,7 @@ def warp_boxes(boxes_yxyx: np.ndarray, matrix: Matrix, size_wh: tuple[int, int])
 
 
 def _clip_polygon(points: list[list[float]], size_wh: tuple[int, int]) -> list[list[float]]:
-    """Cut a convex polygon to a picture, side by side of the picture.
+    """Cut a convex polygon to an image, side by side of the image.
 
     Source: Sutherland and Hodgman, Reentrant polygon clipping, 1974.
     """
@@ -87,8 +87,8 @@ def _clip_polygon(points: list[list[float]], size_wh: tuple[int, int]) -> list[l
 
 def warp(img: Image.Image, target: dict[str, Any], matrix: Matrix, fill_color: tuple[int, int, int]
          ) -> tuple[Image.Image, dict[str, Any]]:
-    """Move a picture and the boxes of its target; boxes of which nothing is left go, with their labels."""
+    """Move an image and the boxes of its target; boxes of which nothing is left go, with their labels."""
     if "bbox" in target:
         boxes, keep = warp_boxes(target["bbox"], matrix, img.size)
         target = dict(target, bbox=boxes[keep], cls=target["cls"][keep])
-    return warp_picture(img, matrix, fill_color), target
+    return warp_image(img, matrix, fill_color), target

@@ -1,14 +1,14 @@
-"""AutoAugment for detection: learned lists of operations on a picture and on what is in its boxes.
+"""AutoAugment for detection: learned lists of operations on an image and on what is in its boxes.
 
-One list of the policy is drawn for a picture; its steps (operation, probability, level 0..10) follow one another, each
-with its probability. Operations whose name ends in `_BBox` move the boxes with the picture. Those in `_Only_BBoxes` run
+One list of the policy is drawn for an image; its steps (operation, probability, level 0..10) follow one another, each
+with its probability. Operations whose name ends in `_BBox` move the boxes with the image. Those in `_Only_BBoxes` run
 inside each box on its own, with a third of the probability, and leave boxes and labels alone.
 
 Source: policies, levels and constants of Zoph et al., Learning Data Augmentation Strategies for Object Detection,
 https://arxiv.org/abs/1906.11172, as published with EfficientDet (google/automl, efficientdet/aug/autoaugment.py). The
-paper's own policy is v0. Different here: a moved box is cut to what is inside the picture, and goes when nothing is
-(published: the extent of its corners, and one that has left the picture grows at the edge); Posterize keeps at least
-one bit (published: level 2 gives a black picture); Contrast blends with the picture's mean gray (published: with its
+paper's own policy is v0. Different here: a moved box is cut to what is inside the image, and goes when nothing is
+(published: the extent of its corners, and one that has left the image grows at the edge); Posterize keeps at least
+one bit (published: level 2 gives a black image); Contrast blends with the image's mean gray (published: with its
 number of pixels / 256).
 """
 
@@ -89,7 +89,7 @@ POLICIES: dict[str, list[list[Step]]] = {
     ],
 }
 
-# Largest shift and largest half side of a cut-out in pixels, for the whole picture and inside a box.
+# Largest shift and largest half side of a cut-out in pixels, for the whole image and inside a box.
 _SHIFT_PX = {"": 250, "Only_BBoxes": 120}
 _CUTOUT_PX = {"": 100, "Only_BBoxes": 50}
 _BOX_CUTOUT_SHARE = 0.75  # largest cut-out of BBox_Cutout, as a share of the box's sides
@@ -151,19 +151,19 @@ def _cut_out(img: Image.Image, within: tuple[int, int, int, int], half_wh: tuple
 
 
 def _pixels_of(box_yxyx: np.ndarray, img: Image.Image) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of the pixels a box touches; at least one of the picture's."""
+    """Return (left, top, right, bottom) of the pixels a box touches; at least one of the image's."""
     y0, x0, y1, x1 = box_yxyx.tolist()
     left, top = min(max(0, int(x0)), img.width - 1), min(max(0, int(y0)), img.height - 1)
     return left, top, max(left + 1, min(img.width, -int(-x1 // 1))), max(top + 1, min(img.height, -int(-y1 // 1)))
 
 
 def _apply(operation: str, share: float, scope: str, img: Image.Image) -> Image.Image:
-    """Run an operation on a picture or on a box's part of one."""
+    """Run an operation on an image or on a box's part of one."""
     if operation == "Cutout":
         half = int(share * _CUTOUT_PX[scope])
         return _cut_out(img, (0, 0, *img.size), (half, half))
     matrix = _matrix(operation, share, scope, img.size)
-    return _recolor(operation, share, img) if matrix is None else affine.warp_picture(img, matrix, _GRAY)
+    return _recolor(operation, share, img) if matrix is None else affine.warp_image(img, matrix, _GRAY)
 
 
 def run_step(step: Step, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
@@ -200,7 +200,7 @@ def run_step(step: Step, img: Image.Image, target: Target) -> tuple[Image.Image,
 
 @draws_standard
 class AutoAugment:
-    """Change a picture and its boxes by one list, drawn anew, of a published policy.
+    """Change an image and its boxes by one list, drawn anew, of a published policy.
 
     Args:
         policy: v0, v1, v2 or v3.

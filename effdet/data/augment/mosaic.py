@@ -1,9 +1,9 @@
-"""Training pictures made of several pictures of the data set: mosaic and mixup.
+"""Training images made of several images of the data set: mosaic and mixup.
 
-The further pictures are drawn from the whole data set, read, and changed as the first one was (flip and what comes
+The further images are drawn from the whole data set, read, and changed as the first one was (flip and what comes
 before it), with the first one's random numbers. All their boxes come along, ignore regions too.
 
-Sources: mosaic after YOLOv4, https://arxiv.org/abs/2004.10934; here each picture goes straight from its own size into
+Sources: mosaic after YOLOv4, https://arxiv.org/abs/2004.10934; here each image goes straight from its own size into
 its quarter of the network's input, so that every pixel is resampled once. Mixup after Zhang et al., mixup,
 https://arxiv.org/abs/1710.09412, and Bag of Freebies for Training Object Detection, https://arxiv.org/abs/1902.04103;
 the ratio's distribution is YOLOv5's.
@@ -20,7 +20,7 @@ from effdet.ops.sizes import letterbox_scale, scaled_hw
 from ..resize import resize_crop
 from ..transforms import Compose, RandomResizePadToNumpy, Target, move_boxes
 
-_MIXUP_ALPHA = 32.0  # Beta(32, 32): mostly between 0.4 and 0.6, so that both pictures can be seen
+_MIXUP_ALPHA = 32.0  # Beta(32, 32): mostly between 0.4 and 0.6, so that both images can be seen
 _SPLIT = (0.3, 0.7)  # where the four quarters of a mosaic meet, as a share of the input's sides
 
 
@@ -32,14 +32,14 @@ def read_item(dataset: Any, index: int) -> tuple[Image.Image, Target]:
 
 
 class MosaicMixup:
-    """A training transform that sometimes puts four pictures together, and sometimes blends two.
+    """A training transform that sometimes puts four images together, and sometimes blends two.
 
     Args:
-        plain: the transform of one picture; its last part is a RandomResizePadToNumpy, which gives size, scale jitter
+        plain: the transform of one image; its last part is a RandomResizePadToNumpy, which gives size, scale jitter
             and colour of the padding.
-        dataset: where further pictures come from: a `DetectionDatset`, or a subset of one.
+        dataset: where further images come from: a `DetectionDatset`, or a subset of one.
         mosaic: probability of a mosaic.
-        mixup: probability of blending the result with one further picture.
+        mixup: probability of blending the result with one further image.
 
     Raises:
         ValueError: `plain` ends in something else.
@@ -58,11 +58,11 @@ class MosaicMixup:
         return self.before.draws_standard_only
 
     def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Choose the output size (height, width) of the pictures that come next."""
+        """Choose the output size (height, width) of the images that come next."""
         self.resize.set_size(size_hw)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
-        """Map a picture and its target to the network's input size, alone or together with others."""
+        """Map an image and its target to the network's input size, alone or together with others."""
         first = self.before(img, target)
         if random.random() < self.mosaic:
             pixels, target = self._put_together([first, *(self._read_another() for _ in range(3))])
@@ -76,7 +76,7 @@ class MosaicMixup:
         return self.before(*read_item(self.dataset, random.randrange(len(self.dataset))))
 
     def _whole(self, target: Target, parts: list[Target]) -> Target:
-        """Return a target with the boxes of all parts, whose picture is the whole input."""
+        """Return a target with the boxes of all parts, whose image is the whole input."""
         boxes = {key: np.concatenate([part[key] for part in parts]) for key in ("bbox", "cls")}
         return dict(target, **boxes, img_size=self.resize.target_size[::-1], img_scale=1.0)
 
@@ -95,9 +95,9 @@ class MosaicMixup:
         return canvas.transpose(2, 0, 1), self._whole(targets[0], targets)
 
     def _fill(self, img: Image.Image, target: Target, size_hw: tuple[int, int]) -> tuple[np.ndarray, Target]:
-        """Resize a picture as the scale jitter would for the whole input, but so that it fills `size_hw`, and cut it.
+        """Resize an image as the scale jitter would for the whole input, but so that it fills `size_hw`, and cut it.
 
-        A picture so long and thin that it would have to grow past the largest factor leaves a part empty.
+        An image so long and thin that it would have to grow past the largest factor leaves a part empty.
         """
         fit = letterbox_scale(img.size[::-1], self.resize.target_size)
         cover = max(side / given for side, given in zip(size_hw, img.size[::-1], strict=True))

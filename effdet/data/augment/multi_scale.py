@@ -1,7 +1,7 @@
 """Training at several input sizes: one size for each batch, out of a fixed list.
 
 The size is drawn from (seed, epoch, batch), so it is the same on all processes, with any number of workers, and when a
-run is continued. It travels to the worker beside the picture's index, and the picture is resized there, once. A fixed
+run is continued. It travels to the worker beside the image's index, and the image is resized there, once. A fixed
 list, because devices that compile for a shape do it once for each size.
 """
 

@@ -1,6 +1,6 @@
 """Transforms that users bring along: a callable of theirs, or an Albumentations pipeline.
 
-A callable takes (Pillow picture in RGB, target) and returns the same; the target has `bbox` float32 [n, 4] yxyx in
+A callable takes (Pillow image in RGB, target) and returns the same; the target has `bbox` float32 [n, 4] yxyx in
 pixels and `cls` int64 [n]: 1..K, and -2 for an ignore region. What it returns is checked, as a box that has slipped
 would go unnoticed. Albumentations itself is not imported here.
 """
@@ -27,7 +27,7 @@ def load_transform(spec: str) -> Callable:
             Albumentations pipeline.
 
     Returns:
-        A transform (picture, target) -> (picture, target) that checks what the user's returns; other processes that
+        A transform (image, target) -> (image, target) that checks what the user's returns; other processes that
         get a copy load it anew.
 
     Raises:
@@ -62,9 +62,9 @@ def _load_module(source: str, spec: str) -> Any:
 
 
 class UserTransform:
-    """Run a user's callable or Albumentations pipeline on a picture and its target, and check the result.
+    """Run a user's callable or Albumentations pipeline on an image and its target, and check the result.
 
-    Albumentations pipelines have random numbers of their own: they are seeded anew for each picture, from the `random`
+    Albumentations pipelines have random numbers of their own: they are seeded anew for each image, from the `random`
     module, so that the data set's seed decides over them too.
 
     Args:
@@ -79,7 +79,7 @@ class UserTransform:
         self.transform = transform
         self.spec = spec
         if isinstance(transform, type) or not callable(transform):
-            raise ValueError(f"transform {self} is {transform!r}; needed is a callable (picture, target) -> (picture, "
+            raise ValueError(f"transform {self} is {transform!r}; needed is a callable (image, target) -> (image, "
                              "target) or an Albumentations pipeline")
         self.is_pipeline = is_pipeline(transform)
         if self.is_pipeline:
@@ -94,15 +94,15 @@ class UserTransform:
         return UserTransform, (self.transform,)
 
     def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
-        """Run it on a picture and its target; ValueError when what comes back cannot be trained on."""
+        """Run it on an image and its target; ValueError when what comes back cannot be trained on."""
         result = self._run_pipeline(img, target) if self.is_pipeline else self.transform(img, target)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-            raise ValueError(f"transform {self} returned {type(result).__name__}; needed is (picture, target)")
+            raise ValueError(f"transform {self} returned {type(result).__name__}; needed is (image, target)")
         img, target = result
         if isinstance(img, np.ndarray) and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
             img = Image.fromarray(img)
         if not isinstance(img, Image.Image) or img.mode != "RGB":
-            raise ValueError(f"transform {self} returned the picture {img!r:.80}; needed is a Pillow picture in mode "
+            raise ValueError(f"transform {self} returned the image {img!r:.80}; needed is a Pillow image in mode "
                              "RGB or a uint8 array [height, width, 3]")
         target = dict(target, img_size=img.size)
         if "bbox" in target:
@@ -133,7 +133,7 @@ def is_pipeline(transform: Any) -> bool:
 
 
 def pipeline_transform(pipeline: Any) -> Compose:
-    """Make a whole training transform of a pipeline that gives pictures of one size: uint8 numpy [3, H, W]."""
+    """Make a whole training transform of a pipeline that gives images of one size: uint8 numpy [3, H, W]."""
     return Compose([UserTransform(pipeline), ImageToNumpy()])
 
 
@@ -141,4 +141,4 @@ def _check_pipeline(pipeline: Any, name: str) -> None:
     params = getattr(getattr(pipeline, "processors", {}).get("bboxes"), "params", None)
     if getattr(params, "format", None) != "pascal_voc" or list(getattr(params, "label_fields", None) or []) != ["cls"]:
         raise ValueError(f"the Albumentations pipeline {name} must be a Compose with bbox_params=BboxParams("
-                         "format='pascal_voc', label_fields=['cls']), so that the boxes move with the picture")
+                         "format='pascal_voc', label_fields=['cls']), so that the boxes move with the image")

@@ -1,7 +1,7 @@
 """Read COCO annotation files and serve one image's boxes at a time.
 
 COCO's `bbox` (x, y, width, height in pixels) and `category_id` end here: past this file boxes are float32 yxyx and
-labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business, pictures are `dataset.py`'s.
+labels are class_idx + 1. What counts as a defect is `coco_check.py`'s business, images are `dataset.py`'s.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class CocoParserCfg:
         min_img_size: leave out images with a side shorter than this, in pixels; 0 keeps all, which evaluation needs.
         ignore_empty_gt: leave out images without objects.
         crowd: 'drop' leaves crowd regions out of the targets, 'ignore' adds them as rows with cls -2.
-        img_dir: where the pictures are: checks that they exist and reads sizes the json does not give.
+        img_dir: where the images are: checks that they exist and reads sizes the json does not give.
         category_map: the map to label with; None makes a dense one from the json.
     """
 
@@ -237,7 +237,7 @@ class CocoParser(Parser):
         """Check once that every image is in `img_dir`, unless that was done when the json was read.
 
         Raises:
-            DatasetError: pictures are missing; names them.
+            DatasetError: images are missing; names them.
         """
         if not self._files_checked:
             check_files(self.img_infos, Path(img_dir), self.report)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import PictureError, read_size
+from ..images import ImageError, read_size
 from .report import MAX_EXAMPLES, MIN_BOX_PX, DatasetError, DatasetReport, shown
 
 
@@ -43,7 +43,7 @@ def check_coco(
     Args:
         data: the parsed json.
         source: its name, for messages.
-        img_dir: where the pictures are; None skips the checks that need files.
+        img_dir: where the images are; None skips the checks that need files.
         has_labels: False for a file that lists images only.
         keep_crowd: keep crowd regions as rows with is_crowd set, instead of dropping them.
 
@@ -139,7 +139,7 @@ def _fill_size(info: dict[str, Any], img_dir: Path | None, report: DatasetReport
         return
     try:
         info["width"], info["height"] = read_size(img_dir / info["file_name"])
-    except PictureError:
+    except ImageError:
         report.add("unreadable_image", example)
     else:
         report.add("size_from_file", example)

@@ -1,4 +1,4 @@
-"""Read Open Images: csv files of classes, picture sizes and boxes, converted to the content of a COCO json."""
+"""Read Open Images: csv files of classes, image sizes and boxes, converted to the content of a COCO json."""
 
 import csv
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ class OpenImagesParserCfg:
         bbox_filename: csv with ImageID, LabelName, XMin, XMax, YMin, YMax in 0..1 and, where known, IsGroupOf.
         img_label_filename: not read, as in effdet.
         masks_filename, task: masks are not supported; anything but '' and 'obj' is refused.
-        img_filename: file name of a picture with %s for its id.
-        prefix_levels: pictures lie in folders named by this many first letters of the id.
+        img_filename: file name of an image with %s for its id.
+        prefix_levels: images lie in folders named by this many first letters of the id.
         add_background: labels count from 1; anything but True is refused.
         has_labels, bbox_yxyx, min_img_size, ignore_empty_gt: as in CocoParserCfg.
     """
@@ -51,10 +51,10 @@ class OpenImagesParser(ConvertedParser):
 
 
 def read_open_images(cfg: OpenImagesParserCfg) -> dict[str, Any]:
-    """Convert a split to the content of a COCO json; with labels only the pictures that have boxes, as in effdet.
+    """Convert a split to the content of a COCO json; with labels only the images that have boxes, as in effdet.
 
     Raises:
-        FileNotFoundError: no such file; DatasetError: columns are missing, or an unknown label or picture.
+        FileNotFoundError: no such file; DatasetError: columns are missing, or an unknown label or image.
     """
     with _open(cfg.categories_filename) as file:
         rows = [row for row in csv.reader(file) if row]
@@ -68,7 +68,7 @@ def read_open_images(cfg: OpenImagesParserCfg) -> dict[str, Any]:
             image_id, label = row["ImageID"], row["LabelName"]
             if label not in ids or image_id not in sizes:
                 what, where = (f"label {label}", cfg.categories_filename) if label not in ids else (
-                    f"picture {image_id}", cfg.img_info_filename)
+                    f"image {image_id}", cfg.img_info_filename)
                 raise DatasetError(f"{cfg.bbox_filename} has a box of the {what}, which is not in {where}")
             width, height = sizes[image_id]
             x_min, x_max = float(row["XMin"]) * width, float(row["XMax"]) * width
@@ -85,7 +85,7 @@ def read_open_images(cfg: OpenImagesParserCfg) -> dict[str, Any]:
 
 def _open(path: str | Path) -> Any:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; Open Images keeps it with its annotations (sizes of pictures: "
+        raise FileNotFoundError(f"{path} does not exist; Open Images keeps it with its annotations (sizes of images: "
                                 "a csv with the columns id, width, height, made from the files)")
     return open(path, newline="", encoding="utf-8")
 

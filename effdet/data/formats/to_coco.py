@@ -1,4 +1,4 @@
-"""Write another data set's annotations as COCO json files, for train.py and validate.py; the pictures stay in place.
+"""Write another data set's annotations as COCO json files, for train.py and validate.py; the images stay in place.
 
 `python -m effdet.data.formats.to_coco voc2012 VOCdevkit --out DIR`
 """

@@ -1,4 +1,4 @@
-"""Read Pascal VOC: a file of picture names and one xml for each picture, converted to the content of a COCO json."""
+"""Read Pascal VOC: a file of image names and one xml for each image, converted to the content of a COCO json."""
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class VocParserCfg:
     """How to read a split of a data set in Pascal VOC's format.
 
     Args:
-        split_filename: file with a picture name a line; or a list of them, as of the next two.
-        ann_filename: path of a picture's xml with %s for the name.
-        img_filename: path of the picture, relative to the image directory, with %s for the name.
+        split_filename: file with an image name a line; or a list of them, as of the next two.
+        ann_filename: path of an image's xml with %s for the name.
+        img_filename: path of the image, relative to the image directory, with %s for the name.
         keep_difficult: train on objects marked as difficult; VOC's evaluation ignores them either way.
         classes: class names in the order of their labels; None: the 20 of Pascal VOC.
         add_background: labels count from 1; anything but True is refused.
@@ -70,7 +70,7 @@ def read_voc(cfg: VocParserCfg) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for number, (split, ann, img) in enumerate(zip(*parts, strict=True)):
         if not Path(split).is_file():
-            raise FileNotFoundError(f"{split} does not exist: it should list the names of the pictures, one a line")
+            raise FileNotFoundError(f"{split} does not exist: it should list the names of the images, one a line")
         for line in Path(split).read_text(encoding="utf-8").splitlines():
             if not line.strip():
                 continue
@@ -89,7 +89,7 @@ def read_voc(cfg: VocParserCfg) -> dict[str, Any]:
 
 def _parse(path: Path) -> ElementTree.Element:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: every picture of the split needs its xml")
+        raise FileNotFoundError(f"{path} does not exist: every image of the split needs its xml")
     try:
         return ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:

@@ -1,9 +1,9 @@
-"""The embedded default data set: pictures of six kinds of objects in COCO's layout, made from a seed.
+"""The embedded default data set: images of six kinds of objects in COCO's layout, made from a seed.
 
-Composes pictures, annotates them and writes the folder; shapes and textures are drawn in synthetic_shapes.py.
+Composes images, annotates them and writes the folder; shapes and textures are drawn in synthetic_shapes.py.
 Numpy and Pillow only. Command: `python -m effdet.data.synthetic --out DIR`.
 
-Boxes, areas and masks are of the *visible* part of an object, as COCO's annotators draw them: cut at the picture's edge
+Boxes, areas and masks are of the *visible* part of an object, as COCO's annotators draw them: cut at the image's edge
 and by whatever lies in front. Everything painted is annotated; an object that would leave another less than 40 %
 visible is not placed. A dense cluster of tiny objects is one annotation with iscrowd = 1.
 """
@@ -28,22 +28,22 @@ _log = logging.getLogger(__name__)
 # Sparse and not from 1 in steps of 1, so that code which takes a category id for a class index fails here, not later.
 CATEGORY_IDS = dict(zip(KINDS, (1, 3, 7, 12, 18, 44), strict=True))
 MARKER = "synthetic.json"
-_VERSION = 2  # raise it when the same parameters give other pictures
+_VERSION = 2  # raise it when the same parameters give other images
 _SIZES_WH = ((320, 240), (240, 320), (320, 256), (256, 256), (256, 192), (288, 288), (320, 208), (320, 320))
-_MIN_VISIBLE = 0.4  # of an object's area, counted over all that lies in front of it and the picture's edge
+_MIN_VISIBLE = 0.4  # of an object's area, counted over all that lies in front of it and the image's edge
 _SHADOW = 0.3
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Hold one picture and its annotations (COCO dictionaries without id and image_id, in painting order)."""
+class Image:
+    """Hold one image and its annotations (COCO dictionaries without id and image_id, in painting order)."""
 
     pixels: np.ndarray  # uint8 [H, W, 3]
     annotations: list[dict]
 
 
 class _Canvas:
-    """A picture being painted, which knows what is on top at every pixel."""
+    """An image being painted, which knows what is on top at every pixel."""
 
     def __init__(self, height: int, width: int, rng: np.random.Generator):
         self.pixels = make_background(height, width, rng)
@@ -51,7 +51,7 @@ class _Canvas:
         self.objects: list[tuple[str, bool, int]] = []  # kind, is a crowd, area in pixels if nothing hid it
 
     def overlap(self, patch: Patch, x: int, y: int) -> tuple[slice, slice, slice, slice]:
-        """Return rows and columns of the picture, and of the patch, that meet when the patch's centre is at x, y."""
+        """Return rows and columns of the image, and of the patch, that meet when the patch's centre is at x, y."""
         n = patch.u.shape[0]
         left, top = x - n // 2, y - n // 2
         height, width = self.owner.shape
@@ -73,7 +73,7 @@ class _Canvas:
         return all(left[i] >= min_visible * self.objects[i][2] for i in touched)
 
     def paint(self, patch: Patch, x: int, y: int, owner: int, rng: np.random.Generator, shadow: float) -> int:
-        """Paint an object as part of object number `owner` and return how many pixels of the picture it covers."""
+        """Paint an object as part of object number `owner` and return how many pixels of the image it covers."""
         rows, columns, patch_rows, patch_columns = self.overlap(patch, x, y)
         cover = patch.coverage[patch_rows, patch_columns]
         mask = cover >= 0.5
@@ -93,13 +93,13 @@ class _Canvas:
         self.pixels[rows, columns] *= 1 - strength * depth[..., None]
 
 
-def make_picture(seed: int, split: str, index: int) -> Picture:
-    """Make one picture; the same arguments give the same picture, whatever else is made.
+def make_image(seed: int, split: str, index: int) -> Image:
+    """Make one image; the same arguments give the same image, whatever else is made.
 
     Args:
         seed: of the whole data set, 0 or more.
         split: "train" or "val".
-        index: number of the picture in its split, from 0. Every 20th picture is empty, every 25th has a crowd.
+        index: number of the image in its split, from 0. Every 20th image is empty, every 25th has a crowd.
     """
     rng = np.random.default_rng([seed, ("train", "val").index(split), index])
     width, height = _SIZES_WH[rng.integers(len(_SIZES_WH))]
@@ -114,7 +114,7 @@ def make_picture(seed: int, split: str, index: int) -> Picture:
         _add_object(canvas, rng)
     pixels = np.round(canvas.pixels * 255).astype(np.uint8)
     annotations = [_annotate(canvas.owner == i, kind, crowd) for i, (kind, crowd, _) in enumerate(canvas.objects)]
-    return Picture(pixels, annotations)
+    return Image(pixels, annotations)
 
 
 def _add_object(canvas: _Canvas, rng: np.random.Generator) -> None:
@@ -177,9 +177,9 @@ def make_synthetic_dataset(out_dir: str | Path, seed: int = 0, num_train: int = 
 
     Args:
         out_dir: folder to make; its parents are made as needed.
-        seed: 0 or more; the same seed gives bit-equal json, and bit-equal pictures with the same Pillow.
-        num_train: pictures in train2017, 1 or more.
-        num_val: pictures in val2017, 1 or more.
+        seed: 0 or more; the same seed gives bit-equal json, and bit-equal images with the same Pillow.
+        num_train: images in train2017, 1 or more.
+        num_val: images in val2017, 1 or more.
 
     Returns:
         The folder, with annotations/instances_{train,val}2017.json, train2017/, val2017/ and the marker synthetic.json.
@@ -190,7 +190,7 @@ def make_synthetic_dataset(out_dir: str | Path, seed: int = 0, num_train: int = 
     """
     if seed < 0 or num_train < 1 or num_val < 1:
         raise ValueError(
-            f"got seed {seed}, num_train {num_train}, num_val {num_val}; allowed are seed >= 0 and 1 or more pictures"
+            f"got seed {seed}, num_train {num_train}, num_val {num_val}; allowed are seed >= 0 and 1 or more images"
         )
     out_dir = Path(out_dir)
     parameters = {"version": _VERSION, "seed": seed, "num_train": num_train, "num_val": num_val}
@@ -210,7 +210,7 @@ def make_synthetic_dataset(out_dir: str | Path, seed: int = 0, num_train: int = 
         except OSError:
             if not _holds_complete_set(out_dir, parameters):  # raises with the reason when it holds something else
                 raise
-    _log.info("made %d + %d pictures in %s", num_train, num_val, out_dir)
+    _log.info("made %d + %d images in %s", num_train, num_val, out_dir)
     return out_dir
 
 
@@ -228,7 +228,7 @@ def _holds_complete_set(out_dir: Path, parameters: dict) -> bool:
     for split in ("train", "val"):
         have, want = len(list((out_dir / f"{split}2017").glob("*.jpg"))), parameters[f"num_{split}"]
         if have != want or not (out_dir / "annotations" / f"instances_{split}2017.json").is_file():
-            raise FileExistsError(f"{out_dir} is damaged: {have} of {want} {split} pictures, or no json; {remedy}")
+            raise FileExistsError(f"{out_dir} is damaged: {have} of {want} {split} images, or no json; {remedy}")
     return True
 
 
@@ -238,13 +238,13 @@ def _write_split(out_dir: Path, split: str, count: int, seed: int) -> dict:
     images: list[dict] = []
     annotations: list[dict] = []
     for index in range(count):
-        picture = make_picture(seed, split, index)
+        image = make_image(seed, split, index)
         image_id = (1 if split == "train" else 100_001) + index
         name = f"{image_id:012d}.jpg"
-        Image.fromarray(picture.pixels).save(folder / name, quality=90)
-        height, width = picture.pixels.shape[:2]
+        Image.fromarray(image.pixels).save(folder / name, quality=90)
+        height, width = image.pixels.shape[:2]
         images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 1})
-        for number, annotation in enumerate(picture.annotations, start=1):
+        for number, annotation in enumerate(image.annotations, start=1):
             annotations.append({"id": 100 * image_id + number, "image_id": image_id, **annotation})
     document = {
         "info": {"description": f"synthetic shapes, {split} split, seed {seed}", "version": str(_VERSION)},
@@ -273,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="Examples:\n  python -m effdet.data.synthetic --out data/synthetic\n"
                "  python -m effdet.data.synthetic --out tiny --num-train 12 --num-val 4")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another set of pictures (default 0)")
-    parser.add_argument("--num-train", type=int, default=400, metavar="N", help="pictures for training (default 400)")
-    parser.add_argument("--num-val", type=int, default=100, metavar="N", help="pictures for validation (default 100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another set of images (default 0)")
+    parser.add_argument("--num-train", type=int, default=400, metavar="N", help="images for training (default 400)")
+    parser.add_argument("--num-val", type=int, default=100, metavar="N", help="images for validation (default 100)")
     options = parser.parse_args(arguments)
     make_synthetic_dataset(options.out, options.seed, options.num_train, options.num_val)

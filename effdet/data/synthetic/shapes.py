@@ -2,7 +2,7 @@
 
 Every kind of object is a signed distance (shape) and an albedo (texture); one light falls on all of them. Distances are
 exact, so edges are antialiased by their coverage and no oversampling is needed. Geometry is float64, which keeps masks
-and therefore boxes the same from machine to machine. Composing pictures and writing files is synthetic.py's part.
+and therefore boxes the same from machine to machine. Composing images and writing files is synthetic.py's part.
 
 Source: distance to a polygon after Inigo Quilez, "2D distance functions"; the rest is ours.
 """
@@ -259,16 +259,16 @@ _PALETTES = (
 
 
 def make_background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a picture without objects, float64 [height, width, 3] in 0..1."""
+    """Return an image without objects, float64 [height, width, 3] in 0..1."""
     palette = _PALETTES[rng.integers(len(_PALETTES))]
     colours = np.array([[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in palette])
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))]
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     tone = pattern(x, y, rng)
-    picture = np.stack([np.interp(tone, [0, 0.5, 1], colours[:, channel]) for channel in range(3)], axis=-1)
+    image = np.stack([np.interp(tone, [0, 0.5, 1], colours[:, channel]) for channel in range(3)], axis=-1)
     corner = np.hypot(x - x.max() / 2, y - y.max() / 2)
-    picture *= (1.03 - 0.28 * corner**2)[..., None]
-    return np.clip(picture + rng.normal(0, 0.012, (height, width, 1)), 0, 1)
+    image *= (1.03 - 0.28 * corner**2)[..., None]
+    return np.clip(image + rng.normal(0, 0.012, (height, width, 1)), 0, 1)
 
 
 def _smooth_noise(x: np.ndarray, cells: int, rng: np.random.Generator) -> np.ndarray:

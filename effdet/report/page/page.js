@@ -15,7 +15,7 @@ function grid(...content) {
   return parts.length ? make("div", { className: "grid" }, ...parts) : null;
 }
 
-function picture(source, alt, width, height) {
+function image(source, alt, width, height) {
   const image = make("img", { src: source, alt, width, height, loading: "lazy" });
   image.addEventListener("click", () => {
     const zoom = document.getElementById("zoom");
@@ -77,7 +77,7 @@ function progress() {
     lineChart("Loss", [line("total", BLUE, intervals.loss), line("class", ORANGE, intervals.class_loss), line(weight === 1 ? "box" : `box × ${weight}`, GREEN, intervals.box_loss)], { ...common, zero: true }),
     lineChart("Average precision", [line("AP", BLUE, evaluations.AP, evaluations.x), line("AP50", ORANGE, evaluations.AP50, evaluations.x)], { ...common, zero: true, format: fraction }),
     lineChart("Learning rate", [line("lr", BLUE, intervals.lr)], { ...common, zero: true }),
-    lineChart("Throughput", [line("training", BLUE, intervals.img_per_s)], { ...common, zero: true, unit: "pictures / s" }),
+    lineChart("Throughput", [line("training", BLUE, intervals.img_per_s)], { ...common, zero: true, unit: "images / s" }),
     lineChart("Waiting for data", [line("share of the time", VIOLET, intervals.data_share)], { ...common, zero: true, format: percent, tickFormat: percent }),
     lineChart("Skipped steps", [line("so far", RED, epochs.skipped, epochs.x)], { ...common, zero: true, counts: true, unit: "updates with inf or NaN" })));
 }
@@ -123,7 +123,7 @@ function classes() {
   const columns = [{ key: "name", name: "class" }, { key: "AP", name: "AP", format: fraction, meter: true },
     ...["AP50", "AP75", "AP_small", "AP_medium", "AP_large"].map((key) => ({ key, name: key.replace("AP_", ""), format: fraction })),
     { key: "count", name: "objects" }, { key: "train", name: "in training" }];
-  section("classes", "Classes", "Click a column to sort by it. Small, medium and large are the AP of objects of that size; “objects” are those of the validation pictures.",
+  section("classes", "Classes", "Click a column to sort by it. Small, medium and large are the AP of objects of that size; “objects” are those of the validation images.",
     sortableTable(data.classes, columns.filter(({ key }) => key === "name" || has(key)), "AP"));
 }
 
@@ -140,10 +140,10 @@ function confusion() {
 function worst() {
   if (!data.worst.length) return;
   const key = (color, text) => make("span", { className: "key" }, make("i", { style: `background:${color}` }), text);
-  section("worst", "Worst pictures", data.worst_note,
+  section("worst", "Worst images", data.worst_note,
     make("p", { className: "note" }, key("rgb(46 160 88)", "right"), key("rgb(240 150 30)", "taken for another class"), key("rgb(222 58 48)", "missed, or a false alarm")),
-    make("div", { className: "pictures" }, ...data.worst.map((one) => make("div", { className: "card" },
-      make("div", { className: "pair" }, ...["truth", "prediction"].map((side) => make("figure", {}, picture(one[side], `${one.file}, ${side}`, one.width, one.height), side))),
+    make("div", { className: "images" }, ...data.worst.map((one) => make("div", { className: "card" },
+      make("div", { className: "pair" }, ...["truth", "prediction"].map((side) => make("figure", {}, image(one[side], `${one.file}, ${side}`, one.width, one.height), side))),
       make("p", {}, make("b", {}, one.file), ` ${errors(one)}`)))));
 }
 
@@ -153,8 +153,8 @@ function errors(one) {
 }
 
 function batch() {
-  if (data.batch) section("batch", "First training batch", "The first pictures as the network saw them: after augmentation, resizing and padding, with the boxes it learned from.",
-    make("div", { className: "scroll flat wide" }, picture(data.batch.source, "first training batch", data.batch.width, data.batch.height)));
+  if (data.batch) section("batch", "First training batch", "The first images as the network saw them: after augmentation, resizing and padding, with the boxes it learned from.",
+    make("div", { className: "scroll flat wide" }, image(data.batch.source, "first training batch", data.batch.width, data.batch.height)));
 }
 
 function dataSets() {
@@ -166,15 +166,15 @@ function dataSets() {
   const bins = edges.slice(0, -1);
   const size = (wh) => (wh ? `${wh[0]}×${wh[1]}` : "–");
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...["", ...sets.map((one) => one.name)].map((name) => make("th", {}, name)))),
-    make("tbody", {}, ...[["pictures", (one) => one.pictures], ["without objects", (one) => one.empty], ["objects", (one) => one.boxes], ["crowd regions", (one) => one.crowd],
-      ["smallest picture", (one) => size(one.picture_sizes[0])], ["median", (one) => size(one.picture_sizes[1])], ["largest", (one) => size(one.picture_sizes[2])]]
+    make("tbody", {}, ...[["images", (one) => one.images], ["without objects", (one) => one.empty], ["objects", (one) => one.boxes], ["crowd regions", (one) => one.crowd],
+      ["smallest image", (one) => size(one.image_sizes[0])], ["median", (one) => size(one.image_sizes[1])], ["largest", (one) => size(one.image_sizes[2])]]
       .filter(([name, of]) => name !== "crowd regions" || sets.some(of))
       .map(([name, of]) => make("tr", {}, make("td", {}, name), ...sets.map((one) => make("td", {}, String(of(one))))))));
   const ranges = bins.map((low, k) => `${k === 0 ? "under" : `${low} to`} ${k === bins.length - 1 ? "more" : edges[k + 1]} px`);
-  const counts = sets[0].per_picture.map((_, k) => (k === 20 ? "20 and more" : String(k)));
+  const counts = sets[0].per_image.map((_, k) => (k === 20 ? "20 and more" : String(k)));
   section("data", "Data", null, grid(make("div", { className: "card" }, table),
     histogram("Object size as the network sees it", sets.map((one, k) => ({ name: one.name, color: colors[k], y: share(one.sizes) })), bins.map((low, k) => (k % 2 ? "" : String(low))), ranges, { xLabel: "square root of the box area after resizing, px", unit: "share of objects", edges: true }),
-    histogram("Objects in a picture", sets.map((one, k) => ({ name: one.name, color: colors[k], y: share(one.per_picture) })), counts.map((_, k) => (k === 20 ? "20+" : k % 2 ? "" : String(k))), counts.map((text) => `${text} objects`), { xLabel: "objects", unit: "share of pictures" })));
+    histogram("Objects in an image", sets.map((one, k) => ({ name: one.name, color: colors[k], y: share(one.per_image) })), counts.map((_, k) => (k === 20 ? "20+" : k % 2 ? "" : String(k))), counts.map((text) => `${text} objects`), { xLabel: "objects", unit: "share of images" })));
 }
 
 function settings() {

@@ -71,12 +71,12 @@ def test_weights_must_fit_the_files(tmp_path, weights):
         averaging.average_checkpoints([write(tmp_path / name, 1.0) for name in ("a.pth", "b.pth")], weights)
 
 
-def test_a_cleaned_checkpoint_predicts_the_same_and_is_smaller(small_checkpoint, synthetic_pictures, tmp_path):
+def test_a_cleaned_checkpoint_predicts_the_same_and_is_smaller(small_checkpoint, synthetic_images, tmp_path):
     cleaning.main([str(small_checkpoint), "--out", str(tmp_path / "clean.pth")])
     content = load_checkpoint_file(tmp_path / "clean.pth")
     assert set(content) == {"version", "arch", "model_config", "category_map", "image_size", "state_dict"}
     assert (tmp_path / "clean.pth").stat().st_size < 0.6 * small_checkpoint.stat().st_size
-    found, expected = (effdet.load(path, device="cpu").predict(synthetic_pictures[0])[0]
+    found, expected = (effdet.load(path, device="cpu").predict(synthetic_images[0])[0]
                        for path in (tmp_path / "clean.pth", small_checkpoint))
     assert found.boxes_xyxy.tobytes() == expected.boxes_xyxy.tobytes() and found.names == expected.names
 

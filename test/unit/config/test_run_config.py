@@ -414,7 +414,7 @@ def test_validate_refusals(capsys):
     assert "--val-images and --val-ann go together" in refusal(capsys, "--val-images a", parse_validate_args)
 
 
-def test_demo_takes_pictures_anywhere():
+def test_demo_takes_images_anywhere():
     cfg = parse_demo_args("a.jpg --image-size 512 b=1.jpg --score-thr 0.5 dir/*.png run.batch_size=2".split())
     assert cfg.run.images == ["a.jpg", "b=1.jpg", "dir/*.png"]
     assert (cfg.model.image_size, cfg.run.score_thr, cfg.run.batch_size) == ([512, 512], 0.5, 2)

@@ -117,11 +117,11 @@ def test_every_step_of_every_policy_is_an_operation():
 @pytest.mark.parametrize("operation", MOVING)
 @given(scene=scenes(), level=st.integers(0, 10))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_operations_that_move_the_picture_move_its_boxes(operation, scene, level):
+def test_operations_that_move_the_image_move_its_boxes(operation, scene, level):
     width, height, boxes, seed = scene
     random.seed(seed)
     if operation.startswith("Translate"):
-        level = level / 3  # else next to nothing of so small a picture would be left
+        level = level / 3  # else next to nothing of so small an image would be left
     img, target = run_step((operation, 1.0, level), paint(width, height, boxes), target_of(boxes))
     assert img.size == (width, height)
     # A corner that is turned or sheared ends in a point, whose last pixel is mixed with the background.
@@ -140,7 +140,7 @@ def test_operations_on_pixels_leave_boxes_alone(operation):
             changed.append(out.tobytes() != img.tobytes())
     assert any(changed) or operation == "AutoContrast"  # noise has all values already
     assert run_step((operation, 0.0, 10), img, target)[0] is img
-    assert run_step((operation, 1.0, 10), img, {})[0].size == img.size  # a picture without labels
+    assert run_step((operation, 1.0, 10), img, {})[0].size == img.size  # an image without labels
 
 
 def test_what_the_levels_mean():
@@ -167,7 +167,7 @@ def test_a_turned_box_is_cut_before_its_extent_is_taken():
     """Corners outside say nothing about the part inside: the extent of the corners would be too large."""
     boxes, keep = affine.warp_boxes(np.float32([[0, 0, 40, 100], [0, 0, 4, 4]]), affine.rotation(45, (100, 100)),
                                     (100, 100))
-    seen = find(np.asarray(affine.warp_picture(paint(100, 100, [[0, 0, 40, 100]]), affine.rotation(45, (100, 100)),
+    seen = find(np.asarray(affine.warp_image(paint(100, 100, [[0, 0, 40, 100]]), affine.rotation(45, (100, 100)),
                                                BACKGROUND)), COLOURS[0])
     assert keep.tolist() == [True, False]
     np.testing.assert_allclose(boxes[0], seen, atol=1.5)
@@ -191,7 +191,7 @@ def test_operations_inside_boxes_change_nothing_else(operation):
     assert 1 <= touched < 12, "a third of the probability for each box"
 
 
-def test_colour_jitter_stays_around_the_picture_and_moves_nothing():
+def test_colour_jitter_stays_around_the_image_and_moves_nothing():
     img, means = noise(40, 40), []
     for seed in range(20):
         random.seed(seed)
@@ -207,7 +207,7 @@ def test_colour_jitter_stays_around_the_picture_and_moves_nothing():
 
 
 class Painted:
-    """A data set of pictures that hold one box each, picture k's in colour k and with label k + 1."""
+    """A data set of images that hold one box each, image k's in colour k and with label k + 1."""
 
     def __init__(self, scenes):
         self.scenes = scenes
@@ -237,7 +237,7 @@ def test_mosaic_boxes_are_where_the_pixels_are(sizes, out_hw, seed):
     assert_boxes_are_where_the_pixels_are(pixels.transpose(1, 2, 0), target, 2 + largest)
 
 
-def test_mosaic_fills_the_input_unless_a_picture_is_too_thin():
+def test_mosaic_fills_the_input_unless_a_image_is_too_thin():
     for size, full in (((100, 60), True), ((1000, 2), False)):
         data = Painted([(*size, [0, 0, size[1], size[0]])] * 2)
         random.seed(3)
@@ -265,7 +265,7 @@ def test_mixup_keeps_all_boxes_and_blends_the_pixels():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Twelve pictures of three sizes with 1 to 4 boxes and a crowd region each."""
+    """Twelve images of three sizes with 1 to 4 boxes and a crowd region each."""
     folder = tmp_path_factory.mktemp("set")
     images, annotations = [], []
     for k in range(12):
@@ -335,7 +335,7 @@ def test_with_everything_on_batches_depend_on_seed_and_epoch_alone(root):
     assert len({images.shape[-2:] for images, _ in first + second}) > 1
 
 
-def test_mosaic_takes_pictures_of_the_subset_only(root):
+def test_mosaic_takes_images_of_the_subset_only(root):
     loader = loader_of(root, subset=[1, 4, 7], mosaic=1.0)
     transform = loader.dataset.dataset.transform
     assert [read_item(transform.dataset, k)[1]["img_idx"] for k in range(3)] == [1, 4, 7]
@@ -514,7 +514,7 @@ def test_a_drawn_batch_shows_pixels_and_boxes(root):
     images, target = next(iter(loader))
     target["bbox"][0, 0], target["cls"][0, 0] = torch.tensor([20.0, 30, 80, 100]), 2
     target["cls"][0, 1:] = -1
-    sheet = draw_training_batch(images, target, ("ball", "box"), loader.mean, loader.std, num_pictures=1, cell_px=128)
+    sheet = draw_training_batch(images, target, ("ball", "box"), loader.mean, loader.std, num_images=1, cell_px=128)
     gap = (sheet.width - 128) // 2
     drawn = np.asarray(sheet)[gap : gap + 96, gap : gap + 128].astype(int)
     shown = (images[0] * loader.std[0] + loader.mean[0]).permute(1, 2, 0).round().numpy()

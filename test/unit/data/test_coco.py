@@ -268,10 +268,10 @@ def test_all_errors_are_raised_together(tmp_path):
     change(data, "annotations", category_id=6)
     data["annotations"][1]["image_id"] = 9
     data["images"].append(dict(data["images"][0]))
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (100, 80)).save(tmp_path / "pictures" / "2.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images" / "2.png")
     with pytest.raises(DatasetError) as error:
-        parse(tmp_path, data, img_dir=tmp_path / "pictures")
+        parse(tmp_path, data, img_dir=tmp_path / "images")
     text = str(error.value)
     for kind in ("unknown_category", "orphan_annotation", "duplicate_image_id", "missing_image"):
         assert ERRORS[kind][0] in text
@@ -313,7 +313,7 @@ def test_missing_sizes_are_read_from_the_files(tmp_path):
     assert [(i["width"], i["height"]) for i in parser.img_infos] == [(100, 80)] * 3
     assert parser.report.noted == {"size_from_file": 3}
     assert parser.coco_dict()["images"][0]["width"] == 100
-    (tmp_path / "3.png").write_bytes(b"not a picture")
+    (tmp_path / "3.png").write_bytes(b"not an image")
     with pytest.raises(DatasetError, match=r"readable from the file \(image 3 3.png\)"):
         parse(tmp_path, data, img_dir=tmp_path)
 
@@ -567,7 +567,7 @@ def test_effdet_doors_keep_cocos_own_numbering(tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "num_classes"), [("annotations", 80), ("annotations_coco_ids", 80)])
-def test_real_coco_pictures(shared_data, folder, num_classes):
+def test_real_coco_images(shared_data, folder, num_classes):
     root = shared_data / "coco_mini"
     dataset = open_coco(images=root / "train2017", ann=root / folder / "instances_train2017.json")
     report = dataset.parser.report

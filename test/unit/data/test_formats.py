@@ -19,7 +19,7 @@ from effdet.metrics.voc import score_voc
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin><ymin>{1}</ymin>
 <xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""
-PICTURES = {"000005": [("dog", (11, 21, 51, 61), 0), ("cat", (31, 11, 71, 51), 1)], "000007": [],
+IMAGES = {"000005": [("dog", (11, 21, 51, 61), 0), ("cat", (31, 11, 71, 51), 1)], "000007": [],
             "000012": [("person", (2, 3, 42.5, 63), 0)]}
 
 
@@ -30,7 +30,7 @@ def write_voc(root, year: str, splits: dict[str, list[str]]):
     for split, names in splits.items():
         (base / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         for name in names:
-            items = "".join(OBJECT.format(*box, name=kind, difficult=hard) for kind, box, hard in PICTURES[name])
+            items = "".join(OBJECT.format(*box, name=kind, difficult=hard) for kind, box, hard in IMAGES[name])
             (base / "Annotations" / f"{name}.xml").write_text(
                 f"<annotation><size><width>100</width><height>80</height></size>{items}</annotation>")
             Image.new("RGB", (100, 80), (int(name), 0, 0)).save(base / "JPEGImages" / f"{name}.jpg")
@@ -41,8 +41,8 @@ def test_a_voc_split_has_effdets_boxes_and_labels(tmp_path):
     root = write_voc(tmp_path, "2007", {"train": ["000005", "000007"], "val": ["000012"]})
     train, val = create_dataset("voc2007", root)
     assert train.parser.img_ids == ["000005", "000007"] and val.parser.img_ids == ["000012"]
-    picture, target = train[0]
-    assert picture.size == (100, 80) and target["cls"].tolist() == [12, 8]  # by VOC's alphabetical list, from 1
+    image, target = train[0]
+    assert image.size == (100, 80) and target["cls"].tolist() == [12, 8]  # by VOC's alphabetical list, from 1
     np.testing.assert_array_equal(target["bbox"], np.array([[20, 10, 60, 50], [10, 30, 50, 70]], dtype=np.float32))
     assert train[1][1]["cls"].tolist() == []
     np.testing.assert_array_equal(val[0][1]["bbox"], np.array([[2, 1, 62, 41.5]], dtype=np.float32))
@@ -106,14 +106,14 @@ def write_open_images(root):
 
 def test_open_images_has_effdets_boxes_and_labels(tmp_path):
     train, val = create_dataset("openimages", write_open_images(tmp_path))
-    assert train.parser.img_ids == ["ab12", "ac34"], "pictures without boxes are not part of it, as in effdet"
+    assert train.parser.img_ids == ["ab12", "ac34"], "images without boxes are not part of it, as in effdet"
     assert [info["file_name"] for info in train.parser.img_infos] == ["a/ab12.jpg", "a/ac34.jpg"]
-    picture, target = train[0]
-    assert picture.size == (200, 100) and target["cls"].tolist() == [2]  # the group box is no target
+    image, target = train[0]
+    assert image.size == (200, 100) and target["cls"].tolist() == [2]  # the group box is no target
     np.testing.assert_allclose(target["bbox"], [[20, 20, 80, 100]], rtol=1e-6)
     assert val[1][1]["cls"].tolist() == [1] and val.parser.cat_names == ["Dog", "Cat, big"]
     (tmp_path / "annotations/train-info.csv").write_text("id,width,height\nac34,60,40\n")
-    with pytest.raises(DatasetError, match=r"box of the picture ab12, which is not in .*train-info\.csv"):
+    with pytest.raises(DatasetError, match=r"box of the image ab12, which is not in .*train-info\.csv"):
         create_dataset("openimages", tmp_path, "train")
     (tmp_path / "annotations/train-info.csv").write_text("ImageID,width,height\nac34,60,40\n")
     with pytest.raises(DatasetError, match="lacks the columns id; it has"):

@@ -1,4 +1,4 @@
-"""Picture files of every kind, written here with Pillow and read back."""
+"""Image files of every kind, written here with Pillow and read back."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet.data.images import PictureError, read_picture, read_size
+from effdet.data.images import ImageError, read_image, read_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -44,7 +44,7 @@ def test_colour_modes(tmp_path, mode, suffix, tolerance):
     quarters().convert(mode).save(path)
     with Image.open(path) as stored:
         assert stored.mode == mode
-    img = read_picture(path, 40, 24)
+    img = read_image(path, 40, 24)
     assert img.mode == "RGB" and img.size == (40, 24)
     assert close(corners(img), [RED, GREEN, BLUE, WHITE], tolerance)
 
@@ -53,7 +53,7 @@ def test_colour_modes(tmp_path, mode, suffix, tolerance):
 def test_gray_modes(tmp_path, mode):
     gray = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 30, axis=1).repeat(20, axis=0))
     gray.convert(mode).save(tmp_path / "a.png")
-    img = read_picture(tmp_path / "a.png", 60, 20)
+    img = read_image(tmp_path / "a.png", 60, 20)
     assert img.getpixel((5, 5)) == (0, 0, 0) and img.getpixel((55, 5)) == (255, 255, 255)
 
 
@@ -62,7 +62,7 @@ def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path)
     paletted.save(tmp_path / "a.png", transparency=bytes([128] * 256))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        img = read_picture(tmp_path / "a.png", 40, 24)
+        img = read_image(tmp_path / "a.png", 40, 24)
     assert corners(img) == [RED, GREEN, BLUE, WHITE]
 
 
@@ -70,15 +70,15 @@ def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path)
 def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([0, 128, 257, 1000, 32896, 65535], dtype=np.uint16)
     Image.fromarray(values[None, :].repeat(3, axis=0)).save(tmp_path / f"a.{suffix}")
-    img = read_picture(tmp_path / f"a.{suffix}", 6, 3)
+    img = read_image(tmp_path / f"a.{suffix}", 6, 3)
     assert np.array(img)[0, :, 0].tolist() == [0, 0, 1, 4, 128, 255]
     assert img.mode == "RGB" and (np.array(img)[..., 0] == np.array(img)[..., 2]).all()
 
 
 def test_float_pixels_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(PictureError, match="a.tif: has floating point pixels"):
-        read_picture(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="a.tif: has floating point pixels"):
+        read_image(tmp_path / "a.tif")
 
 
 def save_with_orientation(path, orientation, width=40, height=24):
@@ -90,24 +90,24 @@ def save_with_orientation(path, orientation, width=40, height=24):
 def test_exif_rotation_is_applied_only_when_the_json_size_asks_for_it(tmp_path):
     path = tmp_path / "a.png"
     save_with_orientation(path, 6)  # to be turned clockwise by a quarter
-    assert corners(read_picture(path, 40, 24)) == [RED, GREEN, BLUE, WHITE]
-    turned = read_picture(path, 24, 40)
+    assert corners(read_image(path, 40, 24)) == [RED, GREEN, BLUE, WHITE]
+    turned = read_image(path, 24, 40)
     assert turned.size == (24, 40) and corners(turned) == [BLUE, RED, WHITE, GREEN]
-    assert read_picture(path).size == (40, 24) and read_size(path) == (40, 24)
+    assert read_image(path).size == (40, 24) and read_size(path) == (40, 24)
     save_with_orientation(path, 8)
-    assert corners(read_picture(path, 24, 40)) == [GREEN, WHITE, RED, BLUE]
+    assert corners(read_image(path, 24, 40)) == [GREEN, WHITE, RED, BLUE]
     save_with_orientation(path, 3)
-    assert corners(read_picture(path, 40, 24)) == [RED, GREEN, BLUE, WHITE]
+    assert corners(read_image(path, 40, 24)) == [RED, GREEN, BLUE, WHITE]
     for unturned in (3, 1):
         save_with_orientation(path, unturned)
-        with pytest.raises(PictureError, match="40x24 .*24x40"):
-            read_picture(path, 24, 40)
+        with pytest.raises(ImageError, match="40x24 .*24x40"):
+            read_image(path, 24, 40)
 
 
 def test_another_size_than_the_jsons_names_file_and_both_sizes(tmp_path):
     quarters().save(tmp_path / "a.png")
-    with pytest.raises(PictureError, match=r"a\.png: is 40x24 pixels .*json says 41x24"):
-        read_picture(tmp_path / "a.png", 41, 24)
+    with pytest.raises(ImageError, match=r"a\.png: is 40x24 pixels .*json says 41x24"):
+        read_image(tmp_path / "a.png", 41, 24)
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -118,9 +118,9 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("cut.jpg", "text.jpg", "empty.png"):
-        with pytest.raises(PictureError, match=rf"{name}: cannot be read as a picture"):
-            read_picture(tmp_path / name, 200, 200)
-    with pytest.raises(PictureError, match="absent.png: no such file"):
-        read_picture(tmp_path / "absent.png")
-    with pytest.raises(PictureError, match="text.jpg"):
+        with pytest.raises(ImageError, match=rf"{name}: cannot be read as an image"):
+            read_image(tmp_path / name, 200, 200)
+    with pytest.raises(ImageError, match="absent.png: no such file"):
+        read_image(tmp_path / "absent.png")
+    with pytest.raises(ImageError, match="text.jpg"):
         read_size(tmp_path / "text.jpg")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from effdet.anchors import AnchorLabeler, Anchors
-from effdet.data import DetectionDatset, PictureError, SkipSubset, create_loader, create_parser, open_coco
+from effdet.data import DetectionDatset, ImageError, SkipSubset, create_loader, create_parser, open_coco
 from effdet.data.coco.annotations import CocoParserCfg
 from effdet.data.collate import padded_instances
 from effdet.data.loader import DetectionFastCollate, PrefetchLoader
@@ -22,7 +22,7 @@ CPU = {"device": "cpu", "num_workers": 0}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Eleven noise pictures of three sizes with 0 to 5 boxes, categories 3 and 7."""
+    """Eleven noise images of three sizes with 0 to 5 boxes, categories 3 and 7."""
     folder = tmp_path_factory.mktemp("set")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -84,7 +84,7 @@ def assert_same_batches(left, right):
 # Data sets
 
 
-def test_items_carry_picture_boxes_and_place(root):
+def test_items_carry_image_boxes_and_place(root):
     dataset = dataset_of(root)
     img, target = dataset[5]
     assert img.size == (50, 50) and target["img_idx"] == 5 and target["img_size"] == (50, 50)
@@ -95,19 +95,19 @@ def test_items_carry_picture_boxes_and_place(root):
     assert len(by_name) == 11 and by_name[5][1]["cls"].tolist() == target["cls"].tolist()
 
 
-def test_a_data_set_without_its_pictures_fails_at_the_start(root, tmp_path):
+def test_a_data_set_without_its_images_fails_at_the_start(root, tmp_path):
     parser = create_parser("coco", cfg=CocoParserCfg(ann_filename=str(root / "a.json")))
     with pytest.raises(ValueError, match="11 images that are not in the image directory .*image 100 0.png"):
         DetectionDatset(tmp_path, parser)
 
 
-def test_a_damaged_picture_is_named(root, tmp_path):
+def test_a_damaged_image_is_named(root, tmp_path):
     for k in range(11):
         (tmp_path / f"{k}.png").write_bytes((root / f"{k}.png").read_bytes()[: 40 if k == 3 else None])
     loader = create_loader(
         open_coco(images=tmp_path, ann=root / "a.json", split="val"), 32, 4, **{**CPU, "num_workers": 1}
     )
-    with pytest.raises(PictureError, match="3.png: cannot be read"):
+    with pytest.raises(ImageError, match="3.png: cannot be read"):
         list(loader)
 
 
@@ -265,7 +265,7 @@ def test_labels_made_in_the_workers_equal_labels_made_afterwards(root):
 # Random erasing
 
 
-def test_erasing_stays_inside_each_picture():
+def test_erasing_stays_inside_each_image():
     random.seed(0)
     batch = torch.ones(64, 3, 40, 60)
     target = {"img_scale": torch.full((64,), 2.0), "img_size": torch.tensor([[40.0, 60.0]]).repeat(64, 1)}
@@ -373,8 +373,8 @@ def test_evaluation_resizes_by_pillow_alone(root, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "interpolate", lambda *args, **kwargs: pytest.fail("not exact"))
     dataset = dataset_of(root, "val")
     (images, _), *_ = create_loader(dataset, 32, 4, use_prefetcher=True, mean=(0,) * 3, std=(1 / 255,) * 3, **CPU)
-    picture = Image.open(root / "0.png").resize((32, 21), Image.Resampling.BILINEAR)
-    assert np.array_equal(images[0, :, :21].numpy(), np.asarray(picture).transpose(2, 0, 1))
+    image = Image.open(root / "0.png").resize((32, 21), Image.Resampling.BILINEAR)
+    assert np.array_equal(images[0, :, :21].numpy(), np.asarray(image).transpose(2, 0, 1))
 
 
 def test_users_random_transforms_repeat_and_spawned_workers_see_the_epoch(root):
@@ -401,7 +401,7 @@ def test_users_random_transforms_repeat_and_spawned_workers_see_the_epoch(root):
     assert all(by_image[0][i] != by_image[1][i] for i in by_image[0].keys() & by_image[1].keys())
 
 
-def test_two_ranks_together_see_the_pictures_of_one(root):
+def test_two_ranks_together_see_the_images_of_one(root):
     def loader(rank, world_size, batch_size):
         return create_loader(
             dataset_of(root),

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from effdet.data.synthetic.dataset import CATEGORY_IDS, _Canvas, main, make_picture, make_synthetic_dataset
+from effdet.data.synthetic.dataset import CATEGORY_IDS, _Canvas, main, make_image, make_synthetic_dataset
 from effdet.data.synthetic.shapes import KINDS, make_background, make_colours, make_patch, paint_patch
 
 TRAIN, VAL = 60, 30
@@ -60,8 +60,8 @@ def test_pycocotools_reads_both_splits(dataset):
         assert {category["name"]: category["id"] for category in coco.dataset["categories"]} == CATEGORY_IDS
         assert len({annotation["id"] for annotation in coco.dataset["annotations"]}) == len(coco.anns)
         for image in coco.imgs.values():
-            with Image.open(dataset / f"{split}2017" / image["file_name"]) as picture:
-                assert picture.size == (image["width"], image["height"]) and picture.mode == "RGB"
+            with Image.open(dataset / f"{split}2017" / image["file_name"]) as image:
+                assert image.size == (image["width"], image["height"]) and image.mode == "RGB"
 
 
 def test_category_ids_are_sparse_and_all_are_used(dataset):
@@ -84,7 +84,7 @@ def test_boxes_and_areas_are_those_of_the_visible_masks(dataset):
         assert annotation["bbox"] == box_xywh_of(mask)
 
 
-def test_masks_of_one_picture_share_no_pixel_and_some_objects_are_partly_hidden(dataset):
+def test_masks_of_one_image_share_no_pixel_and_some_objects_are_partly_hidden(dataset):
     coco = load(dataset, "train")
     for image in coco.imgs.values():
         layers = [visible_mask(annotation) for annotation in coco.imgToAnns[image["id"]]]
@@ -123,19 +123,19 @@ def _cross_area(arm: float, end: float, rounding: float) -> float:
     return polygon + perimeter * rounding + 8 * np.pi / 4 * rounding**2 - 4 * rounding**2
 
 
-def test_jpegs_show_the_annotated_pictures(dataset):
+def test_jpegs_show_the_annotated_images(dataset):
     coco = load(dataset, "val")
     for index, image in enumerate(list(coco.imgs.values())[:8]):
-        made = make_picture(3, "val", index)
+        made = make_image(3, "val", index)
         with Image.open(dataset / "val2017" / image["file_name"]) as saved:
             assert np.abs(np.asarray(saved, float) - made.pixels).mean() < 6
         assert [a["bbox"] for a in made.annotations] == [a["bbox"] for a in coco.imgToAnns[image["id"]]]
 
 
 def test_objects_stand_out_from_what_is_behind_them():
-    """Inside every mask the picture differs from the same picture's background, and outside it is the background."""
+    """Inside every mask the image differs from the same image's background, and outside it is the background."""
     for index in (0, 1, 2, 3):
-        made = make_picture(0, "train", index)
+        made = make_image(0, "train", index)
         rng = np.random.default_rng([0, 0, index])
         rng.integers(8)  # the size is drawn first, then the background
         plain = make_background(*made.pixels.shape[:2], rng) * 255
@@ -145,7 +145,7 @@ def test_objects_stand_out_from_what_is_behind_them():
         assert np.median(change[~np.any(masks, axis=0)]) < 1
 
 
-def test_nothing_is_placed_where_it_would_hide_another_or_leave_the_picture():
+def test_nothing_is_placed_where_it_would_hide_another_or_leave_the_image():
     rng = np.random.default_rng(0)
     canvas = _Canvas(200, 200, rng)
     ball = make_patch("ball", 40.0, 0.0, 0.0)
@@ -156,7 +156,7 @@ def test_nothing_is_placed_where_it_would_hide_another_or_leave_the_picture():
     assert canvas.fits(ball, 140, 100, 0.60) and not canvas.fits(ball, 140, 100, 0.62)
     canvas.objects.append(("ball", False, canvas.paint(ball, 140, 100, 1, rng, shadow=0)))
     assert not canvas.fits(ball, 60, 100, 0.4)  # one from each side would leave it 21.8 %
-    assert canvas.fits(ball, 30, 30, 0.9) and not canvas.fits(ball, 0, 30, 0.0)  # 65 % must be in the picture
+    assert canvas.fits(ball, 30, 30, 0.9) and not canvas.fits(ball, 0, 30, 0.0)  # 65 % must be in the image
 
 
 def test_colours_are_drawn_far_from_what_is_behind():
@@ -170,7 +170,7 @@ def test_colours_are_drawn_far_from_what_is_behind():
     assert min(np.abs(a - b).sum() for i, a in enumerate(usual) for b in usual[:i]) > 0.15  # kinds have a tendency
 
 
-def test_empty_and_crowd_pictures_exist_in_both_splits(dataset):
+def test_empty_and_crowd_images_exist_in_both_splits(dataset):
     for split in ("train", "val"):
         coco = load(dataset, split)
         empty = [image for image in coco.imgs if not coco.imgToAnns[image]]
@@ -184,8 +184,8 @@ def test_empty_and_crowd_pictures_exist_in_both_splits(dataset):
 def test_sizes_of_objects_suit_a_small_detector(dataset):
     boxes = [a["bbox"] for a in load(dataset, "train").anns.values() if not a["iscrowd"]]
     side = np.sqrt([box[2] * box[3] for box in boxes])
-    per_picture = len(boxes) / TRAIN
-    assert 3 < per_picture < 6 and np.mean(side >= 32) > 0.75 and side.max() > 110 and side.min() < 32
+    per_image = len(boxes) / TRAIN
+    assert 3 < per_image < 6 and np.mean(side >= 32) > 0.75 and side.max() > 110 and side.min() < 32
 
 
 def test_the_same_seed_makes_the_same_files_and_another_seed_others(dataset, tmp_path):
@@ -196,10 +196,10 @@ def test_the_same_seed_makes_the_same_files_and_another_seed_others(dataset, tmp
     assert digest(other)[name] != digest(dataset)[name]
 
 
-def test_a_picture_does_not_depend_on_how_many_are_made(dataset, tmp_path):
+def test_a_image_does_not_depend_on_how_many_are_made(dataset, tmp_path):
     small = digest(make_synthetic_dataset(tmp_path / "small", seed=3, num_train=2, num_val=1))
-    pictures = {name: value for name, value in small.items() if name.endswith(".jpg")}
-    assert len(pictures) == 3 and pictures.items() <= digest(dataset).items()
+    images = {name: value for name, value in small.items() if name.endswith(".jpg")}
+    assert len(images) == 3 and images.items() <= digest(dataset).items()
 
 
 def test_a_complete_set_is_returned_at_once_and_untouched(dataset):
@@ -226,7 +226,7 @@ def test_what_is_already_there_is_refused_and_kept(dataset, tmp_path):
 def test_a_damaged_set_is_named(tmp_path):
     made = make_synthetic_dataset(tmp_path / "set", num_train=2, num_val=1)
     next((made / "train2017").glob("*.jpg")).unlink()
-    with pytest.raises(FileExistsError, match="1 of 2 train pictures"):
+    with pytest.raises(FileExistsError, match="1 of 2 train images"):
         make_synthetic_dataset(made, num_train=2, num_val=1)
 
 
@@ -256,7 +256,7 @@ def test_two_makers_at_once_leave_one_whole_set(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"num_train": 0}, {"num_val": 0}])
 def test_parameters_out_of_range_are_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match="allowed are seed >= 0 and 1 or more pictures"):
+    with pytest.raises(ValueError, match="allowed are seed >= 0 and 1 or more images"):
         make_synthetic_dataset(tmp_path / "set", **wrong)
     with pytest.raises(ValueError, match="'blimp'; the kinds are ball, box"):
         make_patch("blimp", 10, 0, 0)

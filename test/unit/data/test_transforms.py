@@ -1,4 +1,4 @@
-"""Transforms: picture and boxes stay together, and numbers equal effdet 0.4.1's."""
+"""Transforms: image and boxes stay together, and numbers equal effdet 0.4.1's."""
 
 import argparse
 import random
@@ -91,7 +91,7 @@ def test_the_training_recipe_equals_effdet_draw_for_draw(seed):
     assert img.astype(np.int64).sum() == pytest.approx(pixels, rel=1e-4)
     assert out["img_scale"] == pytest.approx(scale, rel=1e-12) and out["cls"].tolist() == cls
     np.testing.assert_allclose(out["bbox"], boxes, atol=6e-5)
-    # The picture for other users of the recipe comes from Pillow: the same draws, nearly the same pixels.
+    # The image for other users of the recipe comes from Pillow: the same draws, nearly the same pixels.
     random.seed(seed)
     flipped = RandomFlip()(gradient(640, 427), target_of(BOXES))
     by_pillow, same = RandomResizePad(256, fill_color=(124, 116, 104))(*flipped)
@@ -103,7 +103,7 @@ def test_the_training_recipe_equals_effdet_draw_for_draw(seed):
 @pytest.mark.parametrize("by_torch", [True, False])
 @pytest.mark.parametrize("method", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.HAMMING])
 def test_resize_crop_equals_a_whole_resize_cut_to_the_part(method, by_torch, monkeypatch):
-    """Both ways, whatever this machine would choose; each against Pillow's resize of the whole picture."""
+    """Both ways, whatever this machine would choose; each against Pillow's resize of the whole image."""
     monkeypatch.setattr(fast_resize, "torch_is_faster", lambda: by_torch)
     img = gradient(160, 120).resize((40, 30)).resize((160, 120), Image.Resampling.BICUBIC)
     for (w, h), crop in (((200, 150), (31, 17, 131, 117)), ((50, 37), (0, 0, 50, 37)), ((311, 1), (300, 0, 311, 1))):
@@ -132,7 +132,7 @@ def test_own_transforms_and_no_others_are_known_to_draw_from_the_standard_module
 
 
 def draw(width, height, boxes):
-    """A picture with box k of boxes [n, 4] yxyx filled with colour k."""
+    """An image with box k of boxes [n, 4] yxyx filled with colour k."""
     pixels = np.full((height, width, 3), BACKGROUND, dtype=np.uint8)
     for (y0, x0, y1, x1), colour in zip(boxes, COLOURS, strict=True):
         pixels[y0:y1, x0:x1] = colour

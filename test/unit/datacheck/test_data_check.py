@@ -19,9 +19,9 @@ from effdet.data.coco.check import check_coco
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.data.transforms import ResizePad
 from effdet.datacheck import check
-from effdet.datacheck import scan as picture_scan
+from effdet.datacheck import scan as image_scan
 from effdet.datacheck.anchor_reach import find_reached, fit_ratios, letterbox_boxes, suggest_anchors
-from effdet.datacheck.scan import read_hashes, repeats_within, scan_pictures, shared_between
+from effdet.datacheck.scan import read_hashes, repeats_within, scan_images, shared_between
 from effdet.datacheck.stats import draw_sample
 from effdet.ops.boxes import pairwise_iou
 
@@ -91,7 +91,7 @@ def test_ratios_are_those_in_the_middle_of_each_third():
     assert fit_ratios(boxes[:2], 3) == []
 
 
-# ---- picture files ----
+# ---- image files ----
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
@@ -127,26 +127,26 @@ def infos_of(names) -> list[dict]:
 
 def test_repeats_are_found_by_pixels_and_by_files(folder):
     shutil.copy(folder / "good.png", folder / "copy.png")
-    first = scan_pictures(folder, infos_of(["good.png", "cut.jpg", "other.jpg"]), 3, 0)
-    second = scan_pictures(folder, infos_of(["text.jpg", "again.png", "copy.png"]), 3, 0)
+    first = scan_images(folder, infos_of(["good.png", "cut.jpg", "other.jpg"]), 3, 0)
+    second = scan_images(folder, infos_of(["text.jpg", "again.png", "copy.png"]), 3, 0)
     assert shared_between(first, second) == [("good.png", "again.png", False), ("good.png", "copy.png", True)]
     assert repeats_within(second.pixel_hashes, second.names) == [("again.png", "copy.png")]
     assert dict(first.broken) == {"damaged": 1} and "cut.jpg" in first.examples["damaged"][0]
 
 
 def test_several_processes_give_what_one_gives(folder, monkeypatch):
-    monkeypatch.setattr(picture_scan, "_CHUNK", 2)
+    monkeypatch.setattr(image_scan, "_CHUNK", 2)
     names = ["good.png", "cut.jpg", "other.jpg", "empty.jpg", "again.png"] * 2
-    one, two = (scan_pictures(folder, infos_of(names), 10, processes) for processes in (0, 2))
+    one, two = (scan_images(folder, infos_of(names), 10, processes) for processes in (0, 2))
     assert one.pixel_hashes == two.pixel_hashes and one.file_hashes == two.file_hashes
     assert one.broken == two.broken == {"damaged": 2, "empty": 2}
 
 
-def test_a_picture_that_ends_its_process_is_near_the_one_named(folder, monkeypatch):
-    monkeypatch.setattr(picture_scan, "_CHUNK", 1)
-    monkeypatch.setattr(picture_scan, "read_hashes", killed_by_other)
-    with pytest.raises(RuntimeError, match="a process that decodes pictures was ended"):
-        scan_pictures(folder, infos_of(["good.png", "other.jpg", "again.png"]), 3, 2)
+def test_a_image_that_ends_its_process_is_near_the_one_named(folder, monkeypatch):
+    monkeypatch.setattr(image_scan, "_CHUNK", 1)
+    monkeypatch.setattr(image_scan, "read_hashes", killed_by_other)
+    with pytest.raises(RuntimeError, match="a process that decodes images was ended"):
+        scan_images(folder, infos_of(["good.png", "other.jpg", "again.png"]), 3, 2)
 
 
 def killed_by_other(job):
@@ -196,14 +196,14 @@ def test_a_clean_set(clean, tmp_path, capsys):
     assert counted == len(boxes)
     for category in coco["categories"]:
         rows = [row for row in boxes if row["category_id"] == category["id"]]
-        pictures = len({row["image_id"] for row in rows})
-        assert re.search(rf"^ +{category['id']}  {category['name']} +{len(rows)} \({pictures}\) ", output, re.MULTILINE)
+        images = len({row["image_id"] for row in rows})
+        assert re.search(rf"^ +{category['id']}  {category['name']} +{len(rows)} \({images}\) ", output, re.MULTILINE)
     assert output.splitlines()[-1].startswith("data check: 0 error(s), 0 warning(s)")
     check_page(page)
 
 
 def check_page(page: Path) -> None:
-    """The page is well formed enough to nest, has pictures, and names no other file or host."""
+    """The page is well formed enough to nest, has images, and names no other file or host."""
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") >= 10
     assert not re.search(r"https?:|<script|<link|@import", text)
@@ -221,12 +221,12 @@ def check_page(page: Path) -> None:
         ("div", "table", "figure", "ul", "h2", "style"), 0)
 
 
-def test_broken_pictures_and_annotations_are_errors_by_kind(data, capsys):
-    pictures = sorted((data / "train2017").iterdir())
-    content = pictures[0].read_bytes()
-    pictures[0].write_bytes(content[: len(content) // 2])
-    pictures[1].write_bytes(b"")
-    pictures[2].unlink()
+def test_broken_images_and_annotations_are_errors_by_kind(data, capsys):
+    images = sorted((data / "train2017").iterdir())
+    content = images[0].read_bytes()
+    images[0].write_bytes(content[: len(content) // 2])
+    images[1].write_bytes(b"")
+    images[2].unlink()
 
     def spoil(coco):
         coco["annotations"][0]["category_id"] = 999
@@ -236,16 +236,16 @@ def test_broken_pictures_and_annotations_are_errors_by_kind(data, capsys):
     status, output = run(capsys, data)
     assert status == 4
     errors = "\n".join(found(output, "error"))
-    for words in ("train: 1 truncated or damaged pictures", "train: 1 empty files", pictures[1].name,
-                  "train: 1 images that are not in the image directory", pictures[2].name,
+    for words in ("train: 1 truncated or damaged images", "train: 1 empty files", images[1].name,
+                  "train: 1 images that are not in the image directory", images[2].name,
                   'train: 1 annotations with a category_id that is not in "categories"',
                   'train: 1 annotations of an image_id that is not in "images"'):
         assert words in errors
     assert "train: 1 boxes with zero or negative width or height" in "\n".join(found(output, "warning"))
-    assert "10 pictures" in output and "3 broken or missing" in output and "7 pictures decoded" not in output
+    assert "10 images" in output and "3 broken or missing" in output and "7 images decoded" not in output
 
 
-def test_pictures_of_both_splits_are_a_warning(data, capsys):
+def test_images_of_both_splits_are_a_warning(data, capsys):
     source, val = sorted((data / "train2017").iterdir())[3], sorted((data / "val2017").iterdir())
     size = Image.open(source).size
     shutil.copy(source, val[0])
@@ -259,9 +259,9 @@ def test_pictures_of_both_splits_are_a_warning(data, capsys):
     status, output = run(capsys, data)
     assert status == 3
     (leak,) = [text for text in found(output, "warning") if "train too" in text]
-    assert leak.startswith("2 of 5 val pictures are in train too (1 with equal files, 1 with equal pixels in another "
+    assert leak.startswith("2 of 5 val images are in train too (1 with equal files, 1 with equal pixels in another "
                            f"file; train = val: {source.name} = {val[0].name}")
-    assert any("val: 1 pictures repeat an earlier one" in text for text in found(output, "note"))
+    assert any("val: 1 images repeat an earlier one" in text for text in found(output, "note"))
 
 
 def test_classes_of_one_split_only(data, capsys):
@@ -298,7 +298,7 @@ def test_train_py_check_is_the_same_check(data, capsys):
 def test_a_missing_split_is_an_error_and_the_other_is_checked(data, capsys):
     shutil.rmtree(data / "val2017")
     status, output = run(capsys, data)
-    assert status == 4 and "val2017" in found(output, "error")[0] and "10 pictures decoded" in output
+    assert status == 4 and "val2017" in found(output, "error")[0] and "10 images decoded" in output
 
 
 def test_wrong_calls_end_with_one_line(tmp_path, capsys):
@@ -311,7 +311,7 @@ def test_wrong_calls_end_with_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "--html is where --check writes to" in capsys.readouterr().err
 
 
-def test_crowded_val_pictures_need_a_larger_max_det(data, capsys):
+def test_crowded_val_images_need_a_larger_max_det(data, capsys):
     def crowd(coco):
         image = coco["images"][0]
         rows = [dict(coco["annotations"][0], id=10**6 + k, image_id=image["id"], bbox=[5 + k, 5, 40, 40], iscrowd=0)
@@ -319,7 +319,7 @@ def test_crowded_val_pictures_need_a_larger_max_det(data, capsys):
         coco["annotations"] = [row for row in coco["annotations"] if row["image_id"] != image["id"]] + rows
     edit(data, "val", crowd)
     _, output = run(capsys, data)
-    assert any("1 pictures have more than 100 boxes" in text and "--max-det 130" in text
+    assert any("1 images have more than 100 boxes" in text and "--max-det 130" in text
                for text in found(output, "warning"))
 
 

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effdet.metrics.coco import index_ground_truth
-from effdet.metrics.errors import CONFUSED, RIGHT, WRONG, analyse, match_picture
+from effdet.metrics.errors import CONFUSED, RIGHT, WRONG, analyse, match_image
 
 A, B, C = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]  # xyxy, far apart
 
 
 def match(objects, classes, predicted, predicted_classes, crowds=None):
-    return match_picture(np.array(objects, float).reshape(-1, 4), np.array(classes, int),
+    return match_image(np.array(objects, float).reshape(-1, 4), np.array(classes, int),
                          np.array(predicted, float).reshape(-1, 4), np.array(predicted_classes, int),
                          None if crowds is None else np.array(crowds, float))
 
@@ -69,7 +69,7 @@ def test_both_sides_tell_the_same_story(objects, predicted):
 
 
 def truth_of(images: int) -> dict:
-    """Every picture has A of category 5 and B of category 9."""
+    """Every image has A of category 5 and B of category 9."""
     annotations = [{"image_id": k, "category_id": c, "bbox": [box[0], box[1], 10, 10], "area": 100, "iscrowd": 0}
                    for k in range(images) for c, box in ((5, A), (9, B))]
     return index_ground_truth({"images": [{"id": k} for k in range(images)], "annotations": annotations,
@@ -80,7 +80,7 @@ def rows_of(*rows) -> np.ndarray:
     return np.array([[*box, score, label] for box, score, label in rows], dtype=np.float32).reshape(-1, 6)
 
 
-def test_confusion_counts_and_the_worst_pictures():
+def test_confusion_counts_and_the_worst_images():
     predictions = {
         0: rows_of((A, 0.9, 1), (B, 0.8, 2)),                   # all right
         1: rows_of((B, 0.5, 1), (A, 0.9, 1)),                   # nine taken for five
@@ -88,17 +88,17 @@ def test_confusion_counts_and_the_worst_pictures():
         3: rows_of((A, 0.7, 1), (B, 0.6, 3)),                   # a label without a category does not count
     }
     found = analyse(truth_of(4), predictions, [0, 1, -1], threshold=0.3)
-    assert found.confusion.tolist() == [[3, 0, 1], [1, 1, 2], [0, 1, 0]] and found.pictures == 4
-    assert [picture.image_id for picture in found.worst] == [2, 1, 3]
+    assert found.confusion.tolist() == [[3, 0, 1], [1, 1, 2], [0, 1, 0]] and found.images == 4
+    assert [image.image_id for image in found.worst] == [2, 1, 3]
     worst = found.worst[0]
     assert (worst.missed, worst.confused, worst.false_alarms) == (2, 0, 1) and worst.wrongness == pytest.approx(2.9)
-    assert [picture.wrongness for picture in found.worst[1:]] == [0.5, 0.5]
+    assert [image.wrongness for image in found.worst[1:]] == [0.5, 0.5]
 
 
-def test_of_many_pictures_an_even_part_is_looked_at():
+def test_of_many_images_an_even_part_is_looked_at():
     predictions = {k: rows_of((A, 0.9, 1)) for k in range(100)}
-    found = analyse(truth_of(100), predictions, [0, 1], max_pictures=10, num_worst=3)
-    assert found.pictures == 10 and found.confusion.tolist() == [[10, 0, 0], [0, 0, 10], [0, 0, 0]]
-    assert [picture.image_id for picture in found.worst] == [0, 11, 22]
+    found = analyse(truth_of(100), predictions, [0, 1], max_images=10, num_worst=3)
+    assert found.images == 10 and found.confusion.tolist() == [[10, 0, 0], [0, 0, 10], [0, 0, 0]]
+    assert [image.image_id for image in found.worst] == [0, 11, 22]
     empty = analyse(truth_of(1), {}, [0, 1])
-    assert empty.pictures == 0 and empty.worst == [] and not empty.confusion.any()
+    assert empty.images == 0 and empty.worst == [] and not empty.confusion.any()

@@ -1,4 +1,4 @@
-"""Pictures in, detections in their pixels out: against the steps done by hand, and on awkward pictures."""
+"""Images in, detections in their pixels out: against the steps done by hand, and on awkward images."""
 from __future__ import annotations
 
 import copy
@@ -36,7 +36,7 @@ def model() -> torch.nn.Module:
     return network.eval()
 
 
-def make_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -46,16 +46,16 @@ def predictor(model) -> Predictor:
     return Predictor(model, CPU)
 
 
-def predict_by_hand(model: torch.nn.Module, picture: Image.Image) -> np.ndarray:
-    """Letterbox and normalise one picture by hand; the bench brings boxes back to its pixels (before NMS, clipped)."""
-    scale = min(HEIGHT / picture.height, WIDTH / picture.width)
-    resized = picture.resize((int(picture.width * scale), int(picture.height * scale)), Image.Resampling.BILINEAR)
+def predict_by_hand(model: torch.nn.Module, image: Image.Image) -> np.ndarray:
+    """Letterbox and normalise one image by hand; the bench brings boxes back to its pixels (before NMS, clipped)."""
+    scale = min(HEIGHT / image.height, WIDTH / image.width)
+    resized = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     canvas = np.empty((HEIGHT, WIDTH, 3), np.uint8)
     canvas[:] = np.rint(255 * mean)
     canvas[:resized.height, :resized.width] = np.asarray(resized)
     images = torch.from_numpy((canvas / 255 - mean) / std).float().permute(2, 0, 1)[None]
-    info = {"img_scale": torch.tensor([1 / scale]), "img_size": torch.tensor([[picture.width, picture.height]])}
+    info = {"img_scale": torch.tensor([1 / scale]), "img_size": torch.tensor([[image.width, image.height]])}
     with torch.no_grad():
         rows = DetBenchPredict(copy.deepcopy(model)).eval()(images, info)[0].numpy()
     return rows[rows[:, 4] > 0] - np.array([0, 0, 0, 0, 0, 1])
@@ -63,9 +63,9 @@ def predict_by_hand(model: torch.nn.Module, picture: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 96), (200, 120), (31, 77)])
 def test_detections_are_those_of_the_steps_done_by_hand(model, predictor, width, height):
-    picture = make_picture(width, height)
-    (rows,) = predictor.predict_rows([picture])
-    expected = predict_by_hand(model, picture)
+    image = make_image(width, height)
+    (rows,) = predictor.predict_rows([image])
+    expected = predict_by_hand(model, image)
     assert rows.dtype == np.float32 and rows.shape == expected.shape == (20, 6)
     np.testing.assert_allclose(rows[:, 4], expected[:, 4], rtol=1e-3)
     np.testing.assert_array_equal(rows[:, 5], expected[:, 5])
@@ -74,53 +74,53 @@ def test_detections_are_those_of_the_steps_done_by_hand(model, predictor, width,
     assert set(rows[:, 5]) <= set(range(NUM_CLASSES)) and len(set(rows[:, 5])) > 1
 
 
-def test_the_same_pictures_give_the_same_bits(model):
-    pictures = [make_picture(100, 80), make_picture(50, 90, seed=1), make_picture(64, 64, seed=2)]
+def test_the_same_images_give_the_same_bits(model):
+    images = [make_image(100, 80), make_image(50, 90, seed=1), make_image(64, 64, seed=2)]
     predictor = Predictor(model, CPU, batch_size=2)
-    first = predictor.predict_rows(pictures)
-    again = Predictor(copy.deepcopy(model), CPU, batch_size=2).predict_rows([picture.copy() for picture in pictures])
-    for rows, others, repeated in zip(first, again, predictor.predict_rows(pictures), strict=True):
+    first = predictor.predict_rows(images)
+    again = Predictor(copy.deepcopy(model), CPU, batch_size=2).predict_rows([image.copy() for image in images])
+    for rows, others, repeated in zip(first, again, predictor.predict_rows(images), strict=True):
         assert rows.tobytes() == others.tobytes() == repeated.tobytes()
         assert len(rows) == 20
     assert first[0].tobytes() != first[1].tobytes()
 
 
-def test_batches_keep_the_order_of_the_pictures(model, predictor):
-    pictures = [make_picture(60 + 10 * seed, 80, seed) for seed in range(3)]
-    together = Predictor(model, CPU, batch_size=2).predict_rows(pictures)
-    for rows, picture in zip(together, pictures, strict=True):
-        (alone,) = predictor.predict_rows([picture])
+def test_batches_keep_the_order_of_the_images(model, predictor):
+    images = [make_image(60 + 10 * seed, 80, seed) for seed in range(3)]
+    together = Predictor(model, CPU, batch_size=2).predict_rows(images)
+    for rows, image in zip(together, images, strict=True):
+        (alone,) = predictor.predict_rows([image])
         np.testing.assert_allclose(rows[:, 4], alone[:, 4], rtol=1e-4)
         np.testing.assert_allclose(rows[0], alone[0], rtol=1e-3, atol=1e-2)
 
 
-def test_a_gray_picture_is_its_rgb_version(predictor):
-    gray = make_picture(70, 90).convert("L")
+def test_a_gray_image_is_its_rgb_version(predictor):
+    gray = make_image(70, 90).convert("L")
     (rows,), (expected,) = predictor.predict_rows([gray]), predictor.predict_rows([gray.convert("RGB")])
     assert rows.tobytes() == expected.tobytes() and len(rows) == 20
 
 
 @pytest.mark.parametrize(("width", "height"), [(4000, 40), (40, 4000), (1, 1), (3000, 2)])
-def test_boxes_stay_in_a_picture_of_any_shape(predictor, width, height):
-    (rows,) = predictor.predict_rows([make_picture(width, height)])
+def test_boxes_stay_in_a_image_of_any_shape(predictor, width, height):
+    (rows,) = predictor.predict_rows([make_image(width, height)])
     assert len(rows) > 0 and np.isfinite(rows).all()
     assert (rows[:, :4] >= 0).all()
     assert (rows[:, [0, 2]] <= width).all() and (rows[:, [1, 3]] <= height).all()
     assert (rows[:, :2] <= rows[:, 2:4]).all()
-    assert rows[:, 2].max() > 0.5 * width, "boxes are in the picture's pixels, not the network's"
+    assert rows[:, 2].max() > 0.5 * width, "boxes are in the image's pixels, not the network's"
 
 
 def test_detections_below_the_threshold_are_left_out(predictor):
-    picture = make_picture(90, 90)
-    (rows,) = predictor.predict_rows([picture])
+    image = make_image(90, 90)
+    (rows,) = predictor.predict_rows([image])
     threshold = float(rows[7, 4])
-    (kept,) = predictor.predict_rows([picture], threshold)
+    (kept,) = predictor.predict_rows([image], threshold)
     assert kept.tobytes() == rows[rows[:, 4] >= threshold].tobytes() and len(kept) == 8
-    (none,) = predictor.predict_rows([picture], 1.0)
+    (none,) = predictor.predict_rows([image], 1.0)
     assert none.shape == (0, 6) and none.dtype == np.float32
 
 
-def test_no_pictures_give_no_results(predictor):
+def test_no_images_give_no_results(predictor):
     assert predictor.predict_rows([]) == []
 
 
@@ -134,13 +134,13 @@ def test_classes_have_the_names_and_ids_of_the_category_map(model):
     assert [bare.category_id_of(idx) for idx in range(2)] == [1, 2]
 
 
-def test_a_checkpoint_is_loaded_and_predicts_from_paths_pictures_and_arrays(small_checkpoint, synthetic_pictures):
+def test_a_checkpoint_is_loaded_and_predicts_from_paths_images_and_arrays(small_checkpoint, synthetic_images):
     detector = effdet.load(small_checkpoint, device="cpu", batch_size=2)
-    paths = synthetic_pictures[:3]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    paths = synthetic_images[:3]
+    images = [Image.open(path).convert("RGB") for path in paths]
     results = detector.predict(paths, score_threshold=0.3)
     assert len(results) == 3 and min(map(len, results)) > 0
-    for kind in (pictures, [str(path) for path in paths], [np.asarray(picture) for picture in pictures]):
+    for kind in (images, [str(path) for path in paths], [np.asarray(image) for image in images]):
         for found, expected in zip(detector.predict(kind, 0.3), results, strict=True):
             assert found.boxes_xyxy.tobytes() == expected.boxes_xyxy.tobytes()
             assert found.scores.tobytes() == expected.scores.tobytes() and found.names == expected.names
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_loaded_and_predicts_from_paths_pictures_and_arrays(smal
         np.testing.assert_array_equal(found.scores, row[:, 4])
         assert found.names == [("ball", "box", "star")[int(idx)] for idx in row[:, 5]]
         assert found.category_ids.tolist() == [(3, 7, 12)[int(idx)] for idx in row[:, 5]]
-    for one in (str(paths[0]), pictures[0], np.asarray(pictures[0])):  # a single picture is a list of one
+    for one in (str(paths[0]), images[0], np.asarray(images[0])):  # a single image is a list of one
         (found,) = detector.predict(one, 0.3)
         assert found.names == results[0].names and len(found)
     (none,) = detector.predict(paths[0], 1.0)
@@ -160,31 +160,31 @@ def test_a_checkpoint_is_loaded_and_predicts_from_paths_pictures_and_arrays(smal
     assert none.category_ids.shape == (0,) and none.category_ids.dtype == np.int64
 
 
-def test_an_array_of_pictures_is_a_batch(predictor):
+def test_an_array_of_images_is_a_batch(predictor):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
     results, alone = predictor.predict(pixels), [predictor.predict(one)[0] for one in pixels]
     assert [found.scores.tobytes() for found in results] == [found.scores.tobytes() for found in alone]
 
 
-@pytest.mark.parametrize(("picture", "message"), [
+@pytest.mark.parametrize(("image", "message"), [
     (np.zeros((3, 40, 50), np.uint8), r"uint8 \[3, 40, 50\]: give uint8 \[height, width, 3\]"),
     (np.zeros((40, 50, 3), np.float32), r"float32 \[40, 50, 3\]"),
     (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"),
-    (torch.zeros(40, 50, 3), "a picture is a Tensor: give a path"),
+    (torch.zeros(40, 50, 3), "an image is a Tensor: give a path"),
     ("nothing.jpg", "nothing.jpg: no such file"),
 ])
-def test_what_is_no_picture_is_refused(predictor, picture, message):
+def test_what_is_no_image_is_refused(predictor, image, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        predictor.predict([picture])
+        predictor.predict([image])
 
 
-def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_pictures, tmp_path,
+def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_images, tmp_path,
                                                             monkeypatch):
     few = effdet.load(small_checkpoint, device="cpu", max_det=5, image_size=(128, 256))
-    assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_pictures[0])[0]) == 5
+    assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_images[0])[0]) == 5
     torch.save(torch.load(small_checkpoint, weights_only=True)["state_dict"], tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="does not say of which model"):
         effdet.load(tmp_path / "weights.pth", device="cpu")
     monkeypatch.setitem(efficientdet_model_param_dict, "pocket", dict(few.bench.config))
     bare = effdet.load(tmp_path / "weights.pth", device="cpu", model="pocket", image_size=(128, 256))
-    assert bare.predict(synthetic_pictures[0])[0].names[0].startswith("class ")
+    assert bare.predict(synthetic_images[0])[0].names[0].startswith("class ")

@@ -1,4 +1,4 @@
-"""Test-time augmentation: views come back to the picture's place, and fuse as worked out by hand."""
+"""Test-time augmentation: views come back to the image's place, and fuse as worked out by hand."""
 from __future__ import annotations
 
 import numpy as np
@@ -50,7 +50,7 @@ class _Finder(torch.nn.Module):
         return rows
 
 
-def test_views_come_back_to_the_pictures_place_and_are_clipped_and_scaled():
+def test_views_come_back_to_the_images_place_and_are_clipped_and_scaled():
     images = torch.zeros(2, 3, 64, 96)
     images[0, :, 8:24, 16:40] = 1
     images[1, :, 32:64, 64:96] = 1
@@ -62,14 +62,14 @@ def test_views_come_back_to_the_pictures_place_and_are_clipped_and_scaled():
     assert (rows[:, 1:] == 0).all()
     info = {"img_scale": torch.tensor([2.0, 2.0]), "img_size": torch.tensor([[192.0, 100.0]] * 2)}
     scaled = expected * 2
-    scaled[1, 3] = 100  # the picture ends there
+    scaled[1, 3] = 100  # the image ends there
     torch.testing.assert_close(bench(images, info)[:, 0, :4], scaled, atol=2.0, rtol=0)
 
 
-def test_a_real_detector_with_flip_sees_a_mirrored_picture_mirrored(small_checkpoint, synthetic_pictures):
+def test_a_real_detector_with_flip_sees_a_mirrored_image_mirrored(small_checkpoint, synthetic_images):
     detector = effdet.load(small_checkpoint, device="cpu", flip=True)
-    picture = Image.open(synthetic_pictures[0]).convert("RGB").resize((128, 128))
-    found, mirrored = detector.predict([picture, ImageOps.mirror(picture)], 0.2)
+    image = Image.open(synthetic_images[0]).convert("RGB").resize((128, 128))
+    found, mirrored = detector.predict([image, ImageOps.mirror(image)], 0.2)
     assert len(found) == len(mirrored) > 3
     np.testing.assert_allclose(found.scores, mirrored.scores, atol=1e-4)
     boxes = mirrored.boxes_xyxy[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1]) + np.array([128, 0, 128, 0])

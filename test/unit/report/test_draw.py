@@ -29,7 +29,7 @@ def test_a_box_is_drawn_on_its_pixels_and_its_inside_stays():
     assert where(drawn, GRAY)[66:124, 46:114].all()
 
 
-def test_the_given_picture_is_not_changed_and_nothing_gives_a_plain_copy():
+def test_the_given_image_is_not_changed_and_nothing_gives_a_plain_copy():
     image = plain()
     draw_detections(image, [[1, 1, 90, 90]], ["cat"])
     assert where(image, GRAY).all()
@@ -50,7 +50,7 @@ def test_boxes_and_texts_are_readable_on_any_background(background):
 
 
 def lone_chip(label: str, color: tuple[int, int, int]) -> np.ndarray:
-    """Cut a chip out of a picture where it has all the room it wants: above its box."""
+    """Cut a chip out of an image where it has all the room it wants: above its box."""
     above = np.asarray(draw_detections(plain(300, 300), [[80, 80, 220, 220]], [label], colors=[color]))[:79]
     rows, columns = np.nonzero((above != GRAY).any(axis=-1))
     return above[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
@@ -64,7 +64,7 @@ def shows(image: Image.Image, part: np.ndarray) -> bool:
 @pytest.mark.parametrize(
     "box", [[0, 0, 60, 60], [240, 250, 300, 300], [-9, -9, 400, 400], [290, 0, 360, 9], [5, 290, 9, 320], [7, 7, 7, 7]]
 )
-def test_chips_lie_whole_inside_the_picture(box):
+def test_chips_lie_whole_inside_the_image(box):
     chip = lone_chip("cat", BLUE)
     assert chip.shape[0] >= 10 and chip.shape[1] >= 15 and where(chip, BLUE).sum() > 0.5 * where(chip, BLUE).size
     assert shows(draw_detections(plain(300, 300), [box], ["cat"], colors=[BLUE]), chip)
@@ -99,19 +99,19 @@ def test_any_text_can_be_a_label(label):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (40, 1200), (1200, 40)])
-def test_odd_picture_sizes_work(size):
+def test_odd_image_sizes_work(size):
     drawn = draw_detections(plain(*size), [[1, 1, size[0] - 1, size[1] - 1]], ["a long label"], [1.0], colors=[RED])
     assert drawn.size == size and where(drawn, RED).any()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "I;16", "1"])
-def test_any_picture_mode_works(mode):
+def test_any_image_mode_works(mode):
     image = Image.new(mode, (80, 60)) if mode == "I;16" else plain(80, 60).convert(mode)
     drawn = draw_detections(image, [[10, 30, 50, 50]], ["cat"], colors=[RED])
     assert drawn.mode == "RGB" and where(drawn, RED)[31:50, 10].all()
 
 
-def test_lines_and_letters_grow_with_the_picture():
+def test_lines_and_letters_grow_with_the_image():
     def line_px(side: int) -> int:
         drawn = draw_detections(plain(side, side), [[side // 4, side // 2, side - 8, side - 8]], ["a"], colors=[RED])
         return int(where(drawn, RED)[side * 3 // 4, : side // 2].sum())
@@ -176,12 +176,12 @@ def test_comparison_has_truth_left_and_prediction_right():
         assert half.min() < 80 < 230 < half.max()
 
 
-def test_comparison_without_truth_and_prediction_shows_the_picture_twice():
+def test_comparison_without_truth_and_prediction_shows_the_image_twice():
     sheet = draw_comparison(plain(), [], [], np.zeros((0, 4)), [])
     assert where(sheet, GRAY).sum() == 2 * 200 * 150
 
 
-def test_contact_sheet_places_pictures_row_by_row():
+def test_contact_sheet_places_images_row_by_row():
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     sheet = make_contact_sheet([plain(50, 50, color) for color in colors], columns=2, cell_px=40)
     centers = {color: np.argwhere(where(sheet, color)).mean(axis=0) for color in colors}

@@ -82,7 +82,7 @@ def page(sets, tmp_path_factory) -> tuple[Path, CocoEvaluator]:
     evaluator = evaluate(val_set)
     cfg = parse_train_args(["--root", "data", "--lr", "0.08"])
     made = Report(folder / report.NAME, "a run", cfg, get_efficientdet_config("tf_efficientdet_d0"), val_set,
-                  train_set, "cpu", [("ms a picture", "12.3")])
+                  train_set, "cpu", [("ms an image", "12.3")])
     made.write(evaluator, rows_of_a_run())
     assert [path.name for path in folder.iterdir() if path.name != BATCH_NAME] == [report.NAME], "nothing half-written"
     return folder / report.NAME, evaluator
@@ -137,7 +137,7 @@ def test_long_curves_are_thinned_to_means():
     assert report._thin([None] * 6000) == [None] * 600 and report._thin([1.0, None]) == [1.0, None]
 
 
-def test_worst_pictures_are_drawn_with_what_is_wrong_in_its_colour(page):
+def test_worst_images_are_drawn_with_what_is_wrong_in_its_colour(page):
     worst = data_of(page[0])["worst"]
     assert 1 <= len(worst) <= 8 and worst[0]["missed"] + worst[0]["confused"] + worst[0]["false_alarms"] > 0
     for side in ("truth", "prediction"):
@@ -187,7 +187,7 @@ def test_data_statistics_by_hand(sets):
     numbers = describe_dataset(sets[1], (512, 512))
     annotations = [parser.get_ann_info(k) for k in range(len(sets[1]))]
     assert numbers["boxes"] == sum(len(a["cls"]) for a in annotations) == sum(numbers["sizes"])
-    assert numbers["per_picture"] == np.bincount([len(a["cls"]) for a in annotations], minlength=21).tolist()
+    assert numbers["per_image"] == np.bincount([len(a["cls"]) for a in annotations], minlength=21).tolist()
     sizes = []
     for k, a in enumerate(annotations):
         info = parser.img_infos[k]
@@ -260,7 +260,7 @@ def test_every_section_renders(browser, page, width):
     titles = browser.execute_script("return [...document.querySelectorAll('figure strong')].map((s) => s.textContent)")
     assert titles == ["Loss", "Average precision", "Learning rate", "Throughput", "Waiting for data", "Skipped steps",
                       "Precision over recall", "AP by object size, over the run", "Object size as the network sees it",
-                      "Objects in a picture"]
+                      "Objects in an image"]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "no sideways scrolling"
     assert browser.execute_script(OVERLAPS) == []
     assert browser.execute_script("return document.querySelectorAll('#main b, #main script').length === "

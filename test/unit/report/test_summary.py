@@ -96,7 +96,7 @@ def test_the_next_commands_are_understood(given, longer, tmp_path):
     assert {"epochs": again.sched.epochs, "max_steps": again.run.max_steps}[longer[0]] == longer[1]
 
 
-def test_speed_counts_after_the_warm_up_and_for_a_picture(monkeypatch):
+def test_speed_counts_after_the_warm_up_and_for_a_image(monkeypatch):
     """A device that is asked for 8 s and 2 s of work a batch of 4, for more at first; the clock moves as one waits."""
     now, asked, calls = [0.0], [0.0], []
 

@@ -44,13 +44,13 @@ def run(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, (x, layer.weight), dy)
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 8])
+@pytest.mark.parametrize("images", [1, 2, 8])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [
     (5, 1, 2, (9, 8)), (5, 1, 2, (2, 1)), (5, 1, 0, (6, 9)), (5, 2, 2, (8, 7)), (7, 1, 3, (5, 9)), (9, 3, 4, (12, 7)),
     (5, 2, None, (8, 8)), (5, 2, None, (9, 7)), (5, 2, None, (1, 1)), (3, 2, None, (8, 8)), (3, 2, None, (7, 8)),
     (3, 3, None, (8, 7)), (7, 2, None, (2, 6)), (5, 1, None, (4, 5))])
-def test_equals_float64(kernel, stride, padding, size, pictures, monkeypatch):
-    monkeypatch.setattr(depthwise_cpu, "PIECE", pictures * CHANNELS * size[0] * size[1])  # of 3: pieces of 1, 2 + 1, 3
+def test_equals_float64(kernel, stride, padding, size, images, monkeypatch):
+    monkeypatch.setattr(depthwise_cpu, "PIECE", images * CHANNELS * size[0] * size[1])  # of 3: pieces of 1, 2 + 1, 3
     layer, fused = make_layers(kernel, stride, padding)
     x = make_input(*size)
     calls = count_calls(monkeypatch)

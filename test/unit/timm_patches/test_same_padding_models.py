@@ -161,7 +161,7 @@ def test_models_compute_the_same_and_pad_no_activation(name, pad_type, size, cou
     with torch.no_grad():
         found = model(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    # Each layer pads once forward and once for the gradient, which the picture needs not.
+    # Each layer pads once forward and once for the gradient, which the image needs not.
     assert pads_before == (0, max(2 * report.converted - 1, 0))
     weights, activations = pads_of_activations(model, x)
     assert activations == 0 and weights == 2 * counts[0]

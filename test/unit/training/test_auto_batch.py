@@ -134,15 +134,15 @@ def test_a_cpu_is_refused_before_anything_is_made(data, tmp_path):
 
 
 @contextlib.contextmanager
-def memory_of(pictures: int, monkeypatch):
-    """Make the CPU pass for an accelerator whose memory holds the heads' outputs of so many pictures."""
+def memory_of(images: int, monkeypatch):
+    """Make the CPU pass for an accelerator whose memory holds the heads' outputs of so many images."""
     from effdet.bench import DetBenchTrain
 
     original, sizes = DetBenchTrain.head_outputs, []
 
     def limited(self, x):
         sizes.append(len(x))
-        if len(x) > pictures:
+        if len(x) > images:
             raise torch.OutOfMemoryError(f"no room for {len(x)}")
         return original(self, x)
     monkeypatch.setattr(DetBenchTrain, "head_outputs", limited)
@@ -157,7 +157,7 @@ def test_a_run_with_auto_is_the_run_with_the_number_it_found(data, tmp_path, mon
         assert train.main(argv(data, tmp_path, "-b", "auto", "--experiment", "auto", "--opt", "adamw", "--lr", "0.01",
                                "--amp", "--amp-dtype", "bfloat16")) == 0
     output = capsys.readouterr().out
-    assert "-b auto: 5 pictures a step on each of 1 device(s); 6 fit the memory of 1.0 GiB of this one" in output
+    assert "-b auto: 5 images a step on each of 1 device(s); 6 fit the memory of 1.0 GiB of this one" in output
     assert "-b auto: learning rate 0.0001953 for the batch of 5, in proportion to 0.01 for 256" in output
     assert max(sizes) == 8 and sizes.count(6) == 2
     train.main(argv(data, tmp_path, "-b", "5", "--experiment", "five", "--opt", "adamw", "--lr", str(0.01 * 5 / 256),
@@ -180,8 +180,8 @@ def test_a_resumed_run_keeps_batch_and_rate(data, tmp_path, monkeypatch, capsys)
     assert max(sizes) == 4 and "-b auto:" not in capsys.readouterr().out
 
 
-def test_not_even_one_picture(data, tmp_path, monkeypatch):
-    with memory_of(0, monkeypatch), pytest.raises(SystemExit, match="not even one picture fits the memory"):
+def test_not_even_one_image(data, tmp_path, monkeypatch):
+    with memory_of(0, monkeypatch), pytest.raises(SystemExit, match="not even one image fits the memory"):
         train.main(argv(data, tmp_path, "-b", "auto"))
 
 

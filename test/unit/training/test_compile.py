@@ -28,7 +28,7 @@ def network() -> EfficientDet:
 
 
 def make_batch(size: tuple[int, int], number: int) -> tuple[torch.Tensor, dict]:
-    """Make two pictures; each batch has another number of real boxes."""
+    """Make two images; each batch has another number of real boxes."""
     generator = torch.Generator().manual_seed(number)
     classes = torch.full((2, 4), -1)
     classes[:, : 1 + number % 3] = torch.randint(1, 4, (2, 1 + number % 3), generator=generator)

@@ -206,7 +206,7 @@ def test_a_spoilt_batch_skips_the_whole_update_it_belongs_to():
 
 
 class Normed(Regression):
-    """Regression behind a batch norm, whose running statistics see every picture first."""
+    """Regression behind a batch norm, whose running statistics see every image first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,7 +378,7 @@ def detector() -> DetBenchTrain:
     return DetBenchTrain(model, create_labeler=True)
 
 
-def make_pictures(count: int) -> Batches:
+def make_images(count: int) -> Batches:
     generator = torch.Generator().manual_seed(3)
     target = {"bbox": torch.tensor([[[8.0, 8.0, 40.0, 50.0], [0, 0, 0, 0]], [[20.0, 4.0, 60.0, 30.0], [2, 2, 30, 30]]]),
               "cls": torch.tensor([[1, -1], [3, 2]]), "img_scale": torch.ones(2), "img_size": torch.full((2, 2), 64.0)}
@@ -392,7 +392,7 @@ def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
     run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
     recorder = Recorded()
     with reads_by_step(run, monkeypatch) as reads:
-        train_one_epoch(run, make_pictures(5), epoch=0, recorder=recorder)
+        train_one_epoch(run, make_images(5), epoch=0, recorder=recorder)
     assert len(recorder.intervals) == 3
     assert set(reads) == {2, 4, 5}, f"reads by finished steps: {dict(reads)}"
     assert reads[2] == reads[4] <= 2, "one read for a line"
@@ -421,7 +421,7 @@ class Collected(Evaluator):
 
 
 class Detecting(nn.Module):
-    """One detection for each picture, with the picture's mean as score; with a loss on request."""
+    """One detection for each image, with the image's mean as score; with a loss on request."""
 
     def __init__(self, with_loss: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""--overfit N: which pictures, without augmentation, and what is concluded from what was measured."""
+"""--overfit N: which images, without augmentation, and what is concluded from what was measured."""
 from __future__ import annotations
 
 import dataclasses
@@ -16,7 +16,7 @@ from effdet.data.build import build_dataset, build_eval_loader
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import resolve_model_config
-from effdet.training.overfit import OverfitFacts, choose_pictures, count_boxes, diagnose
+from effdet.training.overfit import OverfitFacts, choose_images, count_boxes, diagnose
 
 LEARNT = OverfitFacts(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,
                       boxes=40, unreached=0, missed=0, missed_unreached=0, wrong_class=0, conflicts=0, beyond_limit=0,
@@ -35,14 +35,14 @@ def causes(**changes) -> list[str]:
     ({"losses": [2.0, 0.9, 2.5, 1.5]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
     ({"losses": [2.0, 90.0, 9.0, 3.0]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
     ({"losses": [702.0, 549.0, 57.0], "eval_loss": 1e21}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
-    ({"eval_loss": 2.5}, "the loss is 0.05 in training but 2.5 in evaluation, on the same pictures: the running batch"),
+    ({"eval_loss": 2.5}, "the loss is 0.05 in training but 2.5 in evaluation, on the same images: the running batch"),
     ({"eval_loss": 2.5, "ema_share": 0.4}, "the averaged (EMA) weights are still 40 % initial weights"),
     ({"wrong_class": 10, "confused": ["cat as dog (10)"]}, "10 of 40 boxes are found with another class (cat as dog "
      "(10)): look at the labels"),
-    ({"wrong_class": 10, "conflicts": 3}, "look at the labels; 3 pairs of nearly equal boxes in one picture have"),
+    ({"wrong_class": 10, "conflicts": 3}, "look at the labels; 3 pairs of nearly equal boxes in one image have"),
     ({"unreached": 9, "missed": 8, "missed_unreached": 7}, "9 of 40 boxes overlap no anchor with IoU 0.5, and 7 of"),
     ({"missed": 8}, "8 of 40 boxes are missed although an anchor reaches them"),
-    ({"beyond_limit": 20}, "20 boxes are beyond the 100 that are predicted in a picture"),
+    ({"beyond_limit": 20}, "20 boxes are beyond the 100 that are predicted in an image"),
     ({"frozen": ["--freeze-backbone"]}, "--freeze-backbone keep the network from learning"),
     ({"ap50": 0.99}, "the objects are found (AP50 0.99), their boxes are not tight yet"),
     ({}, "nothing that was measured explains it (the loss went from 2 to 0.05)"),
@@ -60,7 +60,7 @@ def test_what_was_learnt_has_no_cause_and_several_facts_have_several():
     assert "the loss is" in found[0] and "another class" in found[1] and "no anchor" in found[2]
 
 
-# ---- the pictures ----
+# ---- the images ----
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -71,10 +71,10 @@ def config(data, *more: str):
     return parse_train_args(["--root", str(data), "--image-size", "64", "-j", "0", "--device", "cpu", *more])
 
 
-def test_pictures_are_drawn_by_seed_and_repeated_in_whole_batches(data):
+def test_images_are_drawn_by_seed_and_repeated_in_whole_batches(data):
     cfg = config(data, "--overfit", "3", "-b", "4")
     whole = build_dataset(cfg.data, "train")
-    train_set, val_set = choose_pictures(whole, cfg)
+    train_set, val_set = choose_images(whole, cfg)
     ids = val_set.parser.img_ids
     assert len(set(ids)) == 3 == len(val_set)
     assert all((val_set.parser.get_ann_info(k)["cls"] > 0).any() for k in range(3))
@@ -85,18 +85,18 @@ def test_pictures_are_drawn_by_seed_and_repeated_in_whole_batches(data):
         assert small.parser.img_infos[k] == whole.parser.img_infos[at]
         np.testing.assert_array_equal(small.parser.get_ann_info(k)["bbox"], whole.parser.get_ann_info(at)["bbox"])
         assert small[k][0].tobytes() == whole[at][0].tobytes()
-    assert choose_pictures(whole, cfg)[1].parser.img_ids == ids
+    assert choose_images(whole, cfg)[1].parser.img_ids == ids
     other = config(data, "--overfit", "3", "-b", "4", "--seed", "1")
-    assert choose_pictures(whole, other)[1].parser.img_ids != ids
-    many = choose_pictures(whole, config(data, "--overfit", "11", "-b", "2"))[0]
+    assert choose_images(whole, other)[1].parser.img_ids != ids
+    many = choose_images(whole, config(data, "--overfit", "11", "-b", "2"))[0]
     assert len(many) == 56  # five passes, more than ten batches
-    with pytest.raises(ValueError, match="--overfit 12 needs as many pictures with boxes, but the training split has"):
-        choose_pictures(whole, config(data, "--overfit", "12"))  # one of the twelve is empty
+    with pytest.raises(ValueError, match="--overfit 12 needs as many images with boxes, but the training split has"):
+        choose_images(whole, config(data, "--overfit", "12"))  # one of the twelve is empty
 
 
-def test_the_evaluator_counts_these_pictures_only(data):
+def test_the_evaluator_counts_these_images_only(data):
     cfg = config(data, "--overfit", "3", "-b", "4")
-    _, val_set = choose_pictures(build_dataset(cfg.data, "train"), cfg)
+    _, val_set = choose_images(build_dataset(cfg.data, "train"), cfg)
     evaluator = CocoEvaluator(val_set)
     loader = build_eval_loader(val_set, cfg.data, resolve_model_config(cfg.model), 4, 0, torch.device("cpu"))
     (images, target), = list(loader)
@@ -112,7 +112,7 @@ def test_the_evaluator_counts_these_pictures_only(data):
 
 def test_boxes_are_counted_by_what_became_of_them(data):
     cfg = config(data, "--overfit", "1", "-b", "1")
-    parser = choose_pictures(build_dataset(cfg.data, "train"), cfg)[1].parser
+    parser = choose_images(build_dataset(cfg.data, "train"), cfg)[1].parser
     boxes = np.array([[0, 0, 200, 200], [0, 0, 199, 200], [10, 10, 14, 14], [100, 100, 160, 160]], dtype=np.float32)
     parser.get_ann_info = lambda index: {"bbox": np.concatenate((boxes, boxes[:1])), "cls": np.array([1, 2, 3, 3, -2])}
     facts = dataclasses.replace(LEARNT, boxes=0, max_det=3)
@@ -166,10 +166,10 @@ def test_a_rate_that_is_too_small_is_told(data, tmp_path, capsys, monkeypatch):
         logging.getLogger("effdet").propagate = True
     lines = capsys.readouterr().out.splitlines()
     assert status == 3
-    assert re.match(r"overfit: AP 0\.\d+ on the training pictures, expected 0.9 or more: the training loss went from "
+    assert re.match(r"overfit: AP 0\.\d+ on the training images, expected 0.9 or more: the training loss went from "
                     r".* in 20 steps, slowly but steadily: --lr 1e-06 is likely too small, try 1e-05, .*; status 3$",
                     lines[-1])
     assert any(re.match(r"overfit: \d+ boxes: 0 found, 0 with another class only, \d+ missed", line) for line in lines)
     trained = {round(total, 3) for training, (total, count) in batches if training and count == 2}
     evaluated = {round(total, 3) for training, (total, count) in batches if not training and count == 2}
-    assert len(trained) == len(evaluated) == 1 and trained == evaluated  # the same two pictures, without augmentation
+    assert len(trained) == len(evaluated) == 1 and trained == evaluated  # the same two images, without augmentation

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def broken_off(batches: int = 6, trained: bool = False, ranks: int = 1) -> dict:
     """A recovery checkpoint of epoch 3, at global batch size 8 with accumulation over 2."""
     return {"epoch": 2, "step": 100, "ranks": [{"totals": [12.0 + rank, 6.0, 3.0]} for rank in range(ranks)],
-            "progress": {"batches": batches, "batch_size": 8, "grad_accum": 2, "pictures": 80, "trained": trained}}
+            "progress": {"batches": batches, "batch_size": 8, "grad_accum": 2, "images": 80, "trained": trained}}
 
 
 def test_a_complete_epoch_leads_to_the_next():
@@ -35,7 +35,7 @@ def test_the_same_settings_give_the_same_place():
 
 @pytest.mark.parametrize(("batch_size", "grad_accum", "batches"),
                          [(16, 1, 3), (4, 1, 12), (4, 5, 10), (32, 1, 1), (80, 1, 0)])
-def test_other_batches_go_on_before_the_pictures_already_seen(batch_size, grad_accum, batches, caplog):
+def test_other_batches_go_on_before_the_images_already_seen(batch_size, grad_accum, batches, caplog):
     position = run_state.read_position(broken_off(6), batch_size, 80, grad_accum)
     assert (position.epoch, position.batches) == (3, batches)
     assert position.batches * batch_size <= 6 * 8 and position.batches % grad_accum == 0
@@ -46,7 +46,7 @@ def test_other_batches_go_on_before_the_pictures_already_seen(batch_size, grad_a
 
 def test_another_data_set_starts_the_epoch_anew(caplog):
     assert run_state.read_position(broken_off(), 8, 81, 2) == run_state.Position(3)
-    assert "had 80 pictures, now it has 81" in caplog.text
+    assert "had 80 images, now it has 81" in caplog.text
 
 
 def test_another_number_of_processes_keeps_the_mean_loss_and_is_said(caplog):

@@ -34,7 +34,7 @@ def root(whole: Path, tmp_path: Path) -> Path:
     return copy_set(whole, tmp_path / "set")
 
 
-def pictures(root: Path, split: str = "train") -> list[Path]:
+def images(root: Path, split: str = "train") -> list[Path]:
     return sorted((root / f"{split}2017").iterdir())
 
 
@@ -62,43 +62,43 @@ def call(script: ModuleType, arguments: list[str], capsys) -> tuple[int, str]:
     return (1, f"{printed}{code}") if isinstance(code, str) else (code, printed)
 
 
-def test_a_run_goes_on_with_bad_pictures_and_validate_refuses_them(root, tmp_path, capsys):
-    pictures(root)[2].write_bytes(b"")
-    pictures(root, "val")[0].write_bytes(b"not a picture")
+def test_a_run_goes_on_with_bad_images_and_validate_refuses_them(root, tmp_path, capsys):
+    images(root)[2].write_bytes(b"")
+    images(root, "val")[0].write_bytes(b"not an image")
     code, printed = call(train, argv(root, tmp_path / "out", "--experiment", "run"), capsys)
     assert code == 0
-    assert printed.count("1 of 8 training pictures cannot be read (at most 7 may be, --max-bad-images)") == 1
-    assert "000000000003.jpg: cannot be read as a picture" in printed
-    assert "1 of 3 validation pictures cannot be read" in printed and ", 1 unreadable picture(s)" in printed
+    assert printed.count("1 of 8 training images cannot be read (at most 7 may be, --max-bad-images)") == 1
+    assert "000000000003.jpg: cannot be read as an image" in printed
+    assert "1 of 3 validation images cannot be read" in printed and ", 1 unreadable image(s)" in printed
     checkpoint = tmp_path / "out/run/last.pth.tar"
     arguments = ["--root", str(root), "--checkpoint", str(checkpoint), "-b", "3", "-j", "0", "--device", "cpu",
                  "--metrics", str(tmp_path / "metrics.json")]
     code, printed = call(validate, arguments, capsys)
     assert code == 1 and not (tmp_path / "metrics.json").exists()
-    assert re.search(r"^validate.py: error: 1 of 3 validation pictures cannot be read; at most 0 may be "
+    assert re.search(r"^validate.py: error: 1 of 3 validation images cannot be read; at most 0 may be "
                      r"\(--max-bad-images\): \S+/val2017/\d+.jpg: cannot be read", printed.splitlines()[-1])
     code, printed = call(validate, [*arguments, "--max-bad-images", "1"], capsys)
-    assert code == 0 and "count as pictures in which nothing was found" in printed
+    assert code == 0 and "count as images in which nothing was found" in printed
     assert json.loads((tmp_path / "metrics.json").read_text())["stats"]["AP"] is not None
 
 
 def test_a_broken_disk_ends_the_run_with_one_line(root, tmp_path, capsys):
-    for path in pictures(root)[1:]:
+    for path in images(root)[1:]:
         path.write_bytes(b"")
     code, printed = call(train, argv(root, tmp_path / "out", "--experiment", "run", "--max-bad-images", 3), capsys)
     last = printed.splitlines()[-1]
     assert code == 1
-    assert re.search(r"train.py: error: [4-7] of 8 training pictures cannot be read; at most 3 may be", last)
+    assert re.search(r"train.py: error: [4-7] of 8 training images cannot be read; at most 3 may be", last)
     assert re.search(r"00000000000\d.jpg: cannot be read", last) and str(root / "train2017") in last
     assert "Traceback" not in printed
     assert "cannot be read" not in "".join(printed.splitlines()[:-1]), "said once"
     assert (tmp_path / "out/run/log.txt").exists(), "the run had begun: its log stays"
 
 
-@pytest.mark.parametrize("case", ["no data", "more workers than pictures", "no class count"])
+@pytest.mark.parametrize("case", ["no data", "more workers than images", "no class count"])
 def test_a_refused_run_leaves_no_folder(case, root, tmp_path, capsys):
     more, words = {"no data": (["--root", "/nowhere"], "/nowhere holds: no such directory"),
-                   "more workers than pictures": (["-j", 9], "9 loader processes (-j) for 8 training images"),
+                   "more workers than images": (["-j", 9], "9 loader processes (-j) for 8 training images"),
                    "no class count": (["--num-classes", 4], "num_classes is 4")}[case]
     (tmp_path / "out").mkdir()
     code, printed = call(train, argv(root, tmp_path / "out", *more), capsys)
@@ -157,9 +157,9 @@ def test_settings_with_an_effect_are_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["one bad picture", "a broken disk"])
+@pytest.mark.parametrize("what", ["one bad image", "a broken disk"])
 def test_two_processes_with_two_loading_processes_each_go_on_or_end_together(what, root, tmp_path):
-    broken = pictures(root)[:1] if what == "one bad picture" else pictures(root)[1:]
+    broken = images(root)[:1] if what == "one bad image" else images(root)[1:]
     for path in broken:
         path.write_bytes(b"")
     done = subprocess.run(
@@ -167,12 +167,12 @@ def test_two_processes_with_two_loading_processes_each_go_on_or_end_together(wha
                                            "0,1", "--max-bad-images", 3, "--epochs", 3)], cwd=REPO, text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if what == "one bad picture":
+    if what == "one bad image":
         assert done.returncode == 0, done.stdout
-        assert done.stdout.count("training pictures cannot be read") == 1, "named once, whichever process meets it when"
-        assert done.stdout.count("1 unreadable picture(s)") == 3, "every epoch knows, on both processes"
+        assert done.stdout.count("training images cannot be read") == 1, "named once, whichever process meets it when"
+        assert done.stdout.count("1 unreadable image(s)") == 3, "every epoch knows, on both processes"
         assert torch.load(tmp_path / "out/run/last.pth.tar", weights_only=True)["epoch"] == 2
     else:
         assert done.returncode == 1, done.stdout
-        assert re.search(r"train.py: error: [4-7] of 8 training pictures cannot be read", done.stdout)
+        assert re.search(r"train.py: error: [4-7] of 8 training images cannot be read", done.stdout)
         assert "Traceback" not in done.stdout and not (tmp_path / "out/run/last.pth.tar").exists()
