@@ -34,7 +34,8 @@ def main(names: str, out_dir: str) -> None:
 
     torch.set_num_threads(1)
     assert d.init_process_group("gloo", timeout_s=60)
-    cases = {"collectives": collectives, "sync_bn": sync_bn, "evaluate": evaluate, "evaluate_broken": evaluate_broken}
+    cases = {"collectives": collectives, "effdets_collectives": effdets_collectives, "sync_bn": sync_bn,
+             "evaluate": evaluate, "evaluate_broken": evaluate_broken}
     results = {name: cases[name]() for name in names.split(",")}
     Path(out_dir, f"{rank}.json").write_text(json.dumps(results))
     d.shutdown()
@@ -67,6 +68,29 @@ def collectives() -> dict:
     d.barrier()
     out["bn"] = {mode: averaged_bn(mode) for mode in ("reduce", "broadcast", "")}
     return out
+
+
+def effdets_collectives() -> dict:
+    """Use the collectives under effdet's names, with and without a group given."""
+    import torch
+
+    from effdet import distributed as d
+
+    rank, world = d.get_rank(), torch.distributed.group.WORLD
+    tensor = torch.tensor([[rank, 10 + rank]])
+    d.synchronize()
+    return {
+        "place": [d.get_world_size(), d.get_local_rank(), d.get_local_size(), d.is_main_process()],
+        "all_gather": [d.all_gather("x" * rank, group) for group in (None, world)],
+        "gather": [d.gather(rank * 10, 1, group) for group in (None, world)],
+        "seed": d.shared_random_seed(),
+        "reduce": [{name: value.tolist() for name, value in d.reduce_dict(
+            {"b": torch.tensor(1.0 + rank), "a": torch.tensor(3.0)}, average).items()} for average in (True, False)],
+        "all_gather_container": [
+            d.all_gather_container(tensor).tolist(), d.all_gather_container({"t": tensor}, world, 1)["t"].tolist(),
+            [part.tolist() for part in d.all_gather_container((tensor, tensor + 1))]],
+        "gather_container": [None if part is None else part.tolist() for part in d.gather_container([tensor], 1)],
+    }
 
 
 def divide_by_zero() -> float:

@@ -46,7 +46,7 @@ def _results(cases: str, out_dir: Path, processes: int, *arguments: str) -> list
 def two_ranks(tmp_path_factory) -> tuple[list[dict], Path]:
     """Run everything that two ranks can succeed at in one pair of processes, because starting them is what costs."""
     out_dir = tmp_path_factory.mktemp("two_ranks")
-    return _results("collectives,sync_bn,evaluate", out_dir, 2), out_dir
+    return _results("collectives,effdets_collectives,sync_bn,evaluate", out_dir, 2), out_dir
 
 
 # ---- launcher --------------------------------------------------------------------------------------------------------
@@ -115,6 +115,18 @@ def test_collectives_on_two_ranks(two_ranks):
         assert out["bn"]["broadcast"] == [[1.0, 2.0], [4.0, 4.0], 5 + rank, 60000.0]
         assert out["bn"][""][0] == [1.0 * (rank + 1), 2.0 * (rank + 1)]
     assert first["gather"] is None and second["gather"] == [0, 10]
+
+
+def test_effdets_collectives_on_two_ranks(two_ranks):
+    first, second = (results["effdets_collectives"] for results in two_ranks[0])
+    assert first["place"] == [2, 0, 2, True] and second["place"] == [2, 1, 2, False]
+    assert first["gather"] == [[], []] and second["gather"] == [[0, 10]] * 2
+    assert first["gather_container"] == [None] and second["gather_container"] == [[[0, 10], [1, 11]]]
+    for out in (first, second):
+        assert out["all_gather"] == [["", "x"]] * 2 and out["seed"] == first["seed"]
+        assert out["reduce"] == [{"a": 3.0, "b": 1.5}, {"a": 6.0, "b": 3.0}]
+        assert out["all_gather_container"] == [
+            [[0, 10], [1, 11]], [[0, 10, 1, 11]], [[[0, 10], [1, 11]], [[1, 11], [2, 12]]]]
 
 
 def test_a_failure_on_rank_0_reaches_every_rank_with_its_text(two_ranks):
