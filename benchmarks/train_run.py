@@ -21,12 +21,12 @@ def build(side: str, case: Any) -> pairing.Work:
     proof = train_step.build(side, case)
     if side == "ours":
         from effdet.training.engine import train_one_epoch
-        session = train_step.make_session(case, case.batch, "--workers", str(case.workers))
-        device = session.device
+        trained = train_step.make_run(case, case.batch, "--workers", str(case.workers))
+        device = trained.place.device
 
         def run() -> None:
-            session.train_set.set_epoch(0)
-            train_one_epoch(session.training, session.train_loader, 0)
+            trained.data.train_set.set_epoch(0)
+            train_one_epoch(trained.training, trained.loaders.train, 0)
     else:
         from effdet.anchors import AnchorLabeler, Anchors
         device = inputs.pick_device(case.device)

@@ -28,28 +28,28 @@ def build_ours(case: Any) -> pairing.Work:
 
     from effdet.data.loader import PrefetchLoader
     from effdet.training.engine import train_one_epoch
-    session = make_session(case, PICTURES, "--workers", "0")
-    training = session.training
-    batches = [(inputs.make_pixels(case.batch, case.image_size, session.device),
-                inputs.make_target("ours", case.batch, case.image_size, case.classes, session.device))]
+    trained = make_run(case, PICTURES, "--workers", "0")
+    training, place = trained.training, trained.place
+    batches = [(inputs.make_pixels(case.batch, case.image_size, place.device),
+                inputs.make_target("ours", case.batch, case.image_size, case.classes, place.device))]
 
     def run(steps: int) -> dict[str, float]:
-        loader = PrefetchLoader(Batches(batches * steps), device=session.device, channels_last=session.channels_last)
+        loader = PrefetchLoader(Batches(batches * steps), device=place.device, channels_last=place.channels_last)
         stats = train_one_epoch(training, loader, 0)
         return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
     return pairing.Work(lambda: run(case.steps), lambda: first_step(training.model, lambda: run(1)),
-                        inputs.synchronizer(session.device), steps=case.steps,
-                        about={"channels_last": session.channels_last, "precision": training.precision.level},
-                        device=None if session.cfg.run.compile else session.device, count=lambda: run(1))
+                        inputs.synchronizer(place.device), steps=case.steps,
+                        about={"channels_last": place.channels_last, "precision": training.precision.level},
+                        device=None if trained.cfg.run.compile else place.device, count=lambda: run(1))
 
 
-def make_session(case: Any, batch: int, *flags: str) -> Any:
+def make_run(case: Any, batch: int, *flags: str) -> Any:
     """Set a run of train.py up as its command line does, with loaders of this batch size."""
     import inputs
 
     from effdet.config.cli import parse_train_args
     from effdet.runtime.launch import start
-    from effdet.training.trainer import Session
+    from effdet.training.trainer import Start, build_run
     folder = Path(tempfile.mkdtemp(dir=case.folder))
     precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
     config = parse_train_args([
@@ -57,9 +57,9 @@ def make_session(case: Any, batch: int, *flags: str) -> Any:
         str(batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
         str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
         "--model-ema" if case.ema else "--no-model-ema", *precision, *flags, *case.flags.split()])
-    session = Session(config, start(config.run.device, []), folder, {}, "")
-    inputs.fill_weights(session.training.model)
-    return session
+    trained = build_run(config, start(config.run.device, []), Start(folder, {}, ""))
+    inputs.fill_weights(trained.training.model)
+    return trained
 
 
 class Batches(list):

@@ -13,11 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effdet.object_detection import (  # noqa: F401  (effdet has them here)
+    ArgMaxMatcher,
+    BoxList,
+    FasterRcnnBoxCoder,
+    IouSimilarity,
+    TargetAssigner,
+)
 from effdet.ops.boxes import box_area, clip_boxes_xyxy, decode_boxes, encode_boxes
 from effdet.ops.labels_cpu import SparseMatcher
 from effdet.ops.nms import generate_detections
 from effdet.ops.sizes import get_feat_sizes, to_height_width
 from effdet.runtime.device import is_host
+
+from .soft_nms import batched_soft_nms  # noqa: F401  (effdet has it here)
 
 MIN_CLASS_SCORE = -5.0  # kept for imports; nothing here reads them
 _DUMMY_DETECTION_SCORE = -1e5
@@ -78,6 +87,15 @@ class Anchors(nn.Module):
     def get_anchors_per_location(self) -> int:
         """Return the number of anchors at each cell."""
         return self.num_scales * len(self.aspect_ratios)
+
+    @property
+    def config(self) -> dict[int, list[tuple[tuple[float, float], float, Any, float]]]:
+        """(stride (y, x) in pixels, octave, aspect, anchor_scale) of each anchor at a cell, by level: effdet's form."""
+        height, width = self.image_size
+        return {level: [((height / rows, width / columns), scale / self.num_scales, aspect, anchor_scale)
+                        for scale in range(self.num_scales) for aspect in self.aspect_ratios]
+                for level, (rows, columns), anchor_scale in zip(
+                    range(self.min_level, self.max_level + 1), self.level_sizes, self.anchor_scales, strict=True)}
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:

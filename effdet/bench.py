@@ -2,13 +2,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effdet.ops.nms import make_detections, npu_nms, select_candidates
+from effdet.ops.nms import (
+    generate_detections,  # noqa: F401  (effdet has it here)
+    make_detections,
+    npu_nms,
+    select_candidates,
+)
 from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum, world_size
 
@@ -242,3 +247,19 @@ def unwrap_bench(model: Any) -> nn.Module:
             model = model.model
         else:
             return model
+
+
+def _post_process(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_levels: int, num_classes: int,
+                  max_detection_points: int = 5000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Select candidates: effdet's form of `nms.select_candidates`, with logits [B, k, 1]."""
+    logits, codes, indices, classes = select_candidates(
+        cls_outputs[:num_levels], box_outputs[:num_levels], num_classes, max_detection_points)
+    return logits.unsqueeze(-1), codes, indices, classes
+
+
+def _batch_detection(batch_size: int, class_out: Tensor, box_out: Tensor, anchor_boxes: Tensor, indices: Tensor,
+                     classes: Tensor, img_scale: Tensor | None = None, img_size: Tensor | None = None,
+                     max_det_per_image: int = 100, soft_nms: bool = False) -> Tensor:
+    """Make detections of what `_post_process` returns: effdet's form of `nms.make_detections`."""
+    return make_detections(class_out.reshape(batch_size, -1), box_out, anchor_boxes[indices], classes, img_scale,
+                           img_size, max_det_per_image, soft_nms)

@@ -13,7 +13,8 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
-from effdet.config import set_config_readonly, set_config_writeable
+from effdet.config import get_fpn_config, set_config_readonly, set_config_writeable
+from effdet.config.model_spec import change_config
 from effdet.network.bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine, SequentialList
 from effdet.network.heads import HeadNet
 from effdet.network.layers import (
@@ -52,8 +53,8 @@ class EfficientDet(nn.Module):
         """Build the network of a model config.
 
         Args:
-            config: a node of `get_efficientdet_config`; it is made read-only, and an `image_size` of one number is
-                made the square it stands for.
+            config: a node of `get_efficientdet_config`, which is made read-only, and an `image_size` of one number the
+                square it stands for; or a ModelSpec.
             pretrained_backbone: start from timm's ImageNet weights, fetched when not in the cache.
             alternate_init: initialise FPN and heads as EfficientNet does instead of as the original.
 
@@ -64,11 +65,11 @@ class EfficientDet(nn.Module):
         """
         super().__init__()
         self.image_size = self.input_size = check_image_size(config.image_size)
-        self.config = config
         if isinstance(config.image_size, Integral):
             set_config_writeable(config)
-            config.image_size = self.image_size
-        set_config_readonly(self.config)
+            config = change_config(config, image_size=self.image_size)
+        set_config_readonly(config)
+        self.config = config
         self.backbone = _create_backbone(config, pretrained_backbone)
         feature_info = get_feature_info(self.backbone)
         reductions = [entry["reduction"] for entry in feature_info]
@@ -97,13 +98,9 @@ class EfficientDet(nn.Module):
             num_scales: new number of anchor sizes; both heads are replaced.
             alternate_init: see the constructor.
         """
+        changes = {"num_classes": num_classes, "aspect_ratios": aspect_ratios, "num_scales": num_scales}
         set_config_writeable(self.config)
-        if num_classes is not None:
-            self.config.num_classes = num_classes
-        if aspect_ratios is not None:
-            self.config.aspect_ratios = aspect_ratios
-        if num_scales is not None:
-            self.config.num_scales = num_scales
+        self.config = change_config(self.config, **{key: new for key, new in changes.items() if new is not None})
         set_config_readonly(self.config)
         new_anchors = aspect_ratios is not None or num_scales is not None
         device = next(self.parameters()).device
@@ -165,5 +162,7 @@ class EfficientDet(nn.Module):
         return self.class_net(features), self.box_net(features)
 
 
+_init_weight, _init_weight_alt = init_weight, init_weight_alt  # effdet's names
+
 __all__ = ["BiFpn", "BiFpnLayer", "ConvBnAct2d", "EfficientDet", "Fnode", "FpnCombine", "HeadNet", "Interpolate2d",
-           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info"]
+           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info", "get_fpn_config"]

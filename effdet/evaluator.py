@@ -1,15 +1,13 @@
 """Evaluation of detections, exact on any number of processes: collect per batch, gather on rank 0, score, broadcast.
 
-What lives here: batches of predictions -> COCO result rows (category ids, xywh boxes), and who computes on which rank.
-What must not: the metric itself (coco.py), the model, post-processing, reading of images.
+What lives here: what is kept of a batch, and who computes on which rank. What must not: the metrics themselves
+(metrics/), what a dataset knows of its ground truth (data/coco/truth.py), the model, reading of images.
 """
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -18,10 +16,13 @@ import torch
 from pycocotools.coco import COCO
 
 from effdet.checkpoint.io import write_json
+from effdet.data.coco.truth import category_ids, covered_img_ids, find_parser, load_ground_truth, plain_id
 from effdet.data.corrupt import BadPictureWatch, find_bad_pictures
-from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, score_rows
+from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
+
+from .distributed import all_gather_container, is_main_process, synchronize  # noqa: F401  (effdet has them here)
 
 __all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'OpenImagesEvaluator', 'PascalEvaluator', 'create_evaluator']
 
@@ -30,52 +31,6 @@ _T = TypeVar('_T')
 
 # Image indices ride in the float32 tensor of the detections; above this a float32 skips integers.
 _MAX_EXACT_INDEX = 2 ** 24
-# A thousandth of a pixel: what float32 holds in pictures of up to 8000 px, and what COCO files are written with.
-_BOX_DECIMALS = 3
-
-
-def _find_parser(dataset: Any) -> Any:
-    """Return the annotation parser of a dataset, looking through subset wrappers."""
-    layer = dataset
-    while layer is not None:
-        if getattr(layer, 'parser', None) is not None:
-            return layer.parser
-        layer = getattr(layer, 'dataset', None)
-    raise ValueError(
-        f'{type(dataset).__name__} has no `parser`: the evaluator needs dataset.parser with `img_ids` (image id of '
-        'each img_idx) and the ground truth as `coco_dict()`, `coco` or `ann_path`')
-
-
-def _covered_img_ids(dataset: Any, parser: Any) -> list[Any] | None:
-    """Return the image ids a subset (SkipSubset, torch's Subset, nested) holds, None for a whole dataset."""
-    own_ids = getattr(dataset, 'img_ids', None)
-    if own_ids is not None:
-        return list(own_ids)
-    indices: list[int] | None = None
-    while hasattr(dataset, 'indices') and hasattr(dataset, 'dataset'):
-        layer = list(dataset.indices)
-        indices = layer if indices is None else [layer[i] for i in indices]
-        dataset = dataset.dataset
-    return None if indices is None else [parser.img_ids[i] for i in indices]
-
-
-def _plain(value: Any) -> Any:
-    """Turn a numpy or torch scalar (an id, usually) into the Python value that json can write."""
-    return value.item() if isinstance(value, (np.generic, torch.Tensor)) else value
-
-
-def _load_ground_truth(parser: Any) -> Mapping[str, Any]:
-    """Return the parsed COCO json behind a parser, from whichever of its attributes has it."""
-    if callable(getattr(parser, 'coco_dict', None)):
-        return parser.coco_dict()
-    if getattr(parser, 'coco', None) is not None:
-        return parser.coco.dataset
-    if getattr(parser, 'ann_path', None):
-        with open(parser.ann_path, encoding='utf-8') as file:
-            return json.load(file)
-    raise ValueError(
-        f'{type(parser).__name__} has no ground truth: give it `coco_dict()` (the parsed COCO json), `coco` '
-        '(a pycocotools COCO object) or `ann_path` (path of the json)')
 
 
 class Evaluator:
@@ -219,8 +174,8 @@ class CocoEvaluator(Evaluator):
     def __init__(self, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> None:
         super().__init__(distributed, pred_yxyx)
         self.max_det = max_det
-        self._parser = _find_parser(dataset)
-        self._covered = _covered_img_ids(dataset, self._parser)
+        self._parser = find_parser(dataset)
+        self._covered = covered_img_ids(dataset, self._parser)
         found = find_bad_pictures(dataset)
         self._watch = None if found is None else BadPictureWatch(found[0], 'validation')
         self._scores: CocoScores | VocScores | None = None
@@ -318,7 +273,7 @@ class CocoEvaluator(Evaluator):
         return self._scores
 
     def _image_id(self, index: int) -> Any:
-        return _plain(self._parser.img_ids[index])
+        return plain_id(self._parser.img_ids[index])
 
     @property
     def is_hopeless(self) -> bool:
@@ -337,47 +292,12 @@ class CocoEvaluator(Evaluator):
 
     def _ground_truth(self) -> COCO:
         if self._truth is None:
-            self._truth = index_ground_truth(_load_ground_truth(self._parser))
+            self._truth = index_ground_truth(load_ground_truth(self._parser))
         return self._truth
 
-    def _idx_to_id(self) -> np.ndarray:
-        """Return the category id of each class_idx as an integer array."""
-        category_map = getattr(self._parser, 'category_map', None)
-        if category_map is not None:
-            return np.asarray(category_map.idx_to_id)
-        cat_ids = getattr(self._parser, 'cat_ids', None)
-        if cat_ids is None:
-            raise ValueError(f'{type(self._parser).__name__} has neither `category_map` nor `cat_ids`: the evaluator '
-                             'cannot tell the category ids of the predicted classes')
-        if getattr(self._parser, 'cat_ids_as_labels', False):
-            return np.arange(1, max(cat_ids, default=0) + 1)
-        return np.array(sorted(cat_ids), dtype=np.int64)
-
     def _result_rows(self, images: Mapping[Any, np.ndarray]) -> list[dict[str, Any]]:
-        """Turn predictions by image id into COCO result rows of plain Python values."""
-        idx_to_id = self._idx_to_id()
-        known_ids = self._ground_truth().getCatIds()
-        has_category = np.isin(idx_to_id, known_ids)
-        rows: list[dict[str, Any]] = []
-        dropped: Counter[int] = Counter()
-        for image_id, detections in images.items():
-            class_idx = detections[:, 5].astype(np.int64) - 1
-            keep = (class_idx >= 0) & (class_idx < len(idx_to_id))
-            keep[keep] = has_category[class_idx[keep]]
-            dropped.update((class_idx[~keep] + 1).tolist())
-            box_xywh = detections[keep, :4].astype(np.float64)
-            box_xywh[:, 2:] -= box_xywh[:, :2]
-            # The shortest decimal that is the same float32: no tie is made or broken, no digits are invented.
-            scores = detections[keep, 4].astype(str).astype(np.float64)
-            rows.extend(
-                {'image_id': image_id, 'category_id': category_id, 'bbox': box, 'score': score}
-                for category_id, box, score in zip(
-                    idx_to_id[class_idx[keep]].tolist(), box_xywh.round(_BOX_DECIMALS).tolist(), scores.tolist(),
-                    strict=True))
-        if dropped:
-            _logger.warning('%d predictions are of classes without a category in the ground truth and were dropped: %s',
-                            sum(dropped.values()), ', '.join(f'class {c}: {n}' for c, n in sorted(dropped.items())))
-        return rows
+        """Turn predictions by image id into COCO result rows."""
+        return make_result_rows(images, category_ids(self._parser), self._ground_truth().getCatIds())
 
     def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores | VocScores:
         """Compute all numbers from the gathered predictions; runs on rank 0 only."""
@@ -388,7 +308,7 @@ class CocoEvaluator(Evaluator):
             write_json(output_result_file, rows)
         covered = set(truth.getImgIds())
         if self._covered is not None:
-            covered &= {_plain(image_id) for image_id in self._covered}
+            covered &= self._covered
         scores = self._compute(truth, rows, covered)
         if not any(line.count for line in scores.per_class):
             _logger.warning('the ground truth of these %d images has no boxes: nothing can be scored; AP is reported '

@@ -11,6 +11,8 @@ from torch import nn
 
 from effdet.checkpoint.manager import extract_state_dict, load_checkpoint_file, load_state_dict_report
 from effdet.config import get_efficientdet_config
+from effdet.config.model_config import find_model_spec
+from effdet.config.model_spec import ModelSpec, change_config
 from effdet.config.schema import LossConfig, ModelConfig
 from effdet.ops.sizes import check_image_size
 from effdet.runtime import device as device_layer
@@ -18,7 +20,7 @@ from timm_patches.fused_layers import convert_fused_layers
 from timm_patches.same_padding import convert_same_padding
 
 from .bench import DetBenchPredict, DetBenchTrain
-from .efficientdet import EfficientDet
+from .efficientdet import EfficientDet, HeadNet  # noqa: F401  (effdet has HeadNet here)
 from .helpers import load_checkpoint, load_pretrained
 
 _logger = logging.getLogger(__name__)
@@ -33,11 +35,11 @@ _OVERRIDES = ("redundant_bias", "label_smoothing", "legacy_focal", "jit_loss", "
 _BACKBONES_WITH_PAD_TYPE = ("timm.models.efficientnet", "timm.models.mobilenetv3", "timm.models.hardcorenas")
 
 
-def set_pad_type(config: Any, pad_type: str) -> None:
-    """Give backbone, FPN and heads of a config the same padding.
+def set_pad_type(config: Any, pad_type: str) -> Any:
+    """Give backbone, FPN and heads of a config the same padding; return it, see `change_config`.
 
     Args:
-        config: a writeable model config; changed in place.
+        config: a model config.
         pad_type: 'same' (TensorFlow's; the default of the tf_ models) or 'symmetric' (checkpoints of the original
             Ascend port, which had replaced SAME by symmetric padding, need it).
 
@@ -49,10 +51,10 @@ def set_pad_type(config: Any, pad_type: str) -> None:
     value = "same" if pad_type == "same" else ""
     takes_pad_type = model_entrypoint(config.backbone_name).__module__ in _BACKBONES_WITH_PAD_TYPE
     if takes_pad_type:
-        config.backbone_args = {**(config.backbone_args or {}), "pad_type": value}
+        config = change_config(config, backbone_args={**(config.backbone_args or {}), "pad_type": value})
     elif value:
         raise ValueError(f"Backbone '{config.backbone_name}' has no SAME padding: use pad_type symmetric.")
-    config.pad_type = value
+    return change_config(config, pad_type=value)
 
 
 def create_model(model_name: str, bench_task: str = "", num_classes: int | None = None,
@@ -71,7 +73,8 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
     """Build a model from a config.
 
     Args:
-        config: a node of `get_efficientdet_config`; changed by the overrides, then read-only.
+        config: a node of `get_efficientdet_config`, which the overrides change and which is read-only then; or a
+            ModelSpec.
         bench_task: 'train' or 'predict' for the bench of that task, '' for the bare network.
         num_classes: number of classes K; another one than the config's resets the class head after the published
             weights were loaded.
@@ -93,13 +96,13 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
     if bench_task not in ("", "train", "predict", None):
         raise ValueError(f"bench_task '{bench_task}' is none of 'train', 'predict', ''.")
     pretrained_backbone = kwargs.pop("pretrained_backbone", True) and not (pretrained or checkpoint_path)
-    for key in _OVERRIDES:
-        value = kwargs.pop(key, None)
-        if value is not None:
-            config[key] = check_image_size(value) if key == "image_size" else value
+    changes = {key: value for key in _OVERRIDES if (value := kwargs.pop(key, None)) is not None}
+    if "image_size" in changes:
+        changes["image_size"] = check_image_size(changes["image_size"])
+    config = change_config(config, **changes)
     pad_type = kwargs.pop("pad_type", None)
     if pad_type is not None:
-        set_pad_type(config, pad_type)
+        config = set_pad_type(config, pad_type)
     bench_labeler = kwargs.pop("bench_labeler", False)
 
     model = EfficientDet(config, pretrained_backbone=pretrained_backbone, **kwargs)
@@ -120,10 +123,10 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
 
 # ---- from the settings of a run ----
 
-def apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = None) -> None:
-    """Write the settings that a run gives (not None) over the model table's."""
-    overrides = {
-        "image_size": None if model.image_size is None else tuple(model.image_size),
+def apply_settings(spec: ModelSpec, model: Any, loss: LossConfig | None = None) -> ModelSpec:
+    """Put what the model and loss sections of a run set (not None) over a model's fields."""
+    changes = {
+        "image_size": model.image_size,
         "soft_nms": model.soft_nms,
         "max_det_per_image": model.max_det,
         "redundant_bias": getattr(model, "redundant_bias", None),
@@ -131,20 +134,16 @@ def apply_model_overrides(config: Any, model: Any, loss: LossConfig | None = Non
         "aspect_ratios": getattr(model, "aspect_ratios", None),
     }
     if loss is not None:
-        overrides |= {"label_smoothing": loss.label_smoothing, "legacy_focal": loss.legacy_focal, "alpha": loss.alpha,
-                      "gamma": loss.gamma, "delta": loss.delta, "box_loss_weight": loss.box_loss_weight}
-    for key, value in overrides.items():
-        if value is not None:
-            config[key] = value
+        changes |= {"label_smoothing": loss.label_smoothing, "legacy_focal": loss.legacy_focal, "alpha": loss.alpha,
+                    "gamma": loss.gamma, "delta": loss.delta, "box_loss_weight": loss.box_loss_weight}
     if getattr(model, "drop_path", None) is not None:
-        config.backbone_args = {**(config.backbone_args or {}), "drop_path_rate": model.drop_path}
+        changes["backbone_args"] = {**(spec.backbone_args or {}), "drop_path_rate": model.drop_path}
+    return spec.replace(**{key: value for key, value in changes.items() if value is not None})
 
 
-def resolve_model_config(model: Any, loss: LossConfig | None = None) -> Any:
-    """Return the model table's config with what the model and loss sections of a run set over it."""
-    config = get_efficientdet_config(model.name)
-    apply_model_overrides(config, model, loss)
-    return config
+def resolve_model_config(model: Any, loss: LossConfig | None = None) -> ModelSpec:
+    """Return the model table's fields with what the model and loss sections of a run set over them."""
+    return apply_settings(find_model_spec(model.name), model, loss)
 
 
 def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Module:

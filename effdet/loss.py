@@ -238,3 +238,11 @@ def focal_loss_legacy(logits: Tensor, targets: Tensor, alpha: float, gamma: floa
     foreground = (targets == 1).to(logits.dtype)
     weight = foreground * alpha + (1 - foreground) * (1 - alpha)
     return weight * modulator * F.binary_cross_entropy_with_logits(logits, targets, reduction="none") / normalizer
+
+
+def _box_loss(box_outputs: Tensor, box_targets: Tensor, num_positives: Tensor | float, delta: float = 0.1) -> Tensor:
+    """Compute the box loss of one level, normalised: effdet's name; deltas and targets are of one shape."""
+    return huber_loss(box_outputs, box_targets, delta, box_targets != 0, size_average=False) / (num_positives * 4.0)
+
+
+loss_jit = loss_fn  # effdet's name; there is one implementation

@@ -49,12 +49,12 @@ SMALL_MODEL = {
 def small_checkpoint(tmp_path_factory) -> Path:
     """Write a checkpoint as train.py does, of a small model whose scores spread over 0..1; EMA weights differ."""
     from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
-    from effdet.config.model_config import model_config_from_plain, model_config_to_plain
+    from effdet.config.model_config import stored_model_spec
     from effdet.data.coco.categories import CategoryMap
     from effdet.efficientdet import EfficientDet
 
     torch.manual_seed(0)
-    network = EfficientDet(model_config_from_plain({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False)
+    network = EfficientDet(stored_model_spec({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False)
     for module in network.modules():  # an initial network's norm layers let next to nothing through
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
@@ -68,7 +68,7 @@ def small_checkpoint(tmp_path_factory) -> Path:
     save_checkpoint(path, {
         "version": CHECKPOINT_VERSION, "arch": network.config.name, "state_dict": trained, "state_dict_ema": ema,
         "optimizer": {"state": {}}, "epoch": 4, "step": 40, "metric": 0.25, "config": {"run": {"seed": 42}},
-        "model_config": model_config_to_plain(network.config), "image_size": [128, 128],
+        "model_config": network.config.to_plain(), "image_size": [128, 128],
         "category_map": CategoryMap((3, 7, 12), ("ball", "box", "star"), 3).to_dict()})
     return path
 

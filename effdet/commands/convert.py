@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
-from effdet.config.model_config import model_config_to_plain
+from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.annotations import CocoParser, CocoParserCfg
 from effdet.data.coco.categories import resolve_category_map
@@ -43,7 +43,7 @@ def convert_checkpoint(path: str, model: str | None = None, ann: str | None = No
     detector = load_detector(path, DemoModelConfig(name=model, image_size=image_size and list(image_size)), use_ema)
     config = detector.model.config
     payload = {"version": CHECKPOINT_VERSION, "arch": config.name, "state_dict": detector.model.state_dict(),
-               "model_config": model_config_to_plain(config), "image_size": list(config.image_size)}
+               "model_config": ModelSpec(config).to_plain(), "image_size": list(config.image_size)}
     if ann is not None:
         categories = CocoParser(CocoParserCfg(ann_filename=ann, has_labels=False)).categories
         payload["category_map"] = resolve_category_map(categories, config.num_classes, detector.category_map).to_dict()

@@ -49,7 +49,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.runtime.launch import launch, needs_launch, start
     from effdet.training.auto_batch import AUTO
     from effdet.training.run_dir import make_run_folder
-    from effdet.training.trainer import newest_checkpoint, open_session
+    from effdet.training.trainer import fit, newest_checkpoint, prepare
 
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
@@ -63,20 +63,20 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
-            session = open_session(cfg, device)
+            prepared = prepare(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (signals.listening(), progress.ended(), contextlib.closing(session),
+        with (signals.listening(), progress.ended(), contextlib.closing(prepared),
               dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadPicturesError,))):
-            session.run()
+            status = fit(prepared)
         if watch is not None:
             watch.end()
     except signals.StopRequested as stop:
         _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code,
-                     newest_checkpoint(session.output_dir))
+                     newest_checkpoint(prepared.output_dir))
         return stop.exit_code
     finally:
         distributed.shutdown()
-    return session.status
+    return status
 
 
 if __name__ == "__main__":

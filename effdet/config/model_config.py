@@ -4,10 +4,12 @@ Sources: EfficientDet, https://arxiv.org/abs/1911.09070, table 1 (sizes, channel
 models); the release page of rwightman/efficientdet-pytorch (weights, and the models that exist only there).
 """
 from collections.abc import Mapping
-from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from .model_spec import ModelSpec
 
 _RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1/"
 
@@ -58,7 +60,12 @@ _BASE: dict[str, Any] = {
 
 def default_detection_model_configs() -> DictConfig:
     """Return the base config that every model's differences are applied to."""
-    return OmegaConf.create(deepcopy(_BASE))
+    return OmegaConf.create(ModelSpec(_BASE).to_plain())
+
+
+# What the lite models have in common.
+tf_efficientdet_lite_common: dict[str, Any] = {
+    "fpn_name": "bifpn_sum", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "act_type": "relu6"}
 
 
 def _entry(name: str, backbone: str, size: int, channels: int, cells: int = 3, head: int = 3, drop_path: float = 0.2,
@@ -83,10 +90,10 @@ def _table() -> dict[str, dict[str, Any]]:
     plain_sum = {"fpn_name": "bifpn_sum"}
     inception = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     adversarial = {**inception, "fill_color": 0}
-    lite = {**inception, **plain_sum, "act_type": "relu6"}
+    lite = tf_efficientdet_lite_common
     effnet, tf_effnet, tf_lite = "efficientnet_b{}", "tf_efficientnet_b{}", "tf_efficientnet_lite{}"
 
-    rows = [
+    rows = [  # a model a row, not an argument a line
         # Trained in PyTorch, symmetric padding.
         _entry("efficientdet_d0", effnet.format(0), 512, 64, 3, drop_path=0.1,
                weights="efficientdet_d0-f3276ba8.pth", **symmetric),
@@ -173,7 +180,7 @@ def _table() -> dict[str, dict[str, Any]]:
                weights="tf_efficientdet_lite3x-8404c57b.pth", **lite),
         _entry("tf_efficientdet_lite4", tf_lite.format(4), 640, 224, 7, 4,
                weights="tf_efficientdet_lite4-391ddabc.pth", **lite),
-    ]
+    ]  # fmt: skip
     return {row["name"]: row for row in rows}
 
 
@@ -181,21 +188,23 @@ def _table() -> dict[str, dict[str, Any]]:
 efficientdet_model_param_dict: dict[str, dict[str, Any]] = _table()
 
 
-def get_efficientdet_config(model_name: str = "tf_efficientdet_d1") -> DictConfig:
-    """Return the config of a model as a node of its own; set `num_classes`, `image_size` and others on it.
+def find_model_spec(model_name: str) -> ModelSpec:
+    """Return the fields of a model of the table.
 
     Raises:
         ValueError: the table has no such model; the nearest names are given.
     """
     if model_name not in efficientdet_model_param_dict:
-        from difflib import get_close_matches
         nearest = get_close_matches(model_name, efficientdet_model_param_dict, n=3, cutoff=0.3)
         raise ValueError(f"Unknown model '{model_name}'. Nearest: {', '.join(nearest) or 'none'}. All names: "
                          "effdet.config.model_config.efficientdet_model_param_dict.")
-    config = default_detection_model_configs()
-    config.update(deepcopy(efficientdet_model_param_dict[model_name]))
-    config.num_levels = config.max_level - config.min_level + 1
-    return config
+    spec = ModelSpec({**_BASE, **efficientdet_model_param_dict[model_name]})
+    return spec.replace(num_levels=spec.max_level - spec.min_level + 1)
+
+
+def get_efficientdet_config(model_name: str = "tf_efficientdet_d1") -> DictConfig:
+    """Return `find_model_spec` as an omegaconf node of its own; set `num_classes`, `image_size` and others on it."""
+    return OmegaConf.create(find_model_spec(model_name).to_plain())
 
 
 def published_model_name(file_name: str) -> str | None:
@@ -204,13 +213,6 @@ def published_model_name(file_name: str) -> str | None:
     return next((name for name, url in urls.items() if url and url.rpartition("/")[2] == file_name), None)
 
 
-def model_config_to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a model config as plain dicts, lists and numbers, for a checkpoint."""
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def model_config_from_plain(plain: Mapping[str, Any]) -> DictConfig:
-    """Return a writeable model config from `model_config_to_plain`'s result; fields it lacks keep their defaults."""
-    config = default_detection_model_configs()
-    config.update(deepcopy(dict(plain)))
-    return config
+def stored_model_spec(fields: Mapping[str, Any]) -> ModelSpec:
+    """Return the model config that a checkpoint holds (`ModelSpec.to_plain`); fields it lacks keep their defaults."""
+    return ModelSpec({**_BASE, **fields})

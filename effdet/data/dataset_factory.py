@@ -5,14 +5,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .coco.annotations import UNLABELED_SPLITS, CocoParser, CocoParserCfg, coco_paths
+from .coco.annotations import UNLABELED_SPLITS, CocoParser, coco_paths
 from .coco.categories import CategoryMap, resolve_category_map
 from .dataset import DetectionDatset
-from .formats.open_images import OPEN_IMAGES_SPLITS, OpenImagesParserCfg
-from .formats.voc import VOC_SPLITS, VocParserCfg
-from .parsers import create_parser
+from .dataset_config import (
+    Coco2014Cfg,
+    Coco2017Cfg,
+    CocoCfg,
+    OpenImagesCfg,
+    OpenImagesObjCfg,
+    OpenImagesObjChallenge2019Cfg,
+    OpenImagesObjV5Cfg,
+    OpenImagesSegCfg,
+    OpenImagesSegChallenge2019Cfg,
+    OpenImagesSegV5Cfg,
+    Voc0712Cfg,
+    Voc2007Cfg,
+    Voc2012Cfg,
+    VocCfg,
+)
+from .parsers import CocoParserCfg, OpenImagesParserCfg, VocParserCfg, create_parser
+
+__all__ = [
+    "Coco2014Cfg", "Coco2017Cfg", "CocoCfg", "CocoParserCfg", "OpenImagesCfg", "OpenImagesObjCfg",
+    "OpenImagesObjChallenge2019Cfg", "OpenImagesObjV5Cfg", "OpenImagesParserCfg", "OpenImagesSegCfg",
+    "OpenImagesSegChallenge2019Cfg", "OpenImagesSegV5Cfg", "Voc0712Cfg", "Voc2007Cfg", "Voc2012Cfg", "VocCfg",
+    "VocParserCfg", "create_dataset", "create_parser", "open_coco",
+]
 
 _logger = logging.getLogger(__name__)
+
+_VOC = {"voc2007": Voc2007Cfg, "voc2012": Voc2012Cfg, "voc0712": Voc0712Cfg}
+_OPEN_IMAGES = {"openimages": OpenImagesObjV5Cfg, "openimages-challenge2019": OpenImagesObjChallenge2019Cfg}
 
 
 def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str) -> CocoParserCfg:
@@ -110,20 +134,25 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
         return img_dir, create_parser("coco", cfg=_cfg(img_dir, ann_path, split, crowd))
     if name.startswith("voc"):
         year = next((key for key in ("voc0712", "voc2007") if key in name), "voc2012")
-        lists, annotations, pictures = zip(*_named_split(VOC_SPLITS[year], year, split), strict=True)
+        layout = _VOC[year]()
+        part = _named_split(layout.splits, year, split)
+        lists, annotations, folders = (
+            [part[key]] if isinstance(part[key], str) else part[key]
+            for key in ("split_filename", "ann_filename", "img_dir"))
         cfg = VocParserCfg([str(root / path) for path in lists], [str(root / path) for path in annotations],
-                           list(pictures), min_img_size=smallest)
+                           [f"{folder}/{layout.img_filename}" for folder in folders], min_img_size=smallest)
         return root, create_parser("voc", cfg=cfg)
     if name.startswith("openimages"):
         key = "openimages-challenge2019" if "challenge2019" in name else "openimages"
-        classes, all_splits = OPEN_IMAGES_SPLITS[key]
-        part = _named_split(all_splits, key, split)
+        layout = _OPEN_IMAGES[key]()
+        part = _named_split(layout.splits, key, split)
         cfg = OpenImagesParserCfg(
-            str(root / classes), str(root / part["info"]), str(root / part["boxes"]) if part["boxes"] else "",
-            prefix_levels=part["prefix_levels"], has_labels=bool(part["boxes"]), min_img_size=smallest)
+            str(root / layout.categories_map), str(root / part["img_info"]),
+            str(root / part["ann_bbox"]) if part["has_labels"] else "", img_filename=layout.img_filename,
+            prefix_levels=part["prefix_levels"], has_labels=part["has_labels"], min_img_size=smallest)
         return root / part["img_dir"], create_parser("openimages", cfg=cfg)
     raise ValueError(f"data set {name!r} is unknown, available: coco (2017), coco2017, coco2014, "
-                     f"{', '.join([*VOC_SPLITS, *OPEN_IMAGES_SPLITS])}")
+                     f"{', '.join([*_VOC, *_OPEN_IMAGES])}")
 
 
 def _named_split(splits: dict[str, Any], name: str, split: str) -> Any:

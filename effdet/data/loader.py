@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from effdet.runtime.device import pick_device, supports_pinning, to_device
+from effdet.anchors import AnchorLabeler
+from effdet.runtime.device import pick_device
+from effdet.runtime.memory import supports_pinning, to_device
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform
@@ -23,19 +25,41 @@ from .transforms import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
+    Compose,
+    ImageToNumpy,
+    ImageToTensor,
+    RandomFlip,
+    RandomResizePad,
+    ResizePad,
+    clip_boxes,
+    clip_boxes_,
+    resolve_fill_color,
     transforms_coco_eval,
     transforms_coco_train,
 )
 
 __all__ = [
+    "AnchorLabeler",
+    "Compose",
     "DetectionFastCollate",
     "IMAGENET_DEFAULT_MEAN",
     "IMAGENET_DEFAULT_STD",
     "IMAGENET_INCEPTION_MEAN",
     "IMAGENET_INCEPTION_STD",
+    "ImageToNumpy",
+    "ImageToTensor",
     "MAX_NUM_INSTANCES",
     "PrefetchLoader",
+    "RandomErasing",
+    "RandomFlip",
+    "RandomResizePad",
+    "ResizePad",
+    "clip_boxes",
+    "clip_boxes_",
     "create_loader",
+    "resolve_fill_color",
+    "transforms_coco_eval",
+    "transforms_coco_train",
 ]
 
 

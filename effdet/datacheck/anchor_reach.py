@@ -5,7 +5,6 @@ the letterbox of the evaluation puts them; a training that scales pictures at ra
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from effdet.anchors import Anchors
+from effdet.config.model_spec import ModelSpec
 from effdet.ops.labels_cpu import SparseMatcher
 from effdet.ops.sizes import IMAGE_STRIDE, letterbox_scale
 
@@ -74,8 +74,7 @@ def suggest_anchors(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, config: Any) -
         config: the model config.
     """
     def try_setting(image_size: Sequence[int], scale: Any, ratios: Sequence[Any]) -> float:
-        tried = copy.deepcopy(config)
-        tried.image_size, tried.anchor_scale, tried.aspect_ratios = tuple(image_size), scale, ratios
+        tried = ModelSpec({**config, "image_size": image_size, "anchor_scale": scale, "aspect_ratios": ratios})
         return float(find_reached(letterbox_boxes(boxes_yxyx, sizes_wh, image_size), tried).mean())
 
     def best_scale(image_size: Sequence[int], ratios: Sequence[Any]) -> tuple[float, Any]:

@@ -28,9 +28,12 @@ except ImportError:  # no build for this platform
 if not hasattr(getattr(hotcoco, 'COCO', None), 'from_arrays'):  # older than 1.3
     hotcoco = None
 
-__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'score_rows']
+__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'make_result_rows', 'score_rows']
 
 _logger = logging.getLogger(__name__)
+
+# A thousandth of a pixel: what float32 holds in images of up to 8000 px, and what COCO files are written with.
+_BOX_DECIMALS = 3
 
 
 class _Stat(NamedTuple):
@@ -164,6 +167,38 @@ def index_ground_truth(source: Mapping[str, Any]) -> COCO:
         _logger.warning('%d ground-truth annotations without four finite bbox numbers are left out of the evaluation: '
                         'ids %s%s', len(unusable), unusable[:5], ' ...' if len(unusable) > 5 else '')
     return _index_coco(source.get('images', ()), source.get('categories', ()), annotations)
+
+
+def make_result_rows(images: Mapping[Any, np.ndarray], category_ids: np.ndarray, known_ids: Collection[int]
+                     ) -> list[dict[str, Any]]:
+    """Turn predictions into COCO result rows of plain Python values.
+
+    Args:
+        images: by image id [n, 6]: x_min, y_min, x_max, y_max, score, class from 1.
+        category_ids: the category id of each class_idx.
+        known_ids: those of the ground truth; predictions of other classes are dropped, with a warning.
+    """
+    has_category = np.isin(category_ids, list(known_ids))
+    rows: list[dict[str, Any]] = []
+    dropped: Counter[int] = Counter()
+    for image_id, detections in images.items():
+        class_idx = detections[:, 5].astype(np.int64) - 1
+        keep = (class_idx >= 0) & (class_idx < len(category_ids))
+        keep[keep] = has_category[class_idx[keep]]
+        dropped.update((class_idx[~keep] + 1).tolist())
+        box_xywh = detections[keep, :4].astype(np.float64)
+        box_xywh[:, 2:] -= box_xywh[:, :2]
+        # The shortest decimal that is the same float32: no tie is made or broken, no digits are invented.
+        scores = detections[keep, 4].astype(str).astype(np.float64)
+        rows.extend(
+            {'image_id': image_id, 'category_id': category_id, 'bbox': box, 'score': score}
+            for category_id, box, score in zip(
+                category_ids[class_idx[keep]].tolist(), box_xywh.round(_BOX_DECIMALS).tolist(), scores.tolist(),
+                strict=True))
+    if dropped:
+        _logger.warning('%d predictions are of classes without a category in the ground truth and were dropped: %s',
+                        sum(dropped.values()), ', '.join(f'class {c}: {n}' for c, n in sorted(dropped.items())))
+    return rows
 
 
 def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], max_det: int) -> CocoScores:

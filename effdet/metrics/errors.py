@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MATCH_IOU = 0.5
+from effdet.ops.boxes import box_area, pairwise_common, pairwise_iou
+
+from .voc import MATCH_IOU
+
 RIGHT, CONFUSED, WRONG = 0, 1, 2  # of a prediction: class and place, place only, neither; of an object: WRONG = missed
 
 
@@ -48,7 +51,7 @@ def match_picture(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicte
     taken = np.zeros(len(objects_xyxy), dtype=bool)
     state = np.full(len(predicted_xyxy), WRONG)
     if len(objects_xyxy) and len(predicted_xyxy):
-        overlap = _pairwise_iou(predicted_xyxy, objects_xyxy)
+        overlap = pairwise_iou(predicted_xyxy, objects_xyxy)
         overlap[overlap < MATCH_IOU] = 0.0
         same = np.where(predicted_classes[:, None] == object_classes[None, :], overlap, 0.0)
         for found_state, table in ((RIGHT, same), (CONFUSED, overlap)):
@@ -60,27 +63,12 @@ def match_picture(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicte
                 if row[best] > 0:
                     object_of[n], taken[best], state[n] = best, True, found_state
     if crowds_xyxy is not None and len(crowds_xyxy) and (state == WRONG).any():
-        inside = _pairwise_common(predicted_xyxy, crowds_xyxy) / np.maximum(_areas(predicted_xyxy), 1e-9)[:, None]
-        state[(state == WRONG) & (inside.max(axis=1) >= 0.5)] = -1
+        inside = pairwise_common(predicted_xyxy, crowds_xyxy) / np.maximum(box_area(predicted_xyxy), 1e-9)[:, None]
+        state[(state == WRONG) & (inside.max(axis=1) >= MATCH_IOU)] = -1
     object_state = np.full(len(objects_xyxy), WRONG)
     matched = object_of >= 0
     object_state[object_of[matched]] = state[matched]
     return Matches(object_of, state, object_state)
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.clip(boxes[:, 2] - boxes[:, 0], 0, None) * np.clip(boxes[:, 3] - boxes[:, 1], 0, None)
-
-
-def _pairwise_common(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    sides = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - low, 0, None)
-    return sides[..., 0] * sides[..., 1]
-
-
-def _pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    common = _pairwise_common(a, b)
-    return common / np.maximum(_areas(a)[:, None] + _areas(b)[None, :] - common, 1e-9)
 
 
 @dataclass

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
+from effdet.ops.boxes import iou_from_areas, pairwise_common
+
 from .coco import ClassMetrics, plain_number
 
-MATCH_IOU = 0.5
+MATCH_IOU = 0.5  # from which a detection has found an object; also the share of it inside a group box
 
 
 @dataclass(frozen=True)
@@ -81,45 +83,48 @@ def _match(rows: Sequence[Mapping[str, Any]], objects: Mapping[Any, Sequence[Map
     Each detection is compared with the object it overlaps most: the first to find an object is right, later ones are
     wrong.
     """
-    hits, taken = [], set()
-    for row in sorted(rows, key=lambda row: -row["score"]):
-        present = objects.get(row["image_id"], ())
-        single = [a for a in present if not a["iscrowd"]]
-        overlaps = [_iou(row["bbox"], a["bbox"]) for a in single]
-        best = int(np.argmax(overlaps)) if overlaps else -1
-        if best >= 0 and overlaps[best] >= MATCH_IOU:
-            if single[best]["difficult"]:
-                continue
-            hits.append(single[best]["id"] not in taken)
-            taken.add(single[best]["id"])
-        elif not any(_share_inside(row["bbox"], a["bbox"]) >= MATCH_IOU for a in present if a["iscrowd"]):
-            hits.append(False)
-    return np.array(hits, dtype=bool)
+    rows = sorted(rows, key=lambda row: -row["score"])
+    in_image: dict[Any, list[int]] = defaultdict(list)
+    for at, row in enumerate(rows):
+        in_image[row["image_id"]].append(at)
+    hits, counts = np.zeros(len(rows), dtype=bool), np.ones(len(rows), dtype=bool)
+    for image_id in in_image.keys() & objects.keys():
+        present, places, taken = objects[image_id], in_image[image_id], set()
+        is_group = np.array([a["iscrowd"] for a in present], dtype=bool)
+        overlaps, shares = _overlaps([rows[at]["bbox"] for at in places], [a["bbox"] for a in present])
+        overlaps[:, is_group], shares[:, ~is_group] = 0.0, 0.0
+        for at, overlap, share in zip(places, overlaps, shares, strict=True):
+            best = int(overlap.argmax())
+            if overlap[best] >= MATCH_IOU:
+                counts[at] = not present[best]["difficult"]
+                hits[at] = best not in taken
+                taken.add(best)
+            else:
+                counts[at] = share.max() < MATCH_IOU
+    return hits[counts]
 
 
-def _common(a: Sequence[float], b: Sequence[float]) -> float:
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    return max(width, 0.0) * max(height, 0.0)
-
-
-def _iou(a: Sequence[float], b: Sequence[float]) -> float:
-    common = _common(a, b)
-    union = a[2] * a[3] + b[2] * b[3] - common
-    return common / union if union > 0 else 0.0
-
-
-def _share_inside(box: Sequence[float], region: Sequence[float]) -> float:
-    area = box[2] * box[3]
-    return _common(box, region) / area if area > 0 else 0.0
+def _overlaps(found_xywh: Sequence[Sequence[float]], present_xywh: Sequence[Sequence[float]]
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the IoU of each detection with each object, and the share of the detection inside it: [n, m] both."""
+    found, present = (np.array(boxes, dtype=np.float64) for boxes in (found_xywh, present_xywh))
+    areas, present_areas = found[:, None, 2] * found[:, None, 3], present[:, 2] * present[:, 3]
+    for boxes in (found, present):
+        boxes[:, 2:] += boxes[:, :2]
+    common = pairwise_common(found, present)
+    with np.errstate(invalid="ignore", divide="ignore"):  # boxes without an area
+        overlaps, shares = iou_from_areas(common, areas, present_areas), common / areas
+    return np.where(common > 0, overlaps, 0.0), np.where(common > 0, shares, 0.0)
 
 
 def _average_precision(hits: np.ndarray, num_objects: int) -> float:
-    """Return the area under the precision envelope over recall; NaN without objects."""
     if num_objects == 0:
         return math.nan
     right = np.cumsum(hits)
-    recall = np.concatenate(([0.0], right / num_objects))
-    precision = right / np.arange(1, len(hits) + 1)
+    return average_precision(right / np.arange(1, len(hits) + 1), right / num_objects)
+
+
+def average_precision(precision: np.ndarray, recall: np.ndarray) -> float:
+    """Return the area under the precision envelope over recall; both [n] by falling score, 0.0 where n is 0."""
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall) * envelope).sum())
+    return float((np.diff(recall, prepend=0.0) * envelope).sum())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effdet.config import get_fpn_config
+from effdet.config.model_spec import ModelSpec
 from effdet.ops.sizes import get_feat_sizes
 
 from .layers import ConvBnAct2d, LayerMaker, ResampleFeatureMap, SeparableConv2d, get_activation, get_norm_layer
@@ -122,7 +123,7 @@ class BiFpn(nn.Module):
         super().__init__()
         self.num_levels = config.num_levels
         norm_layer = get_norm_layer(config)
-        fpn_config = config.fpn_config or get_fpn_config(config.fpn_name, config.min_level, config.max_level)
+        layout = ModelSpec(config.fpn_config or get_fpn_config(config.fpn_name, config.min_level, config.max_level))
         feat_sizes = get_feat_sizes(config.image_size, config.max_level)
         info = [{"num_chs": entry["num_chs"], "size": feat_sizes[config.min_level + index]}
                 for index, entry in enumerate(feature_info)]
@@ -140,7 +141,7 @@ class BiFpn(nn.Module):
         self.cell = SequentialList()
         for repeat in range(config.fpn_cell_repeats):
             layer = BiFpnLayer(
-                info, feat_sizes, fpn_config, config.fpn_channels, config.num_levels, config.pad_type,
+                info, feat_sizes, layout, config.fpn_channels, config.num_levels, config.pad_type,
                 config.downsample_type, config.upsample_type, norm_layer, get_activation(config.act_type),
                 config.apply_resample_bn, not config.conv_bn_relu_pattern, config.separable_conv, config.redundant_bias)
             self.cell.add_module(str(repeat), layer)

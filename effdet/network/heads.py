@@ -21,12 +21,12 @@ class HeadNet(nn.Module):
         """Build a head from a model config.
 
         Args:
-            config: the model config.
+            config: the model config, any object with its fields.
             num_outputs: values for each anchor: K for classes, 4 for boxes.
         """
         super().__init__()
         self.num_levels = config.num_levels
-        self.bn_level_first = bool(config.get("head_bn_level_first", False))
+        self.bn_level_first = bool(getattr(config, "head_bn_level_first", False))
         norm_layer = get_norm_layer(config)
         channels, repeats = config.fpn_channels, config.box_class_repeats
         conv = SeparableConv2d if config.separable_conv else ConvBnAct2d
@@ -39,7 +39,7 @@ class HeadNet(nn.Module):
         else:
             self.bn_rep = nn.ModuleList(nn.ModuleList(_named_bn(norm_layer(channels)) for _ in range(self.num_levels))
                                         for _ in range(repeats))
-        self.act = get_activation(config.get("head_act_type") or config.act_type)(inplace=True)
+        self.act = get_activation(getattr(config, "head_act_type", None) or config.act_type)(inplace=True)
         num_anchors = len(config.aspect_ratios) * config.num_scales
         self.predict = conv(channels, num_outputs * num_anchors, bias=True, **options)
 

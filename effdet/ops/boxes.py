@@ -1,12 +1,16 @@
-"""Boxes as tensors: areas, intersections, IoU, clipping, and the code of a box relative to an anchor.
+"""Boxes: areas, intersections, IoU, clipping, and the code of a box relative to an anchor.
 
-Pure functions of tensors in either `_yxyx` (y_min, x_min, y_max, x_max) or `_xyxy` order; the order is in the name
-where it matters. Coordinates are pixels, continuous: a box's width is x_max - x_min. No models, no I/O.
+The only place that computes an IoU; it takes tensors and numpy arrays alike. Pure functions, in either `_yxyx` (y_min,
+x_min, y_max, x_max) or `_xyxy` order; the order is in the name where it matters. Coordinates are pixels, continuous: a
+box's width is x_max - x_min. No models, no I/O.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +22,46 @@ MAX_LOG_SIDE_RATIO = math.log(1000.0 / 16.0)
 # with the value of rwightman/efficientdet-pytorch.
 ENCODE_EPSILON = 1e-7
 
+Array = TypeVar("Array", Tensor, np.ndarray)
 
-def box_area(boxes: Tensor) -> Tensor:
+
+def box_area(boxes: Array) -> Array:
     """Return the areas [...] of boxes [..., 4] in either order; negative sides are not corrected."""
-    a_min, b_min, a_max, b_max = boxes.unbind(-1)
-    return (a_max - a_min) * (b_max - b_min)
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def _library(array: Array) -> Any:
+    return torch if isinstance(array, Tensor) else np
+
+
+def common_area(planes1: Sequence[Array], planes2: Sequence[Array]) -> Array:
+    """Compute the areas that boxes have in common.
+
+    Args:
+        planes1: four arrays, the coordinates of the first boxes, yxyx or xyxy; planes beyond the fourth are not read.
+        planes2: those of the second boxes in the same order, of a shape that broadcasts with the first.
+
+    Returns:
+        The broadcast shape; 0 where the boxes do not overlap.
+    """
+    library = _library(planes1[0])
+    first = (library.minimum(planes1[2], planes2[2]) - library.maximum(planes1[0], planes2[0])).clip(0)
+    second = (library.minimum(planes1[3], planes2[3]) - library.maximum(planes1[1], planes2[1])).clip(0)
+    return first * second
+
+
+def iou_from_areas(common: Array, areas1: Array, areas2: Array) -> Array:
+    """Return the IoU of boxes with these areas and this area in common; NaN for two boxes without an area."""
+    return common / (areas1 + areas2 - common)
+
+
+def pairwise_common(boxes1: Array, boxes2: Array) -> Array:
+    """Return the area that each pair of boxes has in common: [..., N, 4] and [..., M, 4] in, [..., N, M] out."""
+    return common_area([boxes1[..., :, None, k] for k in range(4)], [boxes2[..., None, :, k] for k in range(4)])
+
+
+@np.errstate(invalid="ignore")  # 0 / 0 of two boxes without an area
+def pairwise_iou(boxes1: Array, boxes2: Array) -> Array:
     """Compute the IoU of each pair of boxes; both sets are in the same order, yxyx or xyxy.
 
     Args:
@@ -35,12 +71,10 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Returns:
         [..., N, M] in 0..1; 0 where the boxes do not overlap, degenerate boxes included.
     """
-    first, second = boxes1.unsqueeze(-2), boxes2.unsqueeze(-3)
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
-    sides = sides.clamp(min=0)
-    intersection = sides[..., 0] * sides[..., 1]
-    union = box_area(boxes1).unsqueeze(-1) + box_area(boxes2).unsqueeze(-2) - intersection
-    return torch.where(intersection > 0, intersection / union, torch.zeros_like(intersection))
+    common = pairwise_common(boxes1, boxes2)
+    iou = iou_from_areas(common, box_area(boxes1)[..., :, None], box_area(boxes2)[..., None, :])
+    library = _library(iou)
+    return library.where(common > 0, iou, library.zeros_like(iou))
 
 
 def clip_boxes_xyxy(boxes: Tensor, size: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from effdet.runtime.device import is_host
 
 from . import nms_cpu
-from .boxes import clip_boxes_xyxy, decode_boxes
+from .boxes import box_area, clip_boxes_xyxy, common_area, decode_boxes, iou_from_areas
 
 # Post-processing constants of the reference (google/automl, efficientdet/nms_np.py and rwightman/efficientdet-pytorch).
 IOU_THRESHOLD = 0.5
@@ -73,23 +73,20 @@ def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: in
     """
     if is_host(boxes_xyxy.device):
         return nms_cpu.batched_nms(boxes_xyxy, scores, classes, max_det, iou_threshold)
-    x_min, y_min, x_max, y_max = boxes_xyxy.unbind(-1)
-    areas = (x_max - x_min) * (y_max - y_min)
+    areas = box_area(boxes_xyxy)
     positions = torch.arange(scores.shape[1], device=scores.device)
-    planes = torch.stack((x_min, y_min, x_max, y_max, areas, classes.to(areas.dtype)), 1)  # [B, 6, k]
+    corners = boxes_xyxy.unbind(-1)
+    planes = torch.stack((*corners, areas, classes.to(areas.dtype)), 1)  # [B, 6, k]
     alive = scores
     kept_indices, kept_scores = [], []
     for _ in range(min(max_det, scores.shape[1])):
         score, index = alive.max(1, keepdim=True)
         kept_indices.append(index)
         kept_scores.append(score)
-        best = planes.gather(2, index.unsqueeze(1).expand(-1, 6, 1))  # [B, 6, 1]
-        width = torch.minimum(x_max, best[:, 2]) - torch.maximum(x_min, best[:, 0])
-        height = torch.minimum(y_max, best[:, 3]) - torch.maximum(y_min, best[:, 1])
-        intersection = width.clamp_(min=0) * height.clamp_(min=0)
-        iou = intersection / (areas + best[:, 4] - intersection)
-        # Two empty boxes give 0 / 0: the comparison is false and neither suppresses the other.
-        suppressed = ((iou > iou_threshold) & (planes[:, 5] == best[:, 5])) | (positions == index)
+        best = planes.gather(2, index.unsqueeze(1).expand(-1, 6, 1)).unbind(1)  # 6 x [B, 1]
+        iou = iou_from_areas(common_area(corners, best), areas, best[4])
+        # Two empty boxes give NaN: the comparison is false and neither suppresses the other.
+        suppressed = ((iou > iou_threshold) & (planes[:, 5] == best[5])) | (positions == index)
         alive = alive.masked_fill(suppressed, _SUPPRESSED)
     return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
 
@@ -117,9 +114,9 @@ def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_de
     """
     batch, count = scores.shape
     offsets = classes.to(boxes_xyxy.dtype) * (boxes_xyxy.reshape(batch, -1).amax(1, keepdim=True) + 1)
-    x_min, y_min, x_max, y_max = (boxes_xyxy + offsets.unsqueeze(-1)).unbind(-1)
-    areas = (x_max - x_min) * (y_max - y_min)
-    planes = torch.stack((x_min, y_min, x_max, y_max, areas), 1)
+    boxes_xyxy = boxes_xyxy + offsets.unsqueeze(-1)
+    corners, areas = boxes_xyxy.unbind(-1), box_area(boxes_xyxy)
+    planes = torch.stack((*corners, areas), 1)
     positions = torch.arange(count, device=scores.device)
     alive = scores
     kept_indices, kept_scores = [], []
@@ -127,12 +124,9 @@ def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_de
         score, index = alive.max(1, keepdim=True)
         kept_indices.append(index)
         kept_scores.append(score)
-        best = planes.gather(2, index.unsqueeze(1).expand(-1, 5, 1))
-        width = torch.minimum(x_max, best[:, 2]) - torch.maximum(x_min, best[:, 0])
-        height = torch.minimum(y_max, best[:, 3]) - torch.maximum(y_min, best[:, 1])
-        intersection = width.clamp_(min=0) * height.clamp_(min=0)
-        union = areas + best[:, 4] - intersection
-        iou = torch.where(intersection > 0, intersection / union, torch.zeros_like(union))
+        best = planes.gather(2, index.unsqueeze(1).expand(-1, 5, 1)).unbind(1)
+        common = common_area(corners, best)
+        iou = torch.where(common > 0, iou_from_areas(common, areas, best[4]), torch.zeros_like(common))
         if method_gaussian:
             decay = torch.exp(-iou.square() / sigma)
         else:

@@ -11,11 +11,10 @@ from torch import nn
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
-from effdet.config import get_efficientdet_config
-from effdet.config.model_config import model_config_from_plain, published_model_name
+from effdet.config.model_config import find_model_spec, published_model_name, stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.categories import CategoryMap
-from effdet.factory import apply_model_overrides, create_model_from_config, place_model, set_pad_type
+from effdet.factory import apply_settings, create_model_from_config, place_model, set_pad_type
 from effdet.network.folding import fold_batch_norm
 from effdet.ops.sizes import nearest_image_size
 from effdet.runtime import device as device_layer
@@ -53,21 +52,21 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     state = extract_state_dict(payload, use_ema)
     name = model.name or payload.get("arch") or published_model_name(Path(path).name)
     if isinstance(payload.get("model_config"), Mapping):
-        config = model_config_from_plain(payload["model_config"])
+        config = stored_model_spec(payload["model_config"])
         if model.name and config.name != model.name:
             raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: "
                                   "leave --model out.")
     elif name:
-        config = get_efficientdet_config(name)
-        config.num_classes = _count_classes(state, config)
+        config = find_model_spec(name)
+        config = config.replace(num_classes=_count_classes(state, config))
     else:
         raise CheckpointError(f"{path} holds weights only and does not say of which model: give --model NAME.")
     if num_classes is not None and num_classes != config.num_classes:
         raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked "
                               "for: leave --num-classes out, or train a new head with --pretrained.")
-    apply_model_overrides(config, model)
+    config = apply_settings(config, model)
     if getattr(model, "pad_type", None) is not None:
-        set_pad_type(config, model.pad_type)
+        config = set_pad_type(config, model.pad_type)
     network = create_model_from_config(config, pretrained_backbone=False)
     load_state_dict_report(network, state, strict=True)
     stored = payload.get("category_map")
@@ -94,11 +93,11 @@ def load_published(model: Any) -> Detector:
     Args:
         model: the model section; `pretrained` is 'url' or a path.
     """
-    config = get_efficientdet_config(model.name or "tf_efficientdet_d0")
-    apply_model_overrides(config, model)
-    network = create_model_from_config(config, num_classes=model.num_classes, pad_type=model.pad_type,
+    spec = apply_settings(find_model_spec(model.name or "tf_efficientdet_d0"), model)
+    network = create_model_from_config(spec, num_classes=model.num_classes, pad_type=model.pad_type,
                                        pretrained=True if model.pretrained == "url" else model.pretrained)
-    return Detector(network.eval(), None, f"{config.name}, {config.num_classes} classes, weights {model.pretrained}")
+    source = f"{spec.name}, {network.config.num_classes} classes, weights {model.pretrained}"
+    return Detector(network.eval(), None, source)
 
 
 def build_predict_bench(model: nn.Module, device: torch.device, same_padding: str = "auto", flip: bool = False,

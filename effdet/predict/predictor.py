@@ -15,7 +15,8 @@ from effdet.bench import DetBenchPredict
 from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.images import read_picture
-from effdet.runtime.device import to_device, use_channels_last
+from effdet.runtime.device import use_channels_last
+from effdet.runtime.memory import to_device
 
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 

@@ -8,7 +8,6 @@ here in one step around the boxes that survive NMS.
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effdet.bench import DetBenchPredict
-from effdet.config import set_config_writeable
+from effdet.config.model_spec import ModelSpec
 from effdet.efficientdet import EfficientDet
 from effdet.ops.boxes import clip_boxes_xyxy, pairwise_iou
 from effdet.ops.nms import IOU_THRESHOLD, batched_nms
@@ -24,10 +23,7 @@ from effdet.ops.nms import IOU_THRESHOLD, batched_nms
 
 def build_network_of_size(model: EfficientDet, image_size: tuple[int, int]) -> EfficientDet:
     """Build the same network for another input size (height, width) in pixels; its weights are the given one's."""
-    config = copy.deepcopy(model.config)
-    set_config_writeable(config)
-    config.image_size = image_size
-    network = EfficientDet(config, pretrained_backbone=False)
+    network = EfficientDet(ModelSpec({**model.config, "image_size": image_size}), pretrained_backbone=False)
     network.load_state_dict(model.state_dict(), assign=True)
     return network.eval()
 

@@ -1,30 +1,27 @@
-"""The device layer: pick, set, move, autocast, overflow, synchronise, memory, backend, seeds.
+"""The device layer: pick, set, autocast, overflow, synchronise, backend, and what a device is better at.
 
 The only file of the package that names a vendor's device. Everything else asks here, so the same lines run on
-Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. No model code and no training logic live here.
+Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. What is the same for all of them is in memory.py and seeding.py. No
+model code and no training logic live here.
 """
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
-import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+
+from .memory import keep_freed_memory
 
 _logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("npu", "cuda", "cpu")
 _HCCL_TIMEOUTS_S = {"HCCL_CONNECT_TIMEOUT": 1200, "HCCL_EXEC_TIMEOUT": 6800, "HCCL_EVENT_TIMEOUT": 7200}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _users_visible_devices: str | None = None  # ASCEND_RT_VISIBLE_DEVICES before `restrict_visible` changed it
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
@@ -65,15 +62,6 @@ def _has_npu() -> bool:
     except RuntimeError as error:
         _logger.debug("no NPU: %s", error)
         return False
-
-
-def _module(device: torch.device) -> Any:
-    """Return torch's module of an accelerator (torch.cuda, torch.npu), or None for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda
-    if device.type == "npu":
-        return _npu_module()
-    return None
 
 
 def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
@@ -173,9 +161,8 @@ def prepare_collectives(device: torch.device) -> None:
 
 def set_device(device: torch.device) -> None:
     """Make `device` the current one of its kind; call it before a process group is started."""
-    module = _module(device)
-    if module is not None:
-        module.set_device(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
 
 
 def backend_for(device: torch.device) -> str:
@@ -185,26 +172,9 @@ def backend_for(device: torch.device) -> str:
 
 def describe(device: torch.device) -> str:
     """Return one phrase for the log: the device's name, and for the CPU its number of threads."""
-    module = _module(device)
-    if module is None:
+    if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
-    return f"{device}, {module.get_device_name(device)}"
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors in a mapping or sequence, without waiting where the source memory is pinned."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return type(value)(to_device(item, device) for item in value)
-    return value
-
-
-def supports_pinning(device: torch.device) -> bool:
-    """Return True when page-locked host memory makes copies to `device` asynchronous."""
-    return device.type != "cpu"
+    return f"{device}, {torch.get_device_module(device).get_device_name(device)}"
 
 
 def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
@@ -319,56 +289,8 @@ def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor]
 
 def synchronize(device: torch.device) -> None:
     """Wait until all work queued on `device` is done."""
-    module = _module(device)
-    if module is not None:
-        module.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory in bytes: the allocator's on an accelerator, the process's resident set on the CPU."""
-    module = _module(device)
-    if module is not None:
-        return int(module.max_memory_allocated(device))
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def total_memory_bytes(device: torch.device) -> int | None:
-    """Return the size of an accelerator's memory in bytes; None for the CPU, which has none of its own."""
-    module = _module(device)
-    return None if module is None else int(module.mem_get_info(device)[1])
-
-
-def release_memory(device: torch.device) -> None:
-    """Give cached memory that nothing uses back to an accelerator; objects in reference cycles are collected first."""
-    gc.collect()
-    module = _module(device)
-    if module is not None:
-        module.synchronize(device)
-        module.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error says that an accelerator's memory is used up.
-
-    Besides torch's own class these are the libraries' errors, which find no workspace: CUBLAS_STATUS_ALLOC_FAILED,
-    CUDNN_STATUS_ALLOC_FAILED, and of older torch_npu a RuntimeError "NPU out of memory".
-    """
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
-
-
-def rng_state(device: torch.device) -> torch.Tensor | None:
-    """Return the random generator's state of an accelerator as a byte tensor; None for the CPU."""
-    module = _module(device)
-    return None if module is None else module.get_rng_state(device)
-
-
-def set_rng_state(state: torch.Tensor | None, device: torch.device) -> None:
-    """Set the random generator's state of an accelerator; a no-op for None or the CPU."""
-    module = _module(device)
-    if module is not None and state is not None:
-        module.set_rng_state(state.cpu(), device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def is_host(device: torch.device) -> bool:
@@ -395,13 +317,6 @@ def _rebuild_old_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, r
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def tune(device: torch.device) -> list[str]:
     """Choose process-wide settings that are faster on `device` and keep the results, and say which.
 
@@ -412,19 +327,7 @@ def tune(device: torch.device) -> list[str]:
     """
     if device.type == "npu":
         return _tune_npu()
-    return _keep_memory() if is_host(device) else []
-
-
-def _keep_memory() -> list[str]:
-    """Let glibc's malloc keep large blocks for the next step.
-
-    By default it gives each back to the kernel, which then zeroes every page again at first touch: a third of the time
-    of a training step. Source: mallopt(3).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
-        return []
-    return ["malloc keeps freed memory: the kernel need not clear it again for each step"]
+    return keep_freed_memory() if is_host(device) else []
 
 
 def make_deterministic(device: torch.device) -> list[str]:

@@ -5,37 +5,27 @@ it, those of a network, an optimizer and an average that are made for the search
 """
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
 from effdet.data.collate import padded_instances
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime import memory as memory_layer
 
-from .amp import Precision
-from .ema import ModelEma
+from .build import Placement, Step, build_step
 
 _logger = logging.getLogger("effdet.train")
 
 AUTO = "auto"
 _MARGIN = 0.9  # batches differ in their objects, and the allocator's memory falls to pieces in a long run
 _LARGEST = 4096  # per device; no network here gains from more
-
-
-class Step(NamedTuple):
-    """What one training step needs."""
-
-    model: nn.Module
-    ema: ModelEma | None
-    precision: Precision
-    optimizer: torch.optim.Optimizer
-    bench: nn.Module  # DetBenchTrain, not wrapped
 
 
 def check_device(cfg: RunConfig, device: torch.device) -> None:
@@ -103,7 +93,7 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
             for _ in range(2):
                 run_step(size)
         except RuntimeError as error:
-            if not device_layer.is_out_of_memory(error):
+            if not memory_layer.is_out_of_memory(error):
                 raise
             enough = False  # the memory is released outside, when the error no longer holds on to the step's tensors
         release()
@@ -142,18 +132,16 @@ def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
     return run_step
 
 
-def choose_batch_size(cfg: RunConfig, device: torch.device, build_step: Callable[[], Step], parser: Any,
-                      channels_last: bool) -> RunConfig:
+def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes: int) -> RunConfig:
     """Find the batch size of a run and the learning rate that goes with it.
 
     All processes call it; each tries its own device, and the smallest answer is everybody's.
 
     Args:
         cfg: of the run.
-        device: an accelerator.
-        build_step: makes what a step needs, without DistributedDataParallel.
+        place: where it takes place, on an accelerator.
         parser: of the training split.
-        channels_last: memory layout of the images.
+        num_classes: K.
 
     Returns:
         The config with both, the batch size over all processes.
@@ -161,30 +149,31 @@ def choose_batch_size(cfg: RunConfig, device: torch.device, build_step: Callable
     Raises:
         RuntimeError: not even one picture fits.
     """
-    world = distributed.world_size()
+    device, world = place.device, place.world
     most_objects = max((len(parser.get_ann_info(k)["cls"]) for k in range(len(parser.img_ids))), default=0)
     most = max(1, min(_LARGEST, len(parser.img_ids) // world))
     # Alone, as a process that runs out of memory would keep the others waiting.
     with distributed.alone(), torch.random.fork_rng(devices=[]):
         logging.disable(logging.INFO)  # the run builds all of this again, and says so then
         try:
-            step = build_step()
+            step = build_step(replace_settings(cfg, run={"compile": False}), dataclasses.replace(place, world=1),
+                              num_classes, {})
         finally:
             logging.disable(logging.NOTSET)
         reserve = torch.empty(sum(p.numel() for p in step.model.parameters()) if world > 1 else 0, device=device)
-        fits = make_probe(make_step(step, device, padded_instances(most_objects), channels_last,
+        fits = make_probe(make_step(step, device, padded_instances(most_objects), place.channels_last,
                                     (cfg.optim.clip_grad or None, cfg.optim.clip_mode)),
-                          lambda: device_layer.release_memory(device))
+                          lambda: memory_layer.release_memory(device))
         largest = largest_that_fits(fits, most)
         size = with_margin(fits, largest) if largest < most else most
         del step, fits, reserve  # `reserve` stood for DistributedDataParallel's copy of the gradients
-        device_layer.release_memory(device)
+        memory_layer.release_memory(device)
     size = min(distributed.all_gather_object(size))
     if size == 0:
         raise RuntimeError("-b auto: not even one picture fits the memory; give a smaller --model or --image-size, or "
                            "--amp.")
     cfg = set_batch_size(cfg, size * world)
-    total = device_layer.total_memory_bytes(device)
+    total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
     _logger.info("-b auto: %d pictures a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,

@@ -20,8 +20,9 @@ from effdet.evaluator import Evaluator
 from effdet.report.log import EpochStats, EvalStats, StepStats
 from effdet.runtime import heartbeat
 from effdet.runtime import signals as stopping
-from effdet.runtime.device import peak_memory_bytes, synchronize
+from effdet.runtime.device import synchronize
 from effdet.runtime.distributed import all_gather_object, all_reduce_mean, world_size
+from effdet.runtime.memory import peak_memory_bytes
 
 from .amp import Precision
 from .ema import ModelEma

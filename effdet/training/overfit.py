@@ -85,13 +85,13 @@ def choose_pictures(dataset: DetectionDatset, cfg: RunConfig) -> tuple[Detection
     return DetectionDatset(dataset.data_dir, parser.subset(order), seed=dataset.seed), val
 
 
-def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
-    """Measure a finished run: session.Session, and the training loss of each of its epochs."""
-    cfg, training = session.cfg, session.training
-    eval_model = session.eval_bench.model
-    config, ap, ap50 = eval_model.config, session.evaluator.stats["AP"], session.evaluator.stats["AP50"]
-    bench = DetBenchTrain(eval_model, ignore_regions=cfg.data.crowd == "ignore").to(session.device).eval()
-    eval_loss, predictions = predict(bench, session.val_loader, training.precision.autocast)
+def examine(run: Any, losses: Sequence[float]) -> OverfitFacts:
+    """Measure a finished run: a trainer.Run, and the training loss of each of its epochs."""
+    cfg, training = run.cfg, run.training
+    eval_model = run.eval_bench.model
+    config, ap, ap50 = eval_model.config, run.loaders.evaluator.stats["AP"], run.loaders.evaluator.stats["AP50"]
+    bench = DetBenchTrain(eval_model, ignore_regions=cfg.data.crowd == "ignore").to(run.place.device).eval()
+    eval_loss, predictions = predict(bench, run.loaders.val, training.precision.autocast)
     facts = OverfitFacts(
         ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,
         skipped=training.precision.skipped(), lr=cfg.optim.lr, boxes=0, unreached=0, missed=0, missed_unreached=0,
@@ -101,8 +101,8 @@ def examine(session: Any, losses: Sequence[float]) -> OverfitFacts:
         ema_share=training.ema.share_of_init() if training.ema else 0.0)
     confused: dict[tuple[int, int], int] = {}
     for index, found in predictions:
-        count_boxes(facts, confused, session.val_set.parser, index, found, config)
-    names = session.categories.class_names
+        count_boxes(facts, confused, run.data.val_set.parser, index, found, config)
+    names = run.data.categories.class_names
     facts.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
                       sorted(confused.items(), key=lambda item: -item[1])[:3]]
     return facts
@@ -210,9 +210,9 @@ def _judge_lr(facts: OverfitFacts) -> str:
     return f"{text}, try {lr * 10:.2g}, or train longer (--epochs)"
 
 
-def report(session: Any, losses: Sequence[float]) -> int:
+def report(run: Any, losses: Sequence[float]) -> int:
     """Examine a run and log the answer; return the exit status."""
-    facts = examine(session, losses)
+    facts = examine(run, losses)
     causes = diagnose(facts)
     _logger.info("overfit: %d boxes: %d found, %d with another class only, %d missed (%d of them without an anchor); "
                  "loss %.3g -> %.3g, in evaluation %.3g", facts.boxes,

@@ -37,11 +37,10 @@ from effdet.checkpoint.manager import (
 )
 from effdet.checkpoint.state_dict import extract_state_dict
 from effdet.config.load import to_plain
-from effdet.config.model_config import model_config_to_plain
+from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import RunConfig
 from effdet.data.coco.categories import CategoryMap
-from effdet.runtime import device as device_layer
-from effdet.runtime import distributed
+from effdet.runtime import distributed, seeding
 
 from .engine import Training
 
@@ -116,7 +115,7 @@ def collect(training: Training, cfg: RunConfig, categories: CategoryMap,
         "state_dict": training.precision.float_state_dict(training.model),
         "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
         "scaler": training.precision.state_dict(), "ranks": ranks, "step": training.steps,
-        "config": to_plain(cfg), "model_config": model_config_to_plain(config),
+        "config": to_plain(cfg), "model_config": ModelSpec(config).to_plain(),
         "category_map": categories.to_dict(), "image_size": list(config.image_size)}
     if training.ema is not None:
         state = training.ema.state_dict()
@@ -177,7 +176,7 @@ def capture_rank(device: torch.device, totals: Tensor | None = None,
         models: by a name of one's own: those whose statistics differ between processes.
     """
     state: dict[str, Any] = {"rng": rng_state(), "kind": device.type}
-    generator = device_layer.rng_state(device)
+    generator = seeding.rng_state(device)
     if generator is not None:
         state["rng"]["device"] = generator
     if totals is not None:
@@ -203,7 +202,7 @@ def restore_rank(payload: Mapping[str, Any], device: torch.device, models: Mappi
         _logger.warning("the checkpoint was written by %d process(es), this run has %d: random numbers start anew",
                         len(ranks), world)
         # Not those with which the run began: they would repeat.
-        device_layer.seed_everything(torch.initial_seed() + 1_000_003 * (int(payload.get("step", 0)) + 1))
+        seeding.seed_everything(torch.initial_seed() + 1_000_003 * (int(payload.get("step", 0)) + 1))
         return
     mine = ranks[distributed.rank()]
     restore_rng_state(mine["rng"])
@@ -211,7 +210,7 @@ def restore_rank(payload: Mapping[str, Any], device: torch.device, models: Mappi
         _logger.warning("the checkpoint was written on %s, this run is on %s: numbers will differ in rounding, and the "
                         "device's random numbers start anew", mine["kind"], device.type)
     else:
-        device_layer.set_rng_state(mine["rng"].get("device"), device)
+        seeding.set_rng_state(mine["rng"].get("device"), device)
     _restore_buffers(mine.get("buffers", {}), models)
 
 

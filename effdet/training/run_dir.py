@@ -53,7 +53,7 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
 
 
 @contextlib.contextmanager
-def kept_unless_refused(folder: Path) -> Iterator[None]:
+def discard_if_refused(folder: Path) -> Iterator[None]:
     """Remove a new run's folder again when the block refuses the run (no data, no room) before anything is in it.
 
     Errors of other kinds than a wrong input keep it, and with it the log.

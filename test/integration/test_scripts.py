@@ -43,8 +43,7 @@ from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import CATEGORY_IDS, make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
-from effdet.training import trainer as session
-from effdet.training.trainer import Session
+from effdet.training import trainer
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
@@ -130,8 +129,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def interrupt(place: str, count: int) -> contextlib.AbstractContextManager:
     """Send this process a real signal at a place in the run, at its `count`-th call from now."""
-    owner, name = {"update": (Session, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
-                   "scoring": (CocoEvaluator, "_score"), "epoch": (Session, "finish_epoch")}[place]
+    owner, name = {"update": (trainer.EpochState, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
+                   "scoring": (CocoEvaluator, "_score"), "epoch": (trainer, "finish_epoch")}[place]
     original, calls = getattr(owner, name), iter(range(1, 1000))
 
     def patched(*args, **kwargs):
@@ -331,7 +330,7 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed)
 
 
 def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_path):
-    original, seen = session.train_one_epoch, []
+    original, seen = trainer.train_one_epoch, []
 
     def poisoned(training, loader, *more):
         batches = list(loader)  # of the real loader
@@ -345,7 +344,7 @@ def test_pictures_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp
             super().__init__(batches)
             self.sampler = sampler
 
-    with mock.patch.object(session, "train_one_epoch", poisoned):
+    with mock.patch.object(trainer, "train_one_epoch", poisoned):
         code, output = call(train, *train_argv(data, tmp_path, "bad", "--max-skipped", "2", "--log-interval", "1"))
     assert code == 1 and "Traceback" not in output, output
     assert "2 updates in a row were skipped" in output.splitlines()[-1] and "nonfinite-rank0.pt" in output

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from effdet.runtime import device as device_layer
+from effdet.runtime import memory, seeding
 from effdet.training.amp import Precision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,8 +143,8 @@ def test_without_cann_the_script_says_what_to_source(tmp_path, once):
 
 
 def test_memory_and_random_state(device):
-    device_layer.set_rng_state(device_layer.rng_state(device), device)  # the simulation draws from the CPU's generator
+    seeding.set_rng_state(seeding.rng_state(device), device)  # the simulation draws from the CPU's generator
     block = torch.ones(2**20, device=device)
-    assert device_layer.peak_memory_bytes(device) >= block.numel() * 4
+    assert memory.peak_memory_bytes(device) >= block.numel() * 4
     device_layer.synchronize(device)
-    assert device_layer.supports_pinning(device)
+    assert memory.supports_pinning(device)

@@ -26,7 +26,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("effdet.report",),
     ("effdet.evaluator", "effdet.bench", "effdet.factory", "effdet.data"),
     ("effdet.efficientdet", "effdet.network", "effdet.anchors", "effdet.loss", "effdet.soft_nms", "effdet.checkpoint",
-     "effdet.helpers"),
+     "effdet.helpers", "effdet.object_detection", "effdet.evaluation", "effdet.distributed"),
     ("effdet.ops", "effdet.metrics"),
     ("effdet.runtime", "effdet.config", "effdet.version"),
     ("timm_patches",),
@@ -149,7 +149,7 @@ def foreign_packages(root: Path) -> list[str]:
 
 FOLDERS = {f"effdet.{name}" for name in (
     "commands", "training", "datacheck", "predict", "report", "data", "network", "checkpoint", "ops", "metrics",
-    "runtime", "config")}
+    "runtime", "config", "object_detection", "evaluation")}
 
 # A vendor's word by itself or in an identifier. Names that begin with npu_ are operators, such as npu_batch_nms.
 _VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)

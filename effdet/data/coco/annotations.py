@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..dataset_config import Coco2014Cfg, Coco2017Cfg
 from .categories import CategoryMap, resolve_category_map
 from .check import CocoArrays, check_coco, check_files, four_numbers
 from .image_table import ImageTable
+from .parser import Parser
 from .read import collector_paused, read_json
 from .report import DatasetError, DatasetReport
 
@@ -36,14 +38,7 @@ _logger = logging.getLogger(__name__)
 
 IGNORE_CLS = -2  # target label of an ignore region; padding is -1
 
-# Where COCO keeps each split, below its root: (image directory, annotation file). {year} is 2017 or 2014.
-_LAYOUT = {
-    "train": ("train{year}", "annotations/instances_train{year}.json"),
-    "val": ("val{year}", "annotations/instances_val{year}.json"),
-    "test": ("test{year}", "annotations/image_info_test{year}.json"),
-    "testdev": ("test{year}", "annotations/image_info_test-dev{year}.json"),
-}
-UNLABELED_SPLITS = ("test", "testdev")
+UNLABELED_SPLITS = tuple(name for name, split in Coco2017Cfg().splits.items() if not split["has_labels"])
 
 
 def coco_paths(root: str | Path, split: str, year: str = "2017") -> tuple[Path, Path]:
@@ -61,10 +56,11 @@ def coco_paths(root: str | Path, split: str, year: str = "2017") -> tuple[Path, 
         ValueError: unknown split.
         FileNotFoundError: something is absent; the text says what is expected where.
     """
-    if split not in _LAYOUT:
-        raise ValueError(f"split {split!r} is unknown, choose one of {', '.join(_LAYOUT)}")
+    splits = (Coco2014Cfg() if year == "2014" else Coco2017Cfg()).splits
+    if split not in splits:
+        raise ValueError(f"split {split!r} is unknown, choose one of {', '.join(splits)}")
     root = Path(root)
-    img_dir, ann_path = (root / part.format(year=year) for part in _LAYOUT[split])
+    img_dir, ann_path = root / splits[split]["img_dir"], root / splits[split]["ann_filename"]
     absent = [f"{p}{'/' if p is img_dir else ''}" for p in (img_dir, ann_path) if not p.exists()]
     if absent:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "no such directory"
@@ -104,7 +100,7 @@ class CocoParserCfg:
     category_map: CategoryMap | None = None
 
 
-class CocoParser:
+class CocoParser(Parser):
     """Hold one annotation file as plain arrays.
 
     Attributes:
@@ -121,6 +117,7 @@ class CocoParser:
     """
 
     def __init__(self, cfg: CocoParserCfg) -> None:
+        # Not the base's: the lists it starts empty are made from the json here, those of categories as properties.
         if cfg.include_masks:
             raise ValueError("include_masks is not supported: only boxes are read")
         if cfg.crowd not in ("drop", "ignore"):
@@ -206,16 +203,6 @@ class CocoParser:
     def cat_id_to_label(self) -> dict[int, int]:
         """The target label (class_idx + 1) of each category id of the map."""
         return {} if self.category_map is None else {i: k + 1 for i, k in self.category_map.id_to_idx.items()}
-
-    @property
-    def cat_dicts(self) -> list[dict[str, Any]]:
-        """[{'name', 'id'}] with the target label as id, for evaluators in the style of TF models."""
-        return [{"name": c["name"], "id": self.cat_id_to_label[c["id"]]} for c in self.categories]
-
-    @property
-    def max_label(self) -> int:
-        """The highest target label that occurs: the least number of classes a model needs. 0 without categories."""
-        return max(self.cat_id_to_label.values(), default=0)
 
     def get_ann_info(self, idx: int) -> dict[str, np.ndarray]:
         """Give the boxes of the image at a dataset index.

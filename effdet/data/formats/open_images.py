@@ -9,26 +9,6 @@ from typing import Any
 from ..coco.report import DatasetError
 from .converted import ConvertedParser
 
-_ANN = "annotations"
-_CHALLENGE = "annotations/challenge-2019/challenge-2019"
-
-
-def _split(img_dir: str, info: str, boxes: str, prefix_levels: int = 0) -> dict[str, Any]:
-    return {"img_dir": img_dir, "info": info, "boxes": boxes, "prefix_levels": prefix_levels}
-
-
-# By data set: the file of classes, and for each split the picture folder, sizes, boxes (none: no labels). As in effdet.
-OPEN_IMAGES_SPLITS = {
-    "openimages": (f"{_ANN}/class-descriptions-boxable.csv", {
-        "train": _split("train", f"{_ANN}/train-info.csv", f"{_ANN}/train-annotations-bbox.csv", 1),
-        "val": _split("validation", f"{_ANN}/validation-info.csv", f"{_ANN}/validation-annotations-bbox.csv"),
-        "test": _split("test", f"{_ANN}/test-info.csv", f"{_ANN}/test-annotations-bbox.csv")}),
-    "openimages-challenge2019": (f"{_CHALLENGE}-classes-description-500.csv", {
-        "train": _split("train", f"{_ANN}/train-info.csv", f"{_CHALLENGE}-train-detection-bbox.csv", 1),
-        "val": _split("validation", f"{_ANN}/validation-info.csv", f"{_CHALLENGE}-validation-detection-bbox.csv"),
-        "test": _split("challenge2019", f"{_ANN}/challenge-2019/challenge2019-info", "")}),
-}
-
 
 @dataclass
 class OpenImagesParserCfg:

@@ -14,18 +14,6 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
 
-def _split(year: str, name: str) -> tuple[str, str, str]:
-    return (f"VOC{year}/ImageSets/Main/{name}.txt", f"VOC{year}/Annotations/%s.xml", f"VOC{year}/JPEGImages/%s.jpg")
-
-
-# By data set and split, what is read of the folder VOCdevkit: picture names, annotations, pictures. As in effdet.
-VOC_SPLITS = {
-    "voc2007": {"train": [_split("2007", "train")], "val": [_split("2007", "val")]},
-    "voc2012": {"train": [_split("2012", "train")], "val": [_split("2012", "val")]},
-    "voc0712": {"train": [_split("2007", "trainval"), _split("2012", "trainval")], "val": [_split("2007", "test")]},
-}
-
-
 @dataclass
 class VocParserCfg:
     """How to read a split of a data set in Pascal VOC's format.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from effdet.bench import DetBenchPredict, DetBenchTrain
-from effdet.config.model_config import model_config_from_plain
+from effdet.config.model_config import stored_model_spec
 from effdet.config.schema import DataConfig
 from effdet.data import create_loader, open_coco
 from effdet.data.augment import affine
@@ -373,7 +373,7 @@ def small_network(size):
     plain = {"name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": size, "fpn_channels": 16,
              "fpn_cell_repeats": 2, "box_class_repeats": 1, "pad_type": "same", "num_classes": 3,
              "backbone_args": {"pad_type": "same"}}
-    return EfficientDet(model_config_from_plain(plain), pretrained_backbone=False)
+    return EfficientDet(stored_model_spec(plain), pretrained_backbone=False)
 
 
 def test_a_network_of_another_size_is_the_one_built_for_it():

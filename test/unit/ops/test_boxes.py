@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from effdet.ops.boxes import (
     clip_boxes_xyxy,
     decode_boxes,
     encode_boxes,
+    pairwise_common,
     pairwise_iou,
 )
 
@@ -86,6 +88,18 @@ def test_iou_by_hand(a, b, expected):
     for first, second in ((a, b), (b, a)):
         iou = pairwise_iou(torch.tensor([first], dtype=torch.float32), torch.tensor([second], dtype=torch.float32))
         assert iou.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_numpy_arrays_give_the_same_bits_as_tensors():
+    first, second = make_boxes(40, 6), make_boxes(30, 7)
+    second[5] = first[5]  # equal points: 0 / 0 without a warning
+    for dtype in (torch.float32, torch.float64):
+        one, other = first.to(dtype), second.to(dtype)
+        for function in (pairwise_iou, pairwise_common):
+            found = function(one.numpy(), other.numpy())
+            assert isinstance(found, np.ndarray)
+            assert torch.equal(torch.from_numpy(found), function(one, other))
+        assert torch.equal(torch.from_numpy(box_area(one.numpy())), box_area(one))
 
 
 def test_iou_of_no_boxes():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from effdet.runtime import device as device_layer
+from effdet.runtime import memory, seeding
 
 CPU = torch.device("cpu")
 no_accelerator = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -49,14 +50,14 @@ def test_backends():
 
 def test_to_device_keeps_structure_and_values():
     tensor = torch.arange(3)
-    moved = device_layer.to_device({"a": [tensor, tensor + 1], "b": "text", "c": (tensor,)}, CPU)
+    moved = memory.to_device({"a": [tensor, tensor + 1], "b": "text", "c": (tensor,)}, CPU)
     assert moved["b"] == "text" and isinstance(moved["a"], list) and isinstance(moved["c"], tuple)
     assert torch.equal(moved["a"][1], torch.tensor([1, 2, 3]))
 
 
 def test_seeding_repeats_all_generators():
     def draw() -> tuple:
-        device_layer.seed_everything(7)
+        seeding.seed_everything(7)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
     first = draw()
     assert draw() == first and len(set(first)) == 3
@@ -68,9 +69,9 @@ def test_a_device_whose_numbers_show_an_overflow_has_no_flag():
 
 
 def test_cpu_memory_is_the_process_peak():
-    before = device_layer.peak_memory_bytes(CPU)
+    before = memory.peak_memory_bytes(CPU)
     block = torch.ones(64 * 2**20 // 4)
-    assert device_layer.peak_memory_bytes(CPU) >= max(before, block.numel() * 4)
+    assert memory.peak_memory_bytes(CPU) >= max(before, block.numel() * 4)
 
 
 @pytest.mark.parametrize(("name", "strict", "words"), [

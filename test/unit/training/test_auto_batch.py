@@ -11,11 +11,11 @@ import torch
 import train
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import make_synthetic_dataset
-from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime import memory as memory_layer
 from effdet.training import auto_batch
 from effdet.training.auto_batch import choose_batch_size, largest_that_fits, make_probe, set_batch_size, with_margin
-from effdet.training.trainer import Session
+from effdet.training.build import Placement
 
 
 class Memory:
@@ -147,7 +147,7 @@ def memory_of(pictures: int, monkeypatch):
         return original(self, x)
     monkeypatch.setattr(DetBenchTrain, "head_outputs", limited)
     monkeypatch.setattr(auto_batch, "check_device", lambda cfg, device: None)
-    monkeypatch.setattr(device_layer, "total_memory_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory_layer, "total_memory_bytes", lambda device: 2**30)
     yield sizes
 
 
@@ -189,14 +189,11 @@ def test_the_smallest_answer_of_all_processes_counts(data, monkeypatch):
     cfg = parse_train_args(["-b", "auto", "--root", str(data), "--image-size", "64"])
     from effdet.data.build import build_dataset
     train_set = build_dataset(cfg.data, "train")
-    session = Session.__new__(Session)
-    session.cfg, session.device, session.world = cfg, torch.device("cpu"), 2
-    session.channels_last, session.categories = False, train_set.parser.category_map
+    place = Placement(torch.device("cpu"), 2, 0, False)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_object", lambda own: [own, 3])
     with memory_of(9, monkeypatch):
-        found = choose_batch_size(cfg, session.device, lambda: session.build_step({}, alone=True), train_set.parser,
-                                  False)
+        found = choose_batch_size(cfg, place, train_set.parser, train_set.parser.category_map.num_classes)
     assert found.run.batch_size == 6 and cfg.run.batch_size == "auto"
 
 

@@ -1,0 +1,203 @@
+"""The objects of a training run, in the order in which they are made: data, network, optimizer, loaders, schedule."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effdet.bench import DetBenchTrain
+from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
+from effdet.config.schema import RunConfig
+from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
+from effdet.data.coco.categories import CategoryMap
+from effdet.data.corrupt import BadPictureWatch
+from effdet.evaluator import CocoEvaluator
+from effdet.factory import build_model, place_model
+from effdet.runtime import distributed, signals
+
+from . import overfit
+from .amp import Precision
+from .ema import ModelEma
+from .engine import Training
+from .optim import build_optimizer, freeze_backbone, freeze_bn
+from .resume import check_fits
+from .run_dir import check_shared_memory
+from .schedule import build_schedule
+
+_logger = logging.getLogger("effdet.train")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run takes place: the device, how many processes there are, how many loader processes each of them has."""
+
+    device: torch.device
+    world: int
+    workers: int
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits and their classes."""
+
+    train_set: Any
+    val_set: Any
+    categories: CategoryMap
+    bad_images: BadPictureWatch  # of the training split
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step needs."""
+
+    model: nn.Module
+    ema: ModelEma | None
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    bench: nn.Module  # DetBenchTrain, not wrapped
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of both splits, and what scores the second."""
+
+    train: Any
+    val: Any
+    evaluator: CocoEvaluator
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self.train.close()
+        self.val.close()
+
+
+def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
+    """Open both splits and agree on the classes.
+
+    Args:
+        cfg: of the run.
+        stored: category map of the checkpoint to go on from.
+
+    Raises:
+        ValueError: the data contradict the config, or each other.
+    """
+    train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
+    bad_images = BadPictureWatch(train_set, "training")
+    categories = train_set.parser.category_map
+    if cfg.run.overfit:
+        train_set, val_set = overfit.choose_pictures(train_set, cfg)
+    else:
+        val_set = build_dataset(cfg.data, "val", stored=categories)
+    if cfg.data.workers is not None and cfg.data.workers > len(train_set):
+        raise ValueError(f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "
+                         f"have nothing to do. Give at most {len(train_set)}.")
+    _logger.info("data: %d training and %d validation pictures, %s", len(train_set), len(val_set), categories)
+    return Data(train_set, val_set, categories, bad_images)
+
+
+def build_step(
+    cfg: RunConfig, place: Placement, num_classes: int, payload: Mapping[str, Any], source: str = ""
+) -> Step:
+    """Build what one training step needs.
+
+    Args:
+        cfg: of the run.
+        place: where; with a world of 1, the step is that of a process which is alone.
+        num_classes: K.
+        payload: checkpoint whose weights it starts from; may be empty.
+        source: where that checkpoint came from.
+
+    Raises:
+        ValueError: a setting or the checkpoint does not fit the model.
+    """
+    device, is_group = place.device, place.world > 1
+    model = build_model(cfg.model, cfg.loss, num_classes)
+    if cfg.dist.sync_bn and is_group:
+        model = distributed.convert_sync_batchnorm(model)
+    if cfg.model.freeze_backbone:
+        _logger.info("backbone frozen: %s", freeze_backbone(model))
+    if cfg.model.freeze_bn:
+        _logger.info("batch norms frozen: %s", freeze_bn(model))
+    place_model(model, device, cfg.model.same_padding, place.channels_last)
+    if payload:
+        check_fits(payload, source, cfg.model.name, list(model.config.image_size))
+        load_state_dict_report(model, extract_state_dict(payload, use_ema=False), strict=True)
+    ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
+    precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
+    precision.prepare_model(model)
+    optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
+                                cfg.optim.opt_eps, masters=precision.master_parameters(model))
+    bench = DetBenchTrain(
+        model, ignore_regions=cfg.data.crowd == "ignore",
+        input_sizes=multi_scale_sizes(cfg.data, model.config.image_size), dense_targets=cfg.loss.dense_targets,
+        normalize_over_ranks=is_group, compile_backend="inductor" if cfg.run.compile else "")
+    return Step(model, ema, precision, optimizer, bench.to(device))
+
+
+def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: Any, batch_size: int) -> Loaders:
+    """Make the loaders of both splits, and the evaluator.
+
+    Args:
+        cfg: of the run.
+        place: where.
+        data: of `open_data`; the data sets' transforms are set.
+        model_config: gives input size, mean and std.
+        batch_size: images a step of this process.
+
+    Raises:
+        ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch.
+    """
+    device, workers = place.device, place.workers
+    check_shared_memory(distributed.local_world_size(), workers, batch_size, model_config.image_size)
+    if cfg.run.overfit:  # no augmentation: images as the evaluation sees them
+        train = build_eval_loader(data.train_set, cfg.data, model_config, batch_size, workers, device,
+                                  channels_last=place.channels_last)
+    else:
+        train = build_train_loader(data.train_set, cfg.data, model_config, batch_size, workers, device, cfg.run.seed,
+                                   place.channels_last)
+    val = build_eval_loader(data.val_set, cfg.data, model_config, batch_size, workers, device, cfg.run.val_skip,
+                            place.channels_last)
+    for loader in (train, val):
+        loader.loader.worker_init_fn = signals.ignore_in_worker
+    evaluator = CocoEvaluator(val.dataset, distributed=True, max_det=max(100, model_config.max_det_per_image))
+    return Loaders(train, val, evaluator)
+
+
+def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch: int) -> tuple[Training, int]:
+    """Add the schedule, and over several processes the exchange of gradients, to a step.
+
+    Args:
+        cfg: of the run.
+        place: where.
+        step: of `build_step`.
+        steps_per_epoch: batches.
+
+    Returns:
+        What `engine.train_one_epoch` trains, and the number of epochs with the cooldown.
+    """
+    sched = cfg.sched
+    schedule, epochs = build_schedule(
+        step.optimizer, sched.sched, sched.epochs, sched.warmup_epochs, sched.warmup_lr, sched.min_lr,
+        sched.cooldown_epochs, sched.lr_noise, sched.lr_noise_pct, sched.lr_noise_std, cycle_mul=sched.lr_cycle_mul,
+        cycle_limit=sched.lr_cycle_limit, decay_epochs=sched.decay_epochs, decay_milestones=sched.decay_milestones,
+        decay_rate=sched.decay_rate, patience=sched.patience_epochs, seed=cfg.run.seed,
+        updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
+    bench = step.bench
+    if place.world > 1:
+        ids = None if place.device.type == "cpu" else [place.device.index]
+        with warnings.catch_warnings():  # torch 2.13 has another name for it, which earlier ones do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
+    training = Training(
+        bench, step.model, step.optimizer, schedule, step.precision, place.device, step.ema,
+        (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
+        steps_per_epoch * epochs, cfg.run.max_steps, cfg.run.max_skipped)
+    return training, epochs
