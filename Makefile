@@ -23,7 +23,7 @@ PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-npu test-npu-slow bench lint environments clean
+.PHONY: help train check test test-slow test-npu test-npu-slow bench lint environments clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ ifeq ($(strip $(DATA)),)
 else
 	$(PY) train.py --root "$(DATA)" -c configs/own_data.yaml $(ARGS)
 endif
+
+check: lint  ## lint and the core of the tests, in about two minutes
+	$(PYTEST) -m "core and not slow"
 
 test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
 	$(PYTEST) -m "not slow"

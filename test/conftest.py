@@ -16,6 +16,39 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads on top of that make all of them slower
 
 
+# What `make check` runs, with the tests that are marked one by one: the stored numbers, the order of the rooms, and of
+# each room the files that say most for their seconds.
+CORE = """
+    integration/test_trace.py
+    unit/test_golden.py unit/test_layering.py
+    unit/checkpoint/test_checkpoint.py
+    unit/commands/test_checkpoint_tools.py
+    unit/config/test_run_config.py
+    unit/data/test_coco.py unit/data/test_formats.py unit/data/test_images.py unit/data/test_transforms.py
+    unit/datacheck/test_data_check.py
+    unit/metrics/test_errors.py unit/metrics/test_evaluator.py
+    unit/network/test_network.py
+    unit/ops/test_anchors.py unit/ops/test_boxes.py unit/ops/test_loss.py unit/ops/test_nms.py
+    unit/predict/test_predictor.py
+    unit/report/test_log.py unit/report/test_progress.py
+    unit/runtime/test_device.py unit/runtime/test_distributed.py unit/runtime/test_launch.py
+    unit/timm_patches/test_fused_layers.py unit/timm_patches/test_same_padding.py
+    unit/training/test_amp.py unit/training/test_ema.py unit/training/test_engine.py unit/training/test_optim.py
+    unit/training/test_recorder.py unit/training/test_resume.py unit/training/test_schedule.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files in CORE."""
+    here = Path(__file__).resolve().parent
+    core = {here / name for name in CORE}
+    if missing := sorted(str(path) for path in core if not path.is_file()):
+        raise pytest.UsageError(f"CORE in {__file__} names files that are not there: {', '.join(missing)}")
+    for item in items:
+        if item.path in core:
+            item.add_marker(pytest.mark.core)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give the run a temporary folder that goes when it ends: processes that tests kill cannot clean up after them.
 

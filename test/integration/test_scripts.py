@@ -172,6 +172,7 @@ TRAIN_LINE = re.compile(
     r"ETA: \d+:\d\d:\d\d$", re.MULTILINE)
 
 
+@pytest.mark.core
 def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
     lines = TRAIN_LINE.findall(run.output)
     assert [(int(line[0]), int(line[1]), int(line[2])) for line in lines] == [
@@ -319,6 +320,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert trace(one) == trace(other) != []
 
 
+@pytest.mark.core
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(run, resumed):
     assert_same_run(run.folder, resumed.folder)
     before, after = run.checkpoint("checkpoint-0.pth.tar"), run.checkpoint()
@@ -496,6 +498,7 @@ def test_metrics_of_a_run_are_in_one_file_once(run, resumed):
         assert data["batch"] and data["data"]["sets"][0]["images"] == NUM_TRAIN
 
 
+@pytest.mark.core
 def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path):
     ap, output = evaluate(tmp_path, data, run.folder / "last.pth.tar")
     assert ap == run.checkpoint()["metric"] > 0
@@ -587,6 +590,7 @@ def test_demo_takes_a_file_a_folder_and_a_pattern(run, data, tmp_path):
     assert [entry["file"] for entry in pattern] == [str(images[1]), str(images[3])]
 
 
+@pytest.mark.core
 def test_demo_lists_objects_with_names_ids_and_boxes_of_the_image(run, data, tmp_path):
     entries = show(run, tmp_path / "out", data / "val2017")
     objects = [(entry, item) for entry in entries for item in entry["objects"]]
@@ -604,7 +608,9 @@ def test_demo_lists_objects_with_names_ids_and_boxes_of_the_image(run, data, tmp
 
 def test_demo_gives_the_same_bits_in_another_process(run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(data / "val2017", "in")
+    Path("in").mkdir()
+    for path in sorted((data / "val2017").iterdir())[:2]:
+        shutil.copy(path, "in")
     argv = ["in", "--checkpoint", run.folder / "last.pth.tar", "--output", "out", *LOW]
     code, printed = call(demo, *argv)
     assert code == 0, printed
@@ -614,7 +620,7 @@ def test_demo_gives_the_same_bits_in_another_process(run, data, tmp_path, monkey
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == first
-    assert len(first) == NUM_VAL + 1
+    assert len(first) == 2 + 1
     assert done.stdout == printed
 
 
@@ -787,6 +793,7 @@ def check_error(script: str, code: int, output: str, pieces: list[str]) -> None:
     assert [piece for piece in pieces if piece not in reason] == [], reason
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_end_with_one_line_that_says_what_is_wrong(case, data, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -192,7 +192,7 @@ def test_the_smallest_answer_of_all_processes_counts(data, monkeypatch):
     place = Placement(torch.device("cpu"), 2, 0, False)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_object", lambda own: [own, 3])
-    with memory_of(9, monkeypatch):
+    with memory_of(5, monkeypatch):
         found = choose_batch_size(cfg, place, train_set.parser, train_set.parser.category_map.num_classes)
     assert found.run.batch_size == 6 and cfg.run.batch_size == "auto"
 

@@ -22,7 +22,7 @@ def network() -> EfficientDet:
     counters.clear()
     torch.manual_seed(0)
     config = get_efficientdet_config("tf_efficientdet_d0")
-    config.update(backbone_name="mobilenetv3_small_050", backbone_args=None, image_size=SIZES[0], num_classes=3,
+    config.update(backbone_name="test_efficientnet", backbone_args=None, image_size=SIZES[0], num_classes=3,
                   fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1)
     return EfficientDet(config, pretrained_backbone=False)
 

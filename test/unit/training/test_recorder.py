@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effdet.config.schema import RunConfig
+from effdet.config.schema import RunConfig, RunSectionConfig
 from effdet.report.log import EpochStats, EvalStats, StepStats, setup_logging
 from effdet.training.recorder import (
     METRICS_LOG_NAME,
@@ -51,8 +51,7 @@ def logger():
 
 
 def make_recorder(folder: Path, steps: int = 0, tensorboard: bool = False) -> RunRecorder:
-    cfg = RunConfig()
-    cfg.run.tensorboard = tensorboard
+    cfg = RunConfig(run=RunSectionConfig(tensorboard=tensorboard))
     training = SimpleNamespace(device=torch.device("cpu"), model=SimpleNamespace(config=None), steps=steps)
     categories = SimpleNamespace(class_names=("ball", "box"))
     loader = SimpleNamespace(dataset=SimpleNamespace(parser=SimpleNamespace(category_map=categories)),
