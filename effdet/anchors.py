@@ -158,7 +158,7 @@ class AnchorLabeler:
             filter_valid: leave rows with a class <= -1 out; otherwise all but ignore regions count.
 
         Returns:
-            class targets int64 [B, N] (0..K-1, -1 background, -2 ignore), box codes float32 [B, N, 4] (zero where not
+            class targets int64 [B, N] (0..K-1, -1 background, -2 ignore), box deltas float32 [B, N, 4] (zero where not
             positive), number of positive anchors float32 [B]. Images without objects get background everywhere.
 
         Raises:
@@ -187,8 +187,8 @@ class AnchorLabeler:
         if ignored is not None:
             class_targets = torch.where(ignored & ~positive, torch.full_like(matches, IGNORE), class_targets)
         matched = boxes.transpose(1, 2).gather(2, slots.unsqueeze(1).expand(-1, 4, -1))  # [B, 4, N]
-        codes = torch.stack(encode_boxes(matched.unbind(1), anchors.unbind(1)), -1)
-        box_targets = torch.where(positive.unsqueeze(-1), codes, torch.zeros_like(codes))
+        deltas = torch.stack(encode_boxes(matched.unbind(1), anchors.unbind(1)), -1)
+        box_targets = torch.where(positive.unsqueeze(-1), deltas, torch.zeros_like(deltas))
         return class_targets, box_targets, positive.sum(1, dtype=torch.float32)
 
     def _may_search(self, classes: Tensor) -> bool:
@@ -261,7 +261,7 @@ class AnchorLabeler:
         Args and errors are those of `assign`.
 
         Returns:
-            class targets int64 [B, height, width, A] for each level, box codes [B, height, width, A * 4] for each
+            class targets int64 [B, height, width, A] for each level, box deltas [B, height, width, A * 4] for each
             level, number of positive anchors float32 [B].
         """
         class_targets, box_targets, num_positives = self.assign(gt_boxes, gt_classes, filter_valid)
@@ -279,9 +279,9 @@ class AnchorLabeler:
         Returns:
             As `batch_label_anchors`, without the batch dimension.
         """
-        classes, codes, num_positives = self.batch_label_anchors(
+        classes, deltas, num_positives = self.batch_label_anchors(
             gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid)
-        return [level[0] for level in classes], [level[0] for level in codes], num_positives[0]
+        return [level[0] for level in classes], [level[0] for level in deltas], num_positives[0]
 
 
 def _pad_objects(gt_boxes: Sequence[Any], gt_classes: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ def _pad_objects(gt_boxes: Sequence[Any], gt_classes: Sequence[Any], device: tor
 
 
 def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = False) -> Tensor:
-    """Turn codes into boxes: effdet's name of boxes.decode_boxes."""
+    """Turn deltas into boxes: effdet's name of boxes.decode_boxes."""
     return decode_boxes(rel_codes, anchors, output_xyxy)
 
 

@@ -57,7 +57,7 @@ class _DetBench(nn.Module):
             x: float [B, 3, H, W], normalised.
 
         Returns:
-            Of each level, finest first: class logits [B, A * K, h, w], box codes [B, A * 4, h, w].
+            Of each level, finest first: class logits [B, A * K, h, w], box deltas [B, A * 4, h, w].
 
         Raises:
             ValueError: the class head has another number of classes than the config said.
@@ -83,7 +83,7 @@ class _DetBench(nn.Module):
 
         Args:
             cls_outputs: class logits [B, A * K, h, w] of each level.
-            box_outputs: box codes [B, A * 4, h, w] of each level.
+            box_outputs: box deltas [B, A * 4, h, w] of each level.
             img_scale: [B] original pixels per input pixel; None leaves boxes in input pixels.
             img_size: [B, 2] original width and height to clip to; None does not clip.
 
@@ -91,11 +91,11 @@ class _DetBench(nn.Module):
             float32 [B, max_det_per_image, 6] as from `nms.make_detections`.
         """
         with torch.autocast(cls_outputs[0].device.type, enabled=False):
-            logits, codes, indices, classes = select_candidates(
+            logits, deltas, indices, classes = select_candidates(
                 cls_outputs, box_outputs, self.num_classes, self.max_detection_points)
             suppress = (None if self.nms_operator is None
                         else functools.partial(npu_nms, self.nms_operator, self.num_classes))
-            return make_detections(logits, codes, self.anchors.boxes[indices], classes, img_scale, img_size,
+            return make_detections(logits, deltas, self.anchors.boxes[indices], classes, img_scale, img_size,
                                    self.max_det_per_image, self.soft_nms, suppress)
 
 
@@ -252,9 +252,9 @@ def unwrap_bench(model: Any) -> nn.Module:
 def _post_process(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_levels: int, num_classes: int,
                   max_detection_points: int = 5000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select candidates: effdet's form of `nms.select_candidates`, with logits [B, k, 1]."""
-    logits, codes, indices, classes = select_candidates(
+    logits, deltas, indices, classes = select_candidates(
         cls_outputs[:num_levels], box_outputs[:num_levels], num_classes, max_detection_points)
-    return logits.unsqueeze(-1), codes, indices, classes
+    return logits.unsqueeze(-1), deltas, indices, classes
 
 
 def _batch_detection(batch_size: int, class_out: Tensor, box_out: Tensor, anchor_boxes: Tensor, indices: Tensor,

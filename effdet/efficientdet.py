@@ -47,7 +47,7 @@ def _create_backbone(config: Any, pretrained: bool) -> nn.Module:
 
 
 class EfficientDet(nn.Module):
-    """The network: images to class logits and box codes for each anchor of each level."""
+    """The network: images to class logits and box deltas for each anchor of each level."""
 
     def __init__(self, config: Any, pretrained_backbone: bool = True, alternate_init: bool = False) -> None:
         """Build the network of a model config.
@@ -150,7 +150,7 @@ class EfficientDet(nn.Module):
                 `set_input_size`.
 
         Returns:
-            class logits [B, A * K, h, w] and box codes [B, A * 4, h, w], a list over levels for each, finest first.
+            class logits [B, A * K, h, w] and box deltas [B, A * 4, h, w], a list over levels for each, finest first.
 
         Raises:
             ValueError: another height or width than that.

@@ -221,7 +221,7 @@ class CocoEvaluator(Evaluator):
             BadImagesError: more images could not be read than the dataset puts up with; raised on all ranks.
         """
         if self._watch is not None:
-            self._watch.settle(together=self._spread)
+            self._watch.exchange(together=self._spread)
         shards = self._gather()
         self._scores = self._on_primary(lambda: self._score(shards, output_result_file), interruptible=True)
         self.reset()

@@ -37,7 +37,7 @@ _FIRST_OPSET_OF_NEW_EXPORTER = 18  # what torch.onnx.export writes with dynamo=T
 
 
 class _RawHeads(nn.Module):
-    """Images to the heads' outputs: class logits of each level, then box codes of each level, finest first."""
+    """Images to the heads' outputs: class logits of each level, then box deltas of each level, finest first."""
 
     def __init__(self, bench: DetBenchPredict) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class _Candidates(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bench = self.bench
-        logits, codes, anchors, classes = select_candidates(
+        logits, deltas, anchors, classes = select_candidates(
             *bench.head_outputs(images), bench.num_classes, bench.max_detection_points)
-        return decode_boxes(codes, bench.anchors.boxes[anchors], output_xyxy=True), logits.sigmoid(), classes
+        return decode_boxes(deltas, bench.anchors.boxes[anchors], output_xyxy=True), logits.sigmoid(), classes
 
 
 class _Detections(nn.Module):

@@ -123,7 +123,7 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
 
     Args:
         cls_outputs: logits [B, A * K, height, width] of each level.
-        box_outputs: codes [B, A * 4, height, width] of each level.
+        box_outputs: deltas [B, A * 4, height, width] of each level.
         cls_targets: int64 [B, N]: 0..K-1, -1 background, -2 left out; or [B, height, width, A] of each level.
         box_targets: float [B, N, 4]; exact zeros are left out; or [B, height, width, A * 4] of each level.
         num_positives: positive anchors of each image [B].
@@ -141,7 +141,7 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
         background only is finite.
     """
     focal_sum = dense_focal_loss_sum if dense_targets else focal_loss_sum
-    counts = [codes[0].numel() // 4 for codes in box_outputs]  # anchors of each level
+    counts = [deltas[0].numel() // 4 for deltas in box_outputs]  # anchors of each level
     with torch.autocast(cls_outputs[0].device.type, enabled=False):
         normalizer = num_positives.sum().float() + 1.0
         smoothing = 0.0 if legacy_focal else label_smoothing
@@ -149,8 +149,8 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
             focal_sum(logits, targets.flatten(1), num_classes, alpha, gamma, smoothing)
             for logits, targets in zip(cls_outputs, _by_level(cls_targets, counts), strict=True)]).sum() / normalizer
         box_loss = torch.stack([
-            _box_loss_sum(codes, targets, delta)
-            for codes, targets in zip(box_outputs, _by_level(box_targets, counts), strict=True)
+            _box_loss_sum(deltas, targets, delta)
+            for deltas, targets in zip(box_outputs, _by_level(box_targets, counts), strict=True)
         ]).sum() / (normalizer * 4.0)
         return cls_loss + box_loss_weight * box_loss, cls_loss, box_loss
 
@@ -159,11 +159,11 @@ def _by_level(targets: Tensor | Sequence[Tensor], counts: Sequence[int]) -> Sequ
     return targets.split(counts, 1) if isinstance(targets, Tensor) else targets
 
 
-def _box_loss_sum(codes: Tensor, targets: Tensor, delta: float) -> Tensor:
+def _box_loss_sum(deltas: Tensor, targets: Tensor, delta: float) -> Tensor:
     """Sum Huber's loss over the positive anchors of one level; targets are [B, n, 4] or [B, height, width, A * 4]."""
-    codes = codes.permute(0, 2, 3, 1).float()
-    targets = targets.reshape(codes.shape).float()
-    return huber_loss(codes, targets, delta, targets != 0, size_average=False)
+    deltas = deltas.permute(0, 2, 3, 1).float()
+    targets = targets.reshape(deltas.shape).float()
+    return huber_loss(deltas, targets, delta, targets != 0, size_average=False)
 
 
 class DetectionLoss(nn.Module):

@@ -53,7 +53,7 @@ def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_de
     fused = True if device_type in _FUSED_DEVICES else None
     optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
                                 fused=fused)
-    _settle(optimizer)
+    _complete(optimizer)
     return optimizer
 
 
@@ -108,7 +108,7 @@ def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, m
         except (ImportError, AssertionError) as error:  # timm's answer for apex and bitsandbytes classes
             raise ValueError(f"Optimizer '{opt}' cannot be built here: {error}. "
                              "'fusedmomentum' and 'adamw' are fused without another package.") from error
-        _settle(optimizer)
+        _complete(optimizer)
     return Lookahead(optimizer) if prefix else optimizer
 
 
@@ -133,7 +133,7 @@ def _device_type(groups: list) -> str:
     return "cpu"
 
 
-def _settle(optimizer: torch.optim.Optimizer) -> None:
+def _complete(optimizer: torch.optim.Optimizer) -> None:
     """Make a new optimizer safe to step and to load a checkpoint of another device into.
 
     A checkpoint's groups also hold which implementation wrote them. That is this machine's choice, not the

@@ -48,8 +48,9 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
     from effdet.runtime.launch import launch, needs_launch, start
     from effdet.training.auto_batch import AUTO
+    from effdet.training.resume import newest_checkpoint
     from effdet.training.run_dir import make_run_folder
-    from effdet.training.trainer import fit, newest_checkpoint, prepare
+    from effdet.training.trainer import fit, prepare
 
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):

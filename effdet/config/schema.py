@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .options import setting
 
 _SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none")
-_DEVICE = "kind of device: auto (the best there is), cpu, or torch's name of an accelerator"
+_DEVICE = "device: auto (an NPU if there is one, else a GPU, else the CPU), npu, cuda or cpu"
 
 
 # ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help ----
@@ -24,7 +24,9 @@ class DemoModelConfig:
         None, "network input as height and width in pixels; one value: square", flags="--image-size --img-size",
         low=32, metavar="H [W]", none="from the checkpoint or the model table")
     soft_nms: bool | None = setting(None, "soft-NMS instead of NMS")
-    nms: str = setting("exact", "'exact' everywhere, or the name of an operator that the device layer knows")
+    nms: str = setting(
+        "exact", "how overlapping boxes are suppressed: 'exact' on every device, or 'npu', Ascend's own operator "
+        "npu_batch_nms")
     same_padding: str = setting(
         "auto", "SAME padding pads the activation or extends the kernel", choices=("auto", "pad", "kernel"))
     max_det: int | None = setting(None, "detections kept per image", low=1)

@@ -134,15 +134,15 @@ class BadImageWatch:
         self._late = distributed.LateMax()
 
     def look(self) -> None:
-        """Settle when any process has found a new one by its last call; every process calls it as often, none waits.
+        """Exchange when any process has found a new one by its last call; every process calls it as often, none waits.
 
         Raises:
-            BadImagesError: see `settle`.
+            BadImagesError: see `exchange`.
         """
         if self._late(int(len(self.bad) > len(self.named))):
-            self.settle()
+            self.exchange()
 
-    def settle(self, together: bool = True) -> int:
+    def exchange(self, together: bool = True) -> int:
         """Exchange what was found, name the new ones, and return how many are bad; every process calls it together.
 
         In evaluation the count is that of the pass that ends here.

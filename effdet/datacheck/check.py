@@ -19,7 +19,7 @@ from effdet.runtime.console import one_line_errors
 
 from .anchor_reach import SIDE_EDGES_PX
 from .page import write_html
-from .stats import DataFacts, SplitFacts, gather_facts
+from .stats import DataStats, SplitStats, gather_stats
 
 STATUS = {"note": 0, "warning": 3, "error": 4}
 _MOST_CLASSES = 100  # lines on the terminal
@@ -33,17 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors("effdet.datacheck.check"):
-        facts, config = check(cfg)
-        print("\n".join(text_lines(facts, config)))
+        stats, config = check(cfg)
+        print("\n".join(text_lines(stats, config)))
         if cfg.run.html:
-            write_html(Path(cfg.run.html), facts, config, cfg.run.seed)
+            write_html(Path(cfg.run.html), stats, config, cfg.run.seed)
             print(f"written: {cfg.run.html}")
-    print(verdict(facts))
-    return status_of(facts)
+    print(verdict(stats))
+    return status_of(stats)
 
 
-def check(cfg: RunConfig) -> tuple[DataFacts, object]:
-    """Check the data of a run; return the facts and the model config they were measured for.
+def check(cfg: RunConfig) -> tuple[DataStats, object]:
+    """Check the data of a run; return the stats and the model config they were measured for.
 
     Raises:
         ValueError: an image size that no model has, or no data named at all.
@@ -60,40 +60,40 @@ def check(cfg: RunConfig) -> tuple[DataFacts, object]:
         raise paths["train"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = cores if cfg.data.workers is None else cfg.data.workers
-    return gather_facts(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
+    return gather_stats(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
 
 
-def status_of(facts: DataFacts) -> int:
+def status_of(stats: DataStats) -> int:
     """Return the exit status."""
-    return max((STATUS[finding.level] for finding in facts.findings), default=0)
+    return max((STATUS[finding.level] for finding in stats.findings), default=0)
 
 
-def verdict(facts: DataFacts) -> str:
+def verdict(stats: DataStats) -> str:
     """Return the last line: what the status says."""
-    count = {level: sum(finding.level == level for finding in facts.findings) for level in STATUS}
+    count = {level: sum(finding.level == level for finding in stats.findings) for level in STATUS}
     return (f"data check: {count['error']} error(s), {count['warning']} warning(s), {count['note']} note(s); "
-            f"status {status_of(facts)}")
+            f"status {status_of(stats)}")
 
 
-def text_lines(facts: DataFacts, config: object) -> list[str]:
+def text_lines(stats: DataStats, config: object) -> list[str]:
     """Return the report for a terminal."""
     lines = []
-    for split in facts.splits:
+    for split in stats.splits:
         lines += ["", *split_lines(split, config)]
-    if facts.categories is not None:
-        lines += ["", *class_lines(facts)]
-    if facts.suggestion is not None and facts.suggestion.better:
-        found = facts.suggestion
+    if stats.categories is not None:
+        lines += ["", *class_lines(stats)]
+    if stats.suggestion is not None and stats.suggestion.better:
+        found = stats.suggestion
         lines += ["", f"share of {found.boxes} train boxes that an anchor overlaps with IoU 0.5 or more, and the cost "
                       "of a step:", f"  {100 * found.present.share:5.1f} %  1.0 x  as it is"]
         lines += [f"  {100 * one.share:5.1f} %  {one.cost:.1f} x  {one.flags}" for one in found.better]
     lines.append("")
-    lines += [f"{finding.level}: {finding.text}" for level in reversed(STATUS) for finding in facts.findings
+    lines += [f"{finding.level}: {finding.text}" for level in reversed(STATUS) for finding in stats.findings
               if finding.level == level]
     return lines
 
 
-def split_lines(split: SplitFacts, config: object) -> list[str]:
+def split_lines(split: SplitStats, config: object) -> list[str]:
     """Return a split's counts and the histogram of its boxes' sizes."""
     report, scan, per_image = split.report, split.scan, split.boxes_per_image
     height, width = config.image_size
@@ -123,15 +123,15 @@ def side_label(k: int) -> str:
     return f"{low:g}..{high:g}" if high < float("inf") else f"{low:g}.."
 
 
-def class_lines(facts: DataFacts) -> list[str]:
+def class_lines(stats: DataStats) -> list[str]:
     """Return the table of classes: boxes, and images with such boxes, in each split."""
-    names = [split.name for split in facts.splits]
+    names = [split.name for split in stats.splits]
     rows = [(f"{i}", name, *(f"{boxes} ({images})" for boxes, images in
-                             (split.class_counts.get(i, (0, 0)) for split in facts.splits)))
-            for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
+                             (split.class_counts.get(i, (0, 0)) for split in stats.splits)))
+            for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)]
     shown = [("id", "class", *(f"{name} boxes (images)" for name in names)), *rows[:_MOST_CLASSES]]
     widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]
-    lines = [f"{facts.categories}"]
+    lines = [f"{stats.categories}"]
     lines += ["  " + "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]),
                                 *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))])
               for row in shown]

@@ -1,4 +1,4 @@
-"""The data check's facts as one html file: no scripts, nothing loaded from elsewhere."""
+"""The data check's stats as one html file: no scripts, nothing loaded from elsewhere."""
 from __future__ import annotations
 
 import base64
@@ -15,7 +15,7 @@ from effdet.data.transforms import ResizePad
 from effdet.report.draw import draw_detections, make_class_colors
 
 from .anchor_reach import SIDE_EDGES_PX, find_reached, letterbox_boxes
-from .stats import DataFacts, SplitFacts
+from .stats import DataStats, SplitStats
 
 _SAMPLES = 12
 _STYLE = """
@@ -33,35 +33,35 @@ figure{margin:0}img{width:100%;height:auto;background:var(--soft)}figcaption{fon
 """
 
 
-def write_html(path: Path, facts: DataFacts, config: Any, seed: int = 0) -> None:
+def write_html(path: Path, stats: DataStats, config: Any, seed: int = 0) -> None:
     """Write the page, its folder included.
 
     Args:
         path: the file.
-        facts: of the check.
+        stats: of the check.
         config: the model config; samples are drawn in its input size.
         seed: of the choice of samples.
     """
-    levels = [finding.level for finding in facts.findings]
+    levels = [finding.level for finding in stats.findings]
     parts = [f"<h1>Data check</h1><p>{levels.count('error')} errors, {levels.count('warning')} warnings, "
              f"{levels.count('note')} notes. Sizes are pixels of the {config.image_size[0]} x {config.image_size[1]} "
              f"(height x width) input of {_text(config.name)}.</p><ul>"]
     parts += [f'<li class="{finding.level}"><b>{finding.level}</b>: {_text(finding.text)}</li>' for level in
-              ("error", "warning", "note") for finding in facts.findings if finding.level == level]
+              ("error", "warning", "note") for finding in stats.findings if finding.level == level]
     parts.append("</ul>")
-    parts += [_split_part(split) for split in facts.splits]
-    if facts.suggestion is not None and facts.suggestion.better:
-        rows = [("as it is", f"{100 * facts.suggestion.present.share:.1f} %", "1.0 x")]
-        rows += [(one.flags, f"{100 * one.share:.1f} %", f"{one.cost:.1f} x") for one in facts.suggestion.better]
-        parts.append(f"<h2>Anchors</h2><p>Share of {facts.suggestion.boxes} train boxes that an anchor overlaps with "
+    parts += [_split_part(split) for split in stats.splits]
+    if stats.suggestion is not None and stats.suggestion.better:
+        rows = [("as it is", f"{100 * stats.suggestion.present.share:.1f} %", "1.0 x")]
+        rows += [(one.flags, f"{100 * one.share:.1f} %", f"{one.cost:.1f} x") for one in stats.suggestion.better]
+        parts.append(f"<h2>Anchors</h2><p>Share of {stats.suggestion.boxes} train boxes that an anchor overlaps with "
                      "IoU 0.5 or more, and the cost of a step.</p>" + _table(("setting", "reached", "cost"), rows))
-    if facts.categories is not None:
-        rows = [(name, str(i), *(f"{n}" for split in facts.splits for n in split.class_counts.get(i, (0, 0))))
-                for i, name in zip(facts.categories.ids, facts.categories.names, strict=True)]
-        head = ("class", "id", *(f"{split.name} {what}" for split in facts.splits for what in ("boxes", "images")))
+    if stats.categories is not None:
+        rows = [(name, str(i), *(f"{n}" for split in stats.splits for n in split.class_counts.get(i, (0, 0))))
+                for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)]
+        head = ("class", "id", *(f"{split.name} {what}" for split in stats.splits for what in ("boxes", "images")))
         parts.append("<h2>Classes</h2>" + _table(head, rows))
-    for split in facts.splits:
-        parts.append(f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, facts, config, seed)}"
+    for split in stats.splits:
+        parts.append(f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, stats, config, seed)}"
                      "</div>")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-'
@@ -79,7 +79,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><tr>{cells}{body}</table></div>"
 
 
-def _split_part(split: SplitFacts) -> str:
+def _split_part(split: SplitStats) -> str:
     report, counts = split.report, split.side_counts
     rows = []
     for k in np.flatnonzero(counts):
@@ -93,10 +93,10 @@ def _split_part(split: SplitFacts) -> str:
             f"{''.join(rows)}</table></div>")
 
 
-def _samples(split: SplitFacts, facts: DataFacts, config: Any, seed: int) -> str:
+def _samples(split: SplitStats, stats: DataStats, config: Any, seed: int) -> str:
     """Return images with boxes, drawn at random, as the network's input shows them."""
     arrays, drawn = split.arrays, []
-    names = {} if facts.categories is None else dict(zip(facts.categories.ids, facts.categories.names, strict=True))
+    names = {} if stats.categories is None else dict(zip(stats.categories.ids, stats.categories.names, strict=True))
     colors = make_class_colors(list(names.values()))
     for k in np.random.default_rng(seed).permutation(np.flatnonzero(split.boxes_per_image)):
         info, span = arrays.img_infos[k], slice(arrays.offsets[k], arrays.offsets[k + 1])

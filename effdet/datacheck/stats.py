@@ -33,7 +33,7 @@ class Finding:
 
 
 @dataclass
-class SplitFacts:
+class SplitStats:
     """What is known of one split.
 
     Attributes:
@@ -74,10 +74,10 @@ class SplitFacts:
 
 
 @dataclass
-class DataFacts:
+class DataStats:
     """All that the check found."""
 
-    splits: list[SplitFacts] = field(default_factory=list)
+    splits: list[SplitStats] = field(default_factory=list)
     categories: CategoryMap | None = None
     suggestion: Suggestion | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -86,8 +86,8 @@ class DataFacts:
         """Add a finding."""
         self.findings.append(Finding(level, text))
 
-    def split(self, name: str) -> SplitFacts | None:
-        """Return the facts of a split by its name, or None."""
+    def split(self, name: str) -> SplitStats | None:
+        """Return the stats of a split by its name, or None."""
         return next((split for split in self.splits if split.name == name), None)
 
 
@@ -102,8 +102,8 @@ def image_sizes(arrays: CocoArrays) -> np.ndarray:
     return np.array(sizes, dtype=np.float64).reshape(-1, 2)
 
 
-def gather_facts(paths: dict[str, tuple[Path, Path] | Exception], config: Any, num_classes: int | None,
-                 processes: int, seed: int = 0) -> DataFacts:
+def gather_stats(paths: dict[str, tuple[Path, Path] | Exception], config: Any, num_classes: int | None,
+                 processes: int, seed: int = 0) -> DataStats:
     """Check the splits of a data set.
 
     Args:
@@ -113,29 +113,29 @@ def gather_facts(paths: dict[str, tuple[Path, Path] | Exception], config: Any, n
         processes: worker processes that decode images; 0 works in this one.
         seed: of the samples.
     """
-    facts = DataFacts()
+    stats = DataStats()
     for name, where in paths.items():
         try:
             if isinstance(where, Exception):
                 raise where
-            facts.splits.append(read_split(name, *where, config, seed))
+            stats.splits.append(read_split(name, *where, config, seed))
         except (ValueError, OSError) as error:
-            facts.add("error", f"{name}: {error}")
+            stats.add("error", f"{name}: {error}")
             continue
-        split = facts.splits[-1]
+        split = stats.splits[-1]
         there = [info for info in split.arrays.img_infos if (split.img_dir / info["file_name"]).is_file()]
         split.scan = scan_images(split.img_dir, there, len(there), processes)
-        facts.findings += judge_split(split, config.max_det_per_image)
-    judge_categories(facts, num_classes)
-    judge_repeats(facts)
-    train = facts.split("train")
+        stats.findings += judge_split(split, config.max_det_per_image)
+    judge_categories(stats, num_classes)
+    judge_repeats(stats)
+    train = stats.split("train")
     if train is not None and len(train.sides_px):
-        facts.suggestion = suggest_for(train, config, seed)
-        facts.findings += judge_anchors(facts.suggestion)
-    return facts
+        stats.suggestion = suggest_for(train, config, seed)
+        stats.findings += judge_anchors(stats.suggestion)
+    return stats
 
 
-def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> SplitFacts:
+def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> SplitStats:
     """Read a split's annotations and measure its boxes.
 
     Raises:
@@ -154,7 +154,7 @@ def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> S
     sample = draw_sample(len(boxes), _TESTED_BOXES, seed)
     reached = find_reached(boxes[sample], config)
     tested = np.histogram(sides[sample], SIDE_EDGES_PX)[0]
-    return SplitFacts(name, img_dir, arrays, report, sides, tested,
+    return SplitStats(name, img_dir, arrays, report, sides, tested,
                       np.histogram(sides[sample][reached], SIDE_EDGES_PX)[0])
 
 
@@ -165,14 +165,14 @@ def draw_sample(total: int, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
 
 
-def suggest_for(split: SplitFacts, config: Any, seed: int) -> Suggestion:
+def suggest_for(split: SplitStats, config: Any, seed: int) -> Suggestion:
     """Look for better anchors on a sample of a split's boxes."""
     sample = draw_sample(len(split.arrays.boxes_yxyx), _TRIED_BOXES, seed)
     sizes = image_sizes(split.arrays)[box_images(split.arrays)[sample]]
     return suggest_anchors(split.arrays.boxes_yxyx[sample], sizes, config)
 
 
-def judge_split(split: SplitFacts, max_det: int) -> Iterator[Finding]:
+def judge_split(split: SplitStats, max_det: int) -> Iterator[Finding]:
     """Turn what was counted in one split into findings."""
     for level, text, kind in split.report.entries():
         level = "note" if level == "warning" and kind in _HARMLESS else level
@@ -193,51 +193,51 @@ def judge_split(split: SplitFacts, max_det: int) -> Iterator[Finding]:
                               "images have no boxes; they teach what background looks like")
 
 
-def judge_categories(facts: DataFacts, num_classes: int | None) -> None:
+def judge_categories(stats: DataStats, num_classes: int | None) -> None:
     """Settle the classes as training does, and compare those of the two splits."""
-    train, val = facts.split("train"), facts.split("val")
+    train, val = stats.split("train"), stats.split("val")
     base = train or val
     if base is None or not base.arrays.categories or "duplicate_category_id" in base.report.errors:
         return
     try:
-        facts.categories = resolve_category_map(base.arrays.categories, num_classes)
+        stats.categories = resolve_category_map(base.arrays.categories, num_classes)
         if train and val and val.arrays.categories and "duplicate_category_id" not in val.report.errors:
-            resolve_category_map(val.arrays.categories, None, facts.categories)
+            resolve_category_map(val.arrays.categories, None, stats.categories)
     except ValueError as error:
-        facts.add("error", f"classes: {error}")
+        stats.add("error", f"classes: {error}")
         return
     if not (train and val):
         return
-    names = dict(zip(facts.categories.ids, facts.categories.names, strict=True))
+    names = dict(zip(stats.categories.ids, stats.categories.names, strict=True))
     renamed = [f"{row['id']}: {names[row['id']]!r} in train, {row['name']!r} in val" for row in val.arrays.categories
                if row["id"] in names and names[row["id"]] != row["name"]]
     if renamed:
-        facts.add("warning", f"classes: {len(renamed)} ids have other names in val than in train: "
+        stats.add("warning", f"classes: {len(renamed)} ids have other names in val than in train: "
                              f"{_some(renamed)}; the ids count")
     only_val = [names[i] for i in val.class_counts if i not in train.class_counts]
     only_train = [names[i] for i in train.class_counts if i not in val.class_counts]
     if only_val:
-        facts.add("warning", f"classes: {_some(only_val)}: boxes in val but none in train, so their AP will be 0")
+        stats.add("warning", f"classes: {_some(only_val)}: boxes in val but none in train, so their AP will be 0")
     if only_train:
-        facts.add("note", f"classes: {_some(only_train)}: boxes in train but none in val, so nothing measures them")
+        stats.add("note", f"classes: {_some(only_train)}: boxes in train but none in val, so nothing measures them")
 
 
-def judge_repeats(facts: DataFacts) -> None:
+def judge_repeats(stats: DataStats) -> None:
     """Look for images that occur twice: in train and val, or within one of them."""
-    train, val = facts.split("train"), facts.split("val")
+    train, val = stats.split("train"), stats.split("val")
     if train and val:
         shared = shared_between(train.scan, val.scan)
         if shared:
             same = sum(equal for _, _, equal in shared)
             pairs = _some([f"{first} = {second}" for first, second, _ in shared])
-            facts.add("warning", f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
+            stats.add("warning", f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
                                  f"equal files, {len(shared) - same} with equal pixels in another file; train = val: "
                                  f"{pairs}): they make the AP look better than it is; take them out of one split")
-    for split in facts.splits:
+    for split in stats.splits:
         repeats = repeats_within(split.scan.pixel_hashes, split.scan.names)
         if repeats:
             pairs = _some([f"{first} = {later}" for first, later in repeats])
-            facts.add("note", f"{split.name}: {len(repeats)} images repeat an earlier one ({pairs})")
+            stats.add("note", f"{split.name}: {len(repeats)} images repeat an earlier one ({pairs})")
 
 
 def judge_anchors(found: Suggestion) -> Iterator[Finding]:

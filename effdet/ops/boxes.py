@@ -120,11 +120,11 @@ def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...
             torch.log(height / anchor_height), torch.log(width / anchor_width))
 
 
-def decode_boxes(codes: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False) -> Tensor:
-    """Turn codes relative to anchors back into boxes, the inverse of `encode_boxes`.
+def decode_boxes(deltas: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False) -> Tensor:
+    """Turn deltas relative to anchors back into boxes, the inverse of `encode_boxes`.
 
     Args:
-        codes: float [..., 4]: ty, tx, th, tw; th and tw are clamped to MAX_LOG_SIDE_RATIO.
+        deltas: float [..., 4]: ty, tx, th, tw; th and tw are clamped to MAX_LOG_SIDE_RATIO.
         anchors_yxyx: float [..., 4], pixels.
         output_xyxy: return xyxy instead of yxyx.
 
@@ -133,7 +133,7 @@ def decode_boxes(codes: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False)
     """
     anchor_y_min, anchor_x_min, anchor_y_max, anchor_x_max = anchors_yxyx.unbind(-1)
     anchor_height, anchor_width = anchor_y_max - anchor_y_min, anchor_x_max - anchor_x_min
-    ty, tx, th, tw = codes.unbind(-1)
+    ty, tx, th, tw = deltas.unbind(-1)
     y_centre = ty * anchor_height + (anchor_y_min + anchor_y_max) / 2
     x_centre = tx * anchor_width + (anchor_x_min + anchor_x_max) / 2
     half_height = torch.exp(th.clamp(max=MAX_LOG_SIDE_RATIO)) * anchor_height / 2

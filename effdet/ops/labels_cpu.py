@@ -171,6 +171,6 @@ class SparseMatcher:
         boxes, classes = gt_boxes[image, slot], gt_classes[image, slot]
         rows = [torch.from_numpy(part) for part in self.match(boxes.numpy(), image.numpy(), threshold)]
         class_targets[rows[0], rows[1]] = classes[rows[2]] - 1
-        codes = encode_boxes(boxes[rows[2]].unbind(1), self.boxes_yxyx[rows[1]].unbind(1))
-        box_targets[rows[0], rows[1]] = torch.stack(codes, 1)
+        deltas = encode_boxes(boxes[rows[2]].unbind(1), self.boxes_yxyx[rows[1]].unbind(1))
+        box_targets[rows[0], rows[1]] = torch.stack(deltas, 1)
         return class_targets, box_targets, torch.bincount(rows[0], minlength=batch).float()

@@ -32,12 +32,12 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
 
     Args:
         cls_outputs: logits [B, A * K, height, width] of each level, finest first.
-        box_outputs: codes [B, A * 4, height, width] of each level.
+        box_outputs: deltas [B, A * 4, height, width] of each level.
         num_classes: K.
         max_detection_points: number of pairs to keep; fewer when there are fewer.
 
     Returns:
-        logits [B, k], codes [B, k, 4], anchor index int64 [B, k], class_idx int64 [B, k]; by falling logit.
+        logits [B, k], deltas [B, k, 4], anchor index int64 [B, k], class_idx int64 [B, k]; by falling logit.
     """
     if is_host(cls_outputs[0].device):
         return nms_cpu.select_candidates(cls_outputs, box_outputs, num_classes, max_detection_points)
@@ -45,14 +45,14 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
     # through the anchors and then through the pairs of k of them, not through all pairs.
     batch = cls_outputs[0].shape[0]
     logits = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, num_classes) for level in cls_outputs], 1)
-    codes = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
+    deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
     count = min(max_detection_points, logits.shape[1] * num_classes)
     anchors = logits.amax(2).topk(min(count, logits.shape[1]), dim=1).indices
     pairs = logits.gather(1, anchors.unsqueeze(2).expand(-1, -1, num_classes)).reshape(batch, -1)
     top_logits, order = pairs.topk(count, dim=1)
     rows = torch.div(order, num_classes, rounding_mode="floor")
     anchors = anchors.gather(1, rows)
-    return (top_logits, codes.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors,
+    return (top_logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors,
             order - rows * num_classes)
 
 
@@ -165,14 +165,14 @@ def npu_nms(operator: Callable[..., tuple[Tensor, ...]], num_classes: int, boxes
     return boxes, kept_scores.masked_fill(missing, _SUPPRESSED), kept_classes.to(classes.dtype)
 
 
-def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes: Tensor,
+def make_detections(logits: Tensor, deltas: Tensor, anchors_yxyx: Tensor, classes: Tensor,
                     img_scale: Tensor | None = None, img_size: Tensor | None = None, max_det: int = 100,
                     soft_nms: bool = False, suppress: Suppress | None = None) -> Tensor:
     """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
 
     Args:
         logits: [B, k], by falling logit.
-        codes: [B, k, 4].
+        deltas: [B, k, 4].
         anchors_yxyx: float [B, k, 4], the anchors of the candidates.
         classes: class_idx [B, k].
         img_scale: [B] original pixels per input pixel; boxes are returned in original pixels when given.
@@ -187,7 +187,7 @@ def make_detections(logits: Tensor, codes: Tensor, anchors_yxyx: Tensor, classes
     """
     if logits.shape[1] == 0:
         return logits.new_zeros((logits.shape[0], max_det, 6), dtype=torch.float32)
-    boxes = decode_boxes(codes.float(), anchors_yxyx, output_xyxy=True)
+    boxes = decode_boxes(deltas.float(), anchors_yxyx, output_xyxy=True)
     if img_scale is not None:
         img_scale = img_scale.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 1)
         if img_size is not None:
@@ -214,7 +214,7 @@ def generate_detections(cls_outputs: Tensor, box_outputs: Tensor, anchor_boxes: 
 
     Args:
         cls_outputs: logits [k, 1].
-        box_outputs: codes [k, 4].
+        box_outputs: deltas [k, 4].
         anchor_boxes: all anchors [N, 4] yxyx.
         indices: anchor of each candidate [k].
         classes: class_idx of each candidate [k].

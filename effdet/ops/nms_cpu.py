@@ -25,7 +25,7 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
     """
     batch = cls_outputs[0].shape[0]
     levels = [_Level(level, num_classes) for level in cls_outputs]
-    codes = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
+    deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
     maxima = [level.maxima() for level in levels]
     starts = [0]
     for level in maxima:
@@ -45,7 +45,7 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
         place = places[order]
         found.append((best, anchors[torch.div(place, num_classes, rounding_mode="floor")], place % num_classes))
     logits, anchors, classes = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return logits, codes.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, classes
+    return logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, classes
 
 
 class _Level:
@@ -95,17 +95,17 @@ def _greedy(boxes: Tensor, classes: Tensor, max_det: int, iou_threshold: float) 
         block = torch.arange(start, min(start + size, len(boxes)))
         if len(kept):
             block = block[~suppresses(kept, block).any(0)]
-        block = _settle(suppresses(block, block).triu_(1), block)
+        block = _survivors(suppresses(block, block).triu_(1), block)
         kept = torch.cat((kept, block))
         start, size = start + size, _BLOCK
     return kept[:max_det]
 
 
-def _settle(suppresses: Tensor, block: Tensor) -> Tensor:
+def _survivors(suppresses: Tensor, block: Tensor) -> Tensor:
     """Return the boxes of a block that stay, [n, m] saying that an earlier one n would drop m.
 
     The kept boxes are the only set that holds exactly those boxes which none of its members drops. It is reached by
-    repeating that rule: each round settles at least one box more, in chains of overlaps one link.
+    repeating that rule: each round decides at least one box more, in chains of overlaps one link.
     """
     matrix = suppresses.float()
     keep = torch.ones(len(block))

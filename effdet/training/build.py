@@ -201,3 +201,10 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
         steps_per_epoch * epochs, cfg.run.max_steps, cfg.run.max_skipped)
     return training, epochs
+
+
+def uneven_models(cfg: RunConfig, place: Placement, training: Training) -> dict[str, torch.nn.Module]:
+    """Return the networks whose batch-norm statistics differ between the processes within an epoch."""
+    if place.world == 1 or cfg.dist.sync_bn:
+        return {}
+    return {"model": training.model} | ({"ema": training.ema.module} if training.ema else {})

@@ -117,7 +117,7 @@ def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | No
     start = start or Progress()
     if run.guard is None:
         run.guard = StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
-    run.guard.settle(damaged=False)
+    run.guard.keep_or_restore(damaged=False)
     clock = _Clock(run, len(loader), epoch, start, recorder)
     run.optimizer.zero_grad()
     num_batches = len(loader)
@@ -225,7 +225,7 @@ class _Clock:
             **_by_name(losses), "loss_average": _by_name(self.totals / self.batches)["loss"],
             "skipped_in_a_row": run.precision.skipped_in_a_row(), "damage": run.guard.damage(losses.device)})
         self.skipped_in_a_row, damaged = round(values.pop("skipped_in_a_row")), values.pop("damage") > 0
-        run.guard.settle(damaged)
+        run.guard.keep_or_restore(damaged)
         if damaged:
             _logger.warning("batch-norm statistics were inf or NaN: those of the last log line were put back")
         now = time.perf_counter()

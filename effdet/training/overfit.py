@@ -33,7 +33,7 @@ _SCORE = 0.3  # predictions below do not count as found
 
 
 @dataclass
-class OverfitFacts:
+class OverfitStats:
     """What was measured in and after the run."""
 
     ap: float
@@ -85,14 +85,14 @@ def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDa
     return DetectionDatset(dataset.data_dir, parser.subset(order), seed=dataset.seed), val
 
 
-def examine(run: Any, losses: Sequence[float]) -> OverfitFacts:
+def examine(run: Any, losses: Sequence[float]) -> OverfitStats:
     """Measure a finished run: a trainer.Run, and the training loss of each of its epochs."""
     cfg, training = run.cfg, run.training
     eval_model = run.eval_bench.model
     config, ap, ap50 = eval_model.config, run.loaders.evaluator.stats["AP"], run.loaders.evaluator.stats["AP50"]
     bench = DetBenchTrain(eval_model, ignore_regions=cfg.data.crowd == "ignore").to(run.place.device).eval()
     eval_loss, predictions = predict(bench, run.loaders.val, training.precision.autocast)
-    facts = OverfitFacts(
+    stats = OverfitStats(
         ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,
         skipped=training.precision.skipped(), lr=cfg.optim.lr, boxes=0, unreached=0, missed=0, missed_unreached=0,
         wrong_class=0, conflicts=0, beyond_limit=0, max_det=config.max_det_per_image,
@@ -101,11 +101,11 @@ def examine(run: Any, losses: Sequence[float]) -> OverfitFacts:
         ema_share=training.ema.share_of_init() if training.ema else 0.0)
     confused: dict[tuple[int, int], int] = {}
     for index, found in predictions:
-        count_boxes(facts, confused, run.data.val_set.parser, index, found, config)
+        count_boxes(stats, confused, run.data.val_set.parser, index, found, config)
     names = run.data.categories.class_names
-    facts.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
+    stats.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
                       sorted(confused.items(), key=lambda item: -item[1])[:3]]
-    return facts
+    return stats
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def predict(bench: nn.Module, loader: Any, autocast: Any) -> tuple[float, list[t
     return sum(losses) / len(losses), results
 
 
-def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parser: Any, index: int,
+def count_boxes(stats: OverfitStats, confused: dict[tuple[int, int], int], parser: Any, index: int,
                 detections: torch.Tensor, config: Any) -> None:
     """Add one image's boxes to the counts: found, missed, of another class, out of the anchors' reach."""
     info, truth = parser.img_infos[index], parser.get_ann_info(index)
@@ -128,82 +128,82 @@ def count_boxes(facts: OverfitFacts, confused: dict[tuple[int, int], int], parse
     boxes, classes = truth["bbox"][keep], truth["cls"][keep]
     size = np.array([[info["width"], info["height"]]], dtype=np.float64)
     reached = find_reached(letterbox_boxes(boxes, size, config.image_size), config)
-    facts.boxes += len(boxes)
-    facts.unreached += int((~reached).sum())
-    facts.beyond_limit += max(0, len(boxes) - facts.max_det)
+    stats.boxes += len(boxes)
+    stats.unreached += int((~reached).sum())
+    stats.beyond_limit += max(0, len(boxes) - stats.max_det)
     boxes_xyxy = torch.from_numpy(np.ascontiguousarray(boxes[:, [1, 0, 3, 2]]))
     same = pairwise_iou(boxes_xyxy, boxes_xyxy).numpy() > 0.9
-    facts.conflicts += int((same & (classes[:, None] < classes)).sum())
+    stats.conflicts += int((same & (classes[:, None] < classes)).sum())
     sure = detections[detections[:, 4] >= _SCORE]
     overlaps = pairwise_iou(boxes_xyxy, sure[:, :4]).numpy() >= MATCH_IOU
     for k, hits in enumerate(overlaps):
         predicted = sure[hits, 5].long().tolist()  # the best score first
         if not predicted:
-            facts.missed += 1
-            facts.missed_unreached += not reached[k]
+            stats.missed += 1
+            stats.missed_unreached += not reached[k]
         elif classes[k] not in predicted:
-            facts.wrong_class += 1
+            stats.wrong_class += 1
             pair = int(classes[k]), predicted[0]
             confused[pair] = confused.get(pair, 0) + 1
 
 
-def diagnose(facts: OverfitFacts) -> list[str]:
+def diagnose(stats: OverfitStats) -> list[str]:
     """Say what is likely wrong, the likeliest first; empty when the images were learnt.
 
     Args:
-        facts: of a finished run.
+        stats: of a finished run.
 
     Returns:
         Sentences, each with the number it rests on.
     """
-    if facts.ap >= PASS_AP:
+    if stats.ap >= PASS_AP:
         return []
-    first, last, boxes = facts.losses[0], facts.losses[-1], facts.boxes
+    first, last, boxes = stats.losses[0], stats.losses[-1], stats.boxes
     learnt = last < min(0.25 * first, _LEARNT_LOSS)
     found = []
-    if facts.frozen:
-        found.append(f"{' and '.join(facts.frozen)} keep the network from learning these images: leave them out")
-    if facts.skipped > 0.1 * facts.steps or not math.isfinite(last):
-        found.append(f"{facts.skipped} of {facts.steps} updates were skipped for inf or NaN in the gradients: lower "
-                     f"--lr ({facts.lr:g}), or with --amp the --loss-scale")
+    if stats.frozen:
+        found.append(f"{' and '.join(stats.frozen)} keep the network from learning these images: leave them out")
+    if stats.skipped > 0.1 * stats.steps or not math.isfinite(last):
+        found.append(f"{stats.skipped} of {stats.steps} updates were skipped for inf or NaN in the gradients: lower "
+                     f"--lr ({stats.lr:g}), or with --amp the --loss-scale")
     if not learnt:
-        found.append(_judge_lr(facts))
-    elif facts.eval_loss > 3 * last and facts.eval_loss - last > 0.1:
+        found.append(_judge_lr(stats))
+    elif stats.eval_loss > 3 * last and stats.eval_loss - last > 0.1:
         cause = ("the running batch-norm statistics do not fit the weights: raise model.bn_momentum or "
                  "model.freeze_bn_epochs, or train longer")
-        if facts.ema_share > 0.05:
-            cause = (f"the averaged (EMA) weights are still {100 * facts.ema_share:.0f} % initial weights: train "
+        if stats.ema_share > 0.05:
+            cause = (f"the averaged (EMA) weights are still {100 * stats.ema_share:.0f} % initial weights: train "
                      "longer, or lower --model-ema-decay")
-        found.append(f"the loss is {last:.3g} in training but {facts.eval_loss:.3g} in evaluation, on the same "
+        found.append(f"the loss is {last:.3g} in training but {stats.eval_loss:.3g} in evaluation, on the same "
                      f"images: {cause}")
-    if facts.wrong_class > 0.05 * boxes and learnt:
-        clash = (f"; {facts.conflicts} pairs of nearly equal boxes in one image have different classes, which no "
-                 "detector can learn" if facts.conflicts else "")
-        found.append(f"{facts.wrong_class} of {boxes} boxes are found with another class "
-                     f"({', '.join(facts.confused)}): look at the labels{clash}")
-    if facts.missed_unreached > 0.02 * boxes:
-        found.append(f"{facts.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {facts.missed_unreached} "
+    if stats.wrong_class > 0.05 * boxes and learnt:
+        clash = (f"; {stats.conflicts} pairs of nearly equal boxes in one image have different classes, which no "
+                 "detector can learn" if stats.conflicts else "")
+        found.append(f"{stats.wrong_class} of {boxes} boxes are found with another class "
+                     f"({', '.join(stats.confused)}): look at the labels{clash}")
+    if stats.missed_unreached > 0.02 * boxes:
+        found.append(f"{stats.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {stats.missed_unreached} "
                      "of these are missed: python -m effdet.datacheck names settings that reach more")
-    if facts.beyond_limit:
-        found.append(f"{facts.beyond_limit} boxes are beyond the {facts.max_det} that are predicted in an image: give "
+    if stats.beyond_limit:
+        found.append(f"{stats.beyond_limit} boxes are beyond the {stats.max_det} that are predicted in an image: give "
                      "a larger --max-det")
-    reached_missed = facts.missed - facts.missed_unreached
+    reached_missed = stats.missed - stats.missed_unreached
     if reached_missed > 0.05 * boxes and learnt:
         found.append(f"{reached_missed} of {boxes} boxes are missed although an anchor reaches them: small, crowded or "
                      "hidden objects; train longer (--epochs), or enlarge --image-size")
-    if facts.ap50 >= PASS_AP:
-        found.append(f"the objects are found (AP50 {facts.ap50:.2f}), their boxes are not tight yet: train longer "
+    if stats.ap50 >= PASS_AP:
+        found.append(f"the objects are found (AP50 {stats.ap50:.2f}), their boxes are not tight yet: train longer "
                      "(--epochs)")
     return found or [f"nothing that was measured explains it (the loss went from {first:.3g} to {last:.3g}): look at "
                      "the drawn images, and train longer (--epochs)"]
 
 
-def _judge_lr(facts: OverfitFacts) -> str:
+def _judge_lr(stats: OverfitStats) -> str:
     """Say whether a loss that did not fall enough speaks for a learning rate too large or too small."""
-    losses, lr = facts.losses, facts.lr
+    losses, lr = stats.losses, stats.lr
     first, last, least = losses[0], losses[-1], min(losses)
     rises = sum(later > 1.02 * earlier for earlier, later in zip(losses, losses[1:], strict=False))
-    text = f"the training loss went from {first:.3g} to {last:.3g} (least {least:.3g}) in {facts.steps} steps"
+    text = f"the training loss went from {first:.3g} to {last:.3g} (least {least:.3g}) in {stats.steps} steps"
     if last > 1.3 * least or max(losses) > min(1.3 * first, _EXPLODED_LOSS) or rises > 0.3 * len(losses):
         return f"{text}, up and down: --lr {lr:g} is likely too large, try {lr / 10:.2g}"
     text += f", slowly but steadily: --lr {lr:g} is likely too small"
@@ -212,18 +212,18 @@ def _judge_lr(facts: OverfitFacts) -> str:
 
 def report(run: Any, losses: Sequence[float]) -> int:
     """Examine a run and log the answer; return the exit status."""
-    facts = examine(run, losses)
-    causes = diagnose(facts)
+    stats = examine(run, losses)
+    causes = diagnose(stats)
     _logger.info("overfit: %d boxes: %d found, %d with another class only, %d missed (%d of them without an anchor); "
-                 "loss %.3g -> %.3g, in evaluation %.3g", facts.boxes,
-                 facts.boxes - facts.missed - facts.wrong_class, facts.wrong_class, facts.missed,
-                 facts.missed_unreached, facts.losses[0], facts.losses[-1], facts.eval_loss)
+                 "loss %.3g -> %.3g, in evaluation %.3g", stats.boxes,
+                 stats.boxes - stats.missed - stats.wrong_class, stats.wrong_class, stats.missed,
+                 stats.missed_unreached, stats.losses[0], stats.losses[-1], stats.eval_loss)
     for cause in causes[1:]:
         _logger.info("overfit: also: %s", cause)
     if not causes:
         _logger.info("overfit: AP %.3f: the images are learnt by heart; data, labels, loss and evaluation agree",
-                     facts.ap)
+                     stats.ap)
         return 0
-    _logger.info("overfit: AP %.3f on the training images, expected %.1f or more: %s; status %d", facts.ap, PASS_AP,
+    _logger.info("overfit: AP %.3f on the training images, expected %.1f or more: %s; status %d", stats.ap, PASS_AP,
                  causes[0], FAILED_STATUS)
     return FAILED_STATUS

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from effdet.checkpoint.manager import (
     CHECKPOINT_VERSION,
+    LAST_NAME,
+    RECOVERY_NAME,
     CheckpointError,
     CheckpointManager,
     find_resumable,
@@ -162,6 +164,12 @@ def restore(payload: dict[str, Any], source: str, training: Training, manager: C
     if "best" in payload:
         manager.load_state_dict(payload["best"])
     restore_rank(payload, training.device, models)
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """Return the file to continue a stopped run from: the one within an epoch, where there is one."""
+    newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (output_dir / name).exists()), LAST_NAME)
+    return output_dir / newest
 
 
 # ---- what belongs to one process -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class StatisticsGuard:
         return torch.isfinite(sums).all().logical_not().float()
 
     @torch.no_grad()
-    def settle(self, damaged: bool) -> None:
+    def keep_or_restore(self, damaged: bool) -> None:
         """Put the statistics of the last good call back when they are damaged, else remember them."""
         if self._buffers:
             to, source = (self._buffers, self._good) if damaged else (self._good, self._buffers)

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 import torch
 
 from effdet.bench import DetBenchPredict
-from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, RECOVERY_NAME, CheckpointManager, load_checkpoint_file
+from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
 from effdet.config.load import dump_yaml, inert_settings, replace_settings, split_over_devices, workers_per_device
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
@@ -28,7 +28,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, seeding, signals
 
 from . import auto_batch, overfit, resume
-from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data
+from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
 from .postmortem import write_postmortem
@@ -165,13 +165,6 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
                  device_layer.describe(place.device), place.world, size, each, place.workers, output_dir)
 
 
-def uneven_models(cfg: RunConfig, place: Placement, training: Training) -> dict[str, torch.nn.Module]:
-    """Return the networks whose batch-norm statistics differ between the processes within an epoch."""
-    if place.world == 1 or cfg.dist.sync_bn:
-        return {}
-    return {"model": training.model} | ({"ema": training.ema.module} if training.ema else {})
-
-
 # ---- epoch by epoch --------------------------------------------------------------------------------------------------
 
 
@@ -294,12 +287,6 @@ def explain(run: Run, error: NonFiniteError) -> SystemExit:
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(output_dir: Path) -> Path:
-    """Return the file to continue a stopped run from: the one within an epoch, where there is one."""
-    newest = next((name for name in (RECOVERY_NAME, LAST_NAME) if (output_dir / name).exists()), LAST_NAME)
-    return output_dir / newest
-
-
 def save(run: Run, write: Callable[[], T]) -> T | None:
     """Run what writes files on rank 0; with --save-errors warn, a failure is logged and None comes back."""
 
@@ -333,7 +320,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
 
 def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
     """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
-    bad, metric = run.data.bad_images.settle(), evaluation and evaluation.metric
+    bad, metric = run.data.bad_images.exchange(), evaluation and evaluation.metric
     _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", stats.epoch, stats.loss,
                  stats.img_per_s, stats.memory_mib, stats.skipped, f", {bad} unreadable image(s)" if bad else "")
     ranks = distributed.gather_object(resume.capture_rank(run.place.device))

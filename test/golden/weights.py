@@ -36,7 +36,7 @@ def make_images(height: int, width: int) -> torch.Tensor:
 
 
 def make_head_outputs(height: int, width: int, num_classes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Draw the head outputs of the detections_* files: class logits, then box codes, for levels 3..7."""
+    """Draw the head outputs of the detections_* files: class logits, then box deltas, for levels 3..7."""
     rng = np.random.RandomState(2)
     sizes = [(math.ceil(height / 2**level), math.ceil(width / 2**level)) for level in range(3, 8)]
     cls = [torch.from_numpy((rng.standard_normal((2, 9 * num_classes, h, w)) * 2 - 6).astype(np.float32))

@@ -134,9 +134,9 @@ def test_unreadable_images_are_replaced_in_training_and_empty_in_evaluation(name
         train, val = open_split(root), open_split(root, "val", data={"max_bad_images": 1})
         taken = [load_all(train), load_all(train)]
         watch = BadImageWatch(train, "training")
-        assert watch.settle() == watch.settle() == 1
+        assert watch.exchange() == watch.exchange() == 1
         shown = load_all(val, training=False)
-        assert CocoEvaluator(val)._watch.settle() == 1
+        assert CocoEvaluator(val)._watch.exchange() == 1
     for batches in taken:
         seen = sorted(int(target["img_idx"]) for _, target in batches)
         assert BROKEN not in seen and len(seen) == 4 and len(set(seen)) == 3
@@ -260,10 +260,10 @@ def test_all_processes_learn_of_what_one_found(root, monkeypatch):
     said = []
     monkeypatch.setattr("effdet.runtime.distributed.all_gather_object", lambda obj: said.append(obj) or [obj])
     for watch in watches:
-        watch.settle()
+        watch.exchange()
     monkeypatch.setattr("effdet.runtime.distributed.all_gather_object", lambda obj: said)
     for dataset, watch in zip((mine, theirs), watches, strict=True):
-        assert watch.settle() == 2 and dataset.bad_images.indices() == [0, 2]
+        assert watch.exchange() == 2 and dataset.bad_images.indices() == [0, 2]
     assert watches[0].named == watches[1].named
 
 

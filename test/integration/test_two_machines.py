@@ -98,8 +98,8 @@ def test_a_machine_that_is_lost_and_comes_back_continues_the_run(machines, data,
     first.wait_for(r"Train: 1 \[ *2/", 600)
     assert not wait_until_gone(machines[1].lose_power())
     again = machines[1].torchrun(machines[0].address, tmp_path / "again.txt", argv)
-    codes = first.wait(600), again.wait(600)
-    assert codes == (0, 0), first.output() + again.output()
+    deltas = first.wait(600), again.wait(600)
+    assert deltas == (0, 0), first.output() + again.output()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "2 process(es), batch 4 (2 each)" in log
     assert len(re.findall(r"resumed \S+recovery.pth.tar: continuing with epoch 1, batch [1-6]", log)) == 1, log

@@ -349,10 +349,10 @@ def test_anchor_functions_by_position():
 
     labeler = AnchorLabeler(anchors, 3, 0.5)
     box = torch.tensor([[1.0, 1.0, 9.0, 7.0]])
-    classes, codes, num_positives = labeler.label_anchors(box, torch.tensor([2]), True)
+    classes, deltas, num_positives = labeler.label_anchors(box, torch.tensor([2]), True)
     assert [level.flatten().tolist() for level in classes] == [[1, -1, -1, -1], [-1]] and num_positives == 1
     # Centre (5, 4) against (4, 4) in sides of 8; height as the anchor's, width 6 of 8: log(6 / 8).
-    assert_near(codes[0][0, 0], [0.125, 0.0, 0.0, -0.2876821])
+    assert_near(deltas[0][0, 0], [0.125, 0.0, 0.0, -0.2876821])
 
     cls_outputs = [torch.full((1, 3, 2, 2), -1.0), torch.full((1, 3, 1, 1), 0.5)]
     box_outputs = [torch.full((1, 4, 2, 2), 0.1), torch.full((1, 4, 1, 1), -0.1)]
@@ -367,14 +367,14 @@ def test_anchor_functions_by_position():
 
 def test_detection_functions_by_position():
     anchors = Anchors(3, 4, 1, [(1.0, 1.0)], 1.0, (16, 16)).boxes
-    codes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.0, 0.0, 0.5]])
-    boxes = effdet_anchors.decode_box_outputs(codes, anchors[[4, 1]], True)
+    deltas = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.0, 0.0, 0.5]])
+    boxes = effdet_anchors.decode_box_outputs(deltas, anchors[[4, 1]], True)
     # The second: centre (y 4 + 2, x 12), height 8, width 8 e^0.5 = 13.18977.
     assert_near(boxes, [[0.0, 0.0, 16.0, 16.0], [5.4051151, 2.0, 18.5948849, 10.0]])
     clipped = effdet_anchors.clip_boxes_xyxy(boxes, torch.tensor([15.0, 9.0]))
     assert_near(clipped, [[0.0, 0.0, 15.0, 9.0], [5.4051151, 2.0, 15.0, 9.0]])
     detections = effdet_anchors.generate_detections(
-        torch.tensor([[0.0], [2.0]]), codes, anchors, torch.tensor([4, 1]), torch.tensor([0, 2]), torch.tensor(2.0),
+        torch.tensor([[0.0], [2.0]]), deltas, anchors, torch.tensor([4, 1]), torch.tensor([0, 2]), torch.tensor(2.0),
         torch.tensor([30.0, 32.0]), 3, False)  # fmt: skip
     assert_near(detections, [[10.8102303, 4, 30, 20, 0.8807970, 3], [0, 0, 30, 32, 0.5, 1], [0, 0, 0, 0, 0, 0]])
 

@@ -87,14 +87,14 @@ def test_the_two_halves_of_post_processing_give_the_reference_detections(soft_nm
     config.image_size = (256, 384)
     anchors = Anchors.from_config(config).boxes
     cls_outputs, box_outputs = weights.make_head_outputs(256, 384, 3)
-    logits, codes, indices, classes = _post_process(cls_outputs, box_outputs, 5, 3)
-    assert logits.shape == (2, 5000, 1) and codes.shape == (2, 5000, 4) and indices.shape == classes.shape == (2, 5000)
+    logits, deltas, indices, classes = _post_process(cls_outputs, box_outputs, 5, 3)
+    assert logits.shape == (2, 5000, 1) and deltas.shape == (2, 5000, 4) and indices.shape == classes.shape == (2, 5000)
     by_anchor = torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, 3) for level in cls_outputs], 1)
     for image in range(2):  # each candidate's logit is that of its anchor and class
         assert torch.equal(logits[image, :, 0], by_anchor[image, indices[image], classes[image]])
     kind = "soft_nms" if soft_nms else "nms"
-    raw = _batch_detection(2, logits, codes, anchors, indices, classes, soft_nms=soft_nms)
-    scaled = _batch_detection(2, logits, codes, anchors, indices, classes, torch.from_numpy(golden["img_scale"]),
+    raw = _batch_detection(2, logits, deltas, anchors, indices, classes, soft_nms=soft_nms)
+    scaled = _batch_detection(2, logits, deltas, anchors, indices, classes, torch.from_numpy(golden["img_scale"]),
                               torch.from_numpy(golden["img_size_wh"]), 100, soft_nms)
     torch.testing.assert_close(raw, torch.from_numpy(golden[f"det_{kind}_raw"]), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(scaled, torch.from_numpy(golden[f"det_{kind}_scaled"]), rtol=1e-4, atol=1e-3)

@@ -61,11 +61,11 @@ def test_anchors(case):
 def test_labels(case):
     model, golden = case
     labeler = DetBenchTrain(model).anchor_labeler
-    classes, codes, num_positives = labeler.batch_label_anchors(
+    classes, deltas, num_positives = labeler.batch_label_anchors(
         torch.from_numpy(golden["gt_boxes_yxyx"]), torch.from_numpy(golden["gt_classes"]))
     for level in range(5):
         np.testing.assert_array_equal(classes[level].numpy(), golden[f"label_cls_{level}"])
-        flat = codes[level].reshape(-1, 4).numpy()
+        flat = deltas[level].reshape(-1, 4).numpy()
         rows = np.flatnonzero((flat != 0).any(1))
         np.testing.assert_array_equal(rows, golden[f"label_box_rows_{level}"])
         np.testing.assert_allclose(flat[rows], golden[f"label_box_vals_{level}"], rtol=1e-4, atol=1e-6)
@@ -104,9 +104,9 @@ def test_detections(name, soft_nms, scaled):
     cls_outputs, box_outputs = weights.make_head_outputs(height, width, num_classes)
     config = get_efficientdet_config("tf_efficientdet_d0")
     config.image_size = (height, width)
-    logits, codes, indices, classes = select_candidates(cls_outputs, box_outputs, num_classes)
+    logits, deltas, indices, classes = select_candidates(cls_outputs, box_outputs, num_classes)
     detections = make_detections(
-        logits, codes, Anchors.from_config(config).boxes[indices], classes,
+        logits, deltas, Anchors.from_config(config).boxes[indices], classes,
         torch.from_numpy(golden["img_scale"]) if scaled else None,
         torch.from_numpy(golden["img_size_wh"]) if scaled else None, soft_nms=soft_nms)
     expected = golden[f"det_{'soft_' if soft_nms else ''}nms_{'scaled' if scaled else 'raw'}"]

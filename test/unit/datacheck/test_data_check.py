@@ -331,7 +331,7 @@ def test_class_counts_are_those_of_a_loop():
     categories = [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}, {"id": 90, "name": "c"}]
     coco = {"images": images, "annotations": rows, "categories": categories}
     arrays, report = check_coco(coco, "x", None, True, False)
-    split = check.SplitFacts("train", Path(), arrays, report, np.zeros(0), np.zeros(9), np.zeros(9))
+    split = check.SplitStats("train", Path(), arrays, report, np.zeros(0), np.zeros(9), np.zeros(9))
     want = {i: (sum(row["category_id"] == i for row in rows),
                 len({row["image_id"] for row in rows if row["category_id"] == i})) for i in (3, 90)}
     assert split.class_counts == want

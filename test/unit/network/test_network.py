@@ -317,10 +317,10 @@ def test_benches_are_the_steps_one_by_one(soft):
     model = build(soft_nms=soft, max_det_per_image=30).eval()
     target, images = make_target(), make_images()
     with torch.no_grad():
-        logits, codes, indices, classes = select_candidates(*model(images), 3)
+        logits, deltas, indices, classes = select_candidates(*model(images), 3)
         anchors = Anchors.from_config(model.config).boxes[indices]
-        scaled = make_detections(logits, codes, anchors, classes, target["img_scale"], target["img_size"], 30, soft)
-        plain = make_detections(logits, codes, anchors, classes, max_det=30, soft_nms=soft)
+        scaled = make_detections(logits, deltas, anchors, classes, target["img_scale"], target["img_size"], 30, soft)
+        plain = make_detections(logits, deltas, anchors, classes, max_det=30, soft_nms=soft)
         predict, train = DetBenchPredict(model), DetBenchTrain(model).eval()
         info = {key: target[key] for key in ("img_scale", "img_size")}
         assert torch.equal(predict(images, info), scaled) and torch.equal(train(images, target)["detections"], scaled)

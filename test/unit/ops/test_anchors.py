@@ -136,7 +136,7 @@ def label_slowly(anchors: Anchors, boxes: Tensor, classes: Tensor, threshold: fl
     """Label each image, ground truth by ground truth and anchor by anchor, in float32 like the fast one.
 
     Returns:
-        class targets, box codes (None where an anchor has none) and number of positives, as nested lists.
+        class targets, box deltas (None where an anchor has none) and number of positives, as nested lists.
     """
     all_classes, all_codes, counts = [], [], []
     for image_boxes, image_classes in zip(boxes.float().numpy(), classes.numpy(), strict=True):
@@ -181,13 +181,13 @@ def encode_slowly(box: np.ndarray, anchor: np.ndarray) -> list[float]:
 
 def assert_equals_slow(labeler: AnchorLabeler, boxes: Tensor, classes: Tensor, filter_valid: bool = True) -> Tensor:
     """Compare one call with the slow twin; return the class targets."""
-    targets, codes, num_positives = labeler.assign(boxes, classes, filter_valid)
+    targets, deltas, num_positives = labeler.assign(boxes, classes, filter_valid)
     expected_targets, expected_codes, expected_counts = label_slowly(
         labeler.anchors, boxes, classes, labeler.match_threshold, filter_valid, labeler.ignore_regions)
     assert targets.dtype == torch.int64 and targets.tolist() == expected_targets
     assert num_positives.dtype == torch.float32 and num_positives.tolist() == expected_counts
     rows = np.array([code or [0.0] * 4 for image in expected_codes for code in image])
-    np.testing.assert_allclose(codes.reshape(-1, 4).numpy(), rows, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(deltas.reshape(-1, 4).numpy(), rows, rtol=1e-4, atol=1e-5)
     return targets
 
 
@@ -280,9 +280,9 @@ def test_no_objects():
     none = torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64)
     padding = torch.zeros(2, 3, 4), torch.full((2, 3), -1)
     for boxes, classes in (none, padding):
-        targets, codes, num_positives = labeler.assign(boxes, classes)
+        targets, deltas, num_positives = labeler.assign(boxes, classes)
         assert targets.shape == (2, 168) and (targets == -1).all()
-        assert codes.shape == (2, 168, 4) and (codes == 0).all() and num_positives.tolist() == [0.0, 0.0]
+        assert deltas.shape == (2, 168, 4) and (deltas == 0).all() and num_positives.tolist() == [0.0, 0.0]
 
 
 def test_padding_changes_nothing():
@@ -334,26 +334,26 @@ def test_forced_match_takes_the_first_box_and_the_first_anchor():
 def test_levels_and_single_images_are_the_batch():
     labeler = AnchorLabeler(GRID, 5)
     boxes, classes = make_case("random", 6, images=3)
-    targets, codes, counts = labeler.batch_label_anchors(boxes, classes)
+    targets, deltas, counts = labeler.batch_label_anchors(boxes, classes)
     assert [tuple(level.shape) for level in targets] == [(3, 4, 8, 4), (3, 2, 4, 4), (3, 1, 2, 4)]
-    assert [tuple(level.shape) for level in codes] == [(3, 4, 8, 16), (3, 2, 4, 16), (3, 1, 2, 16)]
+    assert [tuple(level.shape) for level in deltas] == [(3, 4, 8, 16), (3, 2, 4, 16), (3, 1, 2, 16)]
     flat_targets, flat_codes, _ = labeler.assign(boxes, classes)
     assert torch.equal(torch.cat([level.flatten(1) for level in targets], 1), flat_targets)
-    assert torch.equal(torch.cat([level.reshape(3, -1, 4) for level in codes], 1), flat_codes)
+    assert torch.equal(torch.cat([level.reshape(3, -1, 4) for level in deltas], 1), flat_codes)
     for image in range(3):
         for given_classes in (classes[image], classes[image].unsqueeze(1).float()):
             one_targets, one_codes, count = labeler.label_anchors(boxes[image].double(), given_classes)
             assert count == counts[image]
             assert all(torch.equal(one, all_[image]) for one, all_ in zip(one_targets, targets, strict=True))
-            assert all(torch.equal(one, all_[image]) for one, all_ in zip(one_codes, codes, strict=True))
+            assert all(torch.equal(one, all_[image]) for one, all_ in zip(one_codes, deltas, strict=True))
 
 
 def test_codes_decode_to_the_matched_boxes():
     labeler = AnchorLabeler(GRID, 5)
     boxes, _ = make_case("random", 8, images=1)
-    targets, codes, _ = labeler.assign(boxes, torch.arange(1, 7).unsqueeze(0))
+    targets, deltas, _ = labeler.assign(boxes, torch.arange(1, 7).unsqueeze(0))
     rows = (targets[0] >= 0).nonzero().squeeze(1)
-    decoded = decode_box_outputs(codes[0, rows], GRID.boxes[rows])
+    decoded = decode_box_outputs(deltas[0, rows], GRID.boxes[rows])
     torch.testing.assert_close(decoded, boxes[0, targets[0, rows]], rtol=1e-4, atol=1e-3)
 
 

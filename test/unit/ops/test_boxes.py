@@ -126,11 +126,11 @@ def test_clip_to_one_size_and_to_a_size_for_each_image():
 
 def test_encode_equals_the_loop():
     boxes, anchors = make_boxes(25, 6), torch.tensor([ANCHOR, (-16.0, -8.0, 16.0, 8.0), (0.0, 0.0, 400.0, 3.0)])
-    codes = encode(boxes.unsqueeze(1), anchors.unsqueeze(0))
+    deltas = encode(boxes.unsqueeze(1), anchors.unsqueeze(0))
     expected = torch.tensor([[encode_slowly(box, anchor) for anchor in anchors.tolist()] for box in boxes.tolist()])
-    assert torch.isfinite(codes).all(), "points and lines must have finite codes"
-    assert codes.min() < -15  # log(1e-7 / side): they are in there
-    torch.testing.assert_close(codes, expected, rtol=1e-4, atol=2e-5)
+    assert torch.isfinite(deltas).all(), "points and lines must have finite deltas"
+    assert deltas.min() < -15  # log(1e-7 / side): they are in there
+    torch.testing.assert_close(deltas, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("code, expected", [
@@ -149,8 +149,8 @@ def test_decode_by_hand(code, expected):
 
 
 def test_clamp_is_where_it_is_said_to_be():
-    codes = torch.tensor([[0, 0, MAX_LOG_SIDE_RATIO - 0.1, 0], [0, 0, MAX_LOG_SIDE_RATIO, 0], [0, 0, 5.0, 0]])
-    heights = decode_boxes(codes, torch.tensor(ANCHOR))[:, 2] - decode_boxes(codes, torch.tensor(ANCHOR))[:, 0]
+    deltas = torch.tensor([[0, 0, MAX_LOG_SIDE_RATIO - 0.1, 0], [0, 0, MAX_LOG_SIDE_RATIO, 0], [0, 0, 5.0, 0]])
+    heights = decode_boxes(deltas, torch.tensor(ANCHOR))[:, 2] - decode_boxes(deltas, torch.tensor(ANCHOR))[:, 0]
     assert heights[0].item() == pytest.approx(20 * 62.5 * math.exp(-0.1), rel=1e-5)
     assert heights[1].item() == pytest.approx(20 * 62.5, rel=1e-5) and heights[2] == heights[1]
 

@@ -60,20 +60,20 @@ def class_loss_slowly(logits: np.ndarray, targets: np.ndarray, num_classes: int,
     return focal_slowly(logits, dense, alpha, gamma, smoothing) * counted
 
 
-def box_loss_slowly(codes: np.ndarray, targets: np.ndarray, delta: float) -> float:
+def box_loss_slowly(deltas: np.ndarray, targets: np.ndarray, delta: float) -> float:
     """Sum Huber's loss over the coordinates whose target is not 0; targets are [B, height, width, A * 4]."""
     total = 0.0
     for image, row, column, channel in np.ndindex(*targets.shape):
         target = targets[image, row, column, channel]
         if target != 0:
-            error = abs(codes[image, channel, row, column] - target)
+            error = abs(deltas[image, channel, row, column] - target)
             total += error ** 2 / 2 if error <= delta else delta * (error - delta / 2)
     return total
 
 
 def make_level(num_classes: int, size: tuple[int, int], seed: int, spread: float = 3.0
                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw logits, class targets (a few positive, one anchor in five left out), codes, code targets of one level."""
+    """Draw logits, class targets (a few positive, one anchor in five left out), deltas, code targets of one level."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, ANCHORS * num_classes, *size, generator=generator) * spread - 1
     targets = torch.randint(-4, num_classes, (2, *size, ANCHORS), generator=generator)
@@ -81,10 +81,10 @@ def make_level(num_classes: int, size: tuple[int, int], seed: int, spread: float
         targets[torch.rand(targets.shape, generator=generator) < 0.5] = -1
     targets[targets == -4] = -2
     targets[targets == -3] = -1
-    codes = torch.randn(2, ANCHORS * 4, *size, generator=generator) * 0.3
+    deltas = torch.randn(2, ANCHORS * 4, *size, generator=generator) * 0.3
     code_targets = torch.randn(2, *size, ANCHORS, 4, generator=generator) * 0.3
     code_targets[targets < 0] = 0
-    return logits, targets, codes, code_targets.flatten(3)
+    return logits, targets, deltas, code_targets.flatten(3)
 
 
 def sum_and_gradient(logits: Tensor, targets: Tensor, num_classes: int, gamma: float, smoothing: float,
@@ -128,8 +128,8 @@ def test_whole_loss(legacy, smoothing, num_classes):
     """Two levels; normalised by positives + 1; the legacy form knows no smoothing."""
     levels = [make_level(num_classes, size, seed) for seed, size in enumerate(SIZES)]
     num_positives = torch.tensor([7.0, 4.0])
-    logits, targets, codes, code_targets = (list(part) for part in zip(*levels, strict=True))
-    total, class_loss, box_loss = loss_fn(logits, codes, targets, code_targets, num_positives, num_classes, 0.3, 1.5,
+    logits, targets, deltas, code_targets = (list(part) for part in zip(*levels, strict=True))
+    total, class_loss, box_loss = loss_fn(logits, deltas, targets, code_targets, num_positives, num_classes, 0.3, 1.5,
                                           0.2, 40.0, smoothing, legacy)
     expected_class = sum(class_loss_slowly(level[0].double().numpy(), level[1].numpy(), num_classes, 0.3, 1.5,
                                            0.0 if legacy else smoothing).sum() for level in levels) / 12
@@ -144,36 +144,36 @@ def test_whole_loss(legacy, smoothing, num_classes):
     flat = (torch.cat([level.flatten(1) for level in targets], 1),
             torch.cat([level.reshape(2, -1, 4) for level in code_targets], 1))
     for given in ((targets, code_targets), flat):
-        for one, other in zip(DetectionLoss(config)(logits, codes, *given, num_positives),
+        for one, other in zip(DetectionLoss(config)(logits, deltas, *given, num_positives),
                               (total, class_loss, box_loss), strict=True):
             assert torch.equal(one, other)
-    dense = DetectionLoss(config, dense_targets=True)(logits, codes, *flat, num_positives)
+    dense = DetectionLoss(config, dense_targets=True)(logits, deltas, *flat, num_positives)
     torch.testing.assert_close(dense[1], class_loss, rtol=1e-5, atol=1e-6)
     assert torch.equal(dense[2], box_loss)
 
 
 def test_box_gradient():
-    _, _, codes, targets = make_level(5, (4, 3), seed=2)
-    codes.requires_grad_()
+    _, _, deltas, targets = make_level(5, (4, 3), seed=2)
+    deltas.requires_grad_()
     logits, none = torch.zeros(2, ANCHORS * 5, 4, 3), torch.full((2, 4, 3, ANCHORS), -1)
-    _, _, box_loss = loss_fn([logits], [codes], [none], [targets], torch.tensor([3.0]), 5, 0.25, 1.5, 0.1, 50.0)
-    (gradient,) = torch.autograd.grad(box_loss, codes)
+    _, _, box_loss = loss_fn([logits], [deltas], [none], [targets], torch.tensor([3.0]), 5, 0.25, 1.5, 0.1, 50.0)
+    (gradient,) = torch.autograd.grad(box_loss, deltas)
     wanted = targets.permute(0, 3, 1, 2)
-    error = (codes - wanted).detach()
+    error = (deltas - wanted).detach()
     expected = torch.where(wanted == 0, torch.zeros_like(error), error.clamp(-0.1, 0.1)) / 16
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_only_background_is_finite():
-    logits, _, codes, code_targets = make_level(5, (4, 3), seed=3)
-    logits.requires_grad_(), codes.requires_grad_()
+    logits, _, deltas, code_targets = make_level(5, (4, 3), seed=3)
+    logits.requires_grad_(), deltas.requires_grad_()
     targets = torch.full((2, 4, 3, ANCHORS), -1)
-    total, class_loss, box_loss = loss_fn([logits], [codes], [targets], [torch.zeros_like(code_targets)],
+    total, class_loss, box_loss = loss_fn([logits], [deltas], [targets], [torch.zeros_like(code_targets)],
                                           torch.zeros(2), 5, 0.25, 1.5, 0.1, 50.0)
     total.backward()
     expected = class_loss_slowly(logits.detach().double().numpy(), targets.numpy(), 5, 0.25, 1.5, 0.0).sum()
     assert class_loss.item() == pytest.approx(expected, rel=1e-5) and box_loss.item() == 0.0
-    assert total.item() == class_loss.item() and codes.grad.abs().max() == 0
+    assert total.item() == class_loss.item() and deltas.grad.abs().max() == 0
     assert torch.isfinite(logits.grad).all() and (logits.grad > 0).all()
 
 
@@ -209,18 +209,18 @@ def test_extreme_logits(gamma, smoothing):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=["fp16", "bf16"])
 def test_half_precision_logits_inside_autocast(dtype, tolerance):
     """The arithmetic is fp32; only the gradient is rounded to the logits' dtype, at most twice for bfloat16."""
-    logits, targets, codes, code_targets = make_level(90, (4, 3), seed=5)
-    logits, codes = logits.to(dtype).requires_grad_(), codes.to(dtype).requires_grad_()
+    logits, targets, deltas, code_targets = make_level(90, (4, 3), seed=5)
+    logits, deltas = logits.to(dtype).requires_grad_(), deltas.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        total, class_loss, box_loss = loss_fn([logits], [codes], [targets], [code_targets], torch.tensor([4.0, 3.0]),
+        total, class_loss, box_loss = loss_fn([logits], [deltas], [targets], [code_targets], torch.tensor([4.0, 3.0]),
                                               90, 0.25, 1.5, 0.1, 50.0)
         total.backward()
     assert total.dtype == class_loss.dtype == box_loss.dtype == torch.float32
     arguments = (logits.detach().double().numpy(), targets.numpy(), 90, 0.25, 1.5, 0.0)
     assert class_loss.item() == pytest.approx(class_loss_slowly(*arguments).sum() / 8, rel=1e-5)
-    expected_box = box_loss_slowly(codes.detach().double().numpy(), code_targets.double().numpy(), 0.1) / 32
+    expected_box = box_loss_slowly(deltas.detach().double().numpy(), code_targets.double().numpy(), 0.1) / 32
     assert box_loss.item() == pytest.approx(expected_box, rel=1e-5)
-    assert logits.grad.dtype == codes.grad.dtype == dtype
+    assert logits.grad.dtype == deltas.grad.dtype == dtype
     np.testing.assert_allclose(logits.grad.double().numpy(), slow_gradient(*arguments) / 8, rtol=tolerance, atol=1e-6)
 
 

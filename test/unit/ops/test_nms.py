@@ -237,7 +237,7 @@ def test_soft_nms_by_hand():
 
 def make_heads(num_classes: int, size: tuple[int, int], seed: int = 0, anchors: int = 9
                ) -> tuple[list[Tensor], list[Tensor]]:
-    """Draw head outputs of levels 3..7: logits that never tie, and codes."""
+    """Draw head outputs of levels 3..7: logits that never tie, and deltas."""
     generator = torch.Generator().manual_seed(seed)
     cells = [(math.ceil(size[0] / 2 ** level), math.ceil(size[1] / 2 ** level)) for level in range(3, 8)]
     total = sum(2 * anchors * num_classes * height * width for height, width in cells)
@@ -247,11 +247,11 @@ def make_heads(num_classes: int, size: tuple[int, int], seed: int = 0, anchors: 
     return logits, [torch.randn(2, anchors * 4, *cell, generator=generator) * 0.3 for cell in cells]
 
 
-def candidates_slowly(logits: list[Tensor], codes: list[Tensor], image: int, num_classes: int, limit: int
+def candidates_slowly(logits: list[Tensor], deltas: list[Tensor], image: int, num_classes: int, limit: int
                       ) -> list[tuple[float, list[float], int, int]]:
     """List (logit, code, anchor, class) of every anchor and class by falling logit."""
     found, number = [], 0
-    for level_logits, level_codes in zip(logits, codes, strict=True):
+    for level_logits, level_codes in zip(logits, deltas, strict=True):
         values, boxes = level_logits[image].numpy(), level_codes[image].numpy()
         for row, column, anchor in np.ndindex(*values.shape[1:], len(boxes) // 4):
             code = boxes[anchor * 4:anchor * 4 + 4, row, column].tolist()
@@ -265,12 +265,12 @@ def candidates_slowly(logits: list[Tensor], codes: list[Tensor], image: int, num
     (3, (32, 64), 50, 50), (3, (32, 64), 1, 1), (1, (128, 128), 5000, 3069), (7, (32, 64), 5000, 44 * 9 * 7)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_candidates_equal_the_sorted_list(num_classes, size, limit, expected_count, layout):
-    logits, codes = make_heads(num_classes, size)
+    logits, deltas = make_heads(num_classes, size)
     logits = [level.contiguous(memory_format=layout) for level in logits]
-    top_logits, top_codes, anchors, classes = select_candidates(logits, codes, num_classes, limit)
+    top_logits, top_codes, anchors, classes = select_candidates(logits, deltas, num_classes, limit)
     assert top_logits.shape == anchors.shape == classes.shape == (2, expected_count)
     for image in range(2):
-        expected = candidates_slowly(logits, codes, image, num_classes, limit)
+        expected = candidates_slowly(logits, deltas, image, num_classes, limit)
         assert top_logits[image].tolist() == [entry[0] for entry in expected]
         assert top_codes[image].tolist() == [entry[1] for entry in expected]
         assert anchors[image].tolist() == [entry[2] for entry in expected]
@@ -283,17 +283,17 @@ GRID = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (64, 96))
 
 
 def make_candidates(num_classes: int = 3, limit: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return logits, codes, anchors' boxes and classes as `make_detections` takes them."""
-    logits, codes, indices, classes = select_candidates(*make_heads(num_classes, (64, 96)), num_classes, limit)
-    return logits, codes, GRID.boxes[indices], classes
+    """Return logits, deltas, anchors' boxes and classes as `make_detections` takes them."""
+    logits, deltas, indices, classes = select_candidates(*make_heads(num_classes, (64, 96)), num_classes, limit)
+    return logits, deltas, GRID.boxes[indices], classes
 
 
-def detections_slowly(logits: Tensor, codes: Tensor, anchors: Tensor, classes: Tensor, scale: Tensor | None,
+def detections_slowly(logits: Tensor, deltas: Tensor, anchors: Tensor, classes: Tensor, scale: Tensor | None,
                       size: Tensor | None, max_det: int, soft: bool) -> np.ndarray:
     """Make one image's rows from the definition."""
     factor = 1.0 if scale is None else scale.item()
     boxes = []
-    for (ty, tx, th, tw), (y_min, x_min, y_max, x_max) in zip(codes.tolist(), anchors.tolist(), strict=True):
+    for (ty, tx, th, tw), (y_min, x_min, y_max, x_max) in zip(deltas.tolist(), anchors.tolist(), strict=True):
         y, x = (y_min + y_max) / 2 + ty * (y_max - y_min), (x_min + x_max) / 2 + tx * (x_max - x_min)
         height = (y_max - y_min) * math.exp(min(th, math.log(62.5)))
         width = (x_max - x_min) * math.exp(min(tw, math.log(62.5)))
@@ -354,28 +354,28 @@ def test_a_batch_is_its_images(soft):
 
 
 def test_wild_codes_stay_finite():
-    logits, codes, anchors, classes = make_candidates()
-    codes[:, ::2] = 1e4
-    codes[:, 1::4] = -1e4
-    rows = make_detections(logits, codes, anchors, classes)
+    logits, deltas, anchors, classes = make_candidates()
+    deltas[:, ::2] = 1e4
+    deltas[:, 1::4] = -1e4
+    rows = make_detections(logits, deltas, anchors, classes)
     assert torch.isfinite(rows).all()
-    clipped = make_detections(logits, codes, anchors, classes, SCALES, SIZES)
+    clipped = make_detections(logits, deltas, anchors, classes, SCALES, SIZES)
     assert torch.isfinite(clipped).all() and (clipped[..., 2] <= SIZES[:, :1]).all()
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
 def test_single_image_form(soft):
     """Candidates may come in any order, and indices point into all anchors."""
-    logits, codes, indices, classes = select_candidates(*make_heads(3, (64, 96)), 3, 80)
-    expected = make_detections(logits, codes, GRID.boxes[indices], classes, SCALES, SIZES, 50, soft)
+    logits, deltas, indices, classes = select_candidates(*make_heads(3, (64, 96)), 3, 80)
+    expected = make_detections(logits, deltas, GRID.boxes[indices], classes, SCALES, SIZES, 50, soft)
     shuffled = torch.randperm(80, generator=torch.Generator().manual_seed(0))
     for order in (torch.arange(80), shuffled):
-        rows = generate_detections(logits[1, order].unsqueeze(1), codes[1, order], GRID.boxes, indices[1, order],
+        rows = generate_detections(logits[1, order].unsqueeze(1), deltas[1, order], GRID.boxes, indices[1, order],
                                    classes[1, order], SCALES[1], SIZES[1], 50, soft)
         torch.testing.assert_close(rows, expected[1], rtol=1e-5, atol=1e-5)
-    plain = generate_detections(logits[1].unsqueeze(1), codes[1], GRID.boxes, indices[1], classes[1], None, None,
+    plain = generate_detections(logits[1].unsqueeze(1), deltas[1], GRID.boxes, indices[1], classes[1], None, None,
                                 soft_nms=soft)
-    torch.testing.assert_close(plain, make_detections(logits, codes, GRID.boxes[indices], classes, soft_nms=soft)[1],
+    torch.testing.assert_close(plain, make_detections(logits, deltas, GRID.boxes[indices], classes, soft_nms=soft)[1],
                                rtol=1e-5, atol=1e-4)
 
 
@@ -412,13 +412,13 @@ def test_nothing_is_read_back(soft, monkeypatch):
         anchors = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (64, 96))
         cells = anchors.level_sizes
         logits = [torch.zeros(2, 27, *cell, requires_grad=True) for cell in cells]
-        codes = [torch.zeros(2, 36, *cell, requires_grad=True) for cell in cells]
+        deltas = [torch.zeros(2, 36, *cell, requires_grad=True) for cell in cells]
         labeler = AnchorLabeler(anchors, 3, ignore_regions=True)
         targets = labeler.batch_label_anchors(torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.int64))
-        total, _, _ = loss_fn(logits, codes, *targets, 3, 0.25, 1.5, 0.1, 50.0, 0.1)
+        total, _, _ = loss_fn(logits, deltas, *targets, 3, 0.25, 1.5, 0.1, 50.0, 0.1)
         total.backward()
-        top_logits, top_codes, indices, classes = select_candidates(logits, codes, 3)
+        top_logits, top_codes, indices, classes = select_candidates(logits, deltas, 3)
         rows = make_detections(top_logits, top_codes, anchors.boxes[indices], classes, torch.ones(2),
                                torch.ones(2, 2), 100, soft)
-    assert total.shape == () and logits[0].grad.shape == logits[0].shape and codes[0].grad.shape == codes[0].shape
+    assert total.shape == () and logits[0].grad.shape == logits[0].shape and deltas[0].grad.shape == deltas[0].shape
     assert targets[2].shape == (2,) and rows.shape == (2, 100, 6)

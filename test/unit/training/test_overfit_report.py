@@ -16,9 +16,9 @@ from effdet.data.build import build_dataset, build_eval_loader
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import resolve_model_config
-from effdet.training.overfit import OverfitFacts, choose_images, count_boxes, diagnose
+from effdet.training.overfit import OverfitStats, choose_images, count_boxes, diagnose
 
-LEARNT = OverfitFacts(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,
+LEARNT = OverfitStats(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,
                       boxes=40, unreached=0, missed=0, missed_unreached=0, wrong_class=0, conflicts=0, beyond_limit=0,
                       max_det=100)
 
@@ -115,14 +115,14 @@ def test_boxes_are_counted_by_what_became_of_them(data):
     parser = choose_images(build_dataset(cfg.data, "train"), cfg)[1].parser
     boxes = np.array([[0, 0, 200, 200], [0, 0, 199, 200], [10, 10, 14, 14], [100, 100, 160, 160]], dtype=np.float32)
     parser.get_ann_info = lambda index: {"bbox": np.concatenate((boxes, boxes[:1])), "cls": np.array([1, 2, 3, 3, -2])}
-    facts = dataclasses.replace(LEARNT, boxes=0, max_det=3)
+    stats = dataclasses.replace(LEARNT, boxes=0, max_det=3)
     xyxy = boxes[:, [1, 0, 3, 2]]
     detections = torch.tensor([[*xyxy[0], 0.9, 1], [*xyxy[3], 0.8, 5], [*xyxy[3], 0.7, 6], [*xyxy[2], 0.1, 3]])
     confused: dict = {}
-    count_boxes(facts, confused, parser, 0, detections, resolve_model_config(cfg.model))
+    count_boxes(stats, confused, parser, 0, detections, resolve_model_config(cfg.model))
     # The second box is in place of the first, but of another class; the third has a low score and no anchor.
-    assert (facts.boxes, facts.wrong_class, facts.missed, facts.missed_unreached) == (4, 2, 1, 1)
-    assert (facts.unreached, facts.conflicts, facts.beyond_limit) == (2, 1, 1)
+    assert (stats.boxes, stats.wrong_class, stats.missed, stats.missed_unreached) == (4, 2, 1, 1)
+    assert (stats.unreached, stats.conflicts, stats.beyond_limit) == (2, 1, 1)
     assert confused == {(2, 1): 1, (3, 5): 1}
 
 
