@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Detect and draw: see effdet/commands/predict.py."""
+
 import sys
 
 from effdet.commands.predict import main

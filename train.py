@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Train: see effdet/commands/train.py."""
+
 import sys
 
 from effdet.commands.train import main

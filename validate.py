@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Evaluate: see effdet/commands/validate.py."""
+
 import sys
 
 from effdet.commands.validate import main

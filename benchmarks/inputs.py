@@ -1,4 +1,5 @@
 """The same models, images, boxes and files for both sides, from fixed seeds."""
+
 from __future__ import annotations
 
 import contextlib
@@ -49,6 +50,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def make_config(case: Any) -> Any:
     """Return the model config of a case, from the side's own package."""
     from effdet import get_efficientdet_config
+
     config = get_efficientdet_config(case.model)
     config.image_size = (case.image_size, case.image_size)
     config.num_classes = case.classes
@@ -70,6 +72,7 @@ def fill_weights(model: nn.Module) -> nn.Module:
 def make_model(case: Any) -> nn.Module:
     """Return the network with `fill_weights`' weights, on the CPU."""
     from effdet import EfficientDet
+
     return fill_weights(EfficientDet(make_config(case), pretrained_backbone=False))
 
 
@@ -89,8 +92,10 @@ def make_weights(path: str, model_name: str, image_size: int, classes: int) -> N
     images = make_images(8, image_size)
     model(images)
     logits, codes = (torch.cat([level.flatten() for level in levels]) for levels in model.eval()(images))
-    for net, factor in ((model.class_net, (2 + math.log(99)) / (logits.max() + math.log(99))),
-                        (model.box_net, 0.2 / codes.std())):
+    for net, factor in (
+        (model.class_net, (2 + math.log(99)) / (logits.max() + math.log(99))),
+        (model.box_net, 0.2 / codes.std()),
+    ):
         last = [parameter for name, parameter in net.predict.named_parameters() if name.endswith("weight")][-1]
         last.mul_(factor)
     torch.save(model.state_dict(), path)
@@ -131,12 +136,13 @@ def make_target(side: str, batch: int, size: int, classes: int, device: torch.de
     slots = PEER_SLOTS
     if side == "ours":
         from effdet.data.collate import padded_instances
+
         slots = padded_instances(max(len(boxes) for boxes, _ in objects))
     bbox = torch.full((batch, slots, 4), -1.0)
     cls = torch.full((batch, slots), -1, dtype=torch.int64 if side == "ours" else torch.float32)
     for number, (boxes, labels) in enumerate(objects):
-        bbox[number, :len(boxes)] = torch.from_numpy(boxes)
-        cls[number, :len(labels)] = torch.from_numpy(labels)
+        bbox[number, : len(boxes)] = torch.from_numpy(boxes)
+        cls[number, : len(labels)] = torch.from_numpy(labels)
     return {"bbox": bbox.to(device), "cls": cls.to(device)}
 
 
@@ -147,6 +153,7 @@ def make_head_outputs(batch: int, size: int, classes: int, seed: int = 2) -> tup
 
     def draw(channels: int, side: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((batch, channels, side, side), dtype=np.float32))
+
     return [draw(9 * classes, side) * 2 - 6 for side in sides], [draw(36, side) * 0.5 for side in sides]
 
 
@@ -158,6 +165,7 @@ def make_coco_folder(path: str, num_images: int, classes: int, size_wh: tuple[in
     from PIL import Image
 
     from effdet.data.synthetic.dataset import make_image
+
     folder, rng = Path(path), np.random.default_rng(0)
     width, height = size_wh
     images, annotations = [], []
@@ -175,8 +183,16 @@ def make_coco_folder(path: str, num_images: int, classes: int, size_wh: tuple[in
                     continue
                 x, y, box_width, box_height = found["bbox"]
                 box = [left + x * scale_x, top + y * scale_y, box_width * scale_x, box_height * scale_y]
-                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, "bbox": box, "iscrowd": 0,
-                                    "area": box[2] * box[3], "category_id": int(rng.integers(1, classes + 1))})
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 1,
+                        "bbox": box,
+                        "iscrowd": 0,
+                        "area": box[2] * box[3],
+                        "category_id": int(rng.integers(1, classes + 1)),
+                    }
+                )
         canvas.save(folder / "train2017" / f"{index + 1:012d}.jpg", quality=90)
         images.append({"id": index + 1, "file_name": f"{index + 1:012d}.jpg", "width": width, "height": height})
     (folder / "val2017").symlink_to("train2017", target_is_directory=True)

@@ -3,6 +3,7 @@
 
 Compared: classes of all anchors (equal), box codes to 1e-5, numbers of positive anchors (equal).
 """
+
 from __future__ import annotations
 
 import sys
@@ -16,6 +17,7 @@ def build(side: str, case: Any) -> pairing.Work:
     import torch
 
     from effdet.anchors import AnchorLabeler, Anchors
+
     device = inputs.pick_device(case.device)
     anchors = Anchors.from_config(inputs.make_config(case)).to(device)
     labeler = AnchorLabeler(anchors, case.classes)
@@ -29,13 +31,16 @@ def build(side: str, case: Any) -> pairing.Work:
         classes, codes, positives = run()
         named = {f"classes {level}": value for level, value in enumerate(classes)}
         return {**named, **{f"codes {level}": value for level, value in enumerate(codes)}, "positives": positives}
+
     return pairing.Work(run, outputs, inputs.synchronizer(device), device=device)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:
     exact = {**{f"classes {level}": 0 for level in range(5)}, "positives": 0, "": 1e-5}
-    return [pairing.base_case(options, "labels", batch=batch, dtype="float32", images=batch, tolerance=exact)
-            for batch in options.batch]
+    return [
+        pairing.base_case(options, "labels", batch=batch, dtype="float32", images=batch, tolerance=exact)
+        for batch in options.batch
+    ]
 
 
 if __name__ == "__main__":

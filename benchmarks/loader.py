@@ -8,6 +8,7 @@ batches of the evaluation transform, where nothing is random. With workers each 
 --augment measures our augmentations instead: processor time to read and transform an image in one process, without and
 with each of them, switched on for every image. The peer has none of them.
 """
+
 from __future__ import annotations
 
 import sys
@@ -32,9 +33,14 @@ def build_augmentation(case: Any) -> pairing.Work:
     from effdet.config.schema import DataConfig
     from effdet.data import open_coco
     from effdet.data.augment.build import build_train_transform
+
     dataset = open_coco(case.data, "train", seed=0)
-    inputs = {"input_size": (3, case.image_size, case.image_size), "fill_color": "mean",
-              "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    inputs = {
+        "input_size": (3, case.image_size, case.image_size),
+        "fill_color": "mean",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
     if case.augmentation != "read_only":
         dataset.transform = build_train_transform(dataset, DataConfig(**AUGMENTATIONS[case.augmentation]), inputs)
 
@@ -43,6 +49,7 @@ def build_augmentation(case: Any) -> pairing.Work:
         for index in range(case.images):
             dataset[index]
         return time.process_time() - started
+
     return pairing.Work(measure, dict, measure=measure)
 
 
@@ -53,6 +60,7 @@ def build(side: str, case: Any) -> pairing.Work:
     import torch
 
     from effdet.anchors import AnchorLabeler, Anchors
+
     device = inputs.pick_device(case.device)
     labeler = None
     if case.labels:
@@ -70,6 +78,7 @@ def build(side: str, case: Any) -> pairing.Work:
             return {"images": images}
         labels = {name: target[name] for name in sorted(target) if name.startswith("label_")}
         return {"images": images, **labels}
+
     return pairing.Work(run, outputs, inputs.synchronizer(device))
 
 
@@ -77,18 +86,29 @@ def make_ours(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
     """Make the loader as build.py does for train.py, with the labeler in it."""
     from effdet.data import create_loader, open_coco
     from effdet.runtime.device import use_channels_last
+
     dataset = open_coco(case.data, "train" if is_training else "val", seed=0)
     interpolation = "random" if is_training else "bilinear"
     return create_loader(
-        dataset, (3, case.image_size, case.image_size), case.batch, is_training=is_training, num_workers=case.workers,
-        interpolation=interpolation, pin_mem=True, anchor_labeler=labeler, device=device, seed=0,
-        channels_last=use_channels_last(device))
+        dataset,
+        (3, case.image_size, case.image_size),
+        case.batch,
+        is_training=is_training,
+        num_workers=case.workers,
+        interpolation=interpolation,
+        pin_mem=True,
+        anchor_labeler=labeler,
+        device=device,
+        seed=0,
+        channels_last=use_channels_last(device),
+    )
 
 
 def make_peer(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
     import peer
 
     from effdet.data import create_dataset
+
     dataset = create_dataset("coco", case.data, ("train",))
     dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     return peer.make_loader(dataset, case.image_size, case.batch, is_training, case.workers, labeler, device.type)
@@ -98,13 +118,36 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     images = (64 if options.quick else options.images) // options.batch[0] * options.batch[0]
     data = pairing.make_file(folder, "make_coco_folder", images, options.classes)
     if options.augment:
-        return [pairing.base_case(options, f"augment_{name}", batch=1, dtype="uint8", images=images, threads=1,
-                                  data=data, augmentation=name, unit="image") for name in AUGMENTATIONS]
+        return [
+            pairing.base_case(
+                options,
+                f"augment_{name}",
+                batch=1,
+                dtype="uint8",
+                images=images,
+                threads=1,
+                data=data,
+                augmentation=name,
+                unit="image",
+            )
+            for name in AUGMENTATIONS
+        ]
     tolerance = {"images": 1e-2, "label_num_positives": 0, "": 1e-4}  # images: one step of 255 in rounding
-    return [pairing.base_case(options, f"loader{'' if labels else '_no_labels'}_{workers}_workers", dtype="float32",
-                              images=images, workers=workers, labels=labels, data=data, threads=1,
-                              tolerance=tolerance)
-            for labels in (True, False) for workers in options.workers]
+    return [
+        pairing.base_case(
+            options,
+            f"loader{'' if labels else '_no_labels'}_{workers}_workers",
+            dtype="float32",
+            images=images,
+            workers=workers,
+            labels=labels,
+            data=data,
+            threads=1,
+            tolerance=tolerance,
+        )
+        for labels in (True, False)
+        for workers in options.workers
+    ]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The peak is that of new processes that do nothing else: on the CPU the resident 
 what the allocator has handed out. The bytes kept for backward are counted from the tensors that autograd saves, each
 storage once, without parameters; they do not depend on the machine. Work and comparison are train_step.py's.
 """
+
 from __future__ import annotations
 
 import sys
@@ -19,6 +20,7 @@ import train_step
 def build(side: str, case: Any) -> pairing.Work:
     import inputs
     import torch
+
     work = train_step.build(side, case)
     device = inputs.pick_device(case.device)
 
@@ -46,11 +48,14 @@ def build(side: str, case: Any) -> pairing.Work:
                 sizes[storage.data_ptr()] = storage.nbytes()
                 kept.append(tensor)
             return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             (work.count or work.run)()
         return sum(sizes.values())
-    return pairing.Work(work.run, work.outputs, work.synchronize, peak if case.figure == "memory_peak" else saved,
-                        work.about)
+
+    return pairing.Work(
+        work.run, work.outputs, work.synchronize, peak if case.figure == "memory_peak" else saved, work.about
+    )
 
 
 def read_status(name: str) -> int:
@@ -63,11 +68,25 @@ def read_status(name: str) -> int:
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     data = pairing.make_file(folder, "make_coco_folder", train_step.IMAGES, options.classes)
-    return [pairing.base_case(options, figure, batch=batch, dtype=dtype, ema=False, steps=1, folder=folder,
-                              data=data, tolerance=train_step.TOLERANCES[dtype], unit="bytes",
-                              fresh=True, repeats_factor=factor)
-            for dtype in options.dtype for batch in options.batch
-            for figure, factor in (("memory_peak", 1), ("memory_saved_for_backward", 0.01))]
+    return [
+        pairing.base_case(
+            options,
+            figure,
+            batch=batch,
+            dtype=dtype,
+            ema=False,
+            steps=1,
+            folder=folder,
+            data=data,
+            tolerance=train_step.TOLERANCES[dtype],
+            unit="bytes",
+            fresh=True,
+            repeats_factor=factor,
+        )
+        for dtype in options.dtype
+        for batch in options.batch
+        for figure, factor in (("memory_peak", 1), ("memory_saved_for_backward", 0.01))
+    ]
 
 
 if __name__ == "__main__":

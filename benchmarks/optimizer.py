@@ -4,6 +4,7 @@
 Ours is Precision.step with train.py's default optimizer, and ModelEma; the peer's is timm's: clip_grad_norm_, the
 optimizer 'momentum', ModelEmaV2. Gradients are fixed. Compared: weights and averages after one update.
 """
+
 from __future__ import annotations
 
 import sys
@@ -18,6 +19,7 @@ DECAY = 0.99
 def build(side: str, case: Any) -> pairing.Work:
     import inputs
     import torch
+
     device = inputs.pick_device(case.device)
     model = inputs.make_model(case).to(device)
     if side == "ours":
@@ -25,6 +27,7 @@ def build(side: str, case: Any) -> pairing.Work:
         from effdet.training.amp import Precision
         from effdet.training.ema import ModelEma
         from effdet.training.optim import build_optimizer
+
         precision = Precision(device, enabled=False)
         optimizer = build_optimizer(model, OptimConfig().opt, LR, MOMENTUM, WEIGHT_DECAY)
         ema = ModelEma(model, DECAY, warmup=False)
@@ -35,6 +38,7 @@ def build(side: str, case: Any) -> pairing.Work:
     else:
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV2
+
         optimizer = create_optimizer_v2(model, opt="momentum", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         ema = ModelEmaV2(model, decay=DECAY)
 
@@ -42,6 +46,7 @@ def build(side: str, case: Any) -> pairing.Work:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             ema.update(model)
+
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(model.named_parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
@@ -49,11 +54,14 @@ def build(side: str, case: Any) -> pairing.Work:
     def outputs() -> dict[str, torch.Tensor]:
         update()
         weights = torch.cat([parameter.detach().flatten() for _, parameter in sorted(model.named_parameters())])
-        average = torch.cat([value.flatten() for name, value in sorted(ema.module.state_dict().items())
-                             if value.is_floating_point()])
+        average = torch.cat(
+            [value.flatten() for name, value in sorted(ema.module.state_dict().items()) if value.is_floating_point()]
+        )
         return {"weights": weights, "average": average}
-    return pairing.Work(update, outputs, inputs.synchronizer(device), about={"optimizer": type(optimizer).__name__},
-                        device=device)
+
+    return pairing.Work(
+        update, outputs, inputs.synchronizer(device), about={"optimizer": type(optimizer).__name__}, device=device
+    )
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ their outputs are compared first, and where they disagree nothing is timed. Then
 A script has `build(side, case) -> Work`, run in the worker, and calls `main` with its cases. Only the standard library
 and numpy here: the peer's environment imports this file too.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -68,7 +69,12 @@ class Side:
         environment |= {"OMP_NUM_THREADS": str(case["threads"]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         self.process = subprocess.Popen(
             [python, str(Path(__file__).with_name("worker.py")), name, script, json.dumps(case)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=tempfile.gettempdir())
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=tempfile.gettempdir(),
+        )
         self.facts: dict[str, Any] = {}
 
     def wait_until_built(self) -> None:
@@ -78,8 +84,9 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"The worker of '{self.name}' ended with status {self.process.wait()}; its own message "
-                               "is above.")
+            raise RuntimeError(
+                f"The worker of '{self.name}' ended with status {self.process.wait()}; its own message is above."
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"The worker of '{self.name}' failed:\n{answer['error']}")
@@ -120,8 +127,9 @@ class Side:
         self.process.stdout.close()
 
 
-def compare(ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray],
-            tolerances: float | Mapping[str, float]) -> dict[str, float]:
+def compare(
+    ours: Mapping[str, np.ndarray], peer: Mapping[str, np.ndarray], tolerances: float | Mapping[str, float]
+) -> dict[str, float]:
     """Compare two sets of arrays.
 
     Args:
@@ -184,8 +192,11 @@ def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     result: dict[str, Any] = {side: statistics.median(values) for side, values in samples.items()}
     if "peer" in samples:
         pairs = [peer / ours for ours, peer in zip(samples["ours"], samples["peer"], strict=True)]
-        result |= {"ratio": result["peer"] / result["ours"], "ratio_of_pairs": statistics.median(pairs),
-                   "pairs": [min(pairs), max(pairs)]}
+        result |= {
+            "ratio": result["peer"] / result["ours"],
+            "ratio_of_pairs": statistics.median(pairs),
+            "pairs": [min(pairs), max(pairs)],
+        }
     return result
 
 
@@ -237,15 +248,22 @@ def measure(start: Callable[[], list[Any]], case: Mapping[str, Any], repeats: in
             for name, values in _once(start).items():
                 samples[name] += values
     result = summarize(samples)
-    return {**result, "samples": samples, "difference": difference, "facts": facts,
-            "traffic": add_floors({name: counted for name, counted in traffic.items() if counted}, result)}
+    return {
+        **result,
+        "samples": samples,
+        "difference": difference,
+        "facts": facts,
+        "traffic": add_floors({name: counted for name, counted in traffic.items() if counted}, result),
+    }
 
 
 def add_floors(traffic: Mapping[str, Mapping[str, float]], result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Add to what each side counted its 'floor_s', the time of a copy of as many bytes, and that as a share."""
     floors = {name: counted["bytes_moved"] / counted["copy_bytes_per_s"] for name, counted in traffic.items()}
-    return {name: {**counted, "floor_s": floors[name], "floor_share": floors[name] / result[name]}
-            for name, counted in traffic.items()}
+    return {
+        name: {**counted, "floor_s": floors[name], "floor_share": floors[name] / result[name]}
+        for name, counted in traffic.items()
+    }
 
 
 def _once(start: Callable[[], list[Any]]) -> dict[str, list[float]]:
@@ -262,8 +280,14 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"cores": os.cpu_count(), "system": platform.platform(), "cpu": platform.processor()}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = dict(reversed(part) for part in (  # the first processor's
-            (line.split(":", 1)[1].strip(), line.split(":", 1)[0].strip()) for line in reversed(lines) if ":" in line))
+        fields = dict(
+            reversed(part)
+            for part in (  # the first processor's
+                (line.split(":", 1)[1].strip(), line.split(":", 1)[0].strip())
+                for line in reversed(lines)
+                if ":" in line
+            )
+        )
         facts["cpu"] = fields.get("model name", facts["cpu"])
         facts["flags"] = [flag for flag in CPU_FLAGS if flag in fields.get("flags", "").split()]
         facts["load"] = round(os.getloadavg()[0], 2)
@@ -274,6 +298,7 @@ def machine() -> dict[str, Any]:
 
 def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Return a line for people: what, both medians, and who needs how much less; a second for counted bytes."""
+
     def show(value: float) -> str:
         if case.get("unit", "s") == "bytes":
             return f"{value / 2**20:8.1f} MiB"
@@ -285,7 +310,8 @@ def format_figure(case: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     name = f"{case['figure']:<24} {case['device']} {case['dtype']:<8} {case['threads']}t batch {case['batch']:<4}"
     moved = "".join(
         f"   {side} {counted['bytes_moved'] / 1e9:.3g} GB in {counted['floor_share']:.0%} of the time"
-        for side, counted in result.get("traffic", {}).items())
+        for side, counted in result.get("traffic", {}).items()
+    )
     moved = moved and "\n    bytes moved by kernels, at the speed of a copy:" + moved
     if "peer" not in result:
         return f"{name} ours {show(result['ours'])}   (no peer){moved}"
@@ -302,19 +328,30 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--repeats", type=int, default=7, help="samples of each side (default 7)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images in a batch; several make several "
-                        "figures")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[4], help="images in a batch; several make several figures"
+    )
     parser.add_argument("--image-size", type=int, default=512, help="height and width in pixels (default 512)")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"),
-                        help="arithmetic; half precision by autocast (default %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=("float32", "bfloat16", "float16"),
+        help="arithmetic; half precision by autocast (default %(default)s)",
+    )
     parser.add_argument("--model", default="tf_efficientdet_d0")
     parser.add_argument("--classes", type=int, default=90)
     parser.add_argument("--quick", action="store_true", help="3 samples, for a look")
-    parser.add_argument("--flags", default="", metavar="TEXT", help="more flags of train.py for ours, such as "
-                        "--flags=--compile")
+    parser.add_argument(
+        "--flags", default="", metavar="TEXT", help="more flags of train.py for ours, such as --flags=--compile"
+    )
     parser.add_argument("--ours-only", action="store_true", help="do not run the peer")
-    parser.add_argument("--peer-python", default=str(REPO / ".venv-peer" / "bin" / "python"), metavar="PATH",
-                        help="Python with effdet 0.4.1 (default: the one of `make bench`)")
+    parser.add_argument(
+        "--peer-python",
+        default=str(REPO / ".venv-peer" / "bin" / "python"),
+        metavar="PATH",
+        help="Python with effdet 0.4.1 (default: the one of `make bench`)",
+    )
     parser.add_argument("--json", metavar="FILE", help="append the JSON lines to this file too")
     return parser
 
@@ -328,8 +365,7 @@ def fast_dtypes() -> list[str]:
 def base_case(options: argparse.Namespace, figure: str, **more: Any) -> dict[str, Any]:
     """Return a case with the shared settings; the first batch size and dtype unless `more` says otherwise."""
     shared = {key: getattr(options, key) for key in ("device", "threads", "image_size", "model", "classes", "flags")}
-    return {"figure": figure, **shared, "batch": options.batch[0], "dtype": options.dtype[0], "tolerance": 1e-4,
-            **more}
+    return {"figure": figure, **shared, "batch": options.batch[0], "dtype": options.dtype[0], "tolerance": 1e-4, **more}
 
 
 def make_file(folder: str, function: str, *arguments: Any) -> str:
@@ -363,6 +399,7 @@ def main(script: str, options: argparse.Namespace, cases: Sequence[dict[str, Any
     repeats = 3 if options.quick else options.repeats
     failed = False
     for case in cases:
+
         def start(case: dict[str, Any] = case) -> list[Side]:
             sides = [Side("ours", sys.executable, script, case)]
             if peer:
@@ -370,6 +407,7 @@ def main(script: str, options: argparse.Namespace, cases: Sequence[dict[str, Any
             for side in sides:
                 side.wait_until_built()
             return sides
+
         try:
             result = measure(start, case, math.ceil(repeats * case.get("repeats_factor", 1)))
         except Disagreement as error:

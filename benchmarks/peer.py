@@ -5,6 +5,7 @@
   then one pass over a suppression mask) compiled by the system's C compiler. Where the library loads, it is used.
 - Its loader normalises in a class that calls .cuda(): `PrefetchLoader` here does the same arithmetic on the CPU.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -27,8 +28,10 @@ def has_ops() -> bool:
 def prepare() -> None:
     """Make `import effdet` work; call it first."""
     from worker import REPO, load_file
+
     load_file("torchvision_ops", REPO / "timm_patches" / "torchvision_ops.py")
     import torchvision
+
     if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
         _add_nms_kernel()
         torchvision.extension._has_ops = has_ops
@@ -48,8 +51,13 @@ def _add_nms_kernel() -> None:
         order = scores.sort(stable=True, descending=True)[1]
         boxes = boxes.contiguous().float()
         kept = torch.empty_like(order)
-        count = compiled.nms(ctypes.c_void_p(boxes.data_ptr()), ctypes.c_void_p(order.data_ptr()),
-                             ctypes.c_long(len(order)), ctypes.c_float(iou_threshold), ctypes.c_void_p(kept.data_ptr()))
+        count = compiled.nms(
+            ctypes.c_void_p(boxes.data_ptr()),
+            ctypes.c_void_p(order.data_ptr()),
+            ctypes.c_long(len(order)),
+            ctypes.c_float(iou_threshold),
+            ctypes.c_void_p(kept.data_ptr()),
+        )
         return kept[:count]
 
     library = torch.library.Library("torchvision", "IMPL")
@@ -79,6 +87,7 @@ def make_loader(dataset: Any, size: int, batch: int, is_training: bool, workers:
         transforms_coco_eval,
         transforms_coco_train,
     )
+
     interpolation = "random" if is_training else "bilinear"
     shared = {"batch_size": batch, "is_training": is_training, "num_workers": workers, "anchor_labeler": labeler}
     if device == "cuda":

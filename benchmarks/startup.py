@@ -3,6 +3,7 @@
 
 Compared: both packages define the names that the peer's __init__ exports.
 """
+
 from __future__ import annotations
 
 import subprocess
@@ -17,11 +18,14 @@ REPO = Path(__file__).resolve().parents[1]
 
 def build(side: str, case: Any) -> pairing.Work:
     import numpy as np
+
     # The peer's torchvision may need its operators declared before it is imported; ours does that by itself.
     before = f"import sys; sys.path.insert(0, {str(REPO)!r})"
     if side == "peer":
-        before = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker; "
-                  "worker.load_file('tv', worker.REPO / 'timm_patches' / 'torchvision_ops.py')")
+        before = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker; "
+            "worker.load_file('tv', worker.REPO / 'timm_patches' / 'torchvision_ops.py')"
+        )
     if case.figure == "startup_import_torch":
         before = "pass"
     command = [sys.executable, "-c", f"{before}; import {case.module}"]
@@ -31,15 +35,30 @@ def build(side: str, case: Any) -> pairing.Work:
 
     def outputs() -> dict[str, Any]:
         import effdet
-        names = ("create_model", "DetBenchPredict", "DetBenchTrain", "EfficientDet", "create_dataset", "create_loader",
-                 "create_parser", "create_evaluator", "get_efficientdet_config", "load_checkpoint", "load_pretrained")
+
+        names = (
+            "create_model",
+            "DetBenchPredict",
+            "DetBenchTrain",
+            "EfficientDet",
+            "create_dataset",
+            "create_loader",
+            "create_parser",
+            "create_evaluator",
+            "get_efficientdet_config",
+            "load_checkpoint",
+            "load_pretrained",
+        )
         return {"names": np.asarray([hasattr(effdet, name) for name in names], dtype=float)}
+
     return pairing.Work(run, outputs)
 
 
 def make_cases(options: Any) -> list[dict[str, Any]]:
-    return [pairing.base_case(options, f"startup_import_{module}", dtype="float32", batch=0, module=module, tolerance=0)
-            for module in ("effdet", "torch")]
+    return [
+        pairing.base_case(options, f"startup_import_{module}", dtype="float32", batch=0, module=module, tolerance=0)
+        for module in ("effdet", "torch")
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The floor that memory sets to some work: the bytes its kernels move, and how fast the device copies bytes."""
+
 from __future__ import annotations
 
 import time

@@ -5,6 +5,7 @@ Ours is a run set up by train.py, with its own defaults for the device. The peer
 made by the loader, loss read after every step for its log. Compared: the first step, on the same batch, as in
 train_step.py; what the epochs draw at random differs.
 """
+
 from __future__ import annotations
 
 import sys
@@ -18,9 +19,11 @@ import train_step
 
 def build(side: str, case: Any) -> pairing.Work:
     import inputs
+
     proof = train_step.build(side, case)
     if side == "ours":
         from effdet.training.engine import train_one_epoch
+
         trained = train_step.make_run(case, case.batch, "--workers", str(case.workers))
         device = trained.place.device
 
@@ -29,6 +32,7 @@ def build(side: str, case: Any) -> pairing.Work:
             train_one_epoch(trained.training, trained.loaders.train, 0)
     else:
         from effdet.anchors import AnchorLabeler, Anchors
+
         device = inputs.pick_device(case.device)
         labeler = AnchorLabeler(Anchors.from_config(inputs.make_config(case)), case.classes)
         loader = loader_script.make_peer(case, device, labeler, is_training=True)
@@ -37,6 +41,7 @@ def build(side: str, case: Any) -> pairing.Work:
         def run() -> None:
             for images, target in loader:
                 float(step(images, target)["loss"])
+
     return pairing.Work(run, proof.outputs, inputs.synchronizer(device), about=proof.about)
 
 
@@ -44,10 +49,21 @@ def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     batch = options.batch[0]
     images = (2 * batch if options.quick else options.images) // batch * batch
     data = pairing.make_file(folder, "make_coco_folder", images, options.classes)
-    return [pairing.base_case(options, "train_run", dtype=dtype, images=images, workers=options.workers, data=data,
-                              folder=folder, ema=options.ema, steps=1,
-                              tolerance=train_step.TOLERANCES[dtype])
-            for dtype in options.dtype]
+    return [
+        pairing.base_case(
+            options,
+            "train_run",
+            dtype=dtype,
+            images=images,
+            workers=options.workers,
+            data=data,
+            folder=folder,
+            ema=options.ema,
+            steps=1,
+            tolerance=train_step.TOLERANCES[dtype],
+        )
+        for dtype in options.dtype
+    ]
 
 
 if __name__ == "__main__":

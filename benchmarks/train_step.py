@@ -6,6 +6,7 @@ The peer's is the step of its train.py, with labels made in the bench. On an acc
 steps, as nobody waits for the device after each; what is printed is one of them. Compared: losses, and how the first
 step changes the weights. Stochastic depth is on; both draw it from the same seed.
 """
+
 from __future__ import annotations
 
 import sys
@@ -28,19 +29,30 @@ def build_ours(case: Any) -> pairing.Work:
 
     from effdet.data.loader import PrefetchLoader
     from effdet.training.engine import train_one_epoch
+
     trained = make_run(case, IMAGES, "--workers", "0")
     training, place = trained.training, trained.place
-    batches = [(inputs.make_pixels(case.batch, case.image_size, place.device),
-                inputs.make_target("ours", case.batch, case.image_size, case.classes, place.device))]
+    batches = [
+        (
+            inputs.make_pixels(case.batch, case.image_size, place.device),
+            inputs.make_target("ours", case.batch, case.image_size, case.classes, place.device),
+        )
+    ]
 
     def run(steps: int) -> dict[str, float]:
         loader = PrefetchLoader(Batches(batches * steps), device=place.device, channels_last=place.channels_last)
         stats = train_one_epoch(training, loader, 0)
         return {"loss": stats.loss, "class_loss": stats.class_loss, "box_loss": stats.box_loss}
-    return pairing.Work(lambda: run(case.steps), lambda: first_step(training.model, lambda: run(1)),
-                        inputs.synchronizer(place.device), steps=case.steps,
-                        about={"channels_last": place.channels_last, "precision": training.precision.level},
-                        device=None if trained.cfg.run.compile else place.device, count=lambda: run(1))
+
+    return pairing.Work(
+        lambda: run(case.steps),
+        lambda: first_step(training.model, lambda: run(1)),
+        inputs.synchronizer(place.device),
+        steps=case.steps,
+        about={"channels_last": place.channels_last, "precision": training.precision.level},
+        device=None if trained.cfg.run.compile else place.device,
+        count=lambda: run(1),
+    )
 
 
 def make_run(case: Any, batch: int, *flags: str) -> Any:
@@ -50,13 +62,39 @@ def make_run(case: Any, batch: int, *flags: str) -> Any:
     from effdet.config.cli import parse_train_args
     from effdet.runtime.launch import start
     from effdet.training.trainer import Start, build_run
+
     folder = Path(tempfile.mkdtemp(dir=case.folder))
     precision = () if case.dtype == "float32" else ("--amp", "--amp-dtype", case.dtype)
-    config = parse_train_args([
-        "--root", case.data, "--model", case.model, "--image-size", str(case.image_size), "--batch-size",
-        str(batch), "--device", case.device, "--lr", str(LR), "--momentum", str(MOMENTUM), "--weight-decay",
-        str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--sched", "constant", "--warmup-epochs", "0",
-        "--model-ema" if case.ema else "--no-model-ema", *precision, *flags, *case.flags.split()])
+    config = parse_train_args(
+        [
+            "--root",
+            case.data,
+            "--model",
+            case.model,
+            "--image-size",
+            str(case.image_size),
+            "--batch-size",
+            str(batch),
+            "--device",
+            case.device,
+            "--lr",
+            str(LR),
+            "--momentum",
+            str(MOMENTUM),
+            "--weight-decay",
+            str(WEIGHT_DECAY),
+            "--clip-grad",
+            str(CLIP),
+            "--sched",
+            "constant",
+            "--warmup-epochs",
+            "0",
+            "--model-ema" if case.ema else "--no-model-ema",
+            *precision,
+            *flags,
+            *case.flags.split(),
+        ]
+    )
     trained = build_run(config, start(config.run.device, []), Start(folder, {}, ""))
     inputs.fill_weights(trained.training.model)
     return trained
@@ -72,6 +110,7 @@ def build_peer(case: Any) -> pairing.Work:
     import inputs
     import peer
     import torch
+
     device = inputs.pick_device(case.device)
     step, model = make_peer_step(case, device, labels_in_bench=True)
     pixels = inputs.make_pixels(case.batch, case.image_size, device)
@@ -82,9 +121,16 @@ def build_peer(case: Any) -> pairing.Work:
         for _ in range(steps):
             losses = step(pixels.float().sub_(mean).div_(std), target)
         return losses
-    return pairing.Work(lambda: run(case.steps), lambda: first_step(model, lambda: run(1)),
-                        inputs.synchronizer(device), steps=case.steps, about={"patches": peer.patches},
-                        device=device, count=lambda: run(1))
+
+    return pairing.Work(
+        lambda: run(case.steps),
+        lambda: first_step(model, lambda: run(1)),
+        inputs.synchronizer(device),
+        steps=case.steps,
+        about={"patches": peer.patches},
+        device=device,
+        count=lambda: run(1),
+    )
 
 
 def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, Any]:
@@ -95,6 +141,7 @@ def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, 
     from timm.utils import ModelEmaV2
 
     from effdet import DetBenchTrain
+
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     model = inputs.make_model(case).to(device)
@@ -117,12 +164,14 @@ def make_peer_step(case: Any, device: Any, labels_in_bench: bool) -> tuple[Any, 
         if ema is not None:
             ema.update(model)
         return {key: value.detach() for key, value in output.items()}
+
     return step, model
 
 
 def first_step(model: Any, step: Any) -> dict[str, Any]:
     """Take one step; return its losses and what it did to the weights: all of two biases, a norm for each tensor."""
     import torch
+
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.manual_seed(0)
     losses = step()
@@ -131,7 +180,8 @@ def first_step(model: Any, step: Any) -> dict[str, Any]:
     return {
         "losses": torch.tensor([float(losses[key]) for key in ("loss", "class_loss", "box_loss")]),
         **{f"change of {name}": changes[name] for name in biases},
-        "change of all": torch.stack([change.norm() for change in changes.values()])}
+        "change of all": torch.stack([change.norm() for change in changes.values()]),
+    }
 
 
 def count_steps(options: Any) -> int:
@@ -141,15 +191,31 @@ def count_steps(options: Any) -> int:
 
 def make_cases(options: Any, folder: str) -> list[dict[str, Any]]:
     data = pairing.make_file(folder, "make_coco_folder", IMAGES, options.classes)
-    return [pairing.base_case(options, "train_step", batch=batch, dtype=dtype, images=batch, ema=options.ema,
-                              steps=count_steps(options), folder=folder, data=data, tolerance=TOLERANCES[dtype])
-            for dtype in options.dtype for batch in options.batch]
+    return [
+        pairing.base_case(
+            options,
+            "train_step",
+            batch=batch,
+            dtype=dtype,
+            images=batch,
+            ema=options.ema,
+            steps=count_steps(options),
+            folder=folder,
+            data=data,
+            tolerance=TOLERANCES[dtype],
+        )
+        for dtype in options.dtype
+        for batch in options.batch
+    ]
 
 
 # An initial network's gradients are huge and amplify rounding; torch's channels-last batch norm alone is off by 1e-5.
 # In bfloat16 the losses of the two sides were 2.3 % apart.
-TOLERANCES = {"float32": {"losses": 1e-4, "": 2e-2}, "bfloat16": {"losses": 5e-2, "": 0.2},
-              "float16": {"losses": 5e-3, "": 0.1}}
+TOLERANCES = {
+    "float32": {"losses": 1e-4, "": 2e-2},
+    "bfloat16": {"losses": 5e-2, "": 0.2},
+    "float16": {"losses": 5e-3, "": 0.1},
+}
 
 
 if __name__ == "__main__":

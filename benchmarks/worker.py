@@ -3,6 +3,7 @@
 Run by pairing.py as `worker.py SIDE SCRIPT CASE`. Requests come as JSON lines on standard input, answers go to standard
 output; whatever the work prints goes to standard error.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -35,8 +36,10 @@ def prepare(side: str) -> None:
         sys.path.insert(1, str(REPO))
     else:
         import peer
+
         peer.prepare()
     import effdet
+
     is_ours = Path(effdet.__file__).is_relative_to(REPO / "effdet")
     if is_ours != (side == "ours"):
         raise RuntimeError(f"the side '{side}' imported {effdet.__file__}")
@@ -56,6 +59,7 @@ def versions() -> dict[str, str]:
 def effdet_version(side: str) -> str:
     if side == "ours":
         from effdet.version import __version__
+
         return __version__
     return importlib.metadata.version("effdet")
 
@@ -69,6 +73,7 @@ class Worker:
 
     def outputs(self, path: str) -> dict[str, Any]:
         import numpy as np
+
         arrays = {}
         for name, value in self.work.outputs().items():
             if hasattr(value, "detach"):
@@ -99,6 +104,7 @@ class Worker:
         if self.work.device is None:
             return {}
         from traffic import ByteCounter, copy_speed
+
         with ByteCounter() as counter:
             (self.work.count or self.work.run)()
         return {"bytes_moved": counter.moved, "copy_bytes_per_s": copy_speed(self.work.device, self.work.synchronize)}
@@ -115,6 +121,7 @@ def main() -> None:
     side, script, case = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     try:
         import torch
+
         torch.set_num_threads(case["threads"])
         prepare(side)
         work = load_file("benchmark", Path(script)).build(side, SimpleNamespace(**case))

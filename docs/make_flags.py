@@ -3,6 +3,7 @@
 
 What lives here: the page's form. Names, defaults, ranges and texts are the schema's; a test compares the page with it.
 """
+
 import sys
 import typing
 from pathlib import Path

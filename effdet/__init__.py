@@ -2,6 +2,7 @@
 
 Names are imported at their first use: a program that only loads a data set does not wait for timm.
 """
+
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,31 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["CocoEvaluator", "DetBenchPredict", "DetBenchTrain", "DetectionDatset", "Detections", "EfficientDet",
-           "OpenImagesEvaluator", "PascalEvaluator", "Predictor", "SkipSubset", "__version__", "create_dataset",
-           "create_evaluator", "create_loader", "create_model", "create_model_from_config", "create_parser",
-           "default_detection_model_configs", "get_efficientdet_config", "load", "load_checkpoint", "load_pretrained",
-           "unwrap_bench"]
+__all__ = [
+    "CocoEvaluator",
+    "DetBenchPredict",
+    "DetBenchTrain",
+    "DetectionDatset",
+    "Detections",
+    "EfficientDet",
+    "OpenImagesEvaluator",
+    "PascalEvaluator",
+    "Predictor",
+    "SkipSubset",
+    "__version__",
+    "create_dataset",
+    "create_evaluator",
+    "create_loader",
+    "create_model",
+    "create_model_from_config",
+    "create_parser",
+    "default_detection_model_configs",
+    "get_efficientdet_config",
+    "load",
+    "load_checkpoint",
+    "load_pretrained",
+    "unwrap_bench",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 Batched, fixed shapes, no loop over images and no host synchronisation. Post-processing is in nms.py; the names
 effdet's users import from here (`generate_detections` and others) are re-exported at the end.
 """
+
 from __future__ import annotations
 
 import math
@@ -47,8 +48,15 @@ class Anchors(nn.Module):
         RetinaNet, https://arxiv.org/abs/1708.02002, section 4; google/automl, efficientdet/anchors.py.
     """
 
-    def __init__(self, min_level: int, max_level: int, num_scales: int, aspect_ratios: Sequence[Any],
-                 anchor_scale: float | Sequence[float], image_size: int | Sequence[int]) -> None:
+    def __init__(
+        self,
+        min_level: int,
+        max_level: int,
+        num_scales: int,
+        aspect_ratios: Sequence[Any],
+        anchor_scale: float | Sequence[float],
+        image_size: int | Sequence[int],
+    ) -> None:
         """Make the grid.
 
         Args:
@@ -70,8 +78,10 @@ class Anchors(nn.Module):
         self.aspect_ratios = aspect_ratios
         self.anchor_scales = list(anchor_scale) if isinstance(anchor_scale, Sequence) else [anchor_scale] * num_levels
         if len(self.anchor_scales) != num_levels:
-            raise ValueError(f"anchor_scale has {len(self.anchor_scales)} values for the {num_levels} levels "
-                             f"{min_level}..{max_level}: give one number, or one for each level.")
+            raise ValueError(
+                f"anchor_scale has {len(self.anchor_scales)} values for the {num_levels} levels "
+                f"{min_level}..{max_level}: give one number, or one for each level."
+            )
         self.image_size = to_height_width(image_size)
         self.feat_sizes = get_feat_sizes(self.image_size, max_level)
         self.register_buffer("boxes", self._make_boxes())
@@ -80,8 +90,14 @@ class Anchors(nn.Module):
     @classmethod
     def from_config(cls, config: Any, image_size: Sequence[int] | None = None) -> Anchors:
         """Make the grid of a model config; `image_size` (height, width) goes before the config's."""
-        return cls(config.min_level, config.max_level, config.num_scales, config.aspect_ratios, config.anchor_scale,
-                   image_size or config.image_size)
+        return cls(
+            config.min_level,
+            config.max_level,
+            config.num_scales,
+            config.aspect_ratios,
+            config.anchor_scale,
+            image_size or config.image_size,
+        )
 
     def get_anchors_per_location(self) -> int:
         """Return the number of anchors at each cell."""
@@ -91,15 +107,21 @@ class Anchors(nn.Module):
     def config(self) -> dict[int, list[tuple[tuple[float, float], float, Any, float]]]:
         """(stride (y, x) in pixels, octave, aspect, anchor_scale) of each anchor at a cell, by level: effdet's form."""
         height, width = self.image_size
-        return {level: [((height / rows, width / columns), scale / self.num_scales, aspect, anchor_scale)
-                        for scale in range(self.num_scales) for aspect in self.aspect_ratios]
-                for level, (rows, columns), anchor_scale in zip(
-                    range(self.min_level, self.max_level + 1), self.level_sizes, self.anchor_scales, strict=True)}
+        return {
+            level: [
+                ((height / rows, width / columns), scale / self.num_scales, aspect, anchor_scale)
+                for scale in range(self.num_scales)
+                for aspect in self.aspect_ratios
+            ]
+            for level, (rows, columns), anchor_scale in zip(
+                range(self.min_level, self.max_level + 1), self.level_sizes, self.anchor_scales, strict=True
+            )
+        }
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of the feature maps in use, finest first."""
-        return self.feat_sizes[self.min_level:]
+        return self.feat_sizes[self.min_level :]
 
     def _make_boxes(self) -> Tensor:
         factors = []  # (height, width) of each anchor at a cell, in anchor_scale strides
@@ -113,8 +135,10 @@ class Anchors(nn.Module):
         levels = []
         for (rows, columns), scale in zip(self.level_sizes, self.anchor_scales, strict=True):
             stride = np.array((self.image_size[0] / rows, self.image_size[1] / columns))
-            centres = np.stack(np.meshgrid((np.arange(rows) + 0.5) * stride[0], (np.arange(columns) + 0.5) * stride[1],
-                                           indexing="ij"), -1)[:, :, None, :]  # [rows, columns, 1, 2]
+            centres = np.stack(
+                np.meshgrid((np.arange(rows) + 0.5) * stride[0], (np.arange(columns) + 0.5) * stride[1], indexing="ij"),
+                -1,
+            )[:, :, None, :]  # [rows, columns, 1, 2]
             half = half_sides * (scale * stride)
             levels.append(np.concatenate((centres - half, centres + half), -1).reshape(-1, 4))
         return torch.from_numpy(np.concatenate(levels)).float()
@@ -130,8 +154,9 @@ class AnchorLabeler:
         google/automl, efficientdet/object_detection (argmax matcher with force_match_for_each_row).
     """
 
-    def __init__(self, anchors: Anchors, num_classes: int, match_threshold: float = MATCH_IOU,
-                 ignore_regions: bool = False) -> None:
+    def __init__(
+        self, anchors: Anchors, num_classes: int, match_threshold: float = MATCH_IOU, ignore_regions: bool = False
+    ) -> None:
         """Make a labeler.
 
         Args:
@@ -147,8 +172,9 @@ class AnchorLabeler:
         self.ignore_regions = ignore_regions
         self._sparse: SparseMatcher | None = None
 
-    def assign(self, gt_boxes_yxyx: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any],
-               filter_valid: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def assign(
+        self, gt_boxes_yxyx: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any], filter_valid: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Make the targets of a batch: the one way to labels, for every device.
 
         Args:
@@ -193,13 +219,18 @@ class AnchorLabeler:
 
     def _may_search(self, classes: Tensor) -> bool:
         """Return whether the CPU's way gives these targets: it knows no ignore regions."""
-        return (is_host(classes.device) and self.anchors.boxes.dtype == torch.float32 and self.match_threshold > 0
-                and not (self.ignore_regions and bool((classes == IGNORE).any())))
+        return (
+            is_host(classes.device)
+            and self.anchors.boxes.dtype == torch.float32
+            and self.match_threshold > 0
+            and not (self.ignore_regions and bool((classes == IGNORE).any()))
+        )
 
     def _matcher(self) -> SparseMatcher:
         if self._sparse is None or self._sparse.boxes_yxyx is not self.anchors.boxes:
-            self._sparse = SparseMatcher(self.anchors.boxes, self.anchors.level_sizes,
-                                         self.anchors.get_anchors_per_location())
+            self._sparse = SparseMatcher(
+                self.anchors.boxes, self.anchors.level_sizes, self.anchors.get_anchors_per_location()
+            )
         return self._sparse
 
     def _overlaps(self, boxes: Tensor, classes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -251,11 +282,13 @@ class AnchorLabeler:
         per_cell = self.anchors.get_anchors_per_location()
         sizes = self.anchors.level_sizes
         parts = flat.split([height * width * per_cell for height, width in sizes], 1)
-        return [part.reshape(flat.shape[0], height, width, -1)
-                for part, (height, width) in zip(parts, sizes, strict=True)]
+        return [
+            part.reshape(flat.shape[0], height, width, -1) for part, (height, width) in zip(parts, sizes, strict=True)
+        ]
 
-    def batch_label_anchors(self, gt_boxes: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any],
-                            filter_valid: bool = True) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def batch_label_anchors(
+        self, gt_boxes: Tensor | Sequence[Any], gt_classes: Tensor | Sequence[Any], filter_valid: bool = True
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Make the targets of a batch, one tensor for each level, as effdet does.
 
         Args and errors are those of `assign`.
@@ -267,8 +300,9 @@ class AnchorLabeler:
         class_targets, box_targets, num_positives = self.assign(gt_boxes, gt_classes, filter_valid)
         return self.split_levels(class_targets), self.split_levels(box_targets), num_positives
 
-    def label_anchors(self, gt_boxes: Tensor, gt_classes: Tensor, filter_valid: bool = True
-                      ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def label_anchors(
+        self, gt_boxes: Tensor, gt_classes: Tensor, filter_valid: bool = True
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Make the targets of one image.
 
         Args:
@@ -280,7 +314,8 @@ class AnchorLabeler:
             As `batch_label_anchors`, without the batch dimension.
         """
         classes, deltas, num_positives = self.batch_label_anchors(
-            gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid)
+            gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid
+        )
         return [level[0] for level in classes], [level[0] for level in deltas], num_positives[0]
 
 
@@ -290,11 +325,15 @@ def _pad_objects(gt_boxes: Sequence[Any], gt_classes: Sequence[Any], device: tor
     classes = [torch.as_tensor(row, device=device).reshape(-1).long() for row in gt_classes]
     counts = [len(rows) for rows in boxes], [len(row) for row in classes]
     if counts[0] != counts[1] or not counts[0]:
-        raise ValueError(f"The images have {counts[0]} boxes and {counts[1]} classes: give as many classes as boxes "
-                         "for each image, and at least one image.")
+        raise ValueError(
+            f"The images have {counts[0]} boxes and {counts[1]} classes: give as many classes as boxes "
+            "for each image, and at least one image."
+        )
     # An ignore region without an area touches nothing, and unlike -1 it is left out whatever filter_valid says.
-    return (nn.utils.rnn.pad_sequence(boxes, batch_first=True),
-            nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=IGNORE))
+    return (
+        nn.utils.rnn.pad_sequence(boxes, batch_first=True),
+        nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=IGNORE),
+    )
 
 
 def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = False) -> Tensor:
@@ -302,5 +341,12 @@ def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = F
     return decode_boxes(rel_codes, anchors, output_xyxy)
 
 
-__all__ = ["AnchorLabeler", "Anchors", "MIN_CLASS_SCORE", "clip_boxes_xyxy",
-           "decode_box_outputs", "generate_detections", "get_feat_sizes"]
+__all__ = [
+    "AnchorLabeler",
+    "Anchors",
+    "MIN_CLASS_SCORE",
+    "clip_boxes_xyxy",
+    "decode_box_outputs",
+    "generate_detections",
+    "get_feat_sizes",
+]

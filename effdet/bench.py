@@ -1,4 +1,5 @@
 """The model with what a task needs around it: loss for training, post-processing for prediction."""
+
 from __future__ import annotations
 
 import functools
@@ -36,8 +37,10 @@ class _DetBench(nn.Module):
         self.anchors = Anchors.from_config(config)
         built_for = getattr(model, "image_size", self.anchors.image_size)
         if built_for != self.anchors.image_size:
-            raise ValueError(f"config.image_size is {self.anchors.image_size}, but the network was built for images of "
-                             f"{built_for} (height, width): set image_size before building the network.")
+            raise ValueError(
+                f"config.image_size is {self.anchors.image_size}, but the network was built for images of "
+                f"{built_for} (height, width): set image_size before building the network."
+            )
         self.input_sizes = [self.anchors.image_size]  # that the network may be changed to; see head_outputs
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
@@ -66,10 +69,12 @@ class _DetBench(nn.Module):
         cls_outputs, box_outputs = self.model(x)
         channels, per_cell = cls_outputs[0].shape[1], self.anchors.get_anchors_per_location()
         if channels != per_cell * self.num_classes:
-            raise ValueError(f"The class head gives {channels} values for each cell, but {per_cell} anchors with the "
-                             f"config's {self.num_classes} classes need {per_cell * self.num_classes}: before making "
-                             "the bench call model.reset_head(num_classes=...), or set config.num_classes (after "
-                             "set_config_writeable) when replacing class_net.")
+            raise ValueError(
+                f"The class head gives {channels} values for each cell, but {per_cell} anchors with the "
+                f"config's {self.num_classes} classes need {per_cell * self.num_classes}: before making "
+                "the bench call model.reset_head(num_classes=...), or set config.num_classes (after "
+                "set_config_writeable) when replacing class_net."
+            )
         return cls_outputs, box_outputs
 
     def _take_size(self, x: Tensor) -> None:
@@ -77,8 +82,9 @@ class _DetBench(nn.Module):
         if getattr(self.model, "input_size", size) != size and size in self.input_sizes:
             self.model.set_input_size(size)
 
-    def post_process(self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None,
-                     img_size: Tensor | None) -> Tensor:
+    def post_process(
+        self, cls_outputs: list[Tensor], box_outputs: list[Tensor], img_scale: Tensor | None, img_size: Tensor | None
+    ) -> Tensor:
         """Turn head outputs into detections, in float32 also inside autocast.
 
         Args:
@@ -92,11 +98,22 @@ class _DetBench(nn.Module):
         """
         with torch.autocast(cls_outputs[0].device.type, enabled=False):
             logits, deltas, indices, classes = select_candidates(
-                cls_outputs, box_outputs, self.num_classes, self.max_detection_points)
-            suppress = (None if self.nms_operator is None
-                        else functools.partial(npu_nms, self.nms_operator, self.num_classes))
-            return make_detections(logits, deltas, self.anchors.boxes[indices], classes, img_scale, img_size,
-                                   self.max_det_per_image, self.soft_nms, suppress)
+                cls_outputs, box_outputs, self.num_classes, self.max_detection_points
+            )
+            suppress = (
+                None if self.nms_operator is None else functools.partial(npu_nms, self.nms_operator, self.num_classes)
+            )
+            return make_detections(
+                logits,
+                deltas,
+                self.anchors.boxes[indices],
+                classes,
+                img_scale,
+                img_size,
+                self.max_det_per_image,
+                self.soft_nms,
+                suppress,
+            )
 
 
 class DetBenchPredict(_DetBench):
@@ -137,9 +154,17 @@ class DetBenchPredict(_DetBench):
 class DetBenchTrain(_DetBench):
     """Model, labels and loss: images and ground truth to losses, with detections in eval mode."""
 
-    def __init__(self, model: nn.Module, create_labeler: bool = True, *, ignore_regions: bool = False,
-                 input_sizes: Iterable[tuple[int, int]] = (), dense_targets: bool = False,
-                 normalize_over_ranks: bool = False, compile_backend: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        create_labeler: bool = True,
+        *,
+        ignore_regions: bool = False,
+        input_sizes: Iterable[tuple[int, int]] = (),
+        dense_targets: bool = False,
+        normalize_over_ranks: bool = False,
+        compile_backend: str = "",
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -163,8 +188,9 @@ class DetBenchTrain(_DetBench):
         for module in model.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # in place, autograd copies the input for the backward pass: one more pass
-        self.anchor_labeler = (AnchorLabeler(self.anchors, self.num_classes, ignore_regions=ignore_regions)
-                               if create_labeler else None)
+        self.anchor_labeler = (
+            AnchorLabeler(self.anchors, self.num_classes, ignore_regions=ignore_regions) if create_labeler else None
+        )
         self.loss_fn = DetectionLoss(model.config, dense_targets=dense_targets)
         self.normalize_over_ranks = normalize_over_ranks
         self._labelers: dict[tuple[int, int], AnchorLabeler] = {}  # of further input sizes
@@ -181,8 +207,9 @@ class DetBenchTrain(_DetBench):
         self.model.set_input_size(base)
         if size != base:
             anchors = Anchors.from_config(self.config, size).to(_device_of(self.model))
-            self._labelers[size] = AnchorLabeler(anchors, self.num_classes,
-                                                 ignore_regions=self.anchor_labeler.ignore_regions)
+            self._labelers[size] = AnchorLabeler(
+                anchors, self.num_classes, ignore_regions=self.anchor_labeler.ignore_regions
+            )
         self.input_sizes.append(size)
 
     def forward(self, x: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -214,8 +241,9 @@ class DetBenchTrain(_DetBench):
         detections = self.post_process(cls_outputs, box_outputs, target.get("img_scale"), target.get("img_size"))
         return dict(zip(_LOSSES, losses, strict=True)) | {"detections": detections}
 
-    def _losses(self, x: Tensor, class_targets: Tensor, box_targets: Tensor, num_positives: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, x: Tensor, class_targets: Tensor, box_targets: Tensor, num_positives: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.loss_fn(*self.head_outputs(x), class_targets, box_targets, num_positives)
 
     def _labels(self, target: Mapping[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,12 +254,16 @@ class DetBenchTrain(_DetBench):
             with torch.no_grad():
                 return self._labelers.get(size, self.anchor_labeler).assign(target["bbox"], target["cls"])
         if "label_num_positives" not in target:
-            raise ValueError(f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
-                             "the bench with create_labeler=True, or the loader with an anchor_labeler.")
+            raise ValueError(
+                f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
+                "the bench with create_labeler=True, or the loader with an anchor_labeler."
+            )
         levels = range(self.num_levels)
-        return (torch.cat([target[f"label_cls_{level}"].flatten(1) for level in levels], 1),
-                torch.cat([target[f"label_bbox_{level}"].flatten(1) for level in levels], 1).unflatten(1, (-1, 4)),
-                target["label_num_positives"])
+        return (
+            torch.cat([target[f"label_cls_{level}"].flatten(1) for level in levels], 1),
+            torch.cat([target[f"label_bbox_{level}"].flatten(1) for level in levels], 1).unflatten(1, (-1, 4)),
+            target["label_num_positives"],
+        )
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -249,17 +281,40 @@ def unwrap_bench(model: Any) -> nn.Module:
             return model
 
 
-def _post_process(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_levels: int, num_classes: int,
-                  max_detection_points: int = 5000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _post_process(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    num_levels: int,
+    num_classes: int,
+    max_detection_points: int = 5000,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select candidates: effdet's form of `nms.select_candidates`, with logits [B, k, 1]."""
     logits, deltas, indices, classes = select_candidates(
-        cls_outputs[:num_levels], box_outputs[:num_levels], num_classes, max_detection_points)
+        cls_outputs[:num_levels], box_outputs[:num_levels], num_classes, max_detection_points
+    )
     return logits.unsqueeze(-1), deltas, indices, classes
 
 
-def _batch_detection(batch_size: int, class_out: Tensor, box_out: Tensor, anchor_boxes: Tensor, indices: Tensor,
-                     classes: Tensor, img_scale: Tensor | None = None, img_size: Tensor | None = None,
-                     max_det_per_image: int = 100, soft_nms: bool = False) -> Tensor:
+def _batch_detection(
+    batch_size: int,
+    class_out: Tensor,
+    box_out: Tensor,
+    anchor_boxes: Tensor,
+    indices: Tensor,
+    classes: Tensor,
+    img_scale: Tensor | None = None,
+    img_size: Tensor | None = None,
+    max_det_per_image: int = 100,
+    soft_nms: bool = False,
+) -> Tensor:
     """Make detections of what `_post_process` returns: effdet's form of `nms.make_detections`."""
-    return make_detections(class_out.reshape(batch_size, -1), box_out, anchor_boxes[indices], classes, img_scale,
-                           img_size, max_det_per_image, soft_nms)
+    return make_detections(
+        class_out.reshape(batch_size, -1),
+        box_out,
+        anchor_boxes[indices],
+        classes,
+        img_scale,
+        img_size,
+        max_det_per_image,
+        soft_nms,
+    )

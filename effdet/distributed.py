@@ -2,6 +2,7 @@
 
 Without a process group, or in one of a single process, each returns what it was given.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,8 +28,20 @@ from effdet.runtime.distributed import local_world_size as get_local_size
 from effdet.runtime.distributed import rank as get_rank
 from effdet.runtime.distributed import world_size as get_world_size
 
-__all__ = ["all_gather", "all_gather_container", "gather", "gather_container", "get_local_rank", "get_local_size",
-           "get_rank", "get_world_size", "is_main_process", "reduce_dict", "shared_random_seed", "synchronize"]
+__all__ = [
+    "all_gather",
+    "all_gather_container",
+    "gather",
+    "gather_container",
+    "get_local_rank",
+    "get_local_size",
+    "get_rank",
+    "get_world_size",
+    "is_main_process",
+    "reduce_dict",
+    "shared_random_seed",
+    "synchronize",
+]
 
 
 def all_gather(data: Any, group: Any = None) -> list[Any]:
@@ -100,6 +113,7 @@ def all_gather_container(container: Any, group: Any = None, cat_dim: int = 0) ->
     Returns:
         A container of the same kind.
     """
+
     def collect(tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, tensor.contiguous(), group=group)
@@ -120,6 +134,7 @@ def gather_container(container: Any, dst: int, group: Any = None, cat_dim: int =
     Returns:
         A container of the same kind on rank `dst`; on the others it holds None for each tensor.
     """
+
     def collect(tensor: Tensor) -> Tensor | None:
         here = get_rank() == dst
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))] if here else None

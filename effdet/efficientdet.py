@@ -4,6 +4,7 @@ Anchors, loss and post-processing are not part of the model: bench.py adds them.
 
 Source: EfficientDet, https://arxiv.org/abs/1911.09070.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,14 +37,20 @@ def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:
 def _create_backbone(config: Any, pretrained: bool) -> nn.Module:
     options = dict(config.backbone_args or {})
     try:
-        return create_model(config.backbone_name, features_only=True, pretrained=pretrained,
-                            out_indices=tuple(config.backbone_indices or (2, 3, 4)), **options)
+        return create_model(
+            config.backbone_name,
+            features_only=True,
+            pretrained=pretrained,
+            out_indices=tuple(config.backbone_indices or (2, 3, 4)),
+            **options,
+        )
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise RuntimeError(
             f"The ImageNet weights of the backbone '{config.backbone_name}' could not be fetched: {error}. Pass "
-            "pretrained_backbone=False (train.py does by default), or a checkpoint of the whole model.") from error
+            "pretrained_backbone=False (train.py does by default), or a checkpoint of the whole model."
+        ) from error
 
 
 class EfficientDet(nn.Module):
@@ -75,8 +82,10 @@ class EfficientDet(nn.Module):
         reductions = [entry["reduction"] for entry in feature_info]
         expected = [2 ** (config.min_level + index) for index in range(len(reductions))]
         if reductions != expected:
-            raise ValueError(f"Backbone '{config.backbone_name}' has feature maps at strides {reductions}; levels from "
-                             f"{config.min_level} need {expected}: set backbone_indices to the maps at these strides.")
+            raise ValueError(
+                f"Backbone '{config.backbone_name}' has feature maps at strides {reductions}; levels from "
+                f"{config.min_level} need {expected}: set backbone_indices to the maps at these strides."
+            )
         self.fpn = BiFpn(config, feature_info)
         self.class_net = HeadNet(config, num_outputs=config.num_classes)
         self.box_net = HeadNet(config, num_outputs=4)
@@ -88,8 +97,13 @@ class EfficientDet(nn.Module):
         for name, module in getattr(self, part).named_modules(prefix=part):
             init(module, name)
 
-    def reset_head(self, num_classes: int | None = None, aspect_ratios: Sequence[Any] | None = None,
-                   num_scales: int | None = None, alternate_init: bool = False) -> None:
+    def reset_head(
+        self,
+        num_classes: int | None = None,
+        aspect_ratios: Sequence[Any] | None = None,
+        num_scales: int | None = None,
+        alternate_init: bool = False,
+    ) -> None:
         """Replace heads by newly initialised ones.
 
         Args:
@@ -131,12 +145,15 @@ class EfficientDet(nn.Module):
         old, new = get_feat_sizes(self.input_size, level), get_feat_sizes(image_size, level)
         for size in (self.input_size, image_size):
             if min(size) <= 2 ** (level - 1):
-                raise ValueError(f"A network for images of {size} (height, width) cannot change its input size, nor be "
-                                 f"changed to it: each side must be more than {2 ** (level - 1)}.")
+                raise ValueError(
+                    f"A network for images of {size} (height, width) cannot change its input size, nor be "
+                    f"changed to it: each side must be more than {2 ** (level - 1)}."
+                )
         for module in self.fpn.modules():
             if isinstance(module, ResampleFeatureMap):
                 module.input_size, module.output_size = (
-                    new[old.index(size)] for size in (module.input_size, module.output_size))
+                    new[old.index(size)] for size in (module.input_size, module.output_size)
+                )
                 for layer in module.children():
                     if isinstance(layer, Interpolate2d):
                         layer.size = module.output_size
@@ -156,13 +173,28 @@ class EfficientDet(nn.Module):
             ValueError: another height or width than that.
         """
         if tuple(x.shape[-2:]) != self.input_size:
-            raise ValueError(f"This model was built for images of {self.input_size} (height, width) and got "
-                             f"{tuple(x.shape[-2:])}: resize the images, or set config.image_size before building it.")
+            raise ValueError(
+                f"This model was built for images of {self.input_size} (height, width) and got "
+                f"{tuple(x.shape[-2:])}: resize the images, or set config.image_size before building it."
+            )
         features = self.fpn(self.backbone(x))
         return self.class_net(features), self.box_net(features)
 
 
 _init_weight, _init_weight_alt = init_weight, init_weight_alt  # effdet's names
 
-__all__ = ["BiFpn", "BiFpnLayer", "ConvBnAct2d", "EfficientDet", "Fnode", "FpnCombine", "HeadNet", "Interpolate2d",
-           "ResampleFeatureMap", "SeparableConv2d", "SequentialList", "get_feature_info", "get_fpn_config"]
+__all__ = [
+    "BiFpn",
+    "BiFpnLayer",
+    "ConvBnAct2d",
+    "EfficientDet",
+    "Fnode",
+    "FpnCombine",
+    "HeadNet",
+    "Interpolate2d",
+    "ResampleFeatureMap",
+    "SeparableConv2d",
+    "SequentialList",
+    "get_feature_info",
+    "get_fpn_config",
+]

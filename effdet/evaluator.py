@@ -3,6 +3,7 @@
 What lives here: what is kept of a batch, and who computes on which rank. What must not: the metrics themselves
 (metrics/), what a dataset knows of its ground truth (data/coco/truth.py), the model, reading of images.
 """
+
 from __future__ import annotations
 
 import logging
@@ -24,13 +25,13 @@ from effdet.runtime.distributed import gather_object, is_distributed, is_primary
 
 from .distributed import all_gather_container, is_main_process, synchronize  # noqa: F401  (effdet has them here)
 
-__all__ = ['ClassMetrics', 'CocoEvaluator', 'Evaluator', 'OpenImagesEvaluator', 'PascalEvaluator', 'create_evaluator']
+__all__ = ["ClassMetrics", "CocoEvaluator", "Evaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"]
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar('_T')
+_T = TypeVar("_T")
 
 # Image indices ride in the float32 tensor of the detections; above this a float32 skips integers.
-_MAX_EXACT_INDEX = 2 ** 24
+_MAX_EXACT_INDEX = 2**24
 
 
 class Evaluator:
@@ -70,12 +71,16 @@ class Evaluator:
             ValueError: shapes that do not fit the above.
         """
         if detections.dim() != 3 or detections.size(2) != 6:
-            raise ValueError(f'detections have shape {list(detections.shape)}: must be [batch, detections, 6] with '
-                             'rows x_min, y_min, x_max, y_max, score, class')
-        indices = torch.as_tensor(target['img_idx']).reshape(-1)
+            raise ValueError(
+                f"detections have shape {list(detections.shape)}: must be [batch, detections, 6] with "
+                "rows x_min, y_min, x_max, y_max, score, class"
+            )
+        indices = torch.as_tensor(target["img_idx"]).reshape(-1)
         if len(indices) != len(detections):
-            raise ValueError(f"target['img_idx'] has {len(indices)} entries for {len(detections)} images of "
-                             'detections: must be one per image')
+            raise ValueError(
+                f"target['img_idx'] has {len(indices)} entries for {len(detections)} images of "
+                "detections: must be one per image"
+            )
         flat = detections.detach().flatten(1).to(torch.float32)
         if indices.device == flat.device:
             packed = torch.cat([flat, indices.to(torch.float32)[:, None]], dim=1).cpu().numpy()
@@ -95,21 +100,22 @@ class Evaluator:
             self.img_indices.append(index)
             self.predictions.append(rows)
         if bad:
-            _logger.warning('%d predicted rows are NaN or infinite and were dropped: check the weights', bad)
+            _logger.warning("%d predicted rows are NaN or infinite and were dropped: check the weights", bad)
 
-    def evaluate(self, output_result_file: str | os.PathLike[str] = '') -> float:
+    def evaluate(self, output_result_file: str | os.PathLike[str] = "") -> float:
         """Compute the metric over all that was added since the last call."""
-        raise NotImplementedError(f'{type(self).__name__} must define evaluate')
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate")
 
     def save(self, result_file: str | os.PathLike[str]) -> None:
         """Write the collected predictions to a file."""
-        raise NotImplementedError(f'{type(self).__name__} must define save')
+        raise NotImplementedError(f"{type(self).__name__} must define save")
 
     def _check_indices(self, indices: np.ndarray) -> None:
         """Refuse image indices that no dataset can have; a subclass knows the dataset and checks more."""
         if len(indices) and (indices.min() < 0 or indices.max() >= _MAX_EXACT_INDEX):
-            raise ValueError(f"target['img_idx'] spans {indices.min()}..{indices.max()}: must be within "
-                             f'0..{_MAX_EXACT_INDEX - 1}')
+            raise ValueError(
+                f"target['img_idx'] spans {indices.min()}..{indices.max()}: must be within 0..{_MAX_EXACT_INDEX - 1}"
+            )
 
     def _image_id(self, index: int) -> Any:
         """Return what tells one image from another; a subclass that knows the dataset returns its image id."""
@@ -132,7 +138,7 @@ class Evaluator:
                 merged.setdefault(self._image_id(index), rows)
         repeats = sum(len(indices) for indices, _ in shards) - len(merged)
         if repeats:
-            _logger.info('%d images were predicted more than once; their first prediction counts', repeats)
+            _logger.info("%d images were predicted more than once; their first prediction counts", repeats)
         return merged
 
     @property
@@ -169,7 +175,7 @@ class CocoEvaluator(Evaluator):
             numbers, AR100 included, though that keeps its name; below, COCO's 100 stays.
     """
 
-    metric = 'AP'  # the one of `stats` that `evaluate` returns
+    metric = "AP"  # the one of `stats` that `evaluate` returns
 
     def __init__(self, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> None:
         super().__init__(distributed, pred_yxyx)
@@ -177,7 +183,7 @@ class CocoEvaluator(Evaluator):
         self._parser = find_parser(dataset)
         self._covered = covered_img_ids(dataset, self._parser)
         found = find_bad_images(dataset)
-        self._watch = None if found is None else BadImageWatch(found[0], 'validation')
+        self._watch = None if found is None else BadImageWatch(found[0], "validation")
         self._scores: CocoScores | VocScores | None = None
         self._truth: COCO | None = None  # rank 0 only, at the first evaluation
         self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
@@ -205,7 +211,7 @@ class CocoEvaluator(Evaluator):
         """The pycocotools index of the ground truth, made at first use; annotations are numbered anew from 1."""
         return self._ground_truth()
 
-    def evaluate(self, output_result_file: str | os.PathLike[str] = '') -> float:
+    def evaluate(self, output_result_file: str | os.PathLike[str] = "") -> float:
         """Score everything added since the last call, and start anew.
 
         Args:
@@ -269,7 +275,7 @@ class CocoEvaluator(Evaluator):
 
     def _evaluated(self) -> CocoScores | VocScores:
         if self._scores is None:
-            raise RuntimeError('there are no numbers yet: call evaluate() first')
+            raise RuntimeError("there are no numbers yet: call evaluate() first")
         return self._scores
 
     def _image_id(self, index: int) -> Any:
@@ -287,8 +293,10 @@ class CocoEvaluator(Evaluator):
         super()._check_indices(indices)
         image_count = len(self._parser.img_ids)
         if len(indices) and indices.max() >= image_count:
-            raise ValueError(f"target['img_idx'] has {indices.max()}, but the dataset's parser has {image_count} "
-                             'images: must be below that; was the evaluator made for another dataset?')
+            raise ValueError(
+                f"target['img_idx'] has {indices.max()}, but the dataset's parser has {image_count} "
+                "images: must be below that; was the evaluator made for another dataset?"
+            )
 
     def _ground_truth(self) -> COCO:
         if self._truth is None:
@@ -311,15 +319,23 @@ class CocoEvaluator(Evaluator):
             covered &= self._covered
         scores = self._compute(truth, rows, covered)
         if not any(line.count for line in scores.per_class):
-            _logger.warning('the ground truth of these %d images has no boxes: nothing can be scored; AP is reported '
-                            'as 0.0, and undefined (NaN) in the statistics', len(covered))
+            _logger.warning(
+                "the ground truth of these %d images has no boxes: nothing can be scored; AP is reported "
+                "as 0.0, and undefined (NaN) in the statistics",
+                len(covered),
+            )
         elif not rows:
-            _logger.warning('no predictions to evaluate: AP is 0.0. A model that has barely learned, or an EMA that '
-                            'has barely moved, predicts nothing')
+            _logger.warning(
+                "no predictions to evaluate: AP is 0.0. A model that has barely learned, or an EMA that "
+                "has barely moved, predicts nothing"
+            )
         elif covered - images.keys():
-            _logger.warning('%d of %d images were not predicted; their objects count as missed',
-                            len(covered - images.keys()), len(covered))
-        _logger.info('Evaluation of %d boxes in %d images\n%s', len(rows), len(covered), scores.table())
+            _logger.warning(
+                "%d of %d images were not predicted; their objects count as missed",
+                len(covered - images.keys()),
+                len(covered),
+            )
+        _logger.info("Evaluation of %d boxes in %d images\n%s", len(rows), len(covered), scores.table())
         return scores
 
     def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> CocoScores | VocScores:
@@ -333,7 +349,7 @@ class PascalEvaluator(CocoEvaluator):
     difficult count neither way. Group boxes (crowd regions) are never missed, and detections inside them are ignored.
     """
 
-    metric = 'AP50'
+    metric = "AP50"
 
     def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> VocScores:
         return score_voc(truth, rows, covered)
@@ -343,12 +359,17 @@ class OpenImagesEvaluator(PascalEvaluator):
     """Evaluate boxes on Open Images: PascalEvaluator's numbers. Image-level labels are not considered, as in effdet."""
 
 
-_EVALUATORS = {'coco': CocoEvaluator, 'openimages': OpenImagesEvaluator, 'voc': PascalEvaluator,
-               'pascal': PascalEvaluator}
+_EVALUATORS = {
+    "coco": CocoEvaluator,
+    "openimages": OpenImagesEvaluator,
+    "voc": PascalEvaluator,
+    "pascal": PascalEvaluator,
+}
 
 
 def create_evaluator(
-        name: str, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> Evaluator:
+    name: str, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100
+) -> Evaluator:
     """Build the evaluator that fits a dataset's name.
 
     Args:
@@ -367,4 +388,4 @@ def create_evaluator(
     for key, evaluator in _EVALUATORS.items():
         if key in name.lower():
             return evaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx, max_det=max_det)
-    raise ValueError(f'no evaluator for {name!r}: available are names that contain {", ".join(_EVALUATORS)}')
+    raise ValueError(f"no evaluator for {name!r}: available are names that contain {', '.join(_EVALUATORS)}")

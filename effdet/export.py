@@ -3,6 +3,7 @@
 `python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples and the Ascend command line. What lives
 here: the exported module, the three writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -58,7 +59,8 @@ class _Candidates(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bench = self.bench
         logits, deltas, anchors, classes = select_candidates(
-            *bench.head_outputs(images), bench.num_classes, bench.max_detection_points)
+            *bench.head_outputs(images), bench.num_classes, bench.max_detection_points
+        )
         return decode_boxes(deltas, bench.anchors.boxes[anchors], output_xyxy=True), logits.sigmoid(), classes
 
 
@@ -73,8 +75,14 @@ class _Detections(nn.Module):
         return self.bench(images)
 
 
-def export(detector: Detector, path: str | Path, file_format: str = "onnx", outputs: str = "raw",
-           batch_size: int | None = 1, opset: int = DEFAULT_OPSET) -> dict[str, Any]:
+def export(
+    detector: Detector,
+    path: str | Path,
+    file_format: str = "onnx",
+    outputs: str = "raw",
+    batch_size: int | None = 1,
+    opset: int = DEFAULT_OPSET,
+) -> dict[str, Any]:
     """Write a detector's network into a file.
 
     Args:
@@ -120,8 +128,10 @@ def export(detector: Detector, path: str | Path, file_format: str = "onnx", outp
 
 def _check(file_format: str, outputs: str, opset: int, detector: Detector) -> None:
     if file_format not in FORMATS or outputs not in OUTPUTS:
-        raise ValueError(f"format '{file_format}' with outputs '{outputs}': the formats are {', '.join(FORMATS)}, the "
-                         f"outputs {', '.join(OUTPUTS)}")
+        raise ValueError(
+            f"format '{file_format}' with outputs '{outputs}': the formats are {', '.join(FORMATS)}, the "
+            f"outputs {', '.join(OUTPUTS)}"
+        )
     if file_format != "onnx":
         return
     if not _FIRST_OPSET <= opset <= _LAST_OPSET:
@@ -129,14 +139,18 @@ def _check(file_format: str, outputs: str, opset: int, detector: Detector) -> No
     needed = ["onnx", *(["onnxscript"] if opset >= _FIRST_OPSET_OF_NEW_EXPORTER else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX needs the package {' and '.join(missing)}: pip install {' '.join(missing)} (the tested "
-                         "versions are in requirements-dev.txt), or choose --format torchscript or torch_export")
+        raise ValueError(
+            f"ONNX needs the package {' and '.join(missing)}: pip install {' '.join(missing)} (the tested "
+            "versions are in requirements-dev.txt), or choose --format torchscript or torch_export"
+        )
     config = detector.model.config
     if outputs == "detections" and config.soft_nms:
         raise ValueError("soft-NMS is no ONNX operator: export with --no-soft-nms, or with --outputs raw")
     if outputs == "detections" and config.max_detection_points < config.max_det_per_image:
-        raise ValueError(f"{config.max_detection_points} candidates cannot give {config.max_det_per_image} detections: "
-                         "raise max_detection_points or lower max_det")
+        raise ValueError(
+            f"{config.max_detection_points} candidates cannot give {config.max_det_per_image} detections: "
+            "raise max_detection_points or lower max_det"
+        )
 
 
 def _describe(detector: Detector, outputs: str, batch_size: int | None) -> dict[str, Any]:
@@ -145,15 +159,22 @@ def _describe(detector: Detector, outputs: str, batch_size: int | None) -> dict[
     inputs = resolve_input_config({}, config)
     levels = range(config.min_level, config.min_level + config.num_levels)
     raw = [*(f"class_p{level}" for level in levels), *(f"box_p{level}" for level in levels)]
-    return {"model": config.name, "input": "images", "input_shape": [batch_size or "batch", *inputs["input_size"]],
-            "outputs": raw if outputs == "raw" else ["detections"], "mean": list(inputs["mean"]),
-            "std": list(inputs["std"]), "num_classes": int(config.num_classes),
-            "class_names": list(categories.class_names) if categories else None,
-            "category_ids": categories.idx_to_id.tolist() if categories else None}
+    return {
+        "model": config.name,
+        "input": "images",
+        "input_shape": [batch_size or "batch", *inputs["input_size"]],
+        "outputs": raw if outputs == "raw" else ["detections"],
+        "mean": list(inputs["mean"]),
+        "std": list(inputs["std"]),
+        "num_classes": int(config.num_classes),
+        "class_names": list(categories.class_names) if categories else None,
+        "category_ids": categories.idx_to_id.tolist() if categories else None,
+    }
 
 
-def _write_onnx(module: nn.Module, images: Tensor, path: Path, facts: dict[str, Any], open_batch: bool,
-                opset: int) -> None:
+def _write_onnx(
+    module: nn.Module, images: Tensor, path: Path, facts: dict[str, Any], open_batch: bool, opset: int
+) -> None:
     import onnx
 
     with_nms = facts["outputs"] == ["detections"]
@@ -169,8 +190,9 @@ def _write_onnx(module: nn.Module, images: Tensor, path: Path, facts: dict[str, 
             settings["dynamic_axes"] = {name: {0: "batch"} for name in ("images", *names)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of shapes that become constants, and of its own age
-        torch.onnx.export(module, (images,), str(path), input_names=["images"], output_names=names,
-                          opset_version=opset, **settings)
+        torch.onnx.export(
+            module, (images,), str(path), input_names=["images"], output_names=names, opset_version=opset, **settings
+        )
     content = onnx.load(str(path))
     if with_nms:
         config = module.bench.config
@@ -190,25 +212,40 @@ def _batch(text: str) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.export", "Write a checkpoint's network for other runtimes.",
-                              "model_best.pth.tar --format onnx --outputs detections\n"
-                              "model_best.pth.tar --format torchscript --out raw.ts.pt\n"
-                              "weights.pth --model tf_efficientdet_d0 --batch dynamic")
+    parser = make_tool_parser(
+        "effdet.export",
+        "Write a checkpoint's network for other runtimes.",
+        "model_best.pth.tar --format onnx --outputs detections\n"
+        "model_best.pth.tar --format torchscript --out raw.ts.pt\n"
+        "weights.pth --model tf_efficientdet_d0 --batch dynamic",
+    )
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or any weights of a known model")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx",
-                        help="what is written (default onnx)")
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="what is written (default onnx)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
-    parser.add_argument("--outputs", choices=OUTPUTS, default="raw",
-                        help="raw (default): the heads' outputs; detections: decoding and NMS, a fixed number of rows")
+    parser.add_argument(
+        "--outputs",
+        choices=OUTPUTS,
+        default="raw",
+        help="raw (default): the heads' outputs; detections: decoding and NMS, a fixed number of rows",
+    )
     parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="images per batch (default 1)")
-    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, metavar="N",
-                        help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})")
+    parser.add_argument(
+        "--opset",
+        type=int,
+        default=DEFAULT_OPSET,
+        metavar="N",
+        help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})",
+    )
     parser.add_argument("--model", metavar="NAME", help="the model's name, for files that hold weights only")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="other input height and width")
     parser.add_argument("--max-det", type=int, metavar="N", help="rows of the detections (default: the model's, 100)")
     add_ema_argument(parser)
-    parser.add_argument("--soft-nms", action=argparse.BooleanOptionalAction, default=None,
-                        help="which NMS goes with the detections (default: the model's)")
+    parser.add_argument(
+        "--soft-nms",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="which NMS goes with the detections (default: the model's)",
+    )
     args = parser.parse_args(arguments)
     size = args.image_size and (args.image_size * 2)[:2]
     with one_line_errors("effdet.export"):
@@ -218,8 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = Path(args.out) if args.out else Path(args.checkpoint).with_name(name + FORMATS[args.format])
         facts = export(detector, path, args.format, args.outputs, args.batch, args.opset)
     _logger.info("%s", detector.source)
-    _logger.info("%s: input images %s, outputs %s%s", path, facts["input_shape"], ", ".join(facts["outputs"]),
-                 f", opset {args.opset}" if args.format == "onnx" else "")
+    _logger.info(
+        "%s: input images %s, outputs %s%s",
+        path,
+        facts["input_shape"],
+        ", ".join(facts["outputs"]),
+        f", opset {args.opset}" if args.format == "onnx" else "",
+    )
 
 
 if __name__ == "__main__":

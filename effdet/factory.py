@@ -1,4 +1,5 @@
 """Build models: a name or a config to a network, with weights, a head of the right size, and a bench."""
+
 from __future__ import annotations
 
 import logging
@@ -28,8 +29,18 @@ _logger = logging.getLogger(__name__)
 PAD_TYPES = ("same", "symmetric")
 
 # Keyword arguments of create_model that change the config.
-_OVERRIDES = ("redundant_bias", "label_smoothing", "legacy_focal", "jit_loss", "soft_nms", "max_det_per_image",
-              "max_detection_points", "image_size", "anchor_scale", "aspect_ratios")
+_OVERRIDES = (
+    "redundant_bias",
+    "label_smoothing",
+    "legacy_focal",
+    "jit_loss",
+    "soft_nms",
+    "max_det_per_image",
+    "max_detection_points",
+    "image_size",
+    "anchor_scale",
+    "aspect_ratios",
+)
 
 # timm modules whose models take the keyword pad_type; the others pad symmetrically.
 _BACKBONES_WITH_PAD_TYPE = ("timm.models.efficientnet", "timm.models.mobilenetv3", "timm.models.hardcorenas")
@@ -57,19 +68,36 @@ def set_pad_type(config: Any, pad_type: str) -> Any:
     return change_config(config, pad_type=value)
 
 
-def create_model(model_name: str, bench_task: str = "", num_classes: int | None = None,
-                 pretrained: bool | str | os.PathLike[str] = False,
-                 checkpoint_path: str | os.PathLike[str] = "", checkpoint_ema: bool = False,
-                 **kwargs: Any) -> nn.Module:
+def create_model(
+    model_name: str,
+    bench_task: str = "",
+    num_classes: int | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    checkpoint_path: str | os.PathLike[str] = "",
+    checkpoint_ema: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
     """Build a model by name; see `create_model_from_config`."""
-    return create_model_from_config(get_efficientdet_config(model_name), bench_task, num_classes, pretrained,
-                                    checkpoint_path, checkpoint_ema, **kwargs)
+    return create_model_from_config(
+        get_efficientdet_config(model_name),
+        bench_task,
+        num_classes,
+        pretrained,
+        checkpoint_path,
+        checkpoint_ema,
+        **kwargs,
+    )
 
 
-def create_model_from_config(config: Any, bench_task: str = "", num_classes: int | None = None,
-                             pretrained: bool | str | os.PathLike[str] = False,
-                             checkpoint_path: str | os.PathLike[str] = "", checkpoint_ema: bool = False,
-                             **kwargs: Any) -> nn.Module:
+def create_model_from_config(
+    config: Any,
+    bench_task: str = "",
+    num_classes: int | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    checkpoint_path: str | os.PathLike[str] = "",
+    checkpoint_ema: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
     """Build a model from a config.
 
     Args:
@@ -123,6 +151,7 @@ def create_model_from_config(config: Any, bench_task: str = "", num_classes: int
 
 # ---- from the settings of a run ----
 
+
 def apply_settings(spec: ModelSpec, model: Any, loss: LossConfig | None = None) -> ModelSpec:
     """Put what the model and loss sections of a run set (not None) over a model's fields."""
     changes = {
@@ -134,8 +163,14 @@ def apply_settings(spec: ModelSpec, model: Any, loss: LossConfig | None = None) 
         "aspect_ratios": getattr(model, "aspect_ratios", None),
     }
     if loss is not None:
-        changes |= {"label_smoothing": loss.label_smoothing, "legacy_focal": loss.legacy_focal, "alpha": loss.alpha,
-                    "gamma": loss.gamma, "delta": loss.delta, "box_loss_weight": loss.box_loss_weight}
+        changes |= {
+            "label_smoothing": loss.label_smoothing,
+            "legacy_focal": loss.legacy_focal,
+            "alpha": loss.alpha,
+            "gamma": loss.gamma,
+            "delta": loss.delta,
+            "box_loss_weight": loss.box_loss_weight,
+        }
     if getattr(model, "drop_path", None) is not None:
         changes["backbone_args"] = {**(spec.backbone_args or {}), "drop_path_rate": model.drop_path}
     return spec.replace(**{key: value for key, value in changes.items() if value is not None})
@@ -162,8 +197,12 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
     """
     config = resolve_model_config(model, loss)
     network = create_model_from_config(
-        config, num_classes=num_classes, pretrained=True if model.pretrained == "url" else model.pretrained,
-        pretrained_backbone=model.pretrained_backbone, pad_type=model.pad_type)
+        config,
+        num_classes=num_classes,
+        pretrained=True if model.pretrained == "url" else model.pretrained,
+        pretrained_backbone=model.pretrained_backbone,
+        pad_type=model.pad_type,
+    )
     if model.initial_checkpoint:
         state = extract_state_dict(load_checkpoint_file(model.initial_checkpoint), use_ema=None)
         load_state_dict_report(network, state, strict=True)
@@ -175,8 +214,9 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
     return network
 
 
-def place_model(model: nn.Module, device: torch.device, same_padding: str = "auto",
-                channels_last: bool = False) -> nn.Module:
+def place_model(
+    model: nn.Module, device: torch.device, same_padding: str = "auto", channels_last: bool = False
+) -> nn.Module:
     """Move a network to a device and have it pad in the way that suits the device; both keep its numbers.
 
     Args:

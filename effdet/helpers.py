@@ -2,6 +2,7 @@
 
 Lives here: `load_pretrained` (an address or a path) and `load_checkpoint`, thin. The work is in `effdet.checkpoint`.
 """
+
 from __future__ import annotations
 
 import hashlib

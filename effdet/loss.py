@@ -8,6 +8,7 @@ dtype and also inside autocast.
 Source: RetinaNet, https://arxiv.org/abs/1708.02002 (focal loss); google/automl, efficientdet/det_model_fn.py (label
 smoothing, masking, normalisers).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,15 +28,17 @@ class _FocalLossSum(torch.autograd.Function):
     """Sum of the focal loss over one level; the gradient is computed with the loss, in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float, smoothing: float
+    ) -> Tensor:
         """Return the sum as a scalar; see `focal_loss_sum`."""
         with_gradient = ctx.needs_input_grad[0]
         # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
         gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         implementation = focal_cpu if is_host(logits.device) and gamma > 0 else focal
         total, gradient = implementation.focal_loss_and_gradient(
-            logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype)
+            logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype
+        )
         if with_gradient:
             ctx.save_for_backward(gradient)
             ctx.logits_dtype = logits.dtype
@@ -47,8 +50,9 @@ class _FocalLossSum(torch.autograd.Function):
         return (gradient * grad_output.to(gradient.dtype)).to(ctx.logits_dtype), None, None, None, None, None
 
 
-def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                         label_smoothing: float = 0.0) -> Tensor:
+def dense_focal_loss_sum(
+    logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float, label_smoothing: float = 0.0
+) -> Tensor:
     """Compute `focal_loss_sum` from one-hot targets by autograd: the same number, in more memory and time.
 
     The one-hot targets are made by the device's own operator, where it has one. Arguments are those of
@@ -61,8 +65,9 @@ def dense_focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int
     return loss.masked_fill((class_targets == IGNORE).unsqueeze(-1), 0.0).sum()
 
 
-def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                   label_smoothing: float = 0.0) -> Tensor:
+def focal_loss_sum(
+    logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float, label_smoothing: float = 0.0
+) -> Tensor:
     """Sum the focal loss over one level.
 
     Args:
@@ -79,8 +84,9 @@ def focal_loss_sum(logits: Tensor, class_targets: Tensor, num_classes: int, alph
     return _FocalLossSum.apply(logits, class_targets, num_classes, alpha, gamma, label_smoothing)
 
 
-def huber_loss(input: Tensor, target: Tensor, delta: float = 1.0, weights: Tensor | None = None,
-               size_average: bool = True) -> Tensor:
+def huber_loss(
+    input: Tensor, target: Tensor, delta: float = 1.0, weights: Tensor | None = None, size_average: bool = True
+) -> Tensor:
     """Compute the Huber loss: quadratic up to `delta`, linear beyond.
 
     Args:
@@ -101,8 +107,9 @@ def huber_loss(input: Tensor, target: Tensor, delta: float = 1.0, weights: Tenso
     return loss.mean() if size_average else loss.sum()
 
 
-def smooth_l1_loss(input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights: Tensor | None = None,
-                   size_average: bool = True) -> Tensor:
+def smooth_l1_loss(
+    input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights: Tensor | None = None, size_average: bool = True
+) -> Tensor:
     """Compute the smooth L1 loss: Huber's with `delta` = `beta`, divided by it; below 1e-5 it is the L1 loss.
 
     Arguments and result as `huber_loss`.
@@ -115,10 +122,22 @@ def smooth_l1_loss(input: Tensor, target: Tensor, beta: float = 1.0 / 9, weights
     return loss.mean() if size_average else loss.sum()
 
 
-def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_targets: Tensor | Sequence[Tensor],
-            box_targets: Tensor | Sequence[Tensor], num_positives: Tensor, num_classes: int, alpha: float, gamma: float,
-            delta: float, box_loss_weight: float, label_smoothing: float = 0.0, legacy_focal: bool = False, *,
-            dense_targets: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def loss_fn(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    cls_targets: Tensor | Sequence[Tensor],
+    box_targets: Tensor | Sequence[Tensor],
+    num_positives: Tensor,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    delta: float,
+    box_loss_weight: float,
+    label_smoothing: float = 0.0,
+    legacy_focal: bool = False,
+    *,
+    dense_targets: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the detection loss of a batch.
 
     Args:
@@ -145,13 +164,21 @@ def loss_fn(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], cls_ta
     with torch.autocast(cls_outputs[0].device.type, enabled=False):
         normalizer = num_positives.sum().float() + 1.0
         smoothing = 0.0 if legacy_focal else label_smoothing
-        cls_loss = torch.stack([
-            focal_sum(logits, targets.flatten(1), num_classes, alpha, gamma, smoothing)
-            for logits, targets in zip(cls_outputs, _by_level(cls_targets, counts), strict=True)]).sum() / normalizer
-        box_loss = torch.stack([
-            _box_loss_sum(deltas, targets, delta)
-            for deltas, targets in zip(box_outputs, _by_level(box_targets, counts), strict=True)
-        ]).sum() / (normalizer * 4.0)
+        cls_loss = (
+            torch.stack(
+                [
+                    focal_sum(logits, targets.flatten(1), num_classes, alpha, gamma, smoothing)
+                    for logits, targets in zip(cls_outputs, _by_level(cls_targets, counts), strict=True)
+                ]
+            ).sum()
+            / normalizer
+        )
+        box_loss = torch.stack(
+            [
+                _box_loss_sum(deltas, targets, delta)
+                for deltas, targets in zip(box_outputs, _by_level(box_targets, counts), strict=True)
+            ]
+        ).sum() / (normalizer * 4.0)
         return cls_loss + box_loss_weight * box_loss, cls_loss, box_loss
 
 
@@ -187,13 +214,30 @@ class DetectionLoss(nn.Module):
         self.legacy_focal = config.legacy_focal
         self.dense_targets = dense_targets
 
-    def forward(self, cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor],
-                cls_targets: Tensor | Sequence[Tensor], box_targets: Tensor | Sequence[Tensor], num_positives: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        cls_outputs: Sequence[Tensor],
+        box_outputs: Sequence[Tensor],
+        cls_targets: Tensor | Sequence[Tensor],
+        box_targets: Tensor | Sequence[Tensor],
+        num_positives: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute total, class and box loss; see `loss_fn`."""
-        return loss_fn(cls_outputs, box_outputs, cls_targets, box_targets, num_positives, self.num_classes, self.alpha,
-                       self.gamma, self.delta, self.box_loss_weight, self.label_smoothing, self.legacy_focal,
-                       dense_targets=self.dense_targets)
+        return loss_fn(
+            cls_outputs,
+            box_outputs,
+            cls_targets,
+            box_targets,
+            num_positives,
+            self.num_classes,
+            self.alpha,
+            self.gamma,
+            self.delta,
+            self.box_loss_weight,
+            self.label_smoothing,
+            self.legacy_focal,
+            dense_targets=self.dense_targets,
+        )
 
 
 def compare_one_hot(x: Tensor, num_classes: int) -> Tensor:
@@ -204,8 +248,14 @@ def compare_one_hot(x: Tensor, num_classes: int) -> Tensor:
 one_hot = compare_one_hot  # effdet's name
 
 
-def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float,
-                   label_smoothing: float = 0.01) -> Tensor:
+def new_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    normalizer: Tensor | float,
+    label_smoothing: float = 0.01,
+) -> Tensor:
     """Compute the focal loss elementwise for dense targets; for callers that want the map, not the sum.
 
     Args:
@@ -227,8 +277,9 @@ def new_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float, 
     return weight * error.pow(gamma) * cross_entropy / normalizer
 
 
-def focal_loss_legacy(logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float
-                      ) -> Tensor:
+def focal_loss_legacy(
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, normalizer: Tensor | float
+) -> Tensor:
     """Compute the older form of the focal loss elementwise, without label smoothing.
 
     Arguments and result as `new_focal_loss`. The two agree on targets of 0 and 1; between them this one counts a target

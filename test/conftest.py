@@ -75,8 +75,15 @@ def shared_data() -> Path:
 
 
 SMALL_MODEL = {
-    "name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": (128, 128), "fpn_channels": 16,
-    "fpn_cell_repeats": 1, "box_class_repeats": 1, "pad_type": "same", "backbone_args": {"pad_type": "same"}}
+    "name": "pocket",
+    "backbone_name": "mobilenetv3_small_050",
+    "image_size": (128, 128),
+    "fpn_channels": 16,
+    "fpn_cell_repeats": 1,
+    "box_class_repeats": 1,
+    "pad_type": "same",
+    "backbone_args": {"pad_type": "same"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -99,11 +106,23 @@ def small_checkpoint(tmp_path_factory) -> Path:
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     trained = {key: value * 1.01 if value.is_floating_point() else value for key, value in ema.items()}
     path = tmp_path_factory.mktemp("small") / "model_best.pth.tar"
-    save_checkpoint(path, {
-        "version": CHECKPOINT_VERSION, "arch": network.config.name, "state_dict": trained, "state_dict_ema": ema,
-        "optimizer": {"state": {}}, "epoch": 4, "step": 40, "metric": 0.25, "config": {"run": {"seed": 42}},
-        "model_config": network.config.to_plain(), "image_size": [128, 128],
-        "category_map": CategoryMap((3, 7, 12), ("ball", "box", "star"), 3).to_dict()})
+    save_checkpoint(
+        path,
+        {
+            "version": CHECKPOINT_VERSION,
+            "arch": network.config.name,
+            "state_dict": trained,
+            "state_dict_ema": ema,
+            "optimizer": {"state": {}},
+            "epoch": 4,
+            "step": 40,
+            "metric": 0.25,
+            "config": {"run": {"seed": 42}},
+            "model_config": network.config.to_plain(),
+            "image_size": [128, 128],
+            "category_map": CategoryMap((3, 7, 12), ("ball", "box", "star"), 3).to_dict(),
+        },
+    )
     return path
 
 

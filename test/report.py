@@ -2,6 +2,7 @@
 
 Used by common.sh. Standard library only, so that it needs no device and starts at once.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,8 +25,10 @@ def main() -> None:
     parser.add_argument("--log-dir", required=True, type=Path, help="folder that receives the files")
     args = parser.parse_args()
     if not args.metrics.is_file() or args.metrics.stat().st_mtime < args.since:
-        sys.exit(f"no results of this run in {args.metrics}: was its folder moved in another way than by --output and "
-                 "--experiment?")
+        sys.exit(
+            f"no results of this run in {args.metrics}: was its folder moved in another way than by --output and "
+            "--experiment?"
+        )
     content = json.loads(args.metrics.read_text(encoding="utf-8"))
     facts = content["run"]
     losses = read_losses(args.losses, facts["first_epoch"]) if args.losses else []
@@ -36,11 +39,23 @@ def main() -> None:
     accuracy = in_words(facts.get("best_AP", content["stats"]["AP"]), 5)
     if losses:
         (args.log_dir / f"train_{case}_loss.txt").write_text("".join(f"{loss:.5f}\n" for loss in losses))
-    (args.log_dir / f"{case}.log").write_text("".join(f"{name} = {value}\n" for name, value in (
-        ("Network", network), ("RankSize", facts["processes"]), ("BatchSize", batch),
-        ("DeviceType", platform.machine()), ("CaseName", case), ("ActualFPS", in_words(fps, 2)),
-        ("TrainingTime", in_words(batch * 1000 / fps if fps else None, 2)), ("TrainAccuracy", accuracy),
-        ("ActualLoss", in_words(losses[-1] if losses else None, 5)), ("E2ETrainingTime", args.seconds))))
+    (args.log_dir / f"{case}.log").write_text(
+        "".join(
+            f"{name} = {value}\n"
+            for name, value in (
+                ("Network", network),
+                ("RankSize", facts["processes"]),
+                ("BatchSize", batch),
+                ("DeviceType", platform.machine()),
+                ("CaseName", case),
+                ("ActualFPS", in_words(fps, 2)),
+                ("TrainingTime", in_words(batch * 1000 / fps if fps else None, 2)),
+                ("TrainAccuracy", accuracy),
+                ("ActualLoss", in_words(losses[-1] if losses else None, 5)),
+                ("E2ETrainingTime", args.seconds),
+            )
+        )
+    )
     print("------------------ Final result ------------------")
     print(f"Final Performance images/sec : {in_words(fps, 2)}")
     print(f"Final Train Accuracy : {accuracy}")
@@ -50,8 +65,11 @@ def main() -> None:
 def read_losses(path: Path, first_epoch: int) -> list[float]:
     """Return the losses of this run; a run that was resumed in its folder has those before it in the file, too."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [math.nan if row["loss"] is None else row["loss"]
-            for row in rows if row["kind"] == "interval" and row["epoch"] >= first_epoch]
+    return [
+        math.nan if row["loss"] is None else row["loss"]
+        for row in rows
+        if row["kind"] == "interval" and row["epoch"] >= first_epoch
+    ]
 
 
 def in_words(value: float | None, decimals: int) -> str:

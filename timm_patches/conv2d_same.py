@@ -3,6 +3,7 @@
 Lives here: the function and the layer that stands in for timm's Conv2dSame. Which layers are exchanged is decided in
 same_padding.py, how much is padded in padding.py.
 """
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -12,8 +13,14 @@ from torch import Tensor
 from .padding import plan_conv
 
 
-def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, int] = (1, 1),
-                dilation: tuple[int, int] = (1, 1), groups: int = 1) -> Tensor:
+def conv2d_same(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
     """Convolve with SAME padding, lopsided where TensorFlow's is.
 
     Where the padding of an axis is lopsided, the kernel is extended by a row or column of zeros: a copy of
@@ -35,7 +42,7 @@ def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: t
     weight = extend_kernel(weight, (rows.lead, columns.lead))
     x = F.conv2d(x, weight, bias, stride, (rows.padding, columns.padding), dilation, groups)
     if x.shape[-2:] != (rows.length, columns.length):
-        x = x[..., :rows.length, :columns.length]
+        x = x[..., : rows.length, : columns.length]
     return x
 
 

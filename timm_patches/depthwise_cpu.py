@@ -6,6 +6,7 @@ such kernels are taken three columns at a time, from a copy of a few padded imag
 about a third of the time, copies included (benchmarks/README.md). SAME padding costs no padded activation: see
 plan_conv in padding.py.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,8 +22,9 @@ COLUMNS = 3  # of a kernel, that oneDNN's gradient of depthwise weights takes
 PIECE = 1 << 20  # elements of the input to copy at a time, in whole images
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int],
-                     lead: tuple[int, int] = (0, 0)) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], lead: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Convolve each channel by itself. Gradients of gradients raise an error.
 
     Args:
@@ -42,8 +44,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
     """The convolution and its gradients; see `depthwise_conv2d`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int],
-                lead: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], lead: tuple[int, int]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.plan = stride, padding, lead
         return F.conv2d(x, extend_kernel(weight, lead), None, stride, padding, groups=x.shape[1])
@@ -60,9 +63,13 @@ class _DepthwiseConv2d(torch.autograd.Function):
             dweight = _gradients(dy, x, weight, stride, padding, (False, True, False))[1]
         elif ctx.needs_input_grad[1]:
             before = padding[0] - lead[0], padding[1] - lead[1]
-            dweight = torch.cat([_weight_columns(dy, x, weight[..., first:first + COLUMNS], stride,
-                                                 (before[0], before[1] - first))
-                                 for first in range(0, weight.shape[3], COLUMNS)], dim=3)
+            dweight = torch.cat(
+                [
+                    _weight_columns(dy, x, weight[..., first : first + COLUMNS], stride, (before[0], before[1] - first))
+                    for first in range(0, weight.shape[3], COLUMNS)
+                ],
+                dim=3,
+            )
         return dx, dweight, None, None, None
 
 
@@ -72,14 +79,15 @@ def _weight_columns(dy: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, in
     `before` is how far before the input's first row and column the first window of these columns starts; below zero
     it starts inside.
     """
-    height, width = ((out - 1) * step + kernel
-                     for out, step, kernel in zip(dy.shape[2:], stride, weight.shape[2:], strict=True))
+    height, width = (
+        (out - 1) * step + kernel for out, step, kernel in zip(dy.shape[2:], stride, weight.shape[2:], strict=True)
+    )
     rows, columns = (_overlap(*axis) for axis in zip(x.shape[2:], (height, width), before, strict=True))
     images = min(len(x), max(1, PIECE // x[0].numel()))
     windows = x.new_zeros(images, height, width, x.shape[1]).permute(0, 3, 1, 2)
     total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     for piece, grad in zip(x[:, :, rows[1], columns[1]].split(images), dy.split(images), strict=True):
-        taken = windows[:len(piece)]
+        taken = windows[: len(piece)]
         taken[:, :, rows[0], columns[0]] = piece
         total += _gradients(grad, taken, weight, stride, (0, 0), (False, True, False))[1]
     return total
@@ -94,7 +102,14 @@ def _overlap(size: int, length: int, before: int) -> tuple[slice, slice]:
     return slice(first + before, max(first, last) + before), slice(first, max(first, last))
 
 
-def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int],
-               wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), x.shape[1],
-                                               wanted)
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), x.shape[1], wanted
+    )

@@ -1,4 +1,5 @@
 """Put layers of another class in the place of a model's layers, with the very same tensors."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ timm's up to the order of sums.
 Source of the formulas: Ioffe & Szegedy 2015, "Batch Normalization", section 3; Hu et al. 2018, "Squeeze-and-Excitation
 Networks", section 3.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,8 +35,16 @@ class _BatchNormSiLU(torch.autograd.Function):
     """Training-mode batch norm over [B, C, H, W] in channels-last layout, then SiLU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
-                momentum: float, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
         mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
         inverse_std = (var + eps).rsqrt()
         scale = weight * inverse_std
@@ -80,7 +89,7 @@ class _Excite(torch.autograd.Function):
         gate_gradient = torch.zeros_like(gate)
         for image in range(len(x)):
             factor, total = gate[image].flatten(), gate_gradient[image].flatten()
-            rows = (_pieces(_rows(tensor[image:image + 1])) for tensor in (x, incoming, gradient))
+            rows = (_pieces(_rows(tensor[image : image + 1])) for tensor in (x, incoming, gradient))
             for piece, grad, out in zip(*rows, strict=True):
                 total += torch.mul(piece, grad, out=out).sum(0)
                 torch.mul(grad, factor, out=out)
@@ -97,9 +106,15 @@ def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pays(x: Tensor, smallest: int) -> bool:
-    return (not torch.jit.is_tracing() and x.device.type == "cpu" and x.numel() >= smallest and x.dtype == torch.float32
-            and x.is_contiguous(memory_format=torch.channels_last) and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling())
+    return (
+        not torch.jit.is_tracing()
+        and x.device.type == "cpu"
+        and x.numel() >= smallest
+        and x.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 class FusedBatchNormAct2d(BatchNormAct2d):
@@ -110,12 +125,20 @@ class FusedBatchNormAct2d(BatchNormAct2d):
         if not (self._can_fuse() and _pays(x, SMALLEST_NORM)):
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        return _BatchNormSiLU.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum,
-                                    self.eps)
+        return _BatchNormSiLU.apply(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+        )
 
     def _can_fuse(self) -> bool:
-        return (self.training and type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and self.affine
-                and self.weight.dtype == torch.float32 and self.track_running_stats and self.momentum is not None)
+        return (
+            self.training
+            and type(self.act) is nn.SiLU
+            and type(self.drop) is nn.Identity
+            and self.affine
+            and self.weight.dtype == torch.float32
+            and self.track_running_stats
+            and self.momentum is not None
+        )
 
 
 class FusedSqueezeExcite(SqueezeExcite):
@@ -139,8 +162,9 @@ class FusedConv2dSame(Conv2dSame):
         if not (is_depthwise(self) and _conv_pays(x, self.weight, smallest)):
             return super().forward(x)
         plans = [plan_conv(*axis) for axis in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)]
-        return depthwise_conv2d(x, self.weight, self.stride, tuple(plan.padding for plan in plans),
-                                tuple(plan.lead for plan in plans))
+        return depthwise_conv2d(
+            x, self.weight, self.stride, tuple(plan.padding for plan in plans), tuple(plan.lead for plan in plans)
+        )
 
 
 class FusedConv2d(nn.Conv2d):
@@ -154,25 +178,40 @@ class FusedConv2d(nn.Conv2d):
 
 
 def _conv_pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
-    return (_pays(x, smallest) and x.ndim == 4 and x.numel() > 0 and x.shape[1] == len(weight) > 1
-            and weight.requires_grad and weight.dtype == torch.float32 and weight.device == x.device
-            and not torch.is_autocast_enabled("cpu") and torch.backends.cpu.get_cpu_capability().startswith("AVX"))
+    return (
+        _pays(x, smallest)
+        and x.ndim == 4
+        and x.numel() > 0
+        and x.shape[1] == len(weight) > 1
+        and weight.requires_grad
+        and weight.dtype == torch.float32
+        and weight.device == x.device
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    )
 
 
-_FUSED = {BatchNormAct2d: FusedBatchNormAct2d, SqueezeExcite: FusedSqueezeExcite, Conv2dSame: FusedConv2dSame,
-          nn.Conv2d: FusedConv2d}
+_FUSED = {
+    BatchNormAct2d: FusedBatchNormAct2d,
+    SqueezeExcite: FusedSqueezeExcite,
+    Conv2dSame: FusedConv2dSame,
+    nn.Conv2d: FusedConv2d,
+}
 _TIMMS = {fused: timms for timms, fused in _FUSED.items()}
 
 
 def is_depthwise(layer: nn.Conv2d) -> bool:
     """Tell whether a layer convolves each channel by itself, without bias and dilation."""
-    return (layer.groups == layer.in_channels == layer.out_channels and layer.dilation == (1, 1)
-            and layer.bias is None)
+    return layer.groups == layer.in_channels == layer.out_channels and layer.dilation == (1, 1) and layer.bias is None
 
 
 def _gains(layer: nn.Conv2d) -> bool:
-    return (is_depthwise(layer) and layer.kernel_size[1] > COLUMNS and layer.padding_mode == "zeros"
-            and isinstance(layer.padding, tuple))
+    return (
+        is_depthwise(layer)
+        and layer.kernel_size[1] > COLUMNS
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
+    )
 
 
 def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
@@ -186,5 +225,8 @@ def convert_fused_layers(model: nn.Module, fused: bool = True) -> int:
         The number of layers changed by this call.
     """
     classes = _FUSED if fused else _TIMMS
-    return len(exchange_layers(model, lambda layer: None if type(layer) is nn.Conv2d and not _gains(layer)
-                               else classes.get(type(layer))))
+    return len(
+        exchange_layers(
+            model, lambda layer: None if type(layer) is nn.Conv2d and not _gains(layer) else classes.get(type(layer))
+        )
+    )

@@ -12,6 +12,7 @@ step, so that an update is a handful of kernels instead of hundreds. Its arithme
 
 Seen in torch_npu 2.13.0. A guard can go when test/npu/test_npu_optim.py passes without it.
 """
+
 from __future__ import annotations
 
 import functools
@@ -32,8 +33,9 @@ class _Guarded:
 
     _step_supports_amp_scaling = True  # torch's name for: reads `found_inf` and `grad_scale` in step()
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
-                 nesterov: bool = False) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
+    ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self._flat_views: list[tuple[Tensor, Tensor, int]] = []  # parameter, its gradient's view, its address
         self.defaults.update(_TORCH_SGD_SETTINGS)
@@ -79,8 +81,9 @@ class _Guarded:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch_npu's own use of it
             self._maybe_init_combined_params_and_grads()
-        self._flat_views = [(parameter, parameter.grad, parameter.data_ptr()) for parameter in parameters
-                            if parameter.grad is not None]
+        self._flat_views = [
+            (parameter, parameter.grad, parameter.data_ptr()) for parameter in parameters if parameter.grad is not None
+        ]
 
     def _restore_gradients(self) -> None:
         """Bring gradients that backward or the caller replaced back into the flat tensor; None counts as zero."""
@@ -96,15 +99,22 @@ class _Guarded:
 
     def _check_addresses(self) -> None:
         if any(parameter.data_ptr() != address for parameter, _, address in self._flat_views):
-            raise RuntimeError("A parameter was moved after NpuFusedSGD's first step (model.to(), .half() or a new "
-                               ".data): the optimizer would go on updating the old memory. Move the model first, then "
-                               "build the optimizer.")
+            raise RuntimeError(
+                "A parameter was moved after NpuFusedSGD's first step (model.to(), .half() or a new "
+                ".data): the optimizer would go on updating the old memory. Move the model first, then "
+                "build the optimizer."
+            )
         known = len(self._flat_views)
-        present = sum(parameter.grad is not None or parameter.requires_grad
-                      for group in self.param_groups for parameter in group["params"])
+        present = sum(
+            parameter.grad is not None or parameter.requires_grad
+            for group in self.param_groups
+            for parameter in group["params"]
+        )
         if present > known:
-            raise RuntimeError(f"{present - known} parameter(s) became trainable after NpuFusedSGD's first step: it "
-                               "cannot take them in. Build a new optimizer after unfreezing.")
+            raise RuntimeError(
+                f"{present - known} parameter(s) became trainable after NpuFusedSGD's first step: it "
+                "cannot take them in. Build a new optimizer after unfreezing."
+            )
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -128,18 +138,33 @@ class _Guarded:
 
     def _group_step(self, group_index: int) -> None:
         group = self.param_groups[group_index]
-        parts = zip(self.combined_params_indexed_by_group[group_index],
-                    self.combined_grads_indexed_by_group[group_index],
-                    self.combined_param_states_indexed_by_group[group_index], strict=True)
+        parts = zip(
+            self.combined_params_indexed_by_group[group_index],
+            self.combined_grads_indexed_by_group[group_index],
+            self.combined_param_states_indexed_by_group[group_index],
+            strict=True,
+        )
         for weights, gradient, state in parts:
             if weights is None or gradient is None:
                 continue
-            _update(weights, gradient, state["momentum_buffer"], group, getattr(self, "found_inf", None),
-                    getattr(self, "grad_scale", None))
+            _update(
+                weights,
+                gradient,
+                state["momentum_buffer"],
+                group,
+                getattr(self, "found_inf", None),
+                getattr(self, "grad_scale", None),
+            )
 
 
-def _update(weights: Tensor, gradient: Tensor, momentum_buffer: Tensor | None, group: dict[str, Any],
-            found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+def _update(
+    weights: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
     """Take one step of SGD on flat tensors; where `found_inf` is 1 nothing changes.
 
     Source: the update of torch.optim.SGD; buffer = momentum * buffer + (gradient + decay * weights).
@@ -174,11 +199,15 @@ def _forget_flat_momentum(optimizer: Any) -> None:
 
 def _check_parameter(parameter: Tensor) -> None:
     if parameter.dtype not in _DTYPES:
-        raise TypeError(f"NpuFusedSGD takes float32 and float16 parameters, got {parameter.dtype}: train with float32 "
-                        "weights (opt level O1), or with float32 masters (O2).")
+        raise TypeError(
+            f"NpuFusedSGD takes float32 and float16 parameters, got {parameter.dtype}: train with float32 "
+            "weights (opt level O1), or with float32 masters (O2)."
+        )
     if not parameter.is_contiguous():
-        raise ValueError(f"NpuFusedSGD takes contiguous parameters, got one of shape {tuple(parameter.shape)} with "
-                         f"strides {parameter.stride()}: leave the channels-last layout off on this device.")
+        raise ValueError(
+            f"NpuFusedSGD takes contiguous parameters, got one of shape {tuple(parameter.shape)} with "
+            f"strides {parameter.stride()}: leave the channels-last layout off on this device."
+        )
 
 
 def _check_gradient(parameter: Tensor) -> None:
@@ -186,9 +215,11 @@ def _check_gradient(parameter: Tensor) -> None:
     if not gradient.is_contiguous():
         gradient = parameter.grad = gradient.contiguous()
     if gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size():
-        raise RuntimeError("A gradient shares its memory with others, as DistributedDataParallel's "
-                           "gradient_as_bucket_view=True makes it: NpuFusedSGD keeps gradients in memory of its own. "
-                           "Leave gradient_as_bucket_view at False.")
+        raise RuntimeError(
+            "A gradient shares its memory with others, as DistributedDataParallel's "
+            "gradient_as_bucket_view=True makes it: NpuFusedSGD keeps gradients in memory of its own. "
+            "Leave gradient_as_bucket_view at False."
+        )
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Lives here: which class serves a name on which device, and the work-arounds thos
 only (and torch_npu where the parameters are on an NPU), never effdet. What is decayed and what is frozen is decided by
 the caller.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -31,8 +32,14 @@ _FUSED_CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-                     device_type: str = "cpu", nesterov: bool = False) -> torch.optim.Optimizer:
+def create_fused_sgd(
+    params: Groups,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    device_type: str = "cpu",
+    nesterov: bool = False,
+) -> torch.optim.Optimizer:
     """Build the SGD with momentum that updates all parameters in few kernels on the given kind of device.
 
     Args:
@@ -51,8 +58,9 @@ def create_fused_sgd(params: Groups, lr: float, momentum: float = 0.9, weight_de
     if device_type == "npu":
         return npu_fused_sgd_class()(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     fused = True if device_type in _FUSED_DEVICES else None
-    optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
-                                fused=fused)
+    optimizer = torch.optim.SGD(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
+    )
     _complete(optimizer)
     return optimizer
 
@@ -62,9 +70,15 @@ def flat_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | Non
     return optimizer.flat_gradients() if hasattr(optimizer, "flat_gradients") else None
 
 
-def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, momentum: float = 0.9,
-                     weight_decay: float = 0.0, eps: float | None = None,
-                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
+def create_optimizer(
+    model_or_groups: nn.Module | Groups,
+    opt: str,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+    betas: tuple[float, float] | None = None,
+) -> torch.optim.Optimizer:
     """Build an optimizer by name.
 
     Args:
@@ -88,13 +102,17 @@ def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, m
     known = sorted({*_FUSED_SGD_NAMES, *list_optimizers()})
     if name not in known or prefix not in ("", "lookahead"):
         near = difflib.get_close_matches(opt.lower().removeprefix("lookahead_"), known, n=3, cutoff=0.5)
-        raise ValueError(f"Unknown optimizer '{opt}'. Nearest names: {', '.join(near or ['fusedmomentum', 'adamw'])}; "
-                         "'lookahead_' may stand before any name. timm.optim.list_optimizers() lists them all.")
+        raise ValueError(
+            f"Unknown optimizer '{opt}'. Nearest names: {', '.join(near or ['fusedmomentum', 'adamw'])}; "
+            "'lookahead_' may stand before any name. timm.optim.list_optimizers() lists them all."
+        )
     if isinstance(model_or_groups, nn.Module):
         groups = param_groups_weight_decay(model_or_groups, weight_decay)
     else:
-        groups = [{**group, "params": list(group["params"])} if isinstance(group, Mapping) else group
-                  for group in model_or_groups]
+        groups = [
+            {**group, "params": list(group["params"])} if isinstance(group, Mapping) else group
+            for group in model_or_groups
+        ]
     extra = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
     _check_extra(opt, name, extra)
     device_type = _device_type(groups)
@@ -106,8 +124,10 @@ def create_optimizer(model_or_groups: nn.Module | Groups, opt: str, lr: float, m
         try:
             optimizer = create_optimizer_v2(groups, name, lr=lr, momentum=momentum, weight_decay=weight_decay, **extra)
         except (ImportError, AssertionError) as error:  # timm's answer for apex and bitsandbytes classes
-            raise ValueError(f"Optimizer '{opt}' cannot be built here: {error}. "
-                             "'fusedmomentum' and 'adamw' are fused without another package.") from error
+            raise ValueError(
+                f"Optimizer '{opt}' cannot be built here: {error}. "
+                "'fusedmomentum' and 'adamw' are fused without another package."
+            ) from error
         _complete(optimizer)
     return Lookahead(optimizer) if prefix else optimizer
 
@@ -116,19 +136,23 @@ def _check_extra(opt: str, name: str, extra: Mapping[str, object]) -> None:
     """Refuse a setting the optimizer would ignore, and optimizers that need second derivatives."""
     info = None if name in _FUSED_SGD_NAMES else get_optimizer_info(name)
     if info is not None and info.second_order:
-        raise ValueError(f"Optimizer '{opt}' needs second derivatives, which training does not compute. "
-                         "Choose a first-order one, such as adamw.")
+        raise ValueError(
+            f"Optimizer '{opt}' needs second derivatives, which training does not compute. "
+            "Choose a first-order one, such as adamw."
+        )
     takes = {"eps": info is not None and info.has_eps, "betas": info is not None and info.has_betas}
     for key in extra:
         if not takes[key]:
-            raise ValueError(f"Optimizer '{opt}' does not take {key}: leave it out, or choose one that does "
-                             "(adamw takes both eps and betas).")
+            raise ValueError(
+                f"Optimizer '{opt}' does not take {key}: leave it out, or choose one that does "
+                "(adamw takes both eps and betas)."
+            )
 
 
 def _device_type(groups: list) -> str:
     """Return the kind of device of the first parameter; 'cpu' when there is none (torch then says so itself)."""
     for group in groups:
-        for parameter in (group["params"] if isinstance(group, Mapping) else [group]):
+        for parameter in group["params"] if isinstance(group, Mapping) else [group]:
             return parameter.device.type
     return "cpu"
 

@@ -8,6 +8,7 @@ pad operator copy the whole activation first. The plans below reach the same cel
 
 Source: "SAME" in https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -2,6 +2,7 @@
 
 Lives here: the functions and the layers that stand in for timm's MaxPool2dSame and AvgPool2dSame.
 """
+
 from __future__ import annotations
 
 import torch
@@ -30,9 +31,10 @@ def max_pool2d_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, 
         [B, C, ceil(H / stride), ceil(W / stride)].
     """
     rows, columns = (plan_max_pool(*axis) for axis in zip(x.shape[-2:], kernel_size, stride, strict=True))
-    x = F.max_pool2d(x, kernel_size, stride, (rows.padding, columns.padding),
-                     ceil_mode=rows.ceil_mode or columns.ceil_mode)
-    return x[..., rows.skip:, columns.skip:] if rows.skip or columns.skip else x
+    x = F.max_pool2d(
+        x, kernel_size, stride, (rows.padding, columns.padding), ceil_mode=rows.ceil_mode or columns.ceil_mode
+    )
+    return x[..., rows.skip :, columns.skip :] if rows.skip or columns.skip else x
 
 
 def avg_pool2d_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int]) -> Tensor:

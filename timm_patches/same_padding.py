@@ -3,6 +3,7 @@
 Lives here: which layers of a model are exchanged, and back (exchange.py says how). timm's own classes and functions
 are never changed.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -37,8 +38,10 @@ class SamePaddingReport(NamedTuple):
 
     def __str__(self) -> str:
         left = f"{len(self.left)} ({', '.join(self.left)})" if self.left else "0"
-        return (f"{self.convolutions} convolutions, {self.max_pools} max pools and {self.avg_pools} average pools "
-                f"exchanged; left as explicit padding: {left}")
+        return (
+            f"{self.convolutions} convolutions, {self.max_pools} max pools and {self.avg_pools} average pools "
+            f"exchanged; left as explicit padding: {left}"
+        )
 
 
 def convert_same_padding(model: nn.Module, mode: str = "kernel") -> SamePaddingReport:
@@ -60,8 +63,10 @@ def convert_same_padding(model: nn.Module, mode: str = "kernel") -> SamePaddingR
         ValueError: unknown mode.
     """
     if mode not in MODES:
-        raise ValueError(f"Unknown mode of SAME padding {mode!r}: use 'kernel' (no pad operator on activations) or "
-                         "'pad' (timm's explicit padding).")
+        raise ValueError(
+            f"Unknown mode of SAME padding {mode!r}: use 'kernel' (no pad operator on activations) or "
+            "'pad' (timm's explicit padding)."
+        )
     classes = _WITHOUT_PAD if mode == "kernel" else _WITH_PAD
 
     def choose(layer: nn.Module) -> type[nn.Module] | None:
@@ -84,5 +89,8 @@ def _pads_explicitly(module: nn.Module) -> bool:
     if type(module) in _WITH_PAD:
         return False
     # The two attributes are how timm's weight-standardised and conditional convolutions remember SAME padding.
-    return (isinstance(module, (*_WITHOUT_PAD, BlurPool2d)) or getattr(module, "same_pad", False) is True
-            or getattr(module, "dynamic_padding", False) is True)
+    return (
+        isinstance(module, (*_WITHOUT_PAD, BlurPool2d))
+        or getattr(module, "same_pad", False) is True
+        or getattr(module, "dynamic_padding", False) is True
+    )

@@ -3,6 +3,7 @@
 Lives here: bytes on disk. What the keys mean and which files are kept is in `manager.py`, fitting weights to a model in
 `state_dict.py`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -156,8 +157,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu",
-                         skim: bool = False) -> dict[str, Any]:
+def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = "cpu", skim: bool = False) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
     Reads this package's files, those of effdet and timm, plain state dicts and .safetensors. Archives of torch.save
@@ -204,12 +204,21 @@ def _check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError,
-            OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as error:
         damaged = str(error)
     if damaged is not None:
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is damaged: a checksum does not fit ({damaged}); "
-                              "copy it again or use another checkpoint.")
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged: a checksum does not fit ({damaged}); "
+            "copy it again or use another checkpoint."
+        )
 
 
 def _allowed_globals() -> list[Any]:
@@ -275,9 +284,11 @@ def _explain_load_failure(path: Path, reason: str) -> str:
     if "TorchScript" in reason:
         return f"{path} is an exported TorchScript model, not a checkpoint; give the checkpoint it was exported from."
     if zipfile.is_zipfile(path):
-        return (f"{path} is an undamaged archive, but not a checkpoint that torch {torch.__version__} reads "
-                f"({reason.splitlines()[0] if reason else 'no reason given'}); use another file, or "
-                "the torch that wrote it.")
+        return (
+            f"{path} is an undamaged archive, but not a checkpoint that torch {torch.__version__} reads "
+            f"({reason.splitlines()[0] if reason else 'no reason given'}); use another file, or "
+            "the torch that wrote it."
+        )
     with open(path, "rb") as file:
         damaged = file.read(4) == b"PK\x03\x04"  # what torch.save's archives start with
     what = "is truncated or damaged" if damaged else "is damaged, or not a checkpoint (torch.save's or .safetensors)"

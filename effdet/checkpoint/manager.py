@@ -26,6 +26,7 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     category_map    dict, the data set's category ids and names, in class order
     image_size      list of two int, height and width of the network's input in pixels
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -276,8 +277,10 @@ def find_resumable(folder: str | os.PathLike[str]) -> Path | None:
         else:
             return path
     if problems:
-        raise CheckpointError(f"None of the {len(problems)} checkpoint(s) in {folder} can be resumed. The first: "
-                              f"{problems[0]} To train anew, use another --experiment or remove them.")
+        raise CheckpointError(
+            f"None of the {len(problems)} checkpoint(s) in {folder} can be resumed. The first: "
+            f"{problems[0]} To train anew, use another --experiment or remove them."
+        )
     return None
 
 

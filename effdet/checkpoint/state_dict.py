@@ -2,6 +2,7 @@
 
 Lives here: state dicts in memory. Files are in `effdet/checkpoint/io.py`; making models is in `effdet/factory.py`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """Average the weights of several checkpoints of one model: `python -m effdet.commands.average A B --out FILE`."""
+
 from __future__ import annotations
 
 import logging
@@ -22,8 +23,9 @@ def describe_model(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {key: payload[key] for key in DESCRIPTION_KEYS if key in payload}
 
 
-def average_checkpoints(paths: Sequence[str], weights: Sequence[float] | None = None,
-                        use_ema: bool | None = None) -> dict[str, Any]:
+def average_checkpoints(
+    paths: Sequence[str], weights: Sequence[float] | None = None, use_ema: bool | None = None
+) -> dict[str, Any]:
     """Average the weights of checkpoints.
 
     Args:
@@ -41,8 +43,10 @@ def average_checkpoints(paths: Sequence[str], weights: Sequence[float] | None = 
     """
     weights = [1.0] * len(paths) if weights is None else list(weights)
     if not paths or len(weights) != len(paths) or not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"{len(paths)} checkpoints with the weights {weights}: give at least one file and one "
-                         "positive weight for each")
+        raise ValueError(
+            f"{len(paths)} checkpoints with the weights {weights}: give at least one file and one "
+            "positive weight for each"
+        )
     total = sum(weights)
     result: dict[str, Any] = {}
     average: dict[str, torch.Tensor] = {}
@@ -57,28 +61,44 @@ def average_checkpoints(paths: Sequence[str], weights: Sequence[float] | None = 
         for key, value in state.items():
             if value.is_floating_point():
                 average[key] += value.double() * (weight / total)
-    return {**result, "state_dict": {key: value.to(dtypes[key]) for key, value in average.items()},
-            "averaged_from": [str(path) for path in paths], "averaging_weights": weights}
+    return {
+        **result,
+        "state_dict": {key: value.to(dtypes[key]) for key, value in average.items()},
+        "averaged_from": [str(path) for path in paths],
+        "averaging_weights": weights,
+    }
 
 
-def _check_same_model(path: str, first: str, payload: Mapping[str, Any], description: Mapping[str, Any],
-                      state: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor]) -> None:
+def _check_same_model(
+    path: str,
+    first: str,
+    payload: Mapping[str, Any],
+    description: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    average: Mapping[str, torch.Tensor],
+) -> None:
     other = sorted(set(state) ^ set(average))
     other += [key for key in state if key in average and state[key].shape != average[key].shape]
     if other:
-        raise CheckpointError(f"{path} is of another model than {first}: {len(other)} tensors differ in name or shape, "
-                              f"such as {other[0]}. Average checkpoints of one model only.")
+        raise CheckpointError(
+            f"{path} is of another model than {first}: {len(other)} tensors differ in name or shape, "
+            f"such as {other[0]}. Average checkpoints of one model only."
+        )
     for key in ("category_map", "arch"):
         if payload.get(key) != description.get(key):
-            raise CheckpointError(f"{path} has another {key} than {first}: {payload.get(key)} and "
-                                  f"{description.get(key)}. Average checkpoints of one data set only.")
+            raise CheckpointError(
+                f"{path} has another {key} than {first}: {payload.get(key)} and "
+                f"{description.get(key)}. Average checkpoints of one data set only."
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.commands.average", "Average the weights of checkpoints of one model.",
-                              "a.pth.tar b.pth.tar --weights 2 1 --out average.pth.tar\n"
-                              "run/checkpoint-*.pth.tar --best 3 --out avg.pth.tar")
+    parser = make_tool_parser(
+        "effdet.commands.average",
+        "Average the weights of checkpoints of one model.",
+        "a.pth.tar b.pth.tar --weights 2 1 --out average.pth.tar\nrun/checkpoint-*.pth.tar --best 3 --out avg.pth.tar",
+    )
     parser.add_argument("checkpoints", nargs="+", help="files of one model with the same classes")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each file (default: equal)")

@@ -1,4 +1,5 @@
 """Keep of a checkpoint what prediction needs: `python -m effdet.commands.clean FILE --out FILE`."""
+
 from __future__ import annotations
 
 import hashlib
@@ -36,21 +37,29 @@ def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = make_tool_parser("effdet.commands.clean", "Keep of a checkpoint what prediction needs.",
-                              "model_best.pth.tar --out detector.pth --hash")
+    parser = make_tool_parser(
+        "effdet.commands.clean",
+        "Keep of a checkpoint what prediction needs.",
+        "model_best.pth.tar --out detector.pth --hash",
+    )
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or of effdet's or timm's trainer")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--weights-only", action="store_true",
-                        help="a plain state dict without class names and configuration, as published files are")
-    parser.add_argument("--hash", action="store_true",
-                        help="put the start of the file's SHA-256 into its name, for checking a download")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="a plain state dict without class names and configuration, as published files are",
+    )
+    parser.add_argument(
+        "--hash", action="store_true", help="put the start of the file's SHA-256 into its name, for checking a download"
+    )
     add_ema_argument(parser)
     args = parser.parse_args(arguments)
     path = Path(args.out)
     with one_line_errors("effdet.commands.clean"):
         if path.exists() and path.samefile(args.checkpoint):
-            raise CheckpointError(f"{path} is the checkpoint itself, whose training state would be lost: name another "
-                                  "--out")
+            raise CheckpointError(
+                f"{path} is the checkpoint itself, whose training state would be lost: name another --out"
+            )
         cleaned = clean_checkpoint(args.checkpoint, args.ema)
         save_checkpoint(path, cleaned["state_dict"] if args.weights_only else cleaned)
         if args.hash:

@@ -1,4 +1,5 @@
 """The work of demo.py: find images and a checkpoint, detect, draw, and write what was found."""
+
 from __future__ import annotations
 
 import glob
@@ -27,8 +28,9 @@ def detect_and_draw(cfg: DemoConfig) -> None:
     checkpoint = find_checkpoint(cfg)
     paths = find_images(cfg.run.images)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
-    predictor = build_predictor(detector, cfg.model, cfg.run.device, cfg.run.batch_size,
-                                cfg.run.tta_flip, cfg.run.tta_scales)
+    predictor = build_predictor(
+        detector, cfg.model, cfg.run.device, cfg.run.batch_size, cfg.run.tta_flip, cfg.run.tta_scales
+    )
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
     output_dir = Path(cfg.run.output)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,7 @@ def detect_and_draw(cfg: DemoConfig) -> None:
     _logger.info("%s", detector.source)
     results = []
     for start in range(0, len(paths), cfg.run.batch_size):
-        batch = paths[start:start + cfg.run.batch_size]
+        batch = paths[start : start + cfg.run.batch_size]
         images = [read_image(path) for path in batch]
         found = predictor.predict(images, cfg.run.score_thr)
         for path, image, objects in zip(batch, images, found, strict=True):
@@ -49,6 +51,7 @@ def find_images(names: list[str]) -> list[Path]:
     """Return the image files that the arguments name: files, folders (searched, not deeply) and glob patterns."""
     if not names:
         from effdet.data.synthetic.dataset import make_synthetic_dataset
+
         folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
         return sorted(folder.iterdir())[:DEFAULT_IMAGES]
     found: list[Path] = []
@@ -61,8 +64,10 @@ def find_images(names: list[str]) -> list[Path]:
         else:
             inside = [Path(match) for match in sorted(glob.glob(name)) if Path(match).is_file()]
         if not inside:
-            raise FileNotFoundError(f"no image found for '{name}': give an existing file, a folder with images "
-                                    f"({', '.join(sorted(SUFFIXES))}) or a glob pattern in quotes")
+            raise FileNotFoundError(
+                f"no image found for '{name}': give an existing file, a folder with images "
+                f"({', '.join(sorted(SUFFIXES))}) or a glob pattern in quotes"
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -73,8 +78,9 @@ def find_checkpoint(cfg: DemoConfig) -> str:
         return cfg.run.checkpoint
     newest = find_newest_checkpoint(["runs", "output"])
     if newest is None:
-        raise FileNotFoundError("no checkpoint under runs/ or output/: train one with `make train`, or name one with "
-                                "--checkpoint FILE")
+        raise FileNotFoundError(
+            "no checkpoint under runs/ or output/: train one with `make train`, or name one with --checkpoint FILE"
+        )
     return str(newest)
 
 
@@ -98,10 +104,16 @@ def write_image(path: Path, image: Image.Image, found: Detections, colors: dict 
     draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), colors).save(target)
     _logger.info("%s: %d object(s)", path, len(found))
     objects = []
-    for name, category_id, score, box in zip(found.names, found.category_ids.tolist(), found.scores.tolist(),
-                                             found.boxes_xyxy.tolist(), strict=True):
+    for name, category_id, score, box in zip(
+        found.names, found.category_ids.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True
+    ):
         _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, score, box[0], box[2], box[1], box[3])
-        objects.append({"category_id": category_id, "name": name, "score": score,
-                        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]})
-    return {"file": str(path), "width": image.width, "height": image.height, "drawn": str(target),
-            "objects": objects}
+        objects.append(
+            {
+                "category_id": category_id,
+                "name": name,
+                "score": score,
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+            }
+        )
+    return {"file": str(path), "width": image.width, "height": image.height, "drawn": str(target), "objects": objects}

@@ -1,4 +1,5 @@
 """What must be set before torch is imported."""
+
 import os
 
 

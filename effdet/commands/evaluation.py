@@ -1,4 +1,5 @@
 """The work of validate.py: build a detector and its data, evaluate, write the numbers."""
+
 from __future__ import annotations
 
 import csv
@@ -37,16 +38,28 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         dataset = open_dataset(cfg, detector)
         world = distributed.world_size()
         channels_last = device_layer.use_channels_last(device)
-        loader = build_eval_loader(dataset, cfg.data, detector.model.config,
-                                   split_over_devices(cfg.run.batch_size, world),
-                                   workers_per_device(cfg.data.workers, world), device, cfg.run.val_skip,
-                                   channels_last)
+        loader = build_eval_loader(
+            dataset,
+            cfg.data,
+            detector.model.config,
+            split_over_devices(cfg.run.batch_size, world),
+            workers_per_device(cfg.data.workers, world),
+            device,
+            cfg.run.val_skip,
+            channels_last,
+        )
         for line in device_layer.tune(device):
             _logger.info("setting: %s", line)
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
         place_model(detector.model, device, cfg.model.same_padding, channels_last)
-        bench = build_predict_bench(precision.prepare_model(detector.model), device, cfg.model.same_padding,
-                                    cfg.run.tta_flip, cfg.run.tta_scales, cfg.model.nms)
+        bench = build_predict_bench(
+            precision.prepare_model(detector.model),
+            device,
+            cfg.model.same_padding,
+            cfg.run.tta_flip,
+            cfg.run.tta_scales,
+            cfg.model.nms,
+        )
     with one_line_errors("validate.py", (BadImagesError,)):
         run(cfg, detector, bench, loader, device, precision)
 
@@ -67,21 +80,28 @@ def open_dataset(cfg: ValidateConfig, detector: Detector):
     return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
 
 
-def run(cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device,
-        precision: Precision) -> None:
+def run(
+    cfg: ValidateConfig, detector: Detector, bench: torch.nn.Module, loader, device: torch.device, precision: Precision
+) -> None:
     """Evaluate, print the numbers and write the files asked for."""
     _logger.info("%s, on %s, %d images", detector.source, device_layer.describe(device), len(loader.dataset))
     if len(loader.dataset) == 0:
         _logger.warning("the validation split has no images: there is nothing to evaluate")
-    evaluator = CocoEvaluator(loader.dataset, distributed=True,
-                              max_det=max(100, detector.model.config.max_det_per_image))
+    evaluator = CocoEvaluator(
+        loader.dataset, distributed=True, max_det=max(100, detector.model.config.max_det_per_image)
+    )
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
     with progress.progress("Evaluating", len(loader)) as on_batch:
         found = evaluate(bench, loader, evaluator, precision.autocast, log_interval, on_batch)
-    facts = {"model": detector.model.config.name, "processes": distributed.world_size(),
-             "batch_size": cfg.run.batch_size, "img_per_s": len(loader.dataset) / max(found.seconds, 1e-9),
-             "seconds": time.time() - started, "checkpoint": cfg.run.checkpoint}
+    facts = {
+        "model": detector.model.config.name,
+        "processes": distributed.world_size(),
+        "batch_size": cfg.run.batch_size,
+        "img_per_s": len(loader.dataset) / max(found.seconds, 1e-9),
+        "seconds": time.time() - started,
+        "checkpoint": cfg.run.checkpoint,
+    }
     speed = measure(bench, loader, precision) if cfg.run.speed and len(loader.dataset) else None
     if speed is not None:
         facts |= {"model_ms": speed.model_ms, "post_processing_ms": speed.post_ms}
@@ -103,8 +123,14 @@ def measure(bench: torch.nn.Module, loader: Any, precision: Precision) -> Speed:
     return measure_speed(bench, images, target, precision.autocast)
 
 
-def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluator, dataset: Any, device: torch.device,
-                facts: dict[str, Any]) -> None:
+def write_files(
+    cfg: ValidateConfig,
+    detector: Detector,
+    evaluator: CocoEvaluator,
+    dataset: Any,
+    device: torch.device,
+    facts: dict[str, Any],
+) -> None:
     """Write the numbers as json and csv, and the report."""
     metrics = [Path(cfg.run.metrics)] if cfg.run.metrics else []
     if cfg.run.output:
@@ -122,10 +148,19 @@ def write_files(cfg: ValidateConfig, detector: Detector, evaluator: CocoEvaluato
         writer.writerows(rows)
     tiles = [("images / s, with loading", f"{facts['img_per_s']:.1f}")]
     if "model_ms" in facts:
-        tiles += [("ms an image, model", f"{facts['model_ms']:.2f}"),
-                  ("ms, post-processing", f"{facts['post_processing_ms']:.2f}")]
-    page = html.Report(folder / html.NAME, Path(cfg.run.checkpoint or cfg.model.pretrained).name, cfg,
-                         detector.model.config, dataset, device=device_layer.describe(device), facts=tiles)
+        tiles += [
+            ("ms an image, model", f"{facts['model_ms']:.2f}"),
+            ("ms, post-processing", f"{facts['post_processing_ms']:.2f}"),
+        ]
+    page = html.Report(
+        folder / html.NAME,
+        Path(cfg.run.checkpoint or cfg.model.pretrained).name,
+        cfg,
+        detector.model.config,
+        dataset,
+        device=device_layer.describe(device),
+        facts=tiles,
+    )
     page.write(evaluator)
     _logger.info("classes: %s", folder / "per_class.csv")
     _logger.info("report: %s", page.path)

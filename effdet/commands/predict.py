@@ -6,6 +6,7 @@ Examples:
   python demo.py "pics/*.jpg" --score-thr 0.3 --output drawn
   python demo.py pics --model tf_efficientdet_d0 --checkpoint WEIGHTS.pth
 """
+
 from __future__ import annotations
 
 import sys

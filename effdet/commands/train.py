@@ -12,6 +12,7 @@ Examples:
 DIR holds annotations/instances_{train,val}2017.json, train2017/, val2017/.
 A run writes into output/train/RUN. docs/flags.md is this list as a page.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -59,21 +60,28 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
             command = ["-m", "effdet.commands.train", *arguments]
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
                 command += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
-            return launch(command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port,
-                          cfg.dist.max_restarts)
+            return launch(
+                command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port, cfg.dist.max_restarts
+            )
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
             prepared = prepare(cfg, device)
         watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (signals.listening(), progress.ended(), contextlib.closing(prepared),
-              dead_workers_in_one_line("train.py"), one_line_errors("train.py", (BadImagesError,))):
+        with (
+            signals.listening(),
+            progress.ended(),
+            contextlib.closing(prepared),
+            dead_workers_in_one_line("train.py"),
+            one_line_errors("train.py", (BadImagesError,)),
+        ):
             status = fit(prepared)
         if watch is not None:
             watch.end()
     except signals.StopRequested as stop:
-        _logger.info("%s; status %d. Continue with --resume %s", stop, stop.exit_code,
-                     newest_checkpoint(prepared.output_dir))
+        _logger.info(
+            "%s; status %d. Continue with --resume %s", stop, stop.exit_code, newest_checkpoint(prepared.output_dir)
+        )
         return stop.exit_code
     finally:
         distributed.shutdown()

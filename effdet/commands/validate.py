@@ -9,6 +9,7 @@ Examples:
 
 A checkpoint of train.py knows its model, input size and classes.
 """
+
 from __future__ import annotations
 
 import sys

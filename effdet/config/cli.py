@@ -3,6 +3,7 @@
 The parser is generated from schema.py, so every flag sets exactly one field. Flags of older scripts that are gone are
 in REFUSED, each with what to do instead.
 """
+
 import argparse
 import re
 import sys
@@ -99,12 +100,23 @@ def _help_text(option: Option) -> str:
 def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser:
     """Generate the parser of one script: a group per section, a flag per field; `about` heads and ends the help."""
     what, _, examples = about.strip().partition("\n\n")
-    parser = _Parser(prog=prog, description=textwrap.fill(what, 78), epilog=examples, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                     usage=f"{prog} [-c FILE] [--flag value ...] [section.field=value ...]{positional}")
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE",
-                        help="YAML file with the settings that differ from the defaults; give it again for more files, "
-                             "the later one wins")
+    parser = _Parser(
+        prog=prog,
+        description=textwrap.fill(what, 78),
+        epilog=examples,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{prog} [-c FILE] [--flag value ...] [section.field=value ...]{positional}",
+    )
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with the settings that differ from the defaults; give it again for more files, "
+        "the later one wins",
+    )
     groups: dict[str, Any] = {}
     plain: dict[str, list[str]] = {}
     options = list_options(root)
@@ -235,10 +247,14 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and "=" not in words[0]:
         words.insert(0, "--root")
-    return _parse(RunConfig, "python -m effdet.datacheck", "Check a data set in COCO format before training: ROOT (or "
-                  "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
-                  "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
-                  [*words, "--check"])
+    return _parse(
+        RunConfig,
+        "python -m effdet.datacheck",
+        "Check a data set in COCO format before training: ROOT (or "
+        "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
+        "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
+        [*words, "--check"],
+    )
 
 
 def parse_validate_args(argv: Sequence[str] | None = None, about: str = "") -> ValidateConfig:

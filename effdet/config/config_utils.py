@@ -1,4 +1,5 @@
 """Switch a model config between read-only and writeable."""
+
 from typing import Any
 
 from omegaconf import OmegaConf

@@ -4,6 +4,7 @@ A layout is `nodes`, a list of {'feat_level', 'inputs_offsets', 'weight_method'}
 counts the cell's inputs first (0 is the finest level), then the nodes. The last `num_levels` nodes are the cell's
 outputs, finest first. `weight_method` is 'fastattn' (learned, ReLU then normalised), 'attn' (softmax) or 'sum'.
 """
+
 from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +27,9 @@ class _Layout:
 
     def add(self, level: int, *inputs_offsets: int) -> None:
         """Append a node at `level` that sums the given offsets."""
-        self.nodes.append({"feat_level": level, "inputs_offsets": list(inputs_offsets),
-                           "weight_method": self.weight_method})
+        self.nodes.append(
+            {"feat_level": level, "inputs_offsets": list(inputs_offsets), "weight_method": self.weight_method}
+        )
         self.at_level[level].append(self.next_offset)
         self.next_offset += 1
 

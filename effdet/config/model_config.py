@@ -3,6 +3,7 @@
 Sources: EfficientDet, https://arxiv.org/abs/1911.09070, table 1 (sizes, channels, repeats); google/automl (the tf_
 models); the release page of rwightman/efficientdet-pytorch (weights, and the models that exist only there).
 """
+
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -65,16 +66,37 @@ def default_detection_model_configs() -> DictConfig:
 
 # What the lite models have in common.
 tf_efficientdet_lite_common: dict[str, Any] = {
-    "fpn_name": "bifpn_sum", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "act_type": "relu6"}
+    "fpn_name": "bifpn_sum",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "act_type": "relu6",
+}
 
 
-def _entry(name: str, backbone: str, size: int, channels: int, cells: int = 3, head: int = 3, drop_path: float = 0.2,
-           weights: str = "", **differences: Any) -> dict[str, Any]:
+def _entry(
+    name: str,
+    backbone: str,
+    size: int,
+    channels: int,
+    cells: int = 3,
+    head: int = 3,
+    drop_path: float = 0.2,
+    weights: str = "",
+    **differences: Any,
+) -> dict[str, Any]:
     """Return one model's differences: image side in px, FPN channels and cells, head repeats, file name of weights."""
     backbone_args = {"drop_path_rate": drop_path, **differences.pop("backbone_args", {})}
-    return {"name": name, "backbone_name": backbone, "image_size": (size, size), "fpn_channels": channels,
-            "fpn_cell_repeats": cells, "box_class_repeats": head, "backbone_args": backbone_args,
-            "url": _RELEASE + weights if weights else "", **differences}
+    return {
+        "name": name,
+        "backbone_name": backbone,
+        "image_size": (size, size),
+        "fpn_channels": channels,
+        "fpn_cell_repeats": cells,
+        "box_class_repeats": head,
+        "backbone_args": backbone_args,
+        "url": _RELEASE + weights if weights else "",
+        **differences,
+    }
 
 
 def _table() -> dict[str, dict[str, Any]]:
@@ -196,8 +218,10 @@ def find_model_spec(model_name: str) -> ModelSpec:
     """
     if model_name not in efficientdet_model_param_dict:
         nearest = get_close_matches(model_name, efficientdet_model_param_dict, n=3, cutoff=0.3)
-        raise ValueError(f"Unknown model '{model_name}'. Nearest: {', '.join(nearest) or 'none'}. All names: "
-                         "effdet.config.model_config.efficientdet_model_param_dict.")
+        raise ValueError(
+            f"Unknown model '{model_name}'. Nearest: {', '.join(nearest) or 'none'}. All names: "
+            "effdet.config.model_config.efficientdet_model_param_dict."
+        )
     spec = ModelSpec({**_BASE, **efficientdet_model_param_dict[model_name]})
     return spec.replace(num_levels=spec.max_level - spec.min_level + 1)
 

@@ -3,6 +3,7 @@
 omegaconf's nodes are for code written for effdet, which sets fields of `get_efficientdet_config`'s result before a
 network is built of it, and for YAML. A network may be built of either.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

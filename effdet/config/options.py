@@ -2,6 +2,7 @@
 
 No setting by name, no file access and no argument parsing belongs here.
 """
+
 import dataclasses
 import difflib
 import math
@@ -16,9 +17,18 @@ class ConfigError(ValueError):
 
 
 def setting(
-    default: Any, text: str, *, flags: str | None = None, none: str = "from the model table", low: float | None = None,
-    high: float | None = None, above: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
-    bare: str | None = None, metavar: str | None = None,
+    default: Any,
+    text: str,
+    *,
+    flags: str | None = None,
+    none: str = "from the model table",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    bare: str | None = None,
+    metavar: str | None = None,
 ) -> Any:
     """Declare one field of a section.
 
@@ -36,8 +46,18 @@ def setting(
         bare: value meant by the flag without an argument; None: the flag needs its argument.
         metavar: placeholder of the value in the help.
     """
-    meta = {"text": text, "flags": flags, "none": none, "low": low, "high": high, "above": above, "below": below,
-            "choices": choices, "bare": bare, "metavar": metavar}
+    meta = {
+        "text": text,
+        "flags": flags,
+        "none": none,
+        "low": low,
+        "high": high,
+        "above": above,
+        "below": below,
+        "choices": choices,
+        "bare": bare,
+        "metavar": metavar,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -108,8 +128,16 @@ class Option:
             return value is None or value in self.choices
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        return not (self.low is not None and value < self.low or self.high is not None and value > self.high
-                    or self.above is not None and value <= self.above or self.below is not None and value >= self.below)
+        return not (
+            self.low is not None
+            and value < self.low
+            or self.high is not None
+            and value > self.high
+            or self.above is not None
+            and value <= self.above
+            or self.below is not None
+            and value >= self.below
+        )
 
 
 def flatten_type(hint: Any) -> list[Any]:

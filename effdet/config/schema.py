@@ -4,6 +4,7 @@
 what is known later makes a new one (`load.replace_settings`). What a declaration means is in options.py, where the
 values come from and what they must fulfil together in load.py; no argument parsing, no file access and no torch here.
 """
+
 from dataclasses import dataclass, field
 
 from .options import setting
@@ -14,21 +15,30 @@ _DEVICE = "device: auto (an NPU if there is one, else a GPU, else the CPU), npu,
 
 # ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help ----
 
+
 @dataclass(frozen=True)
 class DemoModelConfig:
     """Choose the network to show, its input size and what becomes of its outputs."""
 
     name: str | None = setting(
-        None, "model name, for weight files that do not carry one", flags="--model", none="from the checkpoint")
+        None, "model name, for weight files that do not carry one", flags="--model", none="from the checkpoint"
+    )
     image_size: list[int] | None = setting(
-        None, "network input as height and width in pixels; one value: square", flags="--image-size --img-size",
-        low=32, metavar="H [W]", none="from the checkpoint or the model table")
+        None,
+        "network input as height and width in pixels; one value: square",
+        flags="--image-size --img-size",
+        low=32,
+        metavar="H [W]",
+        none="from the checkpoint or the model table",
+    )
     soft_nms: bool | None = setting(None, "soft-NMS instead of NMS")
     nms: str = setting(
-        "exact", "how overlapping boxes are suppressed: 'exact' on every device, or 'npu', Ascend's own operator "
-        "npu_batch_nms")
+        "exact",
+        "how overlapping boxes are suppressed: 'exact' on every device, or 'npu', Ascend's own operator npu_batch_nms",
+    )
     same_padding: str = setting(
-        "auto", "SAME padding pads the activation or extends the kernel", choices=("auto", "pad", "kernel"))
+        "auto", "SAME padding pads the activation or extends the kernel", choices=("auto", "pad", "kernel")
+    )
     max_det: int | None = setting(None, "detections kept per image", low=1)
 
 
@@ -36,14 +46,16 @@ class DemoModelConfig:
 class EvalModelConfig(DemoModelConfig):
     """Choose the network to evaluate."""
 
-    name: str | None = setting(
-        None, "model name", flags="--model", none="from the checkpoint, else tf_efficientdet_d0")
+    name: str | None = setting(None, "model name", flags="--model", none="from the checkpoint, else tf_efficientdet_d0")
     num_classes: int | None = setting(
-        None, "object classes; must agree with the annotation file", low=1, none="from the checkpoint or that file")
+        None, "object classes; must agree with the annotation file", low=1, none="from the checkpoint or that file"
+    )
     pretrained: str = setting(
-        "", "published weights: downloaded, or every tensor of PATH that fits", bare="url", metavar="PATH")
+        "", "published weights: downloaded, or every tensor of PATH that fits", bare="url", metavar="PATH"
+    )
     pad_type: str | None = setting(
-        None, "padding of strided layers; the original Ascend port's is symmetric", choices=("same", "symmetric"))
+        None, "padding of strided layers; the original Ascend port's is symmetric", choices=("same", "symmetric")
+    )
     redundant_bias: bool | None = setting(None, "biases before batch norm, as the published tf_ weights have")
 
 
@@ -55,13 +67,15 @@ class ModelConfig(EvalModelConfig):
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
     anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
     aspect_ratios: list[float] | None = setting(
-        None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R")
+        None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
+    )
     drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
     pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
     freeze_bn_epochs: int = setting(
-        0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0)
+        0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0
+    )
     bn_momentum: float | None = setting(None, "weight of a new batch in the batch-norm statistics", above=0, high=1)
 
 
@@ -73,12 +87,17 @@ class EvalDataConfig:
     val_images: str = setting("", "folder of the validation images, instead of the one in --root", metavar="DIR")
     val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
     workers: int | None = setting(
-        None, "loader processes over all devices; 0: load in the main process", flags="-j --workers", low=0,
-        none="up to 4 per device")
+        None,
+        "loader processes over all devices; 0: load in the main process",
+        flags="-j --workers",
+        low=0,
+        none="up to 4 per device",
+    )
     max_bad_images: int | None = setting(0, "unreadable images allowed; each is named, and has no detections", low=0)
     interpolation: str = setting("bilinear", "resampling in evaluation", choices=("bilinear", "bicubic"))
     fill_color: str = setting(
-        "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR")
+        "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,26 +107,33 @@ class DataConfig(EvalDataConfig):
     train_images: str = setting("", "folder of the training images, instead of the one in --root", metavar="DIR")
     train_ann: str = setting("", "training annotations in COCO format, instead of those in --root", metavar="JSON")
     max_bad_images: int | None = setting(
-        None, "unreadable images allowed in each split, replaced in training, without detections in evaluation",
-        low=0, none="1 % of the split, at least 10")
+        None,
+        "unreadable images allowed in each split, replaced in training, without detections in evaluation",
+        low=0,
+        none="1 % of the split, at least 10",
+    )
     train_interpolation: str = setting(
-        "random", "resampling in training; 'random' draws one per image", choices=("random", "bilinear", "bicubic"))
+        "random", "resampling in training; 'random' draws one per image", choices=("random", "bilinear", "bicubic")
+    )
     scale_min: float = setting(0.1, "scale jitter: smallest factor on the size that just fits the input", above=0)
     scale_max: float = setting(2.0, "scale jitter: largest factor; what is too large is cropped at random", above=0)
     hflip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     transform: str = setting(
-        "", "your own function of (image, target), or an Albumentations pipeline", metavar="FILE.py:NAME")
+        "", "your own function of (image, target), or an Albumentations pipeline", metavar="FILE.py:NAME"
+    )
     aa: str = setting("", "AutoAugment policy for detection; v0 is the paper's", choices=("", "v0", "v1", "v2", "v3"))
     color_jitter: float = setting(0.0, "strength of random brightness, contrast and saturation; 0: off", low=0)
     mosaic: float = setting(0.0, "probability that four images are put together", low=0, high=1)
     mixup: float = setting(0.0, "probability that a further image is blended in", low=0, high=1)
     multi_scale: list[int] = setting(
-        [], "longer side in pixels of the sizes to train at, one a batch", low=32, metavar="N [N ...]")
+        [], "longer side in pixels of the sizes to train at, one a batch", low=32, metavar="N [N ...]"
+    )
     reprob: float = setting(0.0, "probability of random erasing", low=0, high=1)
     remode: str = setting("pixel", "what fills an erased area", choices=("const", "rand", "pixel"))
     recount: int = setting(1, "erased areas per image", low=1)
     crowd: str = setting(
-        "drop", "'drop' crowd boxes from the targets or 'ignore' their area in the loss", choices=("drop", "ignore"))
+        "drop", "'drop' crowd boxes from the targets or 'ignore' their area in the loss", choices=("drop", "ignore")
+    )
 
 
 @dataclass(frozen=True)
@@ -115,9 +141,11 @@ class LossConfig:
     """Override the loss of the model table."""
 
     label_smoothing: float | None = setting(
-        None, "label smoothing of the focal loss", flags="--smoothing", low=0, below=1)
+        None, "label smoothing of the focal loss", flags="--smoothing", low=0, below=1
+    )
     dense_targets: bool = setting(
-        False, "class loss from one-hot targets: the same numbers, more memory and time; for comparison")
+        False, "class loss from one-hot targets: the same numbers, more memory and time; for comparison"
+    )
     legacy_focal: bool | None = setting(None, "the older focal loss formula")
     alpha: float | None = setting(None, "focal loss: weight of the positives", flags="", low=0, high=1)
     gamma: float | None = setting(None, "focal loss: focusing exponent", flags="", low=0)
@@ -130,18 +158,25 @@ class OptimConfig:
     """Choose the optimiser and the clipping of gradients."""
 
     opt: str = setting(
-        "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead")
+        "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead"
+    )
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
     lr_batch: int | None = setting(
-        None, "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion", low=1,
-        flags="", none="the batch size of the YAML files, else 256")
+        None,
+        "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion",
+        low=1,
+        flags="",
+        none="the batch size of the YAML files, else 256",
+    )
     momentum: float = setting(0.9, "momentum", low=0, below=1)
     weight_decay: float = setting(4e-5, "weight decay, not on biases and norms", low=0)
     opt_eps: float | None = setting(
-        None, "epsilon of the optimisers that have one", above=0, none="the optimiser's own")
+        None, "epsilon of the optimisers that have one", above=0, none="the optimiser's own"
+    )
     clip_grad: float = setting(10.0, "gradient clipping threshold; 0: off", low=0)
     clip_mode: str = setting(
-        "norm", "clip the global norm, each value, or adaptively per unit", choices=("norm", "value", "agc"))
+        "norm", "clip the global norm, each value, or adaptively per unit", choices=("norm", "value", "agc")
+    )
     grad_accum: int = setting(1, "batches whose gradients make one update", low=1)
 
 
@@ -157,17 +192,24 @@ class SchedConfig:
     min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)
     cooldown_epochs: int = setting(10, "epochs at min_lr after the schedule", low=0)
     lr_noise: list[float] | None = setting(
-        None, "noise on the learning rate: fraction of the epochs where it starts and, optionally, ends", low=0,
-        high=1, none="off", metavar="ON [OFF]")
+        None,
+        "noise on the learning rate: fraction of the epochs where it starts and, optionally, ends",
+        low=0,
+        high=1,
+        none="off",
+        metavar="ON [OFF]",
+    )
     lr_noise_pct: float = setting(0.67, "limit of the noise as a fraction of the learning rate", above=0)
     lr_noise_std: float = setting(1.0, "standard deviation of the noise", above=0)
     lr_cycle_mul: float = setting(1.0, "growth of the cycle length (cosine, tanh, poly)", above=0)
     lr_cycle_limit: int = setting(1, "number of cycles (cosine, tanh, poly)", low=1)
     decay_epochs: float = setting(30.0, "epochs between decays (step)", above=0)
     decay_milestones: list[int] = setting(
-        [90, 180, 270], "epochs at whose start the rate drops (multistep)", flags="", low=1)
+        [90, 180, 270], "epochs at whose start the rate drops (multistep)", flags="", low=1
+    )
     decay_rate: float = setting(
-        0.1, "factor of a decay (step, multistep, plateau), exponent (poly)", flags="--decay-rate --dr", above=0)
+        0.1, "factor of a decay (step, multistep, plateau), exponent (poly)", flags="--decay-rate --dr", above=0
+    )
     patience_epochs: int = setting(10, "epochs without a better metric before a decay (plateau)", low=0)
 
 
@@ -186,7 +228,8 @@ class EvalAmpConfig:
 
     enabled: bool = setting(False, "mixed precision", flags="--amp")
     opt_level: str = setting(
-        "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", choices=("O0", "O1", "O2"))
+        "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", choices=("O0", "O1", "O2")
+    )
     dtype: str = setting("float16", "half-precision type", flags="--amp-dtype", choices=("float16", "bfloat16"))
 
 
@@ -212,11 +255,14 @@ class DistConfig(EvalDistConfig):
 
     sync_bn: bool = setting(False, "batch-norm statistics over all devices")
     dist_bn: str = setting(
-        "reduce", "before evaluation, average or send batch-norm statistics", choices=("", "reduce", "broadcast"))
+        "reduce", "before evaluation, average or send batch-norm statistics", choices=("", "reduce", "broadcast")
+    )
     max_restarts: int = setting(
-        0, "with --device-list: start all processes again, up to N times, when one fails; they resume", low=0)
+        0, "with --device-list: start all processes again, up to N times, when one fails; they resume", low=0
+    )
     hang_timeout: float = setting(
-        1800.0, "seconds without progress after which the run ends, naming the device waited for; 0: never", low=0)
+        1800.0, "seconds without progress after which the run ends, naming the device waited for; 0: never", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -225,16 +271,23 @@ class RunSectionConfig:
 
     device: str = setting("auto", _DEVICE)
     batch_size: int | str = setting(
-        256, "images per step over all devices; 'auto': as many as fit an accelerator's memory, found by trying",
-        flags="-b --batch-size", low=1, choices=("auto",), metavar="N|auto")
+        256,
+        "images per step over all devices; 'auto': as many as fit an accelerator's memory, found by trying",
+        flags="-b --batch-size",
+        low=1,
+        choices=("auto",),
+        metavar="N|auto",
+    )
     seed: int = setting(42, "seed of every random generator; each process adds its rank", low=0)
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
     resume: str = setting(
-        "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto")
+        "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto"
+    )
     overfit: int = setting(
-        0, "learn N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)", low=0)
+        0, "learn N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)", low=0
+    )
     check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
@@ -242,13 +295,17 @@ class RunSectionConfig:
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
     recovery_interval: int = setting(
-        0, "also save every N updates within an epoch; 0: only when SIGTERM, SIGINT or SIGUSR1 ends the run", low=0)
+        0, "also save every N updates within an epoch; 0: only when SIGTERM, SIGINT or SIGUSR1 ends the run", low=0
+    )
     max_skipped: int = setting(
-        50, "stop after N updates in a row skipped for inf or NaN, and keep their batch; 0: go on", low=0)
+        50, "stop after N updates in a row skipped for inf or NaN, and keep their batch; 0: go on", low=0
+    )
     deterministic: bool = setting(
-        False, "algorithms that give the same bits each time, slower; operators without one are warned of")
+        False, "algorithms that give the same bits each time, slower; operators without one are warned of"
+    )
     save_errors: str = setting(
-        "stop", "when a checkpoint cannot be written: 'stop' the run, or 'warn' and train on", choices=("stop", "warn"))
+        "stop", "when a checkpoint cannot be written: 'stop' the run, or 'warn' and train on", choices=("stop", "warn")
+    )
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     compile: bool = setting(False, "train with torch.compile: equal up to rounding; minutes to compile, slower on CPUs")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
@@ -264,7 +321,8 @@ class _PredictRunConfig:
     use_ema: bool | None = setting(None, "use the averaged weights", none="when the checkpoint has them")
     tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")
     tta_scales: list[float] = setting(
-        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0, metavar="X,X")
+        [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0, metavar="X,X"
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +335,8 @@ class EvalRunSectionConfig(_PredictRunConfig):
     results: str = setting("", "write the detections to this file, in COCO's result format", metavar="JSON")
     metrics: str = setting("", "write the metrics to this file", metavar="JSON")
     output: str = setting(
-        "output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none", metavar="DIR")
+        "output/validate", "folder for metrics.json, per_class.csv and report.html; empty: none", metavar="DIR"
+    )
     speed: bool = setting(False, "also time the model and the post-processing, on one batch repeated")
 
 
@@ -293,6 +352,7 @@ class DemoRunSectionConfig(_PredictRunConfig):
 
 
 # ---- one root per script ----
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -1,4 +1,5 @@
 """From the data section of a run's config to data sets and loaders."""
+
 from __future__ import annotations
 
 import logging
@@ -23,8 +24,14 @@ from .loader import create_loader
 _logger = logging.getLogger(__name__)
 
 
-def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: int | None = None,
-                  stored: Mapping[str, Any] | None = None, crowd: str = "drop", seed: int | None = None) -> Any:
+def build_dataset(
+    data: DataConfig | EvalDataConfig,
+    split: str,
+    num_classes: int | None = None,
+    stored: Mapping[str, Any] | None = None,
+    crowd: str = "drop",
+    seed: int | None = None,
+) -> Any:
     """Open the training or the validation split that the config names; its unreadable images are put up with.
 
     Args:
@@ -39,14 +46,17 @@ def build_dataset(data: DataConfig | EvalDataConfig, split: str, num_classes: in
         ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
     """
     images, ann = split_paths(data, split)
-    dataset = open_coco(None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd,
-                        seed=seed)
+    dataset = open_coco(
+        None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd, seed=seed
+    )
     report = dataset.parser.report
     if split == "train" and len(dataset) and not report.num_boxes:
         dropped = "".join(f", {reason}" for reason in report.reasons())
-        raise DatasetError(f"{report.source} has no box to train on: {report.num_images} images, "
-                           f"{report.num_annotations} annotations{dropped}. Annotate the images, or name another "
-                           "file.")
+        raise DatasetError(
+            f"{report.source} has no box to train on: {report.num_images} images, "
+            f"{report.num_annotations} annotations{dropped}. Annotate the images, or name another "
+            "file."
+        )
     limit = default_limit(len(dataset)) if data.max_bad_images is None else data.max_bad_images
     dataset.bad_images = BadImages(len(dataset), limit, replace=split == "train")
     return dataset
@@ -61,15 +71,25 @@ def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Pa
     images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
     if not (images and ann):
         if not data.root:
-            raise ValueError(f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
-                             f"--{split}-images DIR --{split}-ann FILE")
+            raise ValueError(
+                f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
+                f"--{split}-images DIR --{split}-ann FILE"
+            )
         images_in_root, ann_in_root = coco_paths(data.root, split)
         images, ann = images or images_in_root, ann or ann_in_root  # one of the two may be given instead of the root's
     return Path(images), Path(ann)
 
 
-def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_size: int, num_workers: int,
-                       device: torch.device, seed: int, channels_last: bool) -> Any:
+def build_train_loader(
+    dataset: Any,
+    data: DataConfig,
+    model_config: Any,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    seed: int,
+    channels_last: bool,
+) -> Any:
     """Make the loader of the augmented training split.
 
     Args:
@@ -86,10 +106,24 @@ def build_train_loader(dataset: Any, data: DataConfig, model_config: Any, batch_
     transform = build_train_transform(dataset, data, inputs)
     _logger.info("augmentation: %s", describe_augmentation(data))
     return create_loader(
-        dataset, inputs["input_size"], batch_size, is_training=True, re_prob=data.reprob, re_mode=data.remode,
-        re_count=data.recount, mean=inputs["mean"], std=inputs["std"], num_workers=num_workers, distributed=True,
-        pin_mem=True, transform_fn=transform, device=device, seed=seed, channels_last=channels_last,
-        multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]))
+        dataset,
+        inputs["input_size"],
+        batch_size,
+        is_training=True,
+        re_prob=data.reprob,
+        re_mode=data.remode,
+        re_count=data.recount,
+        mean=inputs["mean"],
+        std=inputs["std"],
+        num_workers=num_workers,
+        distributed=True,
+        pin_mem=True,
+        transform_fn=transform,
+        device=device,
+        seed=seed,
+        channels_last=channels_last,
+        multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]),
+    )
 
 
 def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:
@@ -106,8 +140,16 @@ def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple
     return [nearest_image_size(image_size, longer / max(image_size)) for longer in data.multi_scale]
 
 
-def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, batch_size: int, num_workers: int,
-                      device: torch.device, val_skip: int = 0, channels_last: bool = False) -> Any:
+def build_eval_loader(
+    dataset: Any,
+    data: EvalDataConfig,
+    model_config: Any,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    val_skip: int = 0,
+    channels_last: bool = False,
+) -> Any:
     """Make the loader of the validation split: letterboxed, in order, every image once over all processes.
 
     Args:
@@ -124,9 +166,19 @@ def build_eval_loader(dataset: Any, data: EvalDataConfig, model_config: Any, bat
     if val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
     return create_loader(
-        dataset, inputs["input_size"], batch_size, interpolation=inputs["interpolation"],
-        fill_color=inputs["fill_color"], mean=inputs["mean"], std=inputs["std"], num_workers=num_workers,
-        distributed=True, pin_mem=True, device=device, channels_last=channels_last)
+        dataset,
+        inputs["input_size"],
+        batch_size,
+        interpolation=inputs["interpolation"],
+        fill_color=inputs["fill_color"],
+        mean=inputs["mean"],
+        std=inputs["std"],
+        num_workers=num_workers,
+        distributed=True,
+        pin_mem=True,
+        device=device,
+        channels_last=channels_last,
+    )
 
 
 def _fill_color(data: EvalDataConfig) -> Any:

@@ -154,8 +154,10 @@ class BadImageWatch:
             BadImagesError: on all processes together, when there are more than the limit.
         """
         mine = self.bad.indices()
-        fresh = {index: self._describe(index, n < _MAX_NAMED) for n, index in
-                 enumerate(index for index in mine if index not in self.named)}
+        fresh = {
+            index: self._describe(index, n < _MAX_NAMED)
+            for n, index in enumerate(index for index in mine if index not in self.named)
+        }
         every = distributed.all_gather_object((mine, fresh)) if together else [(mine, fresh)]
         bad = sorted({index for indices, _ in every for index in indices})
         fresh = {index: text for _, texts in every for index, text in texts.items() if index not in self.named}
@@ -168,11 +170,15 @@ class BadImageWatch:
         if len(bad) > self.bad.limit:
             raise BadImagesError(self._error_text(bad))
         if (fresh or bad and not self.bad.replace) and distributed.is_primary():
-            _logger.warning("%d of %d %s images cannot be read (at most %d may be, --max-bad-images) and %s%s",
-                            len(bad), len(self.dataset), self.what, self.bad.limit,
-                            "others are trained on instead" if self.bad.replace else
-                            "count as images in which nothing was found",
-                            ": " + _list(list(fresh.values())) if fresh else "")
+            _logger.warning(
+                "%d of %d %s images cannot be read (at most %d may be, --max-bad-images) and %s%s",
+                len(bad),
+                len(self.dataset),
+                self.what,
+                self.bad.limit,
+                "others are trained on instead" if self.bad.replace else "count as images in which nothing was found",
+                ": " + _list(list(fresh.values())) if fresh else "",
+            )
         return len(bad)
 
     def _describe(self, index: int, with_reason: bool) -> str:
@@ -187,10 +193,12 @@ class BadImageWatch:
 
     def _error_text(self, bad: list[int]) -> str:
         everything = ", that is all of them" if len(bad) == len(self.dataset) else ""
-        return (f"{len(bad)} of {len(self.dataset)} {self.what} images cannot be read{everything}; at most "
-                f"{self.bad.limit} may be (--max-bad-images): {_list([self.named[index] for index in bad], 3)}. "
-                f"See whether {self.dataset.data_dir} and the disk it is on are still there; mend these files, take "
-                "them out of the json, or allow more.")
+        return (
+            f"{len(bad)} of {len(self.dataset)} {self.what} images cannot be read{everything}; at most "
+            f"{self.bad.limit} may be (--max-bad-images): {_list([self.named[index] for index in bad], 3)}. "
+            f"See whether {self.dataset.data_dir} and the disk it is on are still there; mend these files, take "
+            "them out of the json, or allow more."
+        )
 
 
 def _list(texts: list[str], limit: int = _MAX_NAMED) -> str:

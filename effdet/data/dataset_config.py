@@ -11,36 +11,65 @@ Splits = dict[str, dict[str, Any]]
 
 
 def _coco(year: str) -> Splits:
-    files = {"train": "instances_train", "val": "instances_val", "test": "image_info_test",
-             "testdev": "image_info_test-dev"}
-    return {name: {"ann_filename": f"annotations/{file}{year}.json", "img_dir": f"{name.removesuffix('dev')}{year}",
-                   "has_labels": file.startswith("instances")} for name, file in files.items()}
+    files = {
+        "train": "instances_train",
+        "val": "instances_val",
+        "test": "image_info_test",
+        "testdev": "image_info_test-dev",
+    }
+    return {
+        name: {
+            "ann_filename": f"annotations/{file}{year}.json",
+            "img_dir": f"{name.removesuffix('dev')}{year}",
+            "has_labels": file.startswith("instances"),
+        }
+        for name, file in files.items()
+    }
 
 
 def _voc(year: str, name: str) -> dict[str, Any]:
-    return {"split_filename": f"VOC{year}/ImageSets/Main/{name}.txt", "ann_filename": f"VOC{year}/Annotations/%s.xml",
-            "img_dir": f"VOC{year}/JPEGImages"}
+    return {
+        "split_filename": f"VOC{year}/ImageSets/Main/{name}.txt",
+        "ann_filename": f"VOC{year}/Annotations/%s.xml",
+        "img_dir": f"VOC{year}/JPEGImages",
+    }
 
 
 def _open_images(name: str, boxes: str, labels: str) -> dict[str, Any]:
-    return {"img_dir": name, "img_info": f"annotations/{name}-info.csv", "has_labels": True,
-            "prefix_levels": int(name == "train"), "ann_bbox": f"annotations/{boxes}", "ann_img_label":
-            f"annotations/{labels}"}
+    return {
+        "img_dir": name,
+        "img_info": f"annotations/{name}-info.csv",
+        "has_labels": True,
+        "prefix_levels": int(name == "train"),
+        "ann_bbox": f"annotations/{boxes}",
+        "ann_img_label": f"annotations/{labels}",
+    }
 
 
 def _open_images_v5() -> Splits:
     names = {"train": "train", "val": "validation", "test": "test"}
-    return {split: _open_images(name, f"{name}-annotations-bbox.csv",
-                                f"{name}-annotations-human-imagelabels-boxable.csv") for split, name in names.items()}
+    return {
+        split: _open_images(name, f"{name}-annotations-bbox.csv", f"{name}-annotations-human-imagelabels-boxable.csv")
+        for split, name in names.items()
+    }
 
 
 def _open_images_2019() -> Splits:
     prefix = "challenge-2019/challenge-2019"
-    splits = {split: _open_images(name, f"{prefix}-{name}-detection-bbox.csv",
-                                  f"{prefix}-{name}-detection-human-imagelabels.csv")
-              for split, name in {"train": "train", "val": "validation"}.items()}
-    splits["test"] = {"img_dir": "challenge2019", "img_info": "annotations/challenge-2019/challenge2019-info",
-                      "has_labels": False, "prefix_levels": 0, "ann_bbox": "", "ann_img_label": ""}
+    splits = {
+        split: _open_images(
+            name, f"{prefix}-{name}-detection-bbox.csv", f"{prefix}-{name}-detection-human-imagelabels.csv"
+        )
+        for split, name in {"train": "train", "val": "validation"}.items()
+    }
+    splits["test"] = {
+        "img_dir": "challenge2019",
+        "img_info": "annotations/challenge-2019/challenge2019-info",
+        "has_labels": False,
+        "prefix_levels": 0,
+        "ann_bbox": "",
+        "ann_img_label": "",
+    }
     return splits
 
 

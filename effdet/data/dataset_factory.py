@@ -27,10 +27,26 @@ from .dataset_config import (
 from .parsers import CocoParserCfg, OpenImagesParserCfg, VocParserCfg, create_parser
 
 __all__ = [
-    "Coco2014Cfg", "Coco2017Cfg", "CocoCfg", "CocoParserCfg", "OpenImagesCfg", "OpenImagesObjCfg",
-    "OpenImagesObjChallenge2019Cfg", "OpenImagesObjV5Cfg", "OpenImagesParserCfg", "OpenImagesSegCfg",
-    "OpenImagesSegChallenge2019Cfg", "OpenImagesSegV5Cfg", "Voc0712Cfg", "Voc2007Cfg", "Voc2012Cfg", "VocCfg",
-    "VocParserCfg", "create_dataset", "create_parser", "open_coco",
+    "Coco2014Cfg",
+    "Coco2017Cfg",
+    "CocoCfg",
+    "CocoParserCfg",
+    "OpenImagesCfg",
+    "OpenImagesObjCfg",
+    "OpenImagesObjChallenge2019Cfg",
+    "OpenImagesObjV5Cfg",
+    "OpenImagesParserCfg",
+    "OpenImagesSegCfg",
+    "OpenImagesSegChallenge2019Cfg",
+    "OpenImagesSegV5Cfg",
+    "Voc0712Cfg",
+    "Voc2007Cfg",
+    "Voc2012Cfg",
+    "VocCfg",
+    "VocParserCfg",
+    "create_dataset",
+    "create_parser",
+    "open_coco",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -138,21 +154,32 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
         part = _named_split(layout.splits, year, split)
         lists, annotations, folders = (
             [part[key]] if isinstance(part[key], str) else part[key]
-            for key in ("split_filename", "ann_filename", "img_dir"))
-        cfg = VocParserCfg([str(root / path) for path in lists], [str(root / path) for path in annotations],
-                           [f"{folder}/{layout.img_filename}" for folder in folders], min_img_size=smallest)
+            for key in ("split_filename", "ann_filename", "img_dir")
+        )
+        cfg = VocParserCfg(
+            [str(root / path) for path in lists],
+            [str(root / path) for path in annotations],
+            [f"{folder}/{layout.img_filename}" for folder in folders],
+            min_img_size=smallest,
+        )
         return root, create_parser("voc", cfg=cfg)
     if name.startswith("openimages"):
         key = "openimages-challenge2019" if "challenge2019" in name else "openimages"
         layout = _OPEN_IMAGES[key]()
         part = _named_split(layout.splits, key, split)
         cfg = OpenImagesParserCfg(
-            str(root / layout.categories_map), str(root / part["img_info"]),
-            str(root / part["ann_bbox"]) if part["has_labels"] else "", img_filename=layout.img_filename,
-            prefix_levels=part["prefix_levels"], has_labels=part["has_labels"], min_img_size=smallest)
+            str(root / layout.categories_map),
+            str(root / part["img_info"]),
+            str(root / part["ann_bbox"]) if part["has_labels"] else "",
+            img_filename=layout.img_filename,
+            prefix_levels=part["prefix_levels"],
+            has_labels=part["has_labels"],
+            min_img_size=smallest,
+        )
         return root / part["img_dir"], create_parser("openimages", cfg=cfg)
-    raise ValueError(f"data set {name!r} is unknown, available: coco (2017), coco2017, coco2014, "
-                     f"{', '.join([*_VOC, *_OPEN_IMAGES])}")
+    raise ValueError(
+        f"data set {name!r} is unknown, available: coco (2017), coco2017, coco2014, {', '.join([*_VOC, *_OPEN_IMAGES])}"
+    )
 
 
 def _named_split(splits: dict[str, Any], name: str, split: str) -> Any:

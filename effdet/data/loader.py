@@ -246,14 +246,19 @@ def create_loader(
             "DetBenchTrain's input_sizes), not by the loader: leave sampler and anchor_labeler out"
         )
     base = unwrap_subset(dataset)
-    base.transform = pipeline_transform(transform_fn) if is_pipeline(transform_fn) else transform_fn or _make_transform(
-        input_size,
-        is_training,
-        interpolation=interpolation,
-        use_prefetcher=use_prefetcher,
-        fill_color=fill_color,
-        mean=mean,
-        std=std,
+    base.transform = (
+        pipeline_transform(transform_fn)
+        if is_pipeline(transform_fn)
+        else transform_fn
+        or _make_transform(
+            input_size,
+            is_training,
+            interpolation=interpolation,
+            use_prefetcher=use_prefetcher,
+            fill_color=fill_color,
+            mean=mean,
+            std=std,
+        )
     )
     if hasattr(base, "seed"):
         base.seed = seed
@@ -292,8 +297,14 @@ def create_loader(
 
 
 def _make_sampler(
-    dataset: Any, batch_size: int, is_training: bool, drop_last: bool, seed: int, rank: int, world_size: int,
-    sizes: Sequence[tuple[int, int]]
+    dataset: Any,
+    batch_size: int,
+    is_training: bool,
+    drop_last: bool,
+    seed: int,
+    rank: int,
+    world_size: int,
+    sizes: Sequence[tuple[int, int]],
 ) -> TrainSampler | EvalSampler:
     if not is_training:
         return EvalSampler(dataset, rank, world_size)

@@ -255,7 +255,13 @@ class Normalize:
 
 
 _DRAW_STANDARD = {
-    ResizePad, RandomResizePad, RandomResizePadToNumpy, RandomFlip, ImageToNumpy, ImageToTensor, Normalize
+    ResizePad,
+    RandomResizePad,
+    RandomResizePadToNumpy,
+    RandomFlip,
+    ImageToNumpy,
+    ImageToTensor,
+    Normalize,
 }
 
 

@@ -1,4 +1,5 @@
 """`python -m effdet.datacheck`."""
+
 import sys
 
 from .check import main

@@ -3,6 +3,7 @@
 A box below that is matched with its best anchor all the same, but with that one only, and poorly. Boxes here are where
 the letterbox of the evaluation puts them; a training that scales images at random sees them smaller and larger.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def suggest_anchors(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, config: Any) -
         sizes_wh: width and height of the image of each box, [n, 2].
         config: the model config.
     """
+
     def try_setting(image_size: Sequence[int], scale: Any, ratios: Sequence[Any]) -> float:
         tried = ModelSpec({**config, "image_size": image_size, "anchor_scale": scale, "aspect_ratios": ratios})
         return float(find_reached(letterbox_boxes(boxes_yxyx, sizes_wh, image_size), tried).mean())

@@ -3,6 +3,7 @@
 Exit status: 0 clean, 3 with warnings, 4 with errors (training would refuse, or meet broken images); 1 when the check
 could not be made and 2 for a wrong flag, as everywhere.
 """
+
 from __future__ import annotations
 
 import logging
@@ -71,8 +72,10 @@ def status_of(stats: DataStats) -> int:
 def verdict(stats: DataStats) -> str:
     """Return the last line: what the status says."""
     count = {level: sum(finding.level == level for finding in stats.findings) for level in STATUS}
-    return (f"data check: {count['error']} error(s), {count['warning']} warning(s), {count['note']} note(s); "
-            f"status {status_of(stats)}")
+    return (
+        f"data check: {count['error']} error(s), {count['warning']} warning(s), {count['note']} note(s); "
+        f"status {status_of(stats)}"
+    )
 
 
 def text_lines(stats: DataStats, config: object) -> list[str]:
@@ -84,12 +87,19 @@ def text_lines(stats: DataStats, config: object) -> list[str]:
         lines += ["", *class_lines(stats)]
     if stats.suggestion is not None and stats.suggestion.better:
         found = stats.suggestion
-        lines += ["", f"share of {found.boxes} train boxes that an anchor overlaps with IoU 0.5 or more, and the cost "
-                      "of a step:", f"  {100 * found.present.share:5.1f} %  1.0 x  as it is"]
+        lines += [
+            "",
+            f"share of {found.boxes} train boxes that an anchor overlaps with IoU 0.5 or more, and the cost of a step:",
+            f"  {100 * found.present.share:5.1f} %  1.0 x  as it is",
+        ]
         lines += [f"  {100 * one.share:5.1f} %  {one.cost:.1f} x  {one.flags}" for one in found.better]
     lines.append("")
-    lines += [f"{finding.level}: {finding.text}" for level in reversed(STATUS) for finding in stats.findings
-              if finding.level == level]
+    lines += [
+        f"{finding.level}: {finding.text}"
+        for level in reversed(STATUS)
+        for finding in stats.findings
+        if finding.level == level
+    ]
     return lines
 
 
@@ -99,13 +109,15 @@ def split_lines(split: SplitStats, config: object) -> list[str]:
     height, width = config.image_size
     bad = sum(scan.broken.values()) + report.errors.get("missing_image", 0)
     empty = report.num_images_without_boxes
-    lines = [f"{split.name}: {report.source}, images in {split.img_dir}",
-             f"  {report.num_images} images ({empty} without boxes, {bad} broken or missing), "
-             f"{report.num_annotations} annotations, {len(split.sides_px)} boxes"
-             + (f" ({per_image.mean():.1f} in an image, at most {per_image.max()})" if len(per_image) else ""),
-             f"  {len(scan.names)} images decoded in {scan.seconds:.1f} s",
-             f"  box size (square root of the area) in the {height} x {width} (height x width) input of {config.name},",
-             "  and the share that no anchor overlaps with IoU 0.5:"]
+    lines = [
+        f"{split.name}: {report.source}, images in {split.img_dir}",
+        f"  {report.num_images} images ({empty} without boxes, {bad} broken or missing), "
+        f"{report.num_annotations} annotations, {len(split.sides_px)} boxes"
+        + (f" ({per_image.mean():.1f} in an image, at most {per_image.max()})" if len(per_image) else ""),
+        f"  {len(scan.names)} images decoded in {scan.seconds:.1f} s",
+        f"  box size (square root of the area) in the {height} x {width} (height x width) input of {config.name},",
+        "  and the share that no anchor overlaps with IoU 0.5:",
+    ]
     counts = split.side_counts
     for k, count in enumerate(counts):
         if count:
@@ -126,15 +138,28 @@ def side_label(k: int) -> str:
 def class_lines(stats: DataStats) -> list[str]:
     """Return the table of classes: boxes, and images with such boxes, in each split."""
     names = [split.name for split in stats.splits]
-    rows = [(f"{i}", name, *(f"{boxes} ({images})" for boxes, images in
-                             (split.class_counts.get(i, (0, 0)) for split in stats.splits)))
-            for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)]
+    rows = [
+        (
+            f"{i}",
+            name,
+            *(f"{boxes} ({images})" for boxes, images in (split.class_counts.get(i, (0, 0)) for split in stats.splits)),
+        )
+        for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)
+    ]
     shown = [("id", "class", *(f"{name} boxes (images)" for name in names)), *rows[:_MOST_CLASSES]]
     widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]
     lines = [f"{stats.categories}"]
-    lines += ["  " + "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]),
-                                *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))])
-              for row in shown]
+    lines += [
+        "  "
+        + "  ".join(
+            [
+                row[0].rjust(widths[0]),
+                row[1].ljust(widths[1]),
+                *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)),
+            ]
+        )
+        for row in shown
+    ]
     if len(rows) > _MOST_CLASSES:
         lines.append(f"  ... {len(rows) - _MOST_CLASSES} more: the html has them all")
     return lines

@@ -1,4 +1,5 @@
 """The data check's stats as one html file: no scripts, nothing loaded from elsewhere."""
+
 from __future__ import annotations
 
 import base64
@@ -43,30 +44,44 @@ def write_html(path: Path, stats: DataStats, config: Any, seed: int = 0) -> None
         seed: of the choice of samples.
     """
     levels = [finding.level for finding in stats.findings]
-    parts = [f"<h1>Data check</h1><p>{levels.count('error')} errors, {levels.count('warning')} warnings, "
-             f"{levels.count('note')} notes. Sizes are pixels of the {config.image_size[0]} x {config.image_size[1]} "
-             f"(height x width) input of {_text(config.name)}.</p><ul>"]
-    parts += [f'<li class="{finding.level}"><b>{finding.level}</b>: {_text(finding.text)}</li>' for level in
-              ("error", "warning", "note") for finding in stats.findings if finding.level == level]
+    parts = [
+        f"<h1>Data check</h1><p>{levels.count('error')} errors, {levels.count('warning')} warnings, "
+        f"{levels.count('note')} notes. Sizes are pixels of the {config.image_size[0]} x {config.image_size[1]} "
+        f"(height x width) input of {_text(config.name)}.</p><ul>"
+    ]
+    parts += [
+        f'<li class="{finding.level}"><b>{finding.level}</b>: {_text(finding.text)}</li>'
+        for level in ("error", "warning", "note")
+        for finding in stats.findings
+        if finding.level == level
+    ]
     parts.append("</ul>")
     parts += [_split_part(split) for split in stats.splits]
     if stats.suggestion is not None and stats.suggestion.better:
         rows = [("as it is", f"{100 * stats.suggestion.present.share:.1f} %", "1.0 x")]
         rows += [(one.flags, f"{100 * one.share:.1f} %", f"{one.cost:.1f} x") for one in stats.suggestion.better]
-        parts.append(f"<h2>Anchors</h2><p>Share of {stats.suggestion.boxes} train boxes that an anchor overlaps with "
-                     "IoU 0.5 or more, and the cost of a step.</p>" + _table(("setting", "reached", "cost"), rows))
+        parts.append(
+            f"<h2>Anchors</h2><p>Share of {stats.suggestion.boxes} train boxes that an anchor overlaps with "
+            "IoU 0.5 or more, and the cost of a step.</p>" + _table(("setting", "reached", "cost"), rows)
+        )
     if stats.categories is not None:
-        rows = [(name, str(i), *(f"{n}" for split in stats.splits for n in split.class_counts.get(i, (0, 0))))
-                for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)]
+        rows = [
+            (name, str(i), *(f"{n}" for split in stats.splits for n in split.class_counts.get(i, (0, 0))))
+            for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)
+        ]
         head = ("class", "id", *(f"{split.name} {what}" for split in stats.splits for what in ("boxes", "images")))
         parts.append("<h2>Classes</h2>" + _table(head, rows))
     for split in stats.splits:
-        parts.append(f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, stats, config, seed)}"
-                     "</div>")
+        parts.append(
+            f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, stats, config, seed)}</div>"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-'
-                    f'width,initial-scale=1"><title>Data check</title><style>{_STYLE}</style>' + "\n".join(parts),
-                    encoding="utf-8", errors="replace")
+    path.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-'
+        f'width,initial-scale=1"><title>Data check</title><style>{_STYLE}</style>' + "\n".join(parts),
+        encoding="utf-8",
+        errors="replace",
+    )
 
 
 def _text(value: Any) -> str:
@@ -85,12 +100,16 @@ def _split_part(split: SplitStats) -> str:
     for k in np.flatnonzero(counts):
         low, high = SIDE_EDGES_PX[k : k + 2]
         missed = f"{100 * (1 - split.reached[k] / split.tested[k]):.1f} %" if split.tested[k] else ""
-        rows.append(f"<tr><td>{low:g}{f' to {high:g}' if np.isfinite(high) else ' and more'}<td>{counts[k]}<td>{missed}"
-                    f'<td class=bar><i style="width:{100 * counts[k] / counts.max():.1f}%"></i>')
-    return (f"<h2>{_text(split.name)}: {report.num_images} images, {len(split.sides_px)} boxes</h2>"
-            f"<p>{_text(report.source)}, images in {_text(split.img_dir)}</p>"
-            "<div class=wide><table><tr><th>box size, px<th>boxes<th>no anchor<th class=text>"
-            f"{''.join(rows)}</table></div>")
+        rows.append(
+            f"<tr><td>{low:g}{f' to {high:g}' if np.isfinite(high) else ' and more'}<td>{counts[k]}<td>{missed}"
+            f'<td class=bar><i style="width:{100 * counts[k] / counts.max():.1f}%"></i>'
+        )
+    return (
+        f"<h2>{_text(split.name)}: {report.num_images} images, {len(split.sides_px)} boxes</h2>"
+        f"<p>{_text(report.source)}, images in {_text(split.img_dir)}</p>"
+        "<div class=wide><table><tr><th>box size, px<th>boxes<th>no anchor<th class=text>"
+        f"{''.join(rows)}</table></div>"
+    )
 
 
 def _samples(split: SplitStats, stats: DataStats, config: Any, seed: int) -> str:
@@ -110,9 +129,11 @@ def _samples(split: SplitStats, stats: DataStats, config: Any, seed: int) -> str
         file = io.BytesIO()
         draw_detections(shown, boxes[:, [1, 0, 3, 2]], labels, colors=colors).save(file, "JPEG", quality=85)
         missed = int((~find_reached(boxes, config)).sum())
-        drawn.append(f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
-                     f"<figcaption>{_text(info['file_name'])}, {len(boxes)} boxes"
-                     f"{f', {missed} without an anchor' if missed else ''}</figcaption></figure>")
+        drawn.append(
+            f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+            f"<figcaption>{_text(info['file_name'])}, {len(boxes)} boxes"
+            f"{f', {missed} without an anchor' if missed else ''}</figcaption></figure>"
+        )
         if len(drawn) == _SAMPLES:
             break
     return "".join(drawn)

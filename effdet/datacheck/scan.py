@@ -2,6 +2,7 @@
 
 Nothing here knows of boxes. Memory stays at two short hashes for each image, whatever their number.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -128,8 +129,14 @@ def scan_images(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, pr
         now = time.perf_counter()
         if now - said > _PROGRESS_S:
             rate = len(scan.names) / (now - started)
-            _logger.info("%s: %d of %d images decoded, %.0f a second, about %.0f s left", folder, len(scan.names),
-                         total, rate, (total - len(scan.names)) / rate)
+            _logger.info(
+                "%s: %d of %d images decoded, %.0f a second, about %.0f s left",
+                folder,
+                len(scan.names),
+                total,
+                rate,
+                (total - len(scan.names)) / rate,
+            )
             said = now
     scan.seconds = time.perf_counter() - started
     return scan
@@ -148,8 +155,10 @@ def _results(jobs: list[tuple], processes: int) -> Iterator[tuple]:
                 yield result
         except BrokenProcessPool as error:
             near = jobs[done // _CHUNK * _CHUNK][0]
-            raise RuntimeError(f"a process that decodes images was ended, at or soon after {near}: an image may be "
-                               "too large for the memory; -j 0 decodes in one process and shows which") from error
+            raise RuntimeError(
+                f"a process that decodes images was ended, at or soon after {near}: an image may be "
+                "too large for the memory; -j 0 decodes in one process and shows which"
+            ) from error
 
 
 def repeats_within(hashes: Iterable[bytes | None], names: list[str]) -> list[tuple[str, str]]:

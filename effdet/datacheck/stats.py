@@ -1,4 +1,5 @@
 """The stats that a data check reports: counted, measured and judged. How they are shown is not known here."""
+
 from __future__ import annotations
 
 import functools
@@ -102,8 +103,9 @@ def image_sizes(arrays: CocoArrays) -> np.ndarray:
     return np.array(sizes, dtype=np.float64).reshape(-1, 2)
 
 
-def gather_stats(paths: dict[str, tuple[Path, Path] | Exception], config: Any, num_classes: int | None,
-                 processes: int, seed: int = 0) -> DataStats:
+def gather_stats(
+    paths: dict[str, tuple[Path, Path] | Exception], config: Any, num_classes: int | None, processes: int, seed: int = 0
+) -> DataStats:
     """Check the splits of a data set.
 
     Args:
@@ -154,8 +156,9 @@ def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> S
     sample = draw_sample(len(boxes), _TESTED_BOXES, seed)
     reached = find_reached(boxes[sample], config)
     tested = np.histogram(sides[sample], SIDE_EDGES_PX)[0]
-    return SplitStats(name, img_dir, arrays, report, sides, tested,
-                      np.histogram(sides[sample][reached], SIDE_EDGES_PX)[0])
+    return SplitStats(
+        name, img_dir, arrays, report, sides, tested, np.histogram(sides[sample][reached], SIDE_EDGES_PX)[0]
+    )
 
 
 def draw_sample(total: int, most: int, seed: int) -> np.ndarray:
@@ -178,19 +181,28 @@ def judge_split(split: SplitStats, max_det: int) -> Iterator[Finding]:
         level = "note" if level == "warning" and kind in _HARMLESS else level
         yield Finding(level, f"{split.name}: {text}")
     for kind, count in split.scan.broken.items():
-        yield Finding("error", f"{split.name}: {count} {BROKEN[kind]} ({'; '.join(split.scan.examples[kind])}"
-                               f"{'; ...' if count > MAX_EXAMPLES else ''}): replace them or take them out of the json")
+        yield Finding(
+            "error",
+            f"{split.name}: {count} {BROKEN[kind]} ({'; '.join(split.scan.examples[kind])}"
+            f"{'; ...' if count > MAX_EXAMPLES else ''}): replace them or take them out of the json",
+        )
     if not len(split.arrays.img_infos):
         yield Finding("error", f"{split.name}: there are no images")
     elif not len(split.sides_px):
         yield Finding("error", f"{split.name}: there are no boxes")
     crowded = int((split.boxes_per_image > max_det).sum())
     if crowded and split.name == "val":
-        yield Finding("warning", f"{split.name}: {crowded} images have more than {max_det} boxes, and no more are "
-                                 f"predicted in one: give --max-det {split.boxes_per_image.max()}")
+        yield Finding(
+            "warning",
+            f"{split.name}: {crowded} images have more than {max_det} boxes, and no more are "
+            f"predicted in one: give --max-det {split.boxes_per_image.max()}",
+        )
     if split.report.num_images_without_boxes:
-        yield Finding("note", f"{split.name}: {split.report.num_images_without_boxes} of {split.report.num_images} "
-                              "images have no boxes; they teach what background looks like")
+        yield Finding(
+            "note",
+            f"{split.name}: {split.report.num_images_without_boxes} of {split.report.num_images} "
+            "images have no boxes; they teach what background looks like",
+        )
 
 
 def judge_categories(stats: DataStats, num_classes: int | None) -> None:
@@ -209,11 +221,16 @@ def judge_categories(stats: DataStats, num_classes: int | None) -> None:
     if not (train and val):
         return
     names = dict(zip(stats.categories.ids, stats.categories.names, strict=True))
-    renamed = [f"{row['id']}: {names[row['id']]!r} in train, {row['name']!r} in val" for row in val.arrays.categories
-               if row["id"] in names and names[row["id"]] != row["name"]]
+    renamed = [
+        f"{row['id']}: {names[row['id']]!r} in train, {row['name']!r} in val"
+        for row in val.arrays.categories
+        if row["id"] in names and names[row["id"]] != row["name"]
+    ]
     if renamed:
-        stats.add("warning", f"classes: {len(renamed)} ids have other names in val than in train: "
-                             f"{_some(renamed)}; the ids count")
+        stats.add(
+            "warning",
+            f"classes: {len(renamed)} ids have other names in val than in train: {_some(renamed)}; the ids count",
+        )
     only_val = [names[i] for i in val.class_counts if i not in train.class_counts]
     only_train = [names[i] for i in train.class_counts if i not in val.class_counts]
     if only_val:
@@ -230,9 +247,12 @@ def judge_repeats(stats: DataStats) -> None:
         if shared:
             same = sum(equal for _, _, equal in shared)
             pairs = _some([f"{first} = {second}" for first, second, _ in shared])
-            stats.add("warning", f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
-                                 f"equal files, {len(shared) - same} with equal pixels in another file; train = val: "
-                                 f"{pairs}): they make the AP look better than it is; take them out of one split")
+            stats.add(
+                "warning",
+                f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
+                f"equal files, {len(shared) - same} with equal pixels in another file; train = val: "
+                f"{pairs}): they make the AP look better than it is; take them out of one split",
+            )
     for split in stats.splits:
         repeats = repeats_within(split.scan.pixel_hashes, split.scan.names)
         if repeats:
@@ -248,8 +268,11 @@ def judge_anchors(found: Suggestion) -> Iterator[Finding]:
         yield Finding("note", missed)
         return
     level = "warning" if take.share >= present + _GAIN_WORTH_A_WARNING else "note"
-    yield Finding(level, f"{missed}; {take.flags} would leave {100 * (1 - take.share):.1f} % at equal cost (class and "
-                         "box heads of published weights were trained with the present anchors)")
+    yield Finding(
+        level,
+        f"{missed}; {take.flags} would leave {100 * (1 - take.share):.1f} % at equal cost (class and "
+        "box heads of published weights were trained with the present anchors)",
+    )
 
 
 def _some(texts: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
 """Pascal VOC's metric, image by image from dicts of arrays."""
+
 from __future__ import annotations
 
 import unicodedata
@@ -22,8 +23,10 @@ class PascalDetectionEvaluator:
             matching_iou_threshold: 0.5; a ValueError for another one.
         """
         if matching_iou_threshold != MATCH_IOU:
-            raise ValueError(f"matching_iou_threshold is {matching_iou_threshold}: VOC's metric is at {MATCH_IOU}; "
-                             "CocoEvaluator has AP at .50:.95")
+            raise ValueError(
+                f"matching_iou_threshold is {matching_iou_threshold}: VOC's metric is at {MATCH_IOU}; "
+                "CocoEvaluator has AP at .50:.95"
+            )
         self._categories = [dict(category) for category in categories]
         self.clear()
 
@@ -74,5 +77,7 @@ def _rows(image_id: Any, arrays: Mapping[str, np.ndarray], key: str, values: np.
     """Return COCO's form of an image's boxes, with a further value of each."""
     y_min, x_min, y_max, x_max = np.asarray(arrays["bbox"], dtype=np.float64).reshape(-1, 4).T
     boxes_xywh = np.stack([x_min, y_min, x_max - x_min, y_max - y_min], 1).tolist()
-    return [{"image_id": image_id, "category_id": int(category), "bbox": box, key: float(value)}
-            for category, box, value in zip(arrays["cls"], boxes_xywh, values, strict=True)]
+    return [
+        {"image_id": image_id, "category_id": int(category), "bbox": box, key: float(value)}
+        for category, box, value in zip(arrays["cls"], boxes_xywh, values, strict=True)
+    ]

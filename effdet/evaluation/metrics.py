@@ -1,4 +1,5 @@
 """Precision, recall and average precision of one class."""
+
 from __future__ import annotations
 
 import math
@@ -8,8 +9,9 @@ import numpy as np
 from effdet.metrics.voc import average_precision
 
 
-def compute_precision_recall(scores: np.ndarray, labels: np.ndarray, num_gt: float
-                             ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+def compute_precision_recall(
+    scores: np.ndarray, labels: np.ndarray, num_gt: float
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Compute precision and recall after each detection, by falling score.
 
     Args:
@@ -24,8 +26,10 @@ def compute_precision_recall(scores: np.ndarray, labels: np.ndarray, num_gt: flo
         ValueError: as many scores as labels are needed, and at least as many objects as right detections.
     """
     if len(scores) != len(labels) or labels.sum() > num_gt:
-        raise ValueError(f"{len(scores)} scores for {len(labels)} labels, {labels.sum()} of them right, of {num_gt} "
-                         "objects: there must be as many scores as labels, and no fewer objects than right ones")
+        raise ValueError(
+            f"{len(scores)} scores for {len(labels)} labels, {labels.sum()} of them right, of {num_gt} "
+            "objects: there must be as many scores as labels, and no fewer objects than right ones"
+        )
     if num_gt == 0:
         return None, None
     right = labels[np.argsort(scores)[::-1]]
@@ -50,7 +54,10 @@ def compute_average_precision(precision: np.ndarray | None, recall: np.ndarray |
         return math.nan
     if precision is None or recall is None or len(precision) != len(recall):
         raise ValueError("precision and recall must be of one length, or both None")
-    if len(recall) and not (0 <= min(precision.min(), recall.min()) and max(precision.max(), recall.max()) <= 1
-                            and (np.diff(recall) >= 0).all()):
+    if len(recall) and not (
+        0 <= min(precision.min(), recall.min())
+        and max(precision.max(), recall.max()) <= 1
+        and (np.diff(recall) >= 0).all()
+    ):
         raise ValueError("precision and recall must be in 0..1, and recall must not fall")
     return average_precision(precision, recall)

@@ -6,6 +6,7 @@ tensors, datasets, processes (evaluator.py). Boxes are xywh.
 Source: the numbers are those of pycocotools' COCOeval (cocodataset.org/#detection-eval). hotcoco fills the same tables,
 bit for bit, in a tenth of the time (the tests compare them); without it pycocotools does the work.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,10 +26,10 @@ try:
     import hotcoco
 except ImportError:  # no build for this platform
     hotcoco = None
-if not hasattr(getattr(hotcoco, 'COCO', None), 'from_arrays'):  # older than 1.3
+if not hasattr(getattr(hotcoco, "COCO", None), "from_arrays"):  # older than 1.3
     hotcoco = None
 
-__all__ = ['ClassMetrics', 'CocoScores', 'index_ground_truth', 'make_result_rows', 'score_rows']
+__all__ = ["ClassMetrics", "CocoScores", "index_ground_truth", "make_result_rows", "score_rows"]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,18 +46,18 @@ class _Stat(NamedTuple):
 
 
 _STATS = (
-    _Stat('AP', 'precision', None, 'all', 2),
-    _Stat('AP50', 'precision', 0.5, 'all', 2),
-    _Stat('AP75', 'precision', 0.75, 'all', 2),
-    _Stat('AP_small', 'precision', None, 'small', 2),
-    _Stat('AP_medium', 'precision', None, 'medium', 2),
-    _Stat('AP_large', 'precision', None, 'large', 2),
-    _Stat('AR1', 'recall', None, 'all', 0),
-    _Stat('AR10', 'recall', None, 'all', 1),
-    _Stat('AR100', 'recall', None, 'all', 2),
-    _Stat('AR_small', 'recall', None, 'small', 2),
-    _Stat('AR_medium', 'recall', None, 'medium', 2),
-    _Stat('AR_large', 'recall', None, 'large', 2),
+    _Stat("AP", "precision", None, "all", 2),
+    _Stat("AP50", "precision", 0.5, "all", 2),
+    _Stat("AP75", "precision", 0.75, "all", 2),
+    _Stat("AP_small", "precision", None, "small", 2),
+    _Stat("AP_medium", "precision", None, "medium", 2),
+    _Stat("AP_large", "precision", None, "large", 2),
+    _Stat("AR1", "recall", None, "all", 0),
+    _Stat("AR10", "recall", None, "all", 1),
+    _Stat("AR100", "recall", None, "all", 2),
+    _Stat("AR_small", "recall", None, "small", 2),
+    _Stat("AR_medium", "recall", None, "medium", 2),
+    _Stat("AR_large", "recall", None, "large", 2),
 )
 
 
@@ -103,13 +104,15 @@ class CocoScores:
 
     def table(self) -> str:
         """Return the 12 numbers as a text table of 12 lines."""
-        return '\n'.join(
-            f'{stat.name:<9}  IoU {"0.50:0.95" if stat.iou is None else f"{stat.iou:.2f}":<9}  area {stat.area:<6}  '
-            f'best {self.max_dets[stat.limit]:>3}  {self.stats[stat.name]:6.3f}' for stat in _STATS)
+        return "\n".join(
+            f"{stat.name:<9}  IoU {'0.50:0.95' if stat.iou is None else f'{stat.iou:.2f}':<9}  area {stat.area:<6}  "
+            f"best {self.max_dets[stat.limit]:>3}  {self.stats[stat.name]:6.3f}"
+            for stat in _STATS
+        )
 
     def class_rows(self) -> list[dict[str, Any]]:
         """Return the per-class table with all of its columns as json values; undefined numbers are None."""
-        rows = [{**row._asdict(), 'AP': plain_number(row.AP), 'AP50': plain_number(row.AP50)} for row in self.per_class]
+        rows = [{**row._asdict(), "AP": plain_number(row.AP), "AP50": plain_number(row.AP50)} for row in self.per_class]
         if self.tables is not None:
             for row, values in zip(rows, self.tables.ap, strict=True):
                 row.update(zip(self.tables.names, map(plain_number, values.tolist()), strict=True))
@@ -118,10 +121,10 @@ class CocoScores:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the curves as json values; undefined numbers are None."""
         return {
-            'stats': {name: plain_number(value) for name, value in self.stats.items()},
-            'per_class': self.class_rows(),
-            'image_count': self.image_count,
-            'max_dets': list(self.max_dets),
+            "stats": {name: plain_number(value) for name, value in self.stats.items()},
+            "per_class": self.class_rows(),
+            "image_count": self.image_count,
+            "max_dets": list(self.max_dets),
         }
 
 
@@ -134,7 +137,7 @@ def _silent() -> Iterator[None]:
 
 def _index_coco(images: Sequence[Any], categories: Sequence[Any], annotations: list[dict[str, Any]]) -> COCO:
     coco = COCO()
-    coco.dataset = {'images': list(images), 'categories': list(categories), 'annotations': annotations}
+    coco.dataset = {"images": list(images), "categories": list(categories), "annotations": annotations}
     with _silent():
         coco.createIndex()
     return coco
@@ -154,23 +157,35 @@ def index_ground_truth(source: Mapping[str, Any]) -> COCO:
     """
     annotations: list[dict[str, Any]] = []
     unusable = []
-    for annotation in source.get('annotations', ()):
-        box_xywh = annotation.get('bbox') or ()
+    for annotation in source.get("annotations", ()):
+        box_xywh = annotation.get("bbox") or ()
         if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
-            unusable.append(annotation.get('id'))
+            unusable.append(annotation.get("id"))
             continue
-        annotations.append({
-            'id': len(annotations) + 1, 'image_id': annotation['image_id'], 'category_id': annotation['category_id'],
-            'bbox': list(box_xywh), 'area': annotation.get('area', box_xywh[2] * box_xywh[3]),
-            'iscrowd': int(annotation.get('iscrowd', 0)), 'difficult': int(annotation.get('difficult', 0))})
+        annotations.append(
+            {
+                "id": len(annotations) + 1,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": list(box_xywh),
+                "area": annotation.get("area", box_xywh[2] * box_xywh[3]),
+                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "difficult": int(annotation.get("difficult", 0)),
+            }
+        )
     if unusable:
-        _logger.warning('%d ground-truth annotations without four finite bbox numbers are left out of the evaluation: '
-                        'ids %s%s', len(unusable), unusable[:5], ' ...' if len(unusable) > 5 else '')
-    return _index_coco(source.get('images', ()), source.get('categories', ()), annotations)
+        _logger.warning(
+            "%d ground-truth annotations without four finite bbox numbers are left out of the evaluation: ids %s%s",
+            len(unusable),
+            unusable[:5],
+            " ..." if len(unusable) > 5 else "",
+        )
+    return _index_coco(source.get("images", ()), source.get("categories", ()), annotations)
 
 
-def make_result_rows(images: Mapping[Any, np.ndarray], category_ids: np.ndarray, known_ids: Collection[int]
-                     ) -> list[dict[str, Any]]:
+def make_result_rows(
+    images: Mapping[Any, np.ndarray], category_ids: np.ndarray, known_ids: Collection[int]
+) -> list[dict[str, Any]]:
     """Turn predictions into COCO result rows of plain Python values.
 
     Args:
@@ -191,13 +206,20 @@ def make_result_rows(images: Mapping[Any, np.ndarray], category_ids: np.ndarray,
         # The shortest decimal that is the same float32: no tie is made or broken, no digits are invented.
         scores = detections[keep, 4].astype(str).astype(np.float64)
         rows.extend(
-            {'image_id': image_id, 'category_id': category_id, 'bbox': box, 'score': score}
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             for category_id, box, score in zip(
-                category_ids[class_idx[keep]].tolist(), box_xywh.round(_BOX_DECIMALS).tolist(), scores.tolist(),
-                strict=True))
+                category_ids[class_idx[keep]].tolist(),
+                box_xywh.round(_BOX_DECIMALS).tolist(),
+                scores.tolist(),
+                strict=True,
+            )
+        )
     if dropped:
-        _logger.warning('%d predictions are of classes without a category in the ground truth and were dropped: %s',
-                        sum(dropped.values()), ', '.join(f'class {c}: {n}' for c, n in sorted(dropped.items())))
+        _logger.warning(
+            "%d predictions are of classes without a category in the ground truth and were dropped: %s",
+            sum(dropped.values()),
+            ", ".join(f"class {c}: {n}" for c, n in sorted(dropped.items())),
+        )
     return rows
 
 
@@ -216,18 +238,22 @@ def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collecti
     Raises:
         ValueError: a row's image is not in the ground truth.
     """
-    strangers = {row['image_id'] for row in rows} - set(truth.getImgIds())
+    strangers = {row["image_id"] for row in rows} - set(truth.getImgIds())
     if strangers:
-        raise ValueError(f'{len(strangers)} predicted images are not in the ground truth, e.g. image id '
-                         f'{min(strangers)}: dataset.parser.img_ids must come from the same json')
+        raise ValueError(
+            f"{len(strangers)} predicted images are not in the ground truth, e.g. image id "
+            f"{min(strangers)}: dataset.parser.img_ids must come from the same json"
+        )
     limits = (1, 10, max(100, max_det))
     by_hotcoco = hotcoco is not None and bool(rows) and bool(truth.anns) and bool(img_ids)
-    _logger.info('boxes are matched by %s', 'hotcoco' if by_hotcoco else 'pycocotools')
+    _logger.info("boxes are matched by %s", "hotcoco" if by_hotcoco else "pycocotools")
     tables = (_fill_by_hotcoco if by_hotcoco else _fill_by_pycocotools)(truth, rows, img_ids, limits)
-    counts = Counter(a['category_id'] for a in truth.dataset['annotations']
-                     if a['image_id'] in img_ids and not a['iscrowd'])
-    return CocoScores(_stats_of(tables), _classes_of(truth, tables, counts), len(img_ids), limits,
-                      _class_tables(tables))
+    counts = Counter(
+        a["category_id"] for a in truth.dataset["annotations"] if a["image_id"] in img_ids and not a["iscrowd"]
+    )
+    return CocoScores(
+        _stats_of(tables), _classes_of(truth, tables, counts), len(img_ids), limits, _class_tables(tables)
+    )
 
 
 class _Tables(NamedTuple):
@@ -238,46 +264,58 @@ class _Tables(NamedTuple):
 
 
 _IOUS = np.linspace(0.5, 0.95, 10)
-_AREAS = ('all', 'small', 'medium', 'large')
+_AREAS = ("all", "small", "medium", "large")
 
 
-def _fill_by_pycocotools(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any],
-                         limits: Sequence[int]) -> _Tables:
-    boxes = [{**row, 'id': number, 'area': row['bbox'][2] * row['bbox'][3], 'iscrowd': 0}
-             for number, row in enumerate(rows, start=1)]
-    run = COCOeval(truth, _index_coco(truth.dataset['images'], truth.dataset['categories'], boxes), 'bbox')
+def _fill_by_pycocotools(
+    truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], limits: Sequence[int]
+) -> _Tables:
+    boxes = [
+        {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for number, row in enumerate(rows, start=1)
+    ]
+    run = COCOeval(truth, _index_coco(truth.dataset["images"], truth.dataset["categories"], boxes), "bbox")
     run.params.imgIds = sorted(img_ids)
     run.params.maxDets = list(limits)
     with _silent():
         run.evaluate()
         run.accumulate()
-    return _Tables(run.eval['precision'], run.eval['recall'])
+    return _Tables(run.eval["precision"], run.eval["recall"])
 
 
-def _fill_by_hotcoco(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any],
-                     limits: Sequence[int]) -> _Tables:
+def _fill_by_hotcoco(
+    truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], limits: Sequence[int]
+) -> _Tables:
     """Fill the tables by hotcoco, which takes ids from 0 on only: images and categories are numbered in their order."""
     image_at = {img_id: k for k, img_id in enumerate(sorted(img_ids))}
     category_at = {category_id: k for k, category_id in enumerate(sorted(truth.getCatIds()))}
     # An annotation of a category that is not listed counts in no table.
-    annotations = [a for a in truth.dataset['annotations']
-                   if a['image_id'] in image_at and a['category_id'] in category_at]
+    annotations = [
+        a for a in truth.dataset["annotations"] if a["image_id"] in image_at and a["category_id"] in category_at
+    ]
     index = hotcoco.COCO.from_arrays(
-        [{'id': k, 'width': 0, 'height': 0} for k in image_at.values()],
-        [{'id': k, 'name': str(k)} for k in category_at.values()],
-        np.array([image_at[a['image_id']] for a in annotations], dtype=np.int64),
-        np.array([category_at[a['category_id']] for a in annotations], dtype=np.int64),
-        np.array([a['bbox'] for a in annotations], dtype=np.float64).reshape(-1, 4),
-        area=np.array([a['area'] for a in annotations], dtype=np.float64),
-        iscrowd=np.array([a['iscrowd'] for a in annotations], dtype=np.int64))
-    results = np.array([(image_at[row['image_id']], *row['bbox'], row['score'], category_at[row['category_id']])
-                        for row in rows if row['image_id'] in image_at], dtype=np.float64).reshape(-1, 7)
-    run = hotcoco.COCOeval(index, index.load_res(results), 'bbox')
+        [{"id": k, "width": 0, "height": 0} for k in image_at.values()],
+        [{"id": k, "name": str(k)} for k in category_at.values()],
+        np.array([image_at[a["image_id"]] for a in annotations], dtype=np.int64),
+        np.array([category_at[a["category_id"]] for a in annotations], dtype=np.int64),
+        np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
+        area=np.array([a["area"] for a in annotations], dtype=np.float64),
+        iscrowd=np.array([a["iscrowd"] for a in annotations], dtype=np.int64),
+    )
+    results = np.array(
+        [
+            (image_at[row["image_id"]], *row["bbox"], row["score"], category_at[row["category_id"]])
+            for row in rows
+            if row["image_id"] in image_at
+        ],
+        dtype=np.float64,
+    ).reshape(-1, 7)
+    run = hotcoco.COCOeval(index, index.load_res(results), "bbox")
     run.params.imgIds = list(image_at.values())
     run.params.maxDets = list(limits)
     run.evaluate()
     run.accumulate()
-    return _Tables(np.asarray(run.eval['precision']), np.asarray(run.eval['recall']))
+    return _Tables(np.asarray(run.eval["precision"]), np.asarray(run.eval["recall"]))
 
 
 def _mean_defined(values: np.ndarray) -> float:
@@ -299,12 +337,18 @@ def _stats_of(tables: _Tables) -> dict[str, float]:
 
 def _classes_of(truth: COCO, tables: _Tables, counts: Mapping[Any, int]) -> list[ClassMetrics]:
     """Read each category's AP off the precision table."""
-    precision = tables.precision[..., _AREAS.index('all'), -1]  # [T, R, K]
+    precision = tables.precision[..., _AREAS.index("all"), -1]  # [T, R, K]
     at_50 = precision[np.isclose(_IOUS, 0.5)]
     return [
-        ClassMetrics(k.item() if isinstance(k, np.generic) else k, str(truth.cats[k].get('name', k)),
-                     _mean_defined(precision[:, :, at]), _mean_defined(at_50[:, :, at]), counts.get(k, 0))
-        for at, k in enumerate(sorted(truth.getCatIds()))]
+        ClassMetrics(
+            k.item() if isinstance(k, np.generic) else k,
+            str(truth.cats[k].get("name", k)),
+            _mean_defined(precision[:, :, at]),
+            _mean_defined(at_50[:, :, at]),
+            counts.get(k, 0),
+        )
+        for at, k in enumerate(sorted(truth.getCatIds()))
+    ]
 
 
 def _class_tables(tables: _Tables) -> ClassTables:
@@ -312,9 +356,12 @@ def _class_tables(tables: _Tables) -> ClassTables:
     best = tables.precision[..., -1]  # [T, R, K, A]
     at = {iou: best[np.isclose(_IOUS, iou)][0] for iou in (0.5, 0.75)}  # [R, K, A]
     over_ious = best.mean(axis=0)  # a category is absent (-1) at all thresholds or at none
-    columns = {'AP75': at[0.75][..., 0].mean(axis=0)}
-    columns |= {f'AP_{area}': over_ious[..., k].mean(axis=0) for k, area in enumerate(_AREAS) if area != 'all'}
+    columns = {"AP75": at[0.75][..., 0].mean(axis=0)}
+    columns |= {f"AP_{area}": over_ious[..., k].mean(axis=0) for k, area in enumerate(_AREAS) if area != "all"}
     curves = np.stack([table[..., 0].T for table in (at[0.5], at[0.75], over_ious)])
     ap = np.stack(list(columns.values()), axis=1)
-    return ClassTables(tuple(columns), np.where(ap < 0, np.nan, ap).astype(np.float32),
-                       np.where(curves < 0, np.nan, curves).astype(np.float32))
+    return ClassTables(
+        tuple(columns),
+        np.where(ap < 0, np.nan, ap).astype(np.float32),
+        np.where(curves < 0, np.nan, curves).astype(np.float32),
+    )

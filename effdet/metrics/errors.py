@@ -3,6 +3,7 @@
 Lives here: numpy on plain arrays in one process. Boxes are xyxy in an image's pixels; classes are positions in the
 sorted list of category ids.
 """
+
 from __future__ import annotations
 
 import heapq
@@ -33,8 +34,13 @@ class Matches(NamedTuple):
     object_state: np.ndarray
 
 
-def match_image(objects_xyxy: np.ndarray, object_classes: np.ndarray, predicted_xyxy: np.ndarray,
-                  predicted_classes: np.ndarray, crowds_xyxy: np.ndarray | None = None) -> Matches:
+def match_image(
+    objects_xyxy: np.ndarray,
+    object_classes: np.ndarray,
+    predicted_xyxy: np.ndarray,
+    predicted_classes: np.ndarray,
+    crowds_xyxy: np.ndarray | None = None,
+) -> Matches:
     """Match predictions with objects at IoU 0.5, each at most once.
 
     First, by falling score, each prediction takes the free object of its class that it overlaps most; what is left of
@@ -125,8 +131,14 @@ class Analysis:
     threshold: float
 
 
-def analyse(truth: Any, predictions: Mapping[Any, np.ndarray], class_of_label: Sequence[int], threshold: float = 0.3,
-            num_worst: int = 8, max_images: int = 2000) -> Analysis:
+def analyse(
+    truth: Any,
+    predictions: Mapping[Any, np.ndarray],
+    class_of_label: Sequence[int],
+    threshold: float = 0.3,
+    num_worst: int = 8,
+    max_images: int = 2000,
+) -> Analysis:
     """Match the predictions of an evaluation with its ground truth.
 
     Args:
@@ -163,8 +175,14 @@ def analyse(truth: Any, predictions: Mapping[Any, np.ndarray], class_of_label: S
     return Analysis(confusion, worst, len(ids), threshold)
 
 
-def _image(truth: Any, image_id: Any, rows: np.ndarray, class_of_id: Mapping[Any, int], label_to_class: np.ndarray,
-             threshold: float) -> ImageErrors:
+def _image(
+    truth: Any,
+    image_id: Any,
+    rows: np.ndarray,
+    class_of_id: Mapping[Any, int],
+    label_to_class: np.ndarray,
+    threshold: float,
+) -> ImageErrors:
     annotations = [a for a in truth.imgToAnns.get(image_id, ()) if a["category_id"] in class_of_id]
     single = [a for a in annotations if not a["iscrowd"]]
     objects_xyxy = _to_xyxy([a["bbox"] for a in single])
@@ -175,8 +193,15 @@ def _image(truth: Any, image_id: Any, rows: np.ndarray, class_of_id: Mapping[Any
     keep = keep[np.argsort(-rows[keep, 4], kind="stable")]
     predicted, found = rows[keep, :4].astype(np.float64), found[keep]
     crowds = _to_xyxy([a["bbox"] for a in annotations if a["iscrowd"]])
-    return ImageErrors(image_id, objects_xyxy, classes, predicted, found, rows[keep, 4],
-                   match_image(objects_xyxy, classes, predicted, found, crowds))
+    return ImageErrors(
+        image_id,
+        objects_xyxy,
+        classes,
+        predicted,
+        found,
+        rows[keep, 4],
+        match_image(objects_xyxy, classes, predicted, found, crowds),
+    )
 
 
 def _to_xyxy(boxes_xywh: Sequence[Sequence[float]]) -> np.ndarray:

@@ -5,6 +5,7 @@ What lives here: COCO-style ground truth and result rows in, numbers out, on pla
 Source: the rules of the VOC development kit from 2010 on (area under the precision envelope, difficult objects
 ignored); group boxes as in Open Images' detection challenge: what lies inside one of its class is ignored.
 """
+
 from __future__ import annotations
 
 import math
@@ -47,8 +48,11 @@ class VocScores:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as json values; undefined numbers are None."""
-        return {"stats": {name: plain_number(value) for name, value in self.stats.items()},
-                "per_class": self.class_rows(), "image_count": self.image_count}
+        return {
+            "stats": {name: plain_number(value) for name, value in self.stats.items()},
+            "per_class": self.class_rows(),
+            "image_count": self.image_count,
+        }
 
 
 def score_voc(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any]) -> VocScores:
@@ -104,8 +108,9 @@ def _match(rows: Sequence[Mapping[str, Any]], objects: Mapping[Any, Sequence[Map
     return hits[counts]
 
 
-def _overlaps(found_xywh: Sequence[Sequence[float]], present_xywh: Sequence[Sequence[float]]
-              ) -> tuple[np.ndarray, np.ndarray]:
+def _overlaps(
+    found_xywh: Sequence[Sequence[float]], present_xywh: Sequence[Sequence[float]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the IoU of each detection with each object, and the share of the detection inside it: [n, m] both."""
     found, present = (np.array(boxes, dtype=np.float64) for boxes in (found_xywh, present_xywh))
     areas, present_areas = found[:, None, 2] * found[:, None, 3], present[:, 2] * present[:, 3]

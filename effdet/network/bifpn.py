@@ -2,6 +2,7 @@
 
 Source: EfficientDet, https://arxiv.org/abs/1911.09070, section 3. The layouts are in config/fpn_config.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,26 +31,49 @@ class SequentialList(nn.Sequential):
 class FpnCombine(nn.Module):
     """Sum the feature maps at some offsets, each resampled to the node's level, with one weight for each."""
 
-    def __init__(self, feature_info: Sequence[dict], fpn_channels: int, inputs_offsets: Sequence[int],
-                 output_size: tuple[int, int], pad_type: str = "", downsample: str | None = None,
-                 upsample: str | None = None, norm_layer: LayerMaker = nn.BatchNorm2d, apply_resample_bn: bool = False,
-                 redundant_bias: bool = False, weight_method: str = "attn") -> None:
+    def __init__(
+        self,
+        feature_info: Sequence[dict],
+        fpn_channels: int,
+        inputs_offsets: Sequence[int],
+        output_size: tuple[int, int],
+        pad_type: str = "",
+        downsample: str | None = None,
+        upsample: str | None = None,
+        norm_layer: LayerMaker = nn.BatchNorm2d,
+        apply_resample_bn: bool = False,
+        redundant_bias: bool = False,
+        weight_method: str = "attn",
+    ) -> None:
         super().__init__()
         if weight_method not in ("attn", "fastattn", "sum"):
             raise ValueError(f"Unknown weight_method '{weight_method}': choose attn, fastattn or sum.")
         self.inputs_offsets = tuple(inputs_offsets)
         self.weight_method = weight_method
-        self.resample = nn.ModuleDict({
-            str(offset): ResampleFeatureMap(
-                feature_info[offset]["num_chs"], fpn_channels, feature_info[offset]["size"], output_size, pad_type,
-                downsample, upsample, norm_layer, apply_resample_bn, redundant_bias)
-            for offset in self.inputs_offsets})
+        self.resample = nn.ModuleDict(
+            {
+                str(offset): ResampleFeatureMap(
+                    feature_info[offset]["num_chs"],
+                    fpn_channels,
+                    feature_info[offset]["size"],
+                    output_size,
+                    pad_type,
+                    downsample,
+                    upsample,
+                    norm_layer,
+                    apply_resample_bn,
+                    redundant_bias,
+                )
+                for offset in self.inputs_offsets
+            }
+        )
         self.edge_weights = None if weight_method == "sum" else nn.Parameter(torch.ones(len(self.inputs_offsets)))
 
     def forward(self, x: list[Tensor]) -> Tensor:
         """Combine the feature maps of the cell so far into one [B, C, H, W], without a stacked copy of them."""
-        nodes = [resample(x[offset])
-                 for offset, resample in zip(self.inputs_offsets, self.resample.values(), strict=True)]
+        nodes = [
+            resample(x[offset]) for offset, resample in zip(self.inputs_offsets, self.resample.values(), strict=True)
+        ]
         if self.edge_weights is None:
             total = nodes[0]
             for node in nodes[1:]:
@@ -83,11 +107,23 @@ class Fnode(nn.Module):
 class BiFpnLayer(nn.Module):
     """One cell of the pyramid."""
 
-    def __init__(self, feature_info: Sequence[dict], feat_sizes: Sequence[tuple[int, int]], fpn_config: Any,
-                 fpn_channels: int, num_levels: int = 5, pad_type: str = "", downsample: str | None = None,
-                 upsample: str | None = None, norm_layer: LayerMaker = nn.BatchNorm2d, act_layer: LayerMaker = nn.SiLU,
-                 apply_resample_bn: bool = False, pre_act: bool = True, separable_conv: bool = True,
-                 redundant_bias: bool = False) -> None:
+    def __init__(
+        self,
+        feature_info: Sequence[dict],
+        feat_sizes: Sequence[tuple[int, int]],
+        fpn_config: Any,
+        fpn_channels: int,
+        num_levels: int = 5,
+        pad_type: str = "",
+        downsample: str | None = None,
+        upsample: str | None = None,
+        norm_layer: LayerMaker = nn.BatchNorm2d,
+        act_layer: LayerMaker = nn.SiLU,
+        apply_resample_bn: bool = False,
+        pre_act: bool = True,
+        separable_conv: bool = True,
+        redundant_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.num_levels = num_levels
         nodes_info = [{"num_chs": fpn_channels, "size": feat_sizes[node["feat_level"]]} for node in fpn_config.nodes]
@@ -95,15 +131,34 @@ class BiFpnLayer(nn.Module):
         conv = SeparableConv2d if separable_conv else ConvBnAct2d
         self.fnode = nn.ModuleList()
         for node in fpn_config.nodes:
-            combine = FpnCombine(cell_info, fpn_channels, node["inputs_offsets"], feat_sizes[node["feat_level"]],
-                                 pad_type, downsample, upsample, norm_layer, apply_resample_bn, redundant_bias,
-                                 node["weight_method"])
+            combine = FpnCombine(
+                cell_info,
+                fpn_channels,
+                node["inputs_offsets"],
+                feat_sizes[node["feat_level"]],
+                pad_type,
+                downsample,
+                upsample,
+                norm_layer,
+                apply_resample_bn,
+                redundant_bias,
+                node["weight_method"],
+            )
             after_combine = nn.Sequential()
             if pre_act:
                 after_combine.add_module("act", act_layer(inplace=True))
-            after_combine.add_module("conv", conv(
-                fpn_channels, fpn_channels, kernel_size=3, padding=pad_type, bias=redundant_bias and pre_act,
-                norm_layer=norm_layer, act_layer=None if pre_act else act_layer))
+            after_combine.add_module(
+                "conv",
+                conv(
+                    fpn_channels,
+                    fpn_channels,
+                    kernel_size=3,
+                    padding=pad_type,
+                    bias=redundant_bias and pre_act,
+                    norm_layer=norm_layer,
+                    act_layer=None if pre_act else act_layer,
+                ),
+            )
             self.fnode.append(Fnode(combine, after_combine))
         self.feature_info = cell_info[-num_levels:]
 
@@ -112,7 +167,7 @@ class BiFpnLayer(nn.Module):
         maps = list(x)
         for node in self.fnode:
             maps.append(node(maps))
-        return maps[-self.num_levels:]
+        return maps[-self.num_levels :]
 
 
 class BiFpn(nn.Module):
@@ -125,25 +180,47 @@ class BiFpn(nn.Module):
         norm_layer = get_norm_layer(config)
         layout = ModelSpec(config.fpn_config or get_fpn_config(config.fpn_name, config.min_level, config.max_level))
         feat_sizes = get_feat_sizes(config.image_size, config.max_level)
-        info = [{"num_chs": entry["num_chs"], "size": feat_sizes[config.min_level + index]}
-                for index, entry in enumerate(feature_info)]
+        info = [
+            {"num_chs": entry["num_chs"], "size": feat_sizes[config.min_level + index]}
+            for index, entry in enumerate(feature_info)
+        ]
 
         self.resample = nn.ModuleDict()
         for index in range(len(info), config.num_levels):
             size = feat_sizes[config.min_level + index]
             # Only the first extra level has a convolution: from then on the channels agree.
             self.resample[str(index)] = ResampleFeatureMap(
-                info[-1]["num_chs"], config.fpn_channels, info[-1]["size"], size, config.pad_type,
-                config.downsample_type, config.upsample_type, norm_layer, config.apply_resample_bn,
-                config.redundant_bias)
+                info[-1]["num_chs"],
+                config.fpn_channels,
+                info[-1]["size"],
+                size,
+                config.pad_type,
+                config.downsample_type,
+                config.upsample_type,
+                norm_layer,
+                config.apply_resample_bn,
+                config.redundant_bias,
+            )
             info.append({"num_chs": config.fpn_channels, "size": size})
 
         self.cell = SequentialList()
         for repeat in range(config.fpn_cell_repeats):
             layer = BiFpnLayer(
-                info, feat_sizes, layout, config.fpn_channels, config.num_levels, config.pad_type,
-                config.downsample_type, config.upsample_type, norm_layer, get_activation(config.act_type),
-                config.apply_resample_bn, not config.conv_bn_relu_pattern, config.separable_conv, config.redundant_bias)
+                info,
+                feat_sizes,
+                layout,
+                config.fpn_channels,
+                config.num_levels,
+                config.pad_type,
+                config.downsample_type,
+                config.upsample_type,
+                norm_layer,
+                get_activation(config.act_type),
+                config.apply_resample_bn,
+                not config.conv_bn_relu_pattern,
+                config.separable_conv,
+                config.redundant_bias,
+            )
             self.cell.add_module(str(repeat), layer)
             info = layer.feature_info
 

@@ -1,4 +1,5 @@
 """Batch norms that only scale and shift, folded into the convolutions before them: fewer passes for prediction."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -74,6 +75,10 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         shift = shift + conv.bias.double() * scale
     weight = conv.weight
     folded = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-    conv.weight = nn.Parameter(folded.contiguous(memory_format=torch.channels_last) if weight.is_contiguous(
-        memory_format=torch.channels_last) else folded, requires_grad=False)
+    conv.weight = nn.Parameter(
+        folded.contiguous(memory_format=torch.channels_last)
+        if weight.is_contiguous(memory_format=torch.channels_last)
+        else folded,
+        requires_grad=False,
+    )
     conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)

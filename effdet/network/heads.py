@@ -1,4 +1,5 @@
 """The prediction heads: convolutions shared by all levels, with batch norms of their own for each level."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -32,13 +33,16 @@ class HeadNet(nn.Module):
         conv = SeparableConv2d if config.separable_conv else ConvBnAct2d
         options = {"kernel_size": 3, "padding": config.pad_type, "norm_layer": None, "act_layer": None}
         self.conv_rep = nn.ModuleList(
-            conv(channels, channels, bias=config.redundant_bias, **options) for _ in range(repeats))
+            conv(channels, channels, bias=config.redundant_bias, **options) for _ in range(repeats)
+        )
         if self.bn_level_first:
-            self.bn_rep = nn.ModuleList(nn.ModuleList(norm_layer(channels) for _ in range(repeats))
-                                        for _ in range(self.num_levels))
+            self.bn_rep = nn.ModuleList(
+                nn.ModuleList(norm_layer(channels) for _ in range(repeats)) for _ in range(self.num_levels)
+            )
         else:
-            self.bn_rep = nn.ModuleList(nn.ModuleList(_named_bn(norm_layer(channels)) for _ in range(self.num_levels))
-                                        for _ in range(repeats))
+            self.bn_rep = nn.ModuleList(
+                nn.ModuleList(_named_bn(norm_layer(channels)) for _ in range(self.num_levels)) for _ in range(repeats)
+            )
         self.act = get_activation(getattr(config, "head_act_type", None) or config.act_type)(inplace=True)
         num_anchors = len(config.aspect_ratios) * config.num_scales
         self.predict = conv(channels, num_outputs * num_anchors, bias=True, **options)

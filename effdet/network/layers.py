@@ -3,6 +3,7 @@
 Attribute names are those of the published state dicts. Convolutions and pools come from timm, which knows
 TensorFlow's SAME padding.
 """
+
 from __future__ import annotations
 
 import math
@@ -37,19 +38,31 @@ def get_activation(name: str | None) -> LayerMaker:
     try:
         return get_act_layer(name or "silu")
     except KeyError as error:
-        raise ValueError(f"Unknown activation '{name}': use a name of timm.layers.get_act_layer, such as silu, relu, "
-                         "relu6, leaky_relu, hard_swish or mish.") from error
+        raise ValueError(
+            f"Unknown activation '{name}': use a name of timm.layers.get_act_layer, such as silu, relu, "
+            "relu6, leaky_relu, hard_swish or mish."
+        ) from error
 
 
 class ConvBnAct2d(nn.Module):
     """Convolution, then batch norm and activation where asked for."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1,
-                 padding: str = "", bias: bool = False, norm_layer: LayerMaker | None = nn.BatchNorm2d,
-                 act_layer: LayerMaker | None = nn.SiLU) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "",
+        bias: bool = False,
+        norm_layer: LayerMaker | None = nn.BatchNorm2d,
+        act_layer: LayerMaker | None = nn.SiLU,
+    ) -> None:
         super().__init__()
-        self.conv = create_conv2d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation,
-                                  padding=padding, bias=bias)
+        self.conv = create_conv2d(
+            in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, padding=padding, bias=bias
+        )
         self.bn = None if norm_layer is None else norm_layer(out_channels)
         self.act = None if act_layer is None else act_layer(inplace=True)
 
@@ -64,13 +77,25 @@ class ConvBnAct2d(nn.Module):
 class SeparableConv2d(nn.Module):
     """Depthwise convolution, pointwise convolution, then batch norm and activation where asked for."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1,
-                 padding: str = "", bias: bool = False, channel_multiplier: float = 1.0, pw_kernel_size: int = 1,
-                 norm_layer: LayerMaker | None = nn.BatchNorm2d, act_layer: LayerMaker | None = nn.SiLU) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "",
+        bias: bool = False,
+        channel_multiplier: float = 1.0,
+        pw_kernel_size: int = 1,
+        norm_layer: LayerMaker | None = nn.BatchNorm2d,
+        act_layer: LayerMaker | None = nn.SiLU,
+    ) -> None:
         super().__init__()
         mid_channels = int(in_channels * channel_multiplier)
-        self.conv_dw = create_conv2d(in_channels, mid_channels, kernel_size, stride=stride, dilation=dilation,
-                                     padding=padding, depthwise=True)
+        self.conv_dw = create_conv2d(
+            in_channels, mid_channels, kernel_size, stride=stride, dilation=dilation, padding=padding, depthwise=True
+        )
         self.conv_pw = create_conv2d(mid_channels, out_channels, pw_kernel_size, padding=padding, bias=bias)
         self.bn = None if norm_layer is None else norm_layer(out_channels)
         self.act = None if act_layer is None else act_layer(inplace=True)
@@ -86,9 +111,13 @@ class SeparableConv2d(nn.Module):
 class Interpolate2d(nn.Module):
     """F.interpolate as a module: give either `size` (height, width) or `scale_factor`."""
 
-    def __init__(self, size: int | tuple[int, int] | None = None,
-                 scale_factor: float | tuple[float, float] | None = None, mode: str = "nearest",
-                 align_corners: bool = False) -> None:
+    def __init__(
+        self,
+        size: int | tuple[int, int] | None = None,
+        scale_factor: float | tuple[float, float] | None = None,
+        mode: str = "nearest",
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
         self.size = size
         self.scale_factor = scale_factor
@@ -117,23 +146,46 @@ def _make_pool(kind: str, input_size: tuple[int, int], output_size: tuple[int, i
 class ResampleFeatureMap(nn.Sequential):
     """Bring a feature map to another level: 1x1 convolution if the channels differ, then pool or interpolate."""
 
-    def __init__(self, in_channels: int, out_channels: int, input_size: tuple[int, int], output_size: tuple[int, int],
-                 pad_type: str = "", downsample: str | None = None, upsample: str | None = None,
-                 norm_layer: LayerMaker = nn.BatchNorm2d, apply_bn: bool = False, redundant_bias: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        input_size: tuple[int, int],
+        output_size: tuple[int, int],
+        pad_type: str = "",
+        downsample: str | None = None,
+        upsample: str | None = None,
+        norm_layer: LayerMaker = nn.BatchNorm2d,
+        apply_bn: bool = False,
+        redundant_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.input_size = input_size
         self.output_size = output_size
         if in_channels != out_channels:
-            self.add_module("conv", ConvBnAct2d(
-                in_channels, out_channels, kernel_size=1, padding=pad_type, bias=not apply_bn or redundant_bias,
-                norm_layer=norm_layer if apply_bn else None, act_layer=None))
+            self.add_module(
+                "conv",
+                ConvBnAct2d(
+                    in_channels,
+                    out_channels,
+                    kernel_size=1,
+                    padding=pad_type,
+                    bias=not apply_bn or redundant_bias,
+                    norm_layer=norm_layer if apply_bn else None,
+                    act_layer=None,
+                ),
+            )
         downsample, upsample = downsample or "max", upsample or "nearest"
         if input_size[0] > output_size[0] or input_size[1] > output_size[1]:
             pooled = downsample in ("max", "avg")
-            self.add_module("downsample", _make_pool(downsample, input_size, output_size, pad_type) if pooled
-                            else Interpolate2d(size=tuple(output_size), mode=downsample))
+            self.add_module(
+                "downsample",
+                _make_pool(downsample, input_size, output_size, pad_type)
+                if pooled
+                else Interpolate2d(size=tuple(output_size), mode=downsample),
+            )
         elif input_size[0] < output_size[0] or input_size[1] < output_size[1]:
             self.add_module("upsample", Interpolate2d(size=tuple(output_size), mode=upsample))
 
@@ -151,8 +203,9 @@ def _fan_in_normal_(weight: Tensor) -> None:
 
 def _init_bias_(bias: Tensor | None, name: str) -> None:
     if bias is not None:
-        nn.init.constant_(bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
-                          if "class_net.predict" in name else 0.0)
+        nn.init.constant_(
+            bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY) if "class_net.predict" in name else 0.0
+        )
 
 
 def init_weight(module: nn.Module, name: str = "") -> None:

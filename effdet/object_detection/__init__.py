@@ -2,6 +2,7 @@
 
 Nothing of ours uses these: they are thin, over ops/boxes.py, for programs that put their own labeler together.
 """
+
 from .argmax_matcher import ArgMaxMatcher
 from .box_coder import FasterRcnnBoxCoder
 from .box_list import BoxList

@@ -1,4 +1,5 @@
 """Match each anchor with the ground-truth box it is most similar to."""
+
 from __future__ import annotations
 
 import torch
@@ -21,8 +22,13 @@ class ArgMaxMatcher:
         google/automl, efficientdet/object_detection/argmax_matcher.py.
     """
 
-    def __init__(self, matched_threshold: float, unmatched_threshold: float | None = None,
-                 negatives_lower_than_unmatched: bool = True, force_match_for_each_row: bool = False) -> None:
+    def __init__(
+        self,
+        matched_threshold: float,
+        unmatched_threshold: float | None = None,
+        negatives_lower_than_unmatched: bool = True,
+        force_match_for_each_row: bool = False,
+    ) -> None:
         """Make a matcher.
 
         Args:
@@ -36,8 +42,10 @@ class ArgMaxMatcher:
         """
         low = matched_threshold if unmatched_threshold is None else unmatched_threshold
         if low > matched_threshold or (low == matched_threshold and not negatives_lower_than_unmatched):
-            raise ValueError(f"unmatched_threshold {low} must be at most matched_threshold {matched_threshold}, and "
-                             "below it where negatives lie between the two")
+            raise ValueError(
+                f"unmatched_threshold {low} must be at most matched_threshold {matched_threshold}, and "
+                "below it where negatives lie between the two"
+            )
         self._thresholds = matched_threshold, low
         self._negatives_lower_than_unmatched = negatives_lower_than_unmatched
         self._force_match_for_each_row = force_match_for_each_row

@@ -1,4 +1,5 @@
 """Boxes to deltas relative to anchors, and back."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Boxes of one image with further tensors that belong to them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

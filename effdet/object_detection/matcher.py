@@ -1,4 +1,5 @@
 """What a matcher found."""
+
 from __future__ import annotations
 
 import torch
@@ -42,9 +43,14 @@ class Match:
         """Return the rows of `matched_column_indices`: int64 [n]."""
         return self.match_results[self.matched_column_indicator()].long()
 
-    def gather_based_on_match(self, input_tensor: Tensor, unmatched_value: Tensor | float,
-                              ignored_value: Tensor | float) -> Tensor:
+    def gather_based_on_match(
+        self, input_tensor: Tensor, unmatched_value: Tensor | float, ignored_value: Tensor | float
+    ) -> Tensor:
         """Return the row of `input_tensor` [M, ...] for each column, or the value for those without one: [N, ...]."""
-        fill = [torch.as_tensor(value, dtype=input_tensor.dtype, device=input_tensor.device)
-                .expand(1, *input_tensor.shape[1:]) for value in (ignored_value, unmatched_value)]
+        fill = [
+            torch.as_tensor(value, dtype=input_tensor.dtype, device=input_tensor.device).expand(
+                1, *input_tensor.shape[1:]
+            )
+            for value in (ignored_value, unmatched_value)
+        ]
         return torch.cat([*fill, input_tensor])[self.match_results + 2]

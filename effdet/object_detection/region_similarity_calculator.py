@@ -1,4 +1,5 @@
 """Areas and IoU of box lists."""
+
 from __future__ import annotations
 
 from torch import Tensor

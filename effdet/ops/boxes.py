@@ -4,6 +4,7 @@ The only place that computes an IoU; it takes tensors and numpy arrays alike. Pu
 x_min, y_max, x_max) or `_xyxy` order; the order is in the name where it matters. Coordinates are pixels, continuous: a
 box's width is x_max - x_min. No models, no I/O.
 """
+
 from __future__ import annotations
 
 import math
@@ -94,8 +95,9 @@ def clip_boxes_xyxy(boxes: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...]
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def encode_boxes(
+    boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Code boxes relative to anchors, coordinate by coordinate.
 
     Args:
@@ -116,8 +118,12 @@ def encode_boxes(boxes_yxyx: tuple[Tensor, ...], anchors_yxyx: tuple[Tensor, ...
     x_shift = (x_min + width / 2) - (anchor_x_min + anchor_width / 2)
     height, width = height + ENCODE_EPSILON, width + ENCODE_EPSILON
     anchor_height, anchor_width = anchor_height + ENCODE_EPSILON, anchor_width + ENCODE_EPSILON
-    return (y_shift / anchor_height, x_shift / anchor_width,
-            torch.log(height / anchor_height), torch.log(width / anchor_width))
+    return (
+        y_shift / anchor_height,
+        x_shift / anchor_width,
+        torch.log(height / anchor_height),
+        torch.log(width / anchor_width),
+    )
 
 
 def decode_boxes(deltas: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ target exists. focal_cpu.py does the same piece by piece on CPUs; loss.py choose
 
 Source: RetinaNet, https://arxiv.org/abs/1708.02002.
 """
+
 from __future__ import annotations
 
 import torch
@@ -25,8 +26,9 @@ def _power(base: Tensor, exponent: float) -> Tensor:
     return base.pow(exponent)
 
 
-def background_terms(logits: Tensor, gamma: float, smoothing: float, with_gradient: bool
-                      ) -> tuple[Tensor, Tensor | None]:
+def background_terms(
+    logits: Tensor, gamma: float, smoothing: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return loss and gradient of each logit for target 0, in the logits' shape, without the factor 1 - alpha.
 
     With p = sigmoid(x) and t = smoothing / 2: p^gamma * (softplus(x) - t x), whose derivative is
@@ -52,9 +54,16 @@ def foreground_terms(logits: Tensor, gamma: float, smoothing: float) -> tuple[Te
     return loss, -gradient
 
 
-def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                            smoothing: float, with_gradient: bool, gradient_dtype: torch.dtype
-                            ) -> tuple[Tensor, Tensor | None]:
+def focal_loss_and_gradient(
+    logits: Tensor,
+    class_targets: Tensor,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+    with_gradient: bool,
+    gradient_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     """Sum the focal loss over one level and compute its gradient, in fixed shapes and without waiting for values.
 
     Args:

@@ -4,6 +4,7 @@ A CPU spends the loss on reading and writing the logits, not on arithmetic, and 
 logits are worked off in pieces that stay in the cache, every one as background, and the few at an anchor's own class
 are found and corrected afterwards. Accelerators need fixed shapes and few large kernels instead.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,9 +19,16 @@ PIECE = 1 << 17
 LARGE = 80.0  # exp() of more overflows float32
 
 
-def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: int, alpha: float, gamma: float,
-                            smoothing: float, with_gradient: bool, gradient_dtype: torch.dtype
-                            ) -> tuple[Tensor, Tensor | None]:
+def focal_loss_and_gradient(
+    logits: Tensor,
+    class_targets: Tensor,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+    with_gradient: bool,
+    gradient_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     """Sum the focal loss over one level and compute its gradient, in the memory layout of the logits.
 
     Arguments and result are those of `focal.focal_loss_and_gradient`, but for gamma, which must be above 0.
@@ -48,8 +56,9 @@ def focal_loss_and_gradient(logits: Tensor, class_targets: Tensor, num_classes: 
     return total.float(), gradient
 
 
-def _find_objects(class_targets: Tensor, shape: torch.Size, num_classes: int, by_cell: bool
-                  ) -> tuple[Tensor, int, Tensor]:
+def _find_objects(
+    class_targets: Tensor, shape: torch.Size, num_classes: int, by_cell: bool
+) -> tuple[Tensor, int, Tensor]:
     """Find the anchors that are not plain background.
 
     Returns:
@@ -75,7 +84,7 @@ def _background(x: Tensor, gradient: Tensor | None, weight: float, gamma: float,
     p, ce, modulator = (torch.empty(size) for _ in range(3))
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(x), PIECE):
-        piece = x[start:start + PIECE].float()
+        piece = x[start : start + PIECE].float()
         if len(piece) < size:
             size = len(piece)
             p, ce, modulator = p[:size], ce[:size], modulator[:size]
@@ -87,7 +96,7 @@ def _background(x: Tensor, gradient: Tensor | None, weight: float, gamma: float,
             torch.add(p, ce, alpha=gamma, out=ce)
             if smoothing:
                 ce.sub_(0.5 * smoothing)
-            part = gradient[start:start + PIECE]
+            part = gradient[start : start + PIECE]
             part.copy_(ce.mul_(modulator.mul_(weight)))
     return total * weight
 

@@ -3,6 +3,7 @@
 Two kinds of label meet here. A row of a target has in `cls` its class_idx + 1, so 1..K; an anchor's class target is the
 class_idx, 0..K-1.
 """
+
 from __future__ import annotations
 
 PADDING = -1  # in `cls`: a slot without an object

@@ -5,6 +5,7 @@ are a small window of cells at some levels, a few hundred in place of all. For a
 with the nearest anchor of each size makes a second window, for the one it overlaps best. Lists of changing length cost
 a CPU nothing; accelerators need the fixed shapes of anchors.py.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -43,8 +44,9 @@ class SparseMatcher:
         self.stride = np.stack((boxes[below, 0] - boxes[first, 0], boxes[right, 1] - boxes[first, 1]), 1)
         self.stride[self.stride == 0] = np.inf  # one cell along this axis: it is in reach or not, wherever the box is
 
-    def match(self, gt_boxes: np.ndarray, image: np.ndarray, threshold: float
-              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def match(
+        self, gt_boxes: np.ndarray, image: np.ndarray, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Match boxes with anchors; see anchors.AnchorLabeler for the rules.
 
         Args:
@@ -154,8 +156,9 @@ class SparseMatcher:
             best[number] = self._iou(gt_boxes, np.full(len(everywhere), number), everywhere).argmax()
         return best
 
-    def targets(self, gt_boxes: Tensor, gt_classes: Tensor, valid: Tensor, threshold: float
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def targets(
+        self, gt_boxes: Tensor, gt_classes: Tensor, valid: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Make the targets of a batch; arguments and result as of anchors.AnchorLabeler.assign, without ignore regions.
 
         Args:

@@ -4,6 +4,7 @@ Nothing here waits for the device or loops over images or classes; a CPU, where 
 in nms_cpu.py. The greedy loop runs `max_det` times, once for each detection kept, so its cost does not depend on what
 the network predicts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ _SUPPRESSED = -1.0  # below any score
 Suppress = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
-def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int,
-                      max_detection_points: int = 5000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select_candidates(
+    cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int, max_detection_points: int = 5000
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keep the (anchor, class) pairs with the largest logits.
 
     Args:
@@ -52,12 +54,12 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
     top_logits, order = pairs.topk(count, dim=1)
     rows = torch.div(order, num_classes, rounding_mode="floor")
     anchors = anchors.gather(1, rows)
-    return (top_logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors,
-            order - rows * num_classes)
+    return (top_logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, order - rows * num_classes)
 
 
-def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100,
-                iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor]:
+def batched_nms(
+    boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100, iou_threshold: float = IOU_THRESHOLD
+) -> tuple[Tensor, Tensor]:
     """Keep the best boxes, dropping those that overlap a better one of their class by more than `iou_threshold`.
 
     Args:
@@ -91,9 +93,16 @@ def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: in
     return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
 
 
-def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int = 100,
-                     sigma: float = SOFT_NMS_SIGMA, score_threshold: float = SOFT_NMS_MIN_SCORE,
-                     method_gaussian: bool = True, iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor]:
+def batched_soft_nms(
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    max_det: int = 100,
+    sigma: float = SOFT_NMS_SIGMA,
+    score_threshold: float = SOFT_NMS_MIN_SCORE,
+    method_gaussian: bool = True,
+    iou_threshold: float = IOU_THRESHOLD,
+) -> tuple[Tensor, Tensor]:
     """Keep the best boxes, lowering the scores of those that overlap a better one of their class.
 
     Arguments and results are those of `batched_nms`; the scores returned are the lowered ones.
@@ -137,8 +146,15 @@ def batched_soft_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_de
     return torch.cat(kept_indices, 1), torch.cat(kept_scores, 1)
 
 
-def npu_nms(operator: Callable[..., tuple[Tensor, ...]], num_classes: int, boxes_xyxy: Tensor, scores: Tensor,
-            classes: Tensor, max_det: int = 100, iou_threshold: float = IOU_THRESHOLD) -> tuple[Tensor, Tensor, Tensor]:
+def npu_nms(
+    operator: Callable[..., tuple[Tensor, ...]],
+    num_classes: int,
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    max_det: int = 100,
+    iou_threshold: float = IOU_THRESHOLD,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Suppress with the operator npu_batch_nms, in float32.
 
     Against `batched_nms`: it drops boxes without an area, and boxes of equal score come in no promised order.
@@ -160,14 +176,23 @@ def npu_nms(operator: Callable[..., tuple[Tensor, ...]], num_classes: int, boxes
     """
     by_class = scores.new_zeros((*scores.shape, num_classes)).scatter(2, classes.unsqueeze(2), scores.unsqueeze(2))
     boxes, kept_scores, kept_classes, counts = operator(
-        boxes_xyxy.unsqueeze(2), by_class, 0.0, iou_threshold, max_det, max_det)
+        boxes_xyxy.unsqueeze(2), by_class, 0.0, iou_threshold, max_det, max_det
+    )
     missing = torch.arange(max_det, device=scores.device) >= counts.reshape(-1, 1)
     return boxes, kept_scores.masked_fill(missing, _SUPPRESSED), kept_classes.to(classes.dtype)
 
 
-def make_detections(logits: Tensor, deltas: Tensor, anchors_yxyx: Tensor, classes: Tensor,
-                    img_scale: Tensor | None = None, img_size: Tensor | None = None, max_det: int = 100,
-                    soft_nms: bool = False, suppress: Suppress | None = None) -> Tensor:
+def make_detections(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors_yxyx: Tensor,
+    classes: Tensor,
+    img_scale: Tensor | None = None,
+    img_size: Tensor | None = None,
+    max_det: int = 100,
+    soft_nms: bool = False,
+    suppress: Suppress | None = None,
+) -> Tensor:
     """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
 
     Args:
@@ -207,9 +232,17 @@ def make_detections(logits: Tensor, deltas: Tensor, anchors_yxyx: Tensor, classe
     return torch.cat((rows, rows.new_zeros((rows.shape[0], missing, 6))), 1) if missing > 0 else rows
 
 
-def generate_detections(cls_outputs: Tensor, box_outputs: Tensor, anchor_boxes: Tensor, indices: Tensor,
-                        classes: Tensor, img_scale: Tensor | None, img_size: Tensor | None,
-                        max_det_per_image: int = 100, soft_nms: bool = False) -> Tensor:
+def generate_detections(
+    cls_outputs: Tensor,
+    box_outputs: Tensor,
+    anchor_boxes: Tensor,
+    indices: Tensor,
+    classes: Tensor,
+    img_scale: Tensor | None,
+    img_size: Tensor | None,
+    max_det_per_image: int = 100,
+    soft_nms: bool = False,
+) -> Tensor:
     """Make the detections of one image: effdet's form of `make_detections`.
 
     Args:
@@ -229,6 +262,12 @@ def generate_detections(cls_outputs: Tensor, box_outputs: Tensor, anchor_boxes: 
     logits, order = cls_outputs.reshape(1, -1).sort(dim=1, descending=True, stable=True)
     order = order[0]
     return make_detections(
-        logits, box_outputs[order].unsqueeze(0), anchor_boxes[indices[order]].unsqueeze(0), classes[order].unsqueeze(0),
-        None if img_scale is None else img_scale.reshape(1), None if img_size is None else img_size.reshape(1, 2),
-        max_det_per_image, soft_nms)[0]
+        logits,
+        box_outputs[order].unsqueeze(0),
+        anchor_boxes[indices[order]].unsqueeze(0),
+        classes[order].unsqueeze(0),
+        None if img_scale is None else img_scale.reshape(1),
+        None if img_size is None else img_size.reshape(1, 2),
+        max_det_per_image,
+        soft_nms,
+    )[0]

@@ -3,6 +3,7 @@
 Reading a value costs a CPU nothing, so work stops as soon as the answer is known; accelerators need the fixed shapes of
 nms.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ _FIRST_BLOCK = 256  # candidates compared at a time; most images need no second 
 _BLOCK = 512
 
 
-def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int,
-                      max_detection_points: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select_candidates(
+    cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], num_classes: int, max_detection_points: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keep the (anchor, class) pairs with the largest logits; arguments and result of nms.select_candidates.
 
     A pair among the k best belongs to one of the k anchors with the largest maxima over classes, and is not below the
@@ -37,8 +39,12 @@ def select_candidates(cls_outputs: Sequence[Tensor], box_outputs: Sequence[Tenso
         values, anchors = maxima[image].topk(min(count, starts[-1]), sorted=False)
         anchors = anchors.sort().values
         cuts = torch.searchsorted(anchors, torch.tensor(starts)).tolist()
-        rows = torch.cat([level.rows(image, anchors[low:high] - start) for level, start, low, high
-                          in zip(levels, starts, cuts[:-1], cuts[1:], strict=False)]).reshape(-1)
+        rows = torch.cat(
+            [
+                level.rows(image, anchors[low:high] - start)
+                for level, start, low, high in zip(levels, starts, cuts[:-1], cuts[1:], strict=False)
+            ]
+        ).reshape(-1)
         # Fewer anchors than pairs wanted: then all pairs are in question.
         places = (rows >= values.min()).nonzero().squeeze(1) if len(anchors) == count else torch.arange(len(rows))
         best, order = rows[places].topk(count)
@@ -70,21 +76,23 @@ class _Level:
         return self.logits[image][anchors % per_cell, :, torch.div(anchors, per_cell, rounding_mode="floor")]
 
 
-def batched_nms(boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int, iou_threshold: float
-                ) -> tuple[Tensor, Tensor]:
+def batched_nms(
+    boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, max_det: int, iou_threshold: float
+) -> tuple[Tensor, Tensor]:
     """Drop boxes that overlap a better one of their class; arguments and result of nms.batched_nms."""
     kept_indices = torch.zeros(scores.shape[0], min(max_det, scores.shape[1]), dtype=torch.int64)
     kept_scores = scores.new_full(kept_indices.shape, -1.0)
     for image, (image_boxes, image_scores, image_classes) in enumerate(zip(boxes_xyxy, scores, classes, strict=True)):
         order = image_scores.argsort(descending=True, stable=True)
         kept = order[_greedy(image_boxes[order], image_classes[order], kept_indices.shape[1], iou_threshold)]
-        kept_indices[image, :len(kept)] = kept
-        kept_scores[image, :len(kept)] = image_scores[kept]
+        kept_indices[image, : len(kept)] = kept
+        kept_scores[image, : len(kept)] = image_scores[kept]
     return kept_indices, kept_scores
 
 
 def _greedy(boxes: Tensor, classes: Tensor, max_det: int, iou_threshold: float) -> Tensor:
     """Return the first `max_det` boxes that no kept earlier one suppresses; boxes come by falling score."""
+
     def suppresses(first: Tensor, second: Tensor) -> Tensor:
         same_class = classes[first].unsqueeze(1) == classes[second]
         return (pairwise_iou(boxes[first], boxes[second]) > iou_threshold) & same_class

@@ -3,6 +3,7 @@
 NonMaxSuppression returns as many rows as it keeps. A mask over the candidates brings them back to a fixed shape: what
 is not kept gets the score -1, and TopK takes a fixed number of the rest.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -43,12 +44,26 @@ def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float 
     axis_1, axis_2 = constant("axis_1", [1]), constant("axis_2", [2])
     zero, minus_one = constant("zero", 0.0, np.float32), constant("minus_one", -1.0, np.float32)
     # Scores by class [B, K, k], 0 where a candidate is of another class: those never reach the threshold.
-    same = node("Equal", [node("Unsqueeze", ["classes", axis_1], "classes_row"),
-                          constant("class_numbers", np.arange(num_classes).reshape(1, -1, 1))], "same_class")
+    same = node(
+        "Equal",
+        [
+            node("Unsqueeze", ["classes", axis_1], "classes_row"),
+            constant("class_numbers", np.arange(num_classes).reshape(1, -1, 1)),
+        ],
+        "same_class",
+    )
     by_class = node("Where", [same, node("Unsqueeze", ["scores", axis_1], "scores_row"), zero], "scores_by_class")
-    selected = node("NonMaxSuppression", ["boxes", by_class, constant("max_det", [max_det]),
-                                          constant("iou", [iou_threshold], np.float32),
-                                          constant("min_score", [0.0], np.float32)], "selected")  # [n, 3]
+    selected = node(
+        "NonMaxSuppression",
+        [
+            "boxes",
+            by_class,
+            constant("max_det", [max_det]),
+            constant("iou", [iou_threshold], np.float32),
+            constant("min_score", [0.0], np.float32),
+        ],
+        "selected",
+    )  # [n, 3]
     where = node("Gather", [selected, constant("columns", [0, 2])], "kept_at", axis=1)
     nothing = node("Expand", [minus_one, node("Shape", ["scores"], "scores_shape")], "nothing_kept")
     kept = node("ScatterND", [nothing, where, node("GatherND", ["scores", where], "kept_values")], "kept_scores")
@@ -56,11 +71,16 @@ def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float 
     at = node("Unsqueeze", ["nms_best_index", axis_2], "best_index_column")
     best_boxes = node("GatherND", ["boxes", at], "best_boxes", batch_dims=1)
     best_classes = node("GatherElements", ["classes", "nms_best_index"], "best_classes", axis=1)
-    numbers = node("Cast", [node("Add", [best_classes, constant("one", 1)], "class_from_1")], "class_column_flat",
-                   to=TensorProto.FLOAT)
+    numbers = node(
+        "Cast",
+        [node("Add", [best_classes, constant("one", 1)], "class_from_1")],
+        "class_column_flat",
+        to=TensorProto.FLOAT,
+    )
     score_column = node("Unsqueeze", [best, axis_2], "score_column")
-    rows = node("Concat", [best_boxes, score_column, node("Unsqueeze", [numbers, axis_2], "class_column")], "rows",
-                axis=2)
+    rows = node(
+        "Concat", [best_boxes, score_column, node("Unsqueeze", [numbers, axis_2], "class_column")], "rows", axis=2
+    )
     node("Where", [node("Greater", [score_column, zero], "is_kept"), rows, zero], "detections")
 
     graph.node.extend(nodes)

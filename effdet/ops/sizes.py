@@ -1,4 +1,5 @@
 """Sizes in pixels: of the network's input, of its feature maps, and of an image letterboxed into that input."""
+
 from __future__ import annotations
 
 import math
@@ -15,8 +16,10 @@ def to_height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width); one number, as in older code for effdet, is a square."""
     sides = [image_size, image_size] if isinstance(image_size, Integral) else list(image_size)
     if len(sides) != 2 or min(sides) <= 0:
-        raise ValueError("image_size must be (height, width), two positive numbers of pixels, or one for a square; got "
-                         f"{image_size}.")
+        raise ValueError(
+            "image_size must be (height, width), two positive numbers of pixels, or one for a square; got "
+            f"{image_size}."
+        )
     return int(sides[0]), int(sides[1])
 
 
@@ -43,8 +46,10 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     if any(side % IMAGE_STRIDE for side in sides):
         lower = tuple(max(IMAGE_STRIDE, side // IMAGE_STRIDE * IMAGE_STRIDE) for side in sides)
         upper = tuple(math.ceil(side / IMAGE_STRIDE) * IMAGE_STRIDE for side in sides)
-        raise ValueError(f"image_size {sides} (height, width) does not fit the network's stride: each side must "
-                         f"be a multiple of {IMAGE_STRIDE}. The nearest valid sizes are {lower} and {upper}.")
+        raise ValueError(
+            f"image_size {sides} (height, width) does not fit the network's stride: each side must "
+            f"be a multiple of {IMAGE_STRIDE}. The nearest valid sizes are {lower} and {upper}."
+        )
     return sides
 
 

@@ -1,4 +1,5 @@
 """Images to look at: a data set with the truth beside what a model predicts, and a batch as the network gets it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,14 @@ from .predictor import Predictor
 _CELL_WIDTH_PX = 640
 
 
-def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path, num_images: int = 12,
-                      score_threshold: float = 0.3) -> Path:
+def write_comparisons(
+    model: nn.Module,
+    dataset: Any,
+    device: torch.device,
+    output_dir: Path,
+    num_images: int = 12,
+    score_threshold: float = 0.3,
+) -> Path:
     """Draw truth and predictions side by side for some images of a data set, evenly spread over it.
 
     Args:
@@ -50,10 +57,17 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
         truth = parser.get_ann_info(index)
         objects = truth["cls"] > 0
         (found,) = predictor.predict([image], score_threshold)
-        drawn.append(draw_comparison(
-            image, truth["bbox"][objects][:, [1, 0, 3, 2]],
-            [predictor.name_of(int(label) - 1) for label in truth["cls"][objects]],
-            found.boxes_xyxy, found.names, found.scores.tolist(), colors))
+        drawn.append(
+            draw_comparison(
+                image,
+                truth["bbox"][objects][:, [1, 0, 3, 2]],
+                [predictor.name_of(int(label) - 1) for label in truth["cls"][objects]],
+                found.boxes_xyxy,
+                found.names,
+                found.scores.tolist(),
+                colors,
+            )
+        )
         drawn[-1].save(output_dir / f"{Path(info['file_name']).stem}.jpg", quality=92)
     if not drawn:
         return output_dir
@@ -63,9 +77,15 @@ def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, outp
     return sheet
 
 
-def draw_training_batch(images: torch.Tensor, target: Mapping[str, torch.Tensor], class_names: Sequence[str],
-                        mean: torch.Tensor, std: torch.Tensor, num_images: int = 16, cell_px: int = 400
-                        ) -> Image.Image:
+def draw_training_batch(
+    images: torch.Tensor,
+    target: Mapping[str, torch.Tensor],
+    class_names: Sequence[str],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    num_images: int = 16,
+    cell_px: int = 400,
+) -> Image.Image:
     """Draw a batch with its boxes as the network sees it, augmented and resized.
 
     Args:

@@ -1,4 +1,5 @@
 """Load a detector: a checkpoint to a network with weights, a bench and a predictor around it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -54,16 +55,19 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     if isinstance(payload.get("model_config"), Mapping):
         config = stored_model_spec(payload["model_config"])
         if model.name and config.name != model.name:
-            raise CheckpointError(f"{path} holds the model {config.name}, but --model {model.name} was asked for: "
-                                  "leave --model out.")
+            raise CheckpointError(
+                f"{path} holds the model {config.name}, but --model {model.name} was asked for: leave --model out."
+            )
     elif name:
         config = find_model_spec(name)
         config = config.replace(num_classes=_count_classes(state, config))
     else:
         raise CheckpointError(f"{path} holds weights only and does not say of which model: give --model NAME.")
     if num_classes is not None and num_classes != config.num_classes:
-        raise CheckpointError(f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked "
-                              "for: leave --num-classes out, or train a new head with --pretrained.")
+        raise CheckpointError(
+            f"{path} has {config.num_classes} classes, but --num-classes {num_classes} was asked "
+            "for: leave --num-classes out, or train a new head with --pretrained."
+        )
     config = apply_settings(config, model)
     if getattr(model, "pad_type", None) is not None:
         config = set_pad_type(config, model.pad_type)
@@ -71,8 +75,10 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     load_state_dict_report(network, state, strict=True)
     stored = payload.get("category_map")
     averaged = use_ema is not False and "state_dict_ema" in payload
-    source = (f"{config.name}, {config.num_classes} classes, {config.image_size[0]}x{config.image_size[1]}, "
-              f"{'EMA' if averaged else 'trained'} weights of {path}")
+    source = (
+        f"{config.name}, {config.num_classes} classes, {config.image_size[0]}x{config.image_size[1]}, "
+        f"{'EMA' if averaged else 'trained'} weights of {path}"
+    )
     if payload.get("epoch") is not None:
         source += f", epoch {payload['epoch']}"
     return Detector(network.eval(), CategoryMap.from_dict(stored) if stored else None, source)
@@ -83,8 +89,10 @@ def _count_classes(state: Mapping[str, torch.Tensor], config: Any) -> int:
     for key in ("class_net.predict.conv_pw.bias", "class_net.predict.conv.bias"):
         if key in state:
             return state[key].numel() // (len(config.aspect_ratios) * config.num_scales)
-    raise CheckpointError(f"the weights have no class head of a {config.name}: their first keys are "
-                          f"{', '.join(list(state)[:3])}. Is it another model?")
+    raise CheckpointError(
+        f"the weights have no class head of a {config.name}: their first keys are "
+        f"{', '.join(list(state)[:3])}. Is it another model?"
+    )
 
 
 def load_published(model: Any) -> Detector:
@@ -94,14 +102,24 @@ def load_published(model: Any) -> Detector:
         model: the model section; `pretrained` is 'url' or a path.
     """
     spec = apply_settings(find_model_spec(model.name or "tf_efficientdet_d0"), model)
-    network = create_model_from_config(spec, num_classes=model.num_classes, pad_type=model.pad_type,
-                                       pretrained=True if model.pretrained == "url" else model.pretrained)
+    network = create_model_from_config(
+        spec,
+        num_classes=model.num_classes,
+        pad_type=model.pad_type,
+        pretrained=True if model.pretrained == "url" else model.pretrained,
+    )
     source = f"{spec.name}, {network.config.num_classes} classes, weights {model.pretrained}"
     return Detector(network.eval(), None, source)
 
 
-def build_predict_bench(model: nn.Module, device: torch.device, same_padding: str = "auto", flip: bool = False,
-                        scales: Sequence[float] = (), nms: str = "exact") -> DetBenchPredict | TtaBench:
+def build_predict_bench(
+    model: nn.Module,
+    device: torch.device,
+    same_padding: str = "auto",
+    flip: bool = False,
+    scales: Sequence[float] = (),
+    nms: str = "exact",
+) -> DetBenchPredict | TtaBench:
     """Put post-processing, and test-time augmentation if asked for, around a network.
 
     Args:
@@ -123,16 +141,24 @@ def build_predict_bench(model: nn.Module, device: torch.device, same_padding: st
     for scale in scales:
         size = nearest_image_size(sizes[0], scale)
         if scale <= 0 or size in sizes:
-            raise ValueError(f"scale {scale:g} of the input {sizes[0]} gives {size}, and {', '.join(map(str, sizes))} "
-                             "(height, width) is predicted already: leave it out or choose another")
+            raise ValueError(
+                f"scale {scale:g} of the input {sizes[0]} gives {size}, and {', '.join(map(str, sizes))} "
+                "(height, width) is predicted already: leave it out or choose another"
+            )
         sizes.append(size)
         network = place_model(build_network_of_size(model, size), device, same_padding)
         benches.append(DetBenchPredict(network, nms=nms).to(device).eval())
     return TtaBench(benches, flip)
 
 
-def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str = "auto", batch_size: int = 1,
-                    flip: bool = False, scales: Sequence[float] = ()) -> Predictor:
+def build_predictor(
+    detector: Detector,
+    model: DemoModelConfig,
+    device_name: str = "auto",
+    batch_size: int = 1,
+    flip: bool = False,
+    scales: Sequence[float] = (),
+) -> Predictor:
     """Choose the device and its settings for this process, and put a detector on it.
 
     Args:
@@ -153,9 +179,17 @@ def build_predictor(detector: Detector, model: DemoModelConfig, device_name: str
     return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench)
 
 
-def load(checkpoint: str, device: str = "auto", batch_size: int = 8, use_ema: bool | None = None,
-         model: str | None = None, image_size: tuple[int, int] | None = None, max_det: int | None = None,
-         flip: bool = False, scales: Sequence[float] = ()) -> Predictor:
+def load(
+    checkpoint: str,
+    device: str = "auto",
+    batch_size: int = 8,
+    use_ema: bool | None = None,
+    model: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    max_det: int | None = None,
+    flip: bool = False,
+    scales: Sequence[float] = (),
+) -> Predictor:
     """Load a detector for prediction: `effdet.load(checkpoint).predict(images)`.
 
     Args:

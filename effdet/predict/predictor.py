@@ -1,4 +1,5 @@
 """Detect objects in images: a network, the preprocessing it was trained with, and names for its classes."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,15 @@ class Detections:
 class Predictor:
     """Run a network on images of any size; the same images in the same order give the same result, bit for bit."""
 
-    def __init__(self, model: nn.Module, device: torch.device, category_map: CategoryMap | None = None,
-                 batch_size: int = 1, interpolation: str = "bilinear", bench: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        category_map: CategoryMap | None = None,
+        batch_size: int = 1,
+        interpolation: str = "bilinear",
+        bench: nn.Module | None = None,
+    ) -> None:
         """Prepare a network for prediction.
 
         Args:
@@ -62,8 +70,9 @@ class Predictor:
         self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
         self.bench = (DetBenchPredict(model) if bench is None else bench).to(device, memory_format=self._layout).eval()
         inputs = resolve_input_config({"interpolation": interpolation}, model.config)
-        self._resize = ResizePad(inputs["input_size"][1:], inputs["interpolation"],
-                                 resolve_fill_color(inputs["fill_color"], inputs["mean"]))
+        self._resize = ResizePad(
+            inputs["input_size"][1:], inputs["interpolation"], resolve_fill_color(inputs["fill_color"], inputs["mean"])
+        )
         self._mean = torch.tensor([255 * value for value in inputs["mean"]], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor([255 * value for value in inputs["std"]], device=device).view(1, 3, 1, 1)
 
@@ -89,9 +98,15 @@ class Predictor:
         Raises:
             ImageError: a file that cannot be read; TypeError, ValueError: something that is no image.
         """
-        return [Detections(rows[:, :4], rows[:, 4], [self.name_of(int(idx)) for idx in rows[:, 5]],
-                           np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64))
-                for rows in self.predict_rows(images, score_threshold)]
+        return [
+            Detections(
+                rows[:, :4],
+                rows[:, 4],
+                [self.name_of(int(idx)) for idx in rows[:, 5]],
+                np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64),
+            )
+            for rows in self.predict_rows(images, score_threshold)
+        ]
 
     @torch.no_grad()
     def predict_rows(self, images: ImageInput | Sequence[ImageInput], score_threshold: float = 0.0) -> list[np.ndarray]:
@@ -123,7 +138,7 @@ class Predictor:
         single = isinstance(images, (str, PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3)
         listed = [images] if single else images
         for start in range(0, len(listed), self.batch_size):
-            yield [_to_rgb_image(image) for image in listed[start:start + self.batch_size]]
+            yield [_to_rgb_image(image) for image in listed[start : start + self.batch_size]]
 
 
 def _to_rgb_image(image: ImageInput) -> Image.Image:
@@ -133,8 +148,9 @@ def _to_rgb_image(image: ImageInput) -> Image.Image:
         return read_image(image)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image is a {type(image).__name__}: give a path, a Pillow image or a numpy array")
-    if image.dtype != np.uint8 or image.size == 0 or not (
-            image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3):
-        raise ValueError(f"an image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3] "
-                         "in RGB order, or [height, width] in gray")
+    if image.dtype != np.uint8 or image.size == 0 or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3):
+        raise ValueError(
+            f"an image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3] "
+            "in RGB order, or [height, width] in gray"
+        )
     return Image.fromarray(image).convert("RGB")

@@ -1,4 +1,5 @@
 """How long a detector takes for an image: the network and the post-processing apart, on one batch again and again."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,14 +25,22 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         total = self.model_ms + self.post_ms
-        return (f"{self.model_ms:.2f} ms model + {self.post_ms:.2f} ms post-processing an image, {1000 / total:.1f} "
-                f"images/s (median of {self.batches} batches of {self.batch_size})")
+        return (
+            f"{self.model_ms:.2f} ms model + {self.post_ms:.2f} ms post-processing an image, {1000 / total:.1f} "
+            f"images/s (median of {self.batches} batches of {self.batch_size})"
+        )
 
 
 @torch.no_grad()
-def measure_speed(bench: DetBenchPredict, images: Tensor, info: Mapping[str, Tensor],
-                  autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-                  warmup: int = 3, batches: int = 30, limit_s: float = 20.0) -> Speed:
+def measure_speed(
+    bench: DetBenchPredict,
+    images: Tensor,
+    info: Mapping[str, Tensor],
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    warmup: int = 3,
+    batches: int = 30,
+    limit_s: float = 20.0,
+) -> Speed:
     """Run a batch through a detector again and again, waiting for the device around each part.
 
     Args:

@@ -6,6 +6,7 @@ for it that shares the weights.
 Source: the fusion averages boxes weighted by score, as Weighted Boxes Fusion does, https://arxiv.org/abs/1910.13302;
 here in one step around the boxes that survive NMS.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

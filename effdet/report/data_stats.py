@@ -1,4 +1,5 @@
 """Numbers of a data set for a report: images, boxes by class, their sizes as the network sees them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,11 +37,17 @@ def describe_dataset(dataset: Any, image_size: Sequence[int]) -> dict[str, Any]:
     bins = np.clip(np.searchsorted(SIZE_EDGES_PX, sides_px, side="right") - 1, 0, len(SIZE_EDGES_PX) - 2)
     ids, counts = np.unique(table["category_id"][single], return_counts=True)
     return {
-        "images": len(sizes_wh), "empty": int((per_image == 0).sum()), "boxes": len(boxes),
+        "images": len(sizes_wh),
+        "empty": int((per_image == 0).sum()),
+        "boxes": len(boxes),
         "crowd": int(table["crowd"].sum()),
         "per_image": np.bincount(per_image.clip(max=20), minlength=21).tolist(),
         "sizes": np.bincount(bins, minlength=len(SIZE_EDGES_PX) - 1).tolist(),
         "boxes_of": dict(zip(ids.tolist(), counts.tolist(), strict=True)),
-        "image_sizes": [[int(value) for value in part] for part in (
-            sizes_wh.min(axis=0), np.median(sizes_wh, axis=0), sizes_wh.max(axis=0))] if len(sizes_wh) else [],
+        "image_sizes": [
+            [int(value) for value in part]
+            for part in (sizes_wh.min(axis=0), np.median(sizes_wh, axis=0), sizes_wh.max(axis=0))
+        ]
+        if len(sizes_wh)
+        else [],
     }

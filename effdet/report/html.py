@@ -4,6 +4,7 @@ Lives here: which numbers the page shows and where they come from. How they look
 that draws the charts); images are drawn by images.py, errors found by errors.py. The page loads
 nothing from anywhere.
 """
+
 from __future__ import annotations
 
 import base64
@@ -60,8 +61,17 @@ class Report:
         facts: more pairs of name and text for the first line of numbers, such as the speed.
     """
 
-    def __init__(self, path: Path, title: str, cfg: Any, model_config: Any, val_set: Any, train_set: Any = None,
-                 device: str = "", facts: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        cfg: Any,
+        model_config: Any,
+        val_set: Any,
+        train_set: Any = None,
+        device: str = "",
+        facts: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.path, self.title, self.cfg, self.model_config, self.device = path, title, cfg, model_config, device
         self.val_set, self.train_set, self.facts = val_set, train_set, facts
         self._statistics: dict[str, Any] | None = None
@@ -80,8 +90,12 @@ class Report:
                 temporary.write_text(text, encoding="utf-8")
         except Exception as error:  # whatever it is: the run is worth more than its report
             if not self._failed:
-                _logger.warning("%s could not be written (%s: %s); the run goes on, and this is said once", self.path,
-                                type(error).__name__, error)
+                _logger.warning(
+                    "%s could not be written (%s: %s); the run goes on, and this is said once",
+                    self.path,
+                    type(error).__name__,
+                    error,
+                )
                 _logger.debug("the error came from here", exc_info=True)
             self._failed = True
 
@@ -91,8 +105,10 @@ class Report:
         if self._statistics is None:
             self._statistics = self._count_data()
         sets, in_training = self._statistics["sets"], self._statistics["in_training"]
-        classes = [{**row, "train": in_training.get(row["category_id"], 0) if self.train_set is not None else None}
-                   for row in scores.class_rows()]
+        classes = [
+            {**row, "train": in_training.get(row["category_id"], 0) if self.train_set is not None else None}
+            for row in scores.class_rows()
+        ]
         names = [row["name"] for row in classes]
         truth = evaluator.ground_truth
         analysis = analyse(truth, evaluator.scored_predictions, self._class_of_label(truth))
@@ -101,11 +117,11 @@ class Report:
         return {
             "title": self.title,
             "subtitle": f"{self.model_config.name}, {size[0]}×{size[1]} px, {len(names)} classes; "
-                        f"written {datetime.datetime.now():%Y-%m-%d %H:%M}",
+            f"written {datetime.datetime.now():%Y-%m-%d %H:%M}",
             "tiles": self._tiles(scores.stats, evaluations),
             "stats": scores.to_json()["stats"],
             "accuracy_note": f"The last evaluation: {scores.image_count} images, {sum(r['count'] for r in classes)} "
-                             f"objects.",
+            f"objects.",
             "box_loss_weight": self.model_config.box_loss_weight,
             **self._curves(rows, evaluations),
             "classes": classes,
@@ -113,7 +129,7 @@ class Report:
             "confusion": _confusion(analysis, names),
             "worst": self._worst(analysis, names, truth),
             "worst_note": "Those with the most errors, weighed by the share that errors have in the image. "
-                          f"Predictions count from a score of {analysis.threshold:g} on; click an image to enlarge.",
+            f"Predictions count from a score of {analysis.threshold:g} on; click an image to enlarge.",
             "batch": _read_image(self.path.with_name(BATCH_NAME)),
             "data": {"sets": sets, "edges": SIZE_EDGES_PX},
             "settings": {"changed": changed_settings(self.cfg), "yaml": dump_yaml(self.cfg)},
@@ -133,8 +149,11 @@ class Report:
         return [position.get(category_id, -1) for category_id in self.val_set.parser.category_map.idx_to_id.tolist()]
 
     def _tiles(self, stats: Mapping[str, float], evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-        tiles = [(name.replace("AP_", "AP "), "n/a" if np.isnan(stats[name]) else f"{stats[name]:.3f}")
-                 for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large") if name in stats]
+        tiles = [
+            (name.replace("AP_", "AP "), "n/a" if np.isnan(stats[name]) else f"{stats[name]:.3f}")
+            for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+            if name in stats
+        ]
         best = max((row for row in evaluations if row.get("AP") is not None), key=lambda row: row["AP"], default=None)
         if best is not None:
             tiles.append((f"best AP (epoch {best['epoch']})", f"{best['AP']:.3f}"))
@@ -151,8 +170,9 @@ class Report:
         return {
             "intervals": curves,
             "epochs": {"x": [row["epoch"] + 1 for row in epochs], "skipped": [row.get("skipped") for row in epochs]},
-            "evaluations": {"x": [row["epoch"] + 1 for row in evaluations]} |
-                           {key: [row.get(key) for row in evaluations] for key in _EVALUATION_CURVES}}
+            "evaluations": {"x": [row["epoch"] + 1 for row in evaluations]}
+            | {key: [row.get(key) for row in evaluations] for key in _EVALUATION_CURVES},
+        }
 
     def _worst(self, analysis: Analysis, names: Sequence[str], truth: Any) -> list[dict[str, Any]]:
         folder = Path(self.val_set.dataset.data_dir if hasattr(self.val_set, "indices") else self.val_set.data_dir)
@@ -160,21 +180,25 @@ class Report:
         for image in analysis.worst:
             info = truth.imgs[image.image_id]
             with contextlib.suppress(ImageError):  # the loader has said so
-                drawn.append(draw_errors(image, folder / info["file_name"], info.get("width"), info.get("height"),
-                                         names))
+                drawn.append(
+                    draw_errors(image, folder / info["file_name"], info.get("width"), info.get("height"), names)
+                )
         return drawn
 
 
 def fill_page(title: str, content: Mapping[str, Any]) -> str:
     """Put everything into the page's template; numbers without a meaning in json become null."""
     folder = files("effdet").joinpath("report", "page")
-    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in (
-        "page.html", "style.css", "charts.js", "page.js")}
+    read = {
+        name: folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "style.css", "charts.js", "page.js")
+    }
     # "<" ends a script element wherever it stands, so none is in the data
     text = json.dumps(_for_json(content), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     escaped = title.replace("&", "&amp;").replace("<", "&lt;")
     return string.Template(read["page.html"]).substitute(
-        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["page.js"])
+        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["page.js"]
+    )
 
 
 def _for_json(value: Any) -> Any:
@@ -196,8 +220,10 @@ def _thin(values: Sequence[float | None]) -> list[float | None]:
     part = np.arange(len(given)) * _MOST_POINTS // len(given)
     count = np.bincount(part, ~np.isnan(given))
     total = np.bincount(part, np.nan_to_num(given))
-    return [value if number else None for value, number in zip((total / np.maximum(count, 1)).tolist(), count.tolist(),
-                                                               strict=True)]
+    return [
+        value if number else None
+        for value, number in zip((total / np.maximum(count, 1)).tolist(), count.tolist(), strict=True)
+    ]
 
 
 def _precision(tables: Any) -> dict[str, Any] | None:
@@ -223,9 +249,13 @@ def _confusion(analysis: Analysis, names: Sequence[str]) -> dict[str, Any] | Non
     top = [(names[k // total], names[k % total], int(mixed.flat[k])) for k in order.tolist() if mixed.flat[k]]
     shown = "" if len(chosen) == total else f" Shown are the {len(chosen)} of {total} classes that are mixed up most."
     keep = [*chosen.tolist(), total]
-    return {"labels": [names[k] for k in chosen], "rows": counts[np.ix_(keep, keep)].tolist(), "top": top,
-            "note": f"Matched at IoU 0.5, predictions with a score of {analysis.threshold:g} or more, "
-                    f"{analysis.images} images.{shown}"}
+    return {
+        "labels": [names[k] for k in chosen],
+        "rows": counts[np.ix_(keep, keep)].tolist(),
+        "top": top,
+        "note": f"Matched at IoU 0.5, predictions with a score of {analysis.threshold:g} or more, "
+        f"{analysis.images} images.{shown}",
+    }
 
 
 def _read_image(path: Path) -> dict[str, Any] | None:
@@ -240,8 +270,12 @@ def _read_image(path: Path) -> dict[str, Any] | None:
 def changed_settings(cfg: Any) -> list[tuple[str, str, str]]:
     """Return dotted name, value and default of every setting that is not at its default."""
     mine, usual = to_plain(cfg), to_plain(type(cfg)())
-    return [(f"{section}.{key}", _in_words(value), _in_words(usual[section][key]))
-            for section, part in mine.items() for key, value in part.items() if value != usual[section][key]]
+    return [
+        (f"{section}.{key}", _in_words(value), _in_words(usual[section][key]))
+        for section, part in mine.items()
+        for key, value in part.items()
+        if value != usual[section][key]
+    ]
 
 
 def _in_words(value: Any) -> str:
@@ -256,7 +290,15 @@ def _in_words(value: Any) -> str:
 
 def describe_environment(device: str) -> list[tuple[str, str]]:
     """Return pairs of name and text: the command, the device, versions."""
-    return [("command", " ".join(sys.argv)), ("device", device), ("effdet", __version__), ("torch", torch.__version__),
-            ("timm", timm.__version__), ("numpy", np.__version__), ("Pillow", PIL.__version__),
-            ("Python", platform.python_version()), ("system", platform.platform()),
-            ("processors", str(os.cpu_count()))]
+    return [
+        ("command", " ".join(sys.argv)),
+        ("device", device),
+        ("effdet", __version__),
+        ("torch", torch.__version__),
+        ("timm", timm.__version__),
+        ("numpy", np.__version__),
+        ("Pillow", PIL.__version__),
+        ("Python", platform.python_version()),
+        ("system", platform.platform()),
+        ("processors", str(os.cpu_count())),
+    ]

@@ -1,4 +1,5 @@
 """The images of a report: objects and predictions drawn by what became of them, a training batch as it went in."""
+
 from __future__ import annotations
 
 import base64
@@ -42,16 +43,31 @@ def draw_errors(found: ImageErrors, path: Path, width: int, height: int, names: 
     """
     image = read_image(path, width, height)
     factor = min(1.0, _SIDE_PX / max(image.size))
-    image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))),
-                         Image.Resampling.BILINEAR)
+    image = image.resize(
+        (max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BILINEAR
+    )
     colors = {RIGHT: _GREEN, CONFUSED: _ORANGE, -1: _GRAY}
     matches = found.matches
     truth = draw_detections(
-        image, found.objects_xyxy * factor, [names[k] for k in found.object_classes],
-        colors=[colors.get(state, _RED) for state in matches.object_state.tolist()])
+        image,
+        found.objects_xyxy * factor,
+        [names[k] for k in found.object_classes],
+        colors=[colors.get(state, _RED) for state in matches.object_state.tolist()],
+    )
     prediction = draw_detections(
-        image, found.predicted_xyxy * factor, [names[k] for k in found.predicted_classes], found.scores.tolist(),
-        [colors.get(state, _RED) for state in matches.prediction_state.tolist()])
-    return {"truth": encode_jpeg(truth), "prediction": encode_jpeg(prediction), "width": image.width,
-            "height": image.height, "file": path.name, "missed": found.missed, "confused": found.confused,
-            "false_alarms": found.false_alarms}
+        image,
+        found.predicted_xyxy * factor,
+        [names[k] for k in found.predicted_classes],
+        found.scores.tolist(),
+        [colors.get(state, _RED) for state in matches.prediction_state.tolist()],
+    )
+    return {
+        "truth": encode_jpeg(truth),
+        "prediction": encode_jpeg(prediction),
+        "width": image.width,
+        "height": image.height,
+        "file": path.name,
+        "missed": found.missed,
+        "confused": found.confused,
+        "false_alarms": found.false_alarms,
+    }

@@ -2,6 +2,7 @@
 
 Nothing here touches a device or another process. Files for programs are written by recorder.py, from the same records.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -140,7 +141,8 @@ def tolerate_write_error(path: Path) -> Iterator[None]:
         if path not in _unwritten:
             _unwritten.add(path)
             logging.getLogger(_LOGGER_NAMES[0]).warning(
-                "%s cannot be written (%s): what comes now is missing in it; the run goes on", path, error)
+                "%s cannot be written (%s): what comes now is missing in it; the run goes on", path, error
+            )
 
 
 def format_duration(seconds: float) -> str:
@@ -156,12 +158,14 @@ def format_interval_line(stats: StepStats) -> str:
 
     Means over the epoch so far stand in brackets behind the numbers of the interval.
     """
-    return (f"Train: {stats.epoch} [{stats.step:>{max(4, len(str(stats.steps)))}d}/{stats.steps} "
-            f"({100 * stats.step / max(1, stats.steps):>3.0f}%)]  Loss: {stats.loss:.5f} ({stats.loss_average:.5f})  "
-            f"Class: {stats.class_loss:.5f}  Box: {stats.box_loss:.6f}  "
-            f"Time: {stats.step_s:.3f}s ({stats.step_average_s:.3f}s)  "
-            f"FPS: {stats.img_per_s:.2f} ({stats.img_per_s_average:.2f}) img/s  LR: {stats.lr:.3e}  "
-            f"Data: {stats.data_s:.3f}s ({stats.data_average_s:.3f}s)  ETA: {format_duration(stats.eta_s)}")
+    return (
+        f"Train: {stats.epoch} [{stats.step:>{max(4, len(str(stats.steps)))}d}/{stats.steps} "
+        f"({100 * stats.step / max(1, stats.steps):>3.0f}%)]  Loss: {stats.loss:.5f} ({stats.loss_average:.5f})  "
+        f"Class: {stats.class_loss:.5f}  Box: {stats.box_loss:.6f}  "
+        f"Time: {stats.step_s:.3f}s ({stats.step_average_s:.3f}s)  "
+        f"FPS: {stats.img_per_s:.2f} ({stats.img_per_s_average:.2f}) img/s  LR: {stats.lr:.3e}  "
+        f"Data: {stats.data_s:.3f}s ({stats.data_average_s:.3f}s)  ETA: {format_duration(stats.eta_s)}"
+    )
 
 
 def format_best_metric(metric: float | None, epoch: int | None) -> str:

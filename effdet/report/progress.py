@@ -9,6 +9,7 @@ is not printed: its numbers are shown by `show` instead. They are
     memory_mib                 peak memory
     eta                        text, time to the end of the run
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -112,6 +113,7 @@ def format_live_line(values: Mapping[str, Any], width: int, fancy: bool = True) 
 
     def room() -> int:
         return width - len(head) - len("  ".join(text for _, text in fields))
+
     while len(fields) > 1 and room() < _BAR_LEAST:
         fields.remove(max(fields))
     bar_width = max(0, min(_BAR_MOST, room()))
@@ -121,6 +123,7 @@ def format_live_line(values: Mapping[str, Any], width: int, fancy: bool = True) 
 
 
 # ---- for those who have no handler at hand ---------------------------------------------------------------------------
+
 
 def current() -> LiveLineHandler | None:
     """Return the handler with the live line, None where standard output is no terminal."""

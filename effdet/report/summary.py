@@ -1,4 +1,5 @@
 """What a run is, on one screen at its start, and what to do next at its end: plain lines of text."""
+
 from __future__ import annotations
 
 import copy
@@ -39,8 +40,19 @@ def count_macs(model: nn.Module, image_size: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: Any, device: str, world: int,
-                   channels_last: bool, epochs: int, steps_per_epoch: int, precision: str, folder: Path) -> list[str]:
+def describe_start(
+    cfg: RunConfig,
+    model: nn.Module,
+    train_set: Any,
+    val_set: Any,
+    device: str,
+    world: int,
+    channels_last: bool,
+    epochs: int,
+    steps_per_epoch: int,
+    precision: str,
+    folder: Path,
+) -> list[str]:
     """Return the lines of a run's start.
 
     Args:
@@ -69,17 +81,17 @@ def describe_start(cfg: RunConfig, model: nn.Module, train_set: Any, val_set: An
     end = f", at most {cfg.run.max_steps} steps" if cfg.run.max_steps else ""
     lines = {
         "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
-                 f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
-                 f"{_gmacs(model)} GMACs an image",
+        f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
+        f"{_gmacs(model)} GMACs an image",
         "train": _describe_split(train_set),
         "val": _describe_split(val_set),
         "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",
         "device": f"{device}, {world} process(es), {precision}, "
-                  f"{'channels-last' if channels_last else 'channels-first'}",
+        f"{'channels-last' if channels_last else 'channels-first'}",
         "batch": f"{cfg.run.batch_size}{accumulated} over all devices, {steps_per_epoch} steps an epoch",
         "length": f"{epochs} epochs{end}, evaluated every {cfg.run.val_interval}",
         "lr": f"{optim.lr:g} for {update} images an update ({optim.lr / update:.3g} each), {sched.sched}, "
-              f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",
+        f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",
         "optimizer": f"{optim.opt}, weight decay {optim.weight_decay:g}, {clip}, {ema}",
         "folder": str(folder),
     }

@@ -1,4 +1,5 @@
 """What a command says and how it ends: one line for an error at its door, the parser of small commands."""
+
 from __future__ import annotations
 
 import argparse
@@ -39,9 +40,11 @@ def dead_workers_in_one_line(program: str) -> Iterator[None]:
         if found is None:
             raise
         how = f" ({found[2].strip()})" if found[2] else ""
-        raise SystemExit(f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
-                         "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
-                         "with --resume auto.") from None
+        raise SystemExit(
+            f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
+            "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
+            "with --resume auto."
+        ) from None
 
 
 def _texts_of(error: BaseException | None) -> str:
@@ -70,11 +73,19 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     program = f"python -m {module}"
     examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
-    return argparse.ArgumentParser(prog=program, description=description, epilog=f"Examples:\n{examples}",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=f"Examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_ema_argument(parser: argparse.ArgumentParser) -> None:
     """Add --ema / --no-ema: which of a checkpoint's two sets of weights is taken."""
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights or the trained ones (default: averaged if there are any)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the averaged weights or the trained ones (default: averaged if there are any)",
+    )

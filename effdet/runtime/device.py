@@ -4,6 +4,7 @@ The only file of the package that names a vendor's device. Everything else asks 
 Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. What is the same for all of them is in memory.py and seeding.py. No
 model code and no training logic live here.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -39,7 +40,8 @@ def _npu_module() -> Any:
     if installed.split(".")[:2] != wanted.split(".")[:2]:
         raise RuntimeError(
             f"torch_npu {installed} is installed beside torch {wanted}: the first two numbers must be equal. Install "
-            f"the pair that fits your CANN, for example: pip install torch=={wanted} torch_npu=={wanted}")
+            f"the pair that fits your CANN, for example: pip install torch=={wanted} torch_npu=={wanted}"
+        )
     try:
         import torch_npu  # noqa: F401  (registers the 'npu' device with torch)
     except (ImportError, OSError, RuntimeError) as error:
@@ -51,7 +53,8 @@ def _npu_module() -> Any:
             ) from error
         raise RuntimeError(
             f"torch_npu {installed} is installed but does not load: {error}. Check that its version fits torch "
-            f"({torch.__version__}), Python and CANN; docs/ascend.md lists which go together.") from error
+            f"({torch.__version__}), Python and CANN; docs/ascend.md lists which go together."
+        ) from error
     return torch.npu
 
 
@@ -83,8 +86,9 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
     if kind == "auto":
         kind = "npu" if _has_npu() else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in DEVICE_TYPES or (number and not number.isdigit()):
-        raise ValueError(f"Unknown device '{name}': choose auto, {', '.join(DEVICE_TYPES)}, or one with an index "
-                         "such as cuda:1.")
+        raise ValueError(
+            f"Unknown device '{name}': choose auto, {', '.join(DEVICE_TYPES)}, or one with an index such as cuda:1."
+        )
     if kind == "cpu":
         return torch.device("cpu")
     if index is None:
@@ -94,11 +98,14 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
     shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES") if kind == "npu" else None
     shown = f" (ASCEND_RT_VISIBLE_DEVICES={shown})" if shown else ""
     if count == 0:
-        raise RuntimeError(f"Device '{kind}' was asked for, but torch {torch.__version__} sees none on this machine"
-                           f"{shown}. Check the driver and the installed torch build, or use --device cpu.")
+        raise RuntimeError(
+            f"Device '{kind}' was asked for, but torch {torch.__version__} sees none on this machine"
+            f"{shown}. Check the driver and the installed torch build, or use --device cpu."
+        )
     if index >= count:
-        raise RuntimeError(f"Device {kind}:{index} was asked for, but there are {count}{shown}: choose an index from 0 "
-                           f"to {count - 1}.")
+        raise RuntimeError(
+            f"Device {kind}:{index} was asked for, but there are {count}{shown}: choose an index from 0 to {count - 1}."
+        )
     return torch.device(kind, index)
 
 
@@ -130,12 +137,18 @@ def restrict_visible(kind: str, device_list: Sequence[int]) -> bool:
     visible = [int(entry) for entry in _users_visible_devices.split(",") if entry.strip()]
     absent = [index for index in device_list if visible and index >= len(visible)]
     if absent:
-        raise ValueError(f"The device list asks for {absent}, but ASCEND_RT_VISIBLE_DEVICES shows {len(visible)} "
-                         f"devices: choose from 0 to {len(visible) - 1}.")
+        raise ValueError(
+            f"The device list asks for {absent}, but ASCEND_RT_VISIBLE_DEVICES shows {len(visible)} "
+            f"devices: choose from 0 to {len(visible) - 1}."
+        )
     chosen = sorted(visible[index] if visible else index for index in device_list)
     os.environ["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
-    _logger.info("ASCEND_RT_VISIBLE_DEVICES=%s: devices %s are npu:0 to npu:%d in this run",
-                 os.environ["ASCEND_RT_VISIBLE_DEVICES"], chosen, len(chosen) - 1)
+    _logger.info(
+        "ASCEND_RT_VISIBLE_DEVICES=%s: devices %s are npu:0 to npu:%d in this run",
+        os.environ["ASCEND_RT_VISIBLE_DEVICES"],
+        chosen,
+        len(chosen) - 1,
+    )
     return True
 
 
@@ -197,12 +210,16 @@ def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
 def check_compile(device: torch.device) -> None:
     """Raise a ValueError when torch.compile cannot work here: on an NPU, or without what writes its kernels."""
     if device.type == "npu":
-        raise ValueError("--compile is for GPUs and CPUs: torch_npu has no backend for torch.compile of its own. Leave "
-                         "it out on an NPU.")
+        raise ValueError(
+            "--compile is for GPUs and CPUs: torch_npu has no backend for torch.compile of its own. Leave "
+            "it out on an NPU."
+        )
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(f"--compile needs a C++ compiler on CPUs, and there is no {compiler}: install one, name it in "
-                         "the variable CXX, or leave --compile out.")
+        raise ValueError(
+            f"--compile needs a C++ compiler on CPUs, and there is no {compiler}: install one, name it in "
+            "the variable CXX, or leave --compile out."
+        )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile needs the package triton on GPUs: install it, or leave --compile out.")
 
@@ -215,8 +232,10 @@ def avoids_pad_operators(device: torch.device) -> bool:
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """Raise a ValueError when the device cannot compute in `dtype`."""
     if dtype == torch.bfloat16 and device.type == "npu" and not _npu_module().is_bf16_supported():
-        raise ValueError(f"{_npu_module().get_device_name(device)} does not compute in bfloat16: train in float16 "
-                         "(--amp-dtype float16) or float32.")
+        raise ValueError(
+            f"{_npu_module().get_device_name(device)} does not compute in bfloat16: train in float16 "
+            "(--amp-dtype float16) or float32."
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype = torch.float16, enabled: bool = True) -> torch.autocast:
@@ -242,6 +261,7 @@ def overflow_flag(device: torch.device) -> torch.Tensor | None:
     if not _saturates(device):
         return None
     import torch_npu
+
     status = torch_npu.npu_get_float_status(torch.zeros(8, device=device))
     return (status[0] != 0).float()
 
@@ -250,6 +270,7 @@ def clear_overflow_flag(device: torch.device) -> None:
     """Clear what `overflow_flag` reads; a no-op for devices without such a flag."""
     if _saturates(device):
         import torch_npu
+
         torch_npu.npu_clear_float_status(torch.zeros(8, device=device))
 
 
@@ -273,8 +294,11 @@ def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[...,
     if not 1 <= max_det <= 1000:
         raise ValueError(f"npu_batch_nms keeps 1 to 1000 boxes per image, but max_det is {max_det}: use exact.")
     import torch_npu
-    _logger.warning("torch_npu's documentation calls npu_batch_nms deprecated, to be removed: 'exact' gives the same "
-                    "detections and is the default")
+
+    _logger.warning(
+        "torch_npu's documentation calls npu_batch_nms deprecated, to be removed: 'exact' gives the same "
+        "detections and is the default"
+    )
     return torch_npu.npu_batch_nms
 
 
@@ -283,6 +307,7 @@ def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor]
     if device.type != "npu":
         return None
     import torch_npu
+
     # The argument called num_classes is the axis; an index out of range gives a row of zeros.
     return lambda indices, width: torch_npu.npu_one_hot(indices, -1, width, 1, 0)
 
@@ -312,8 +337,9 @@ def old_tensor_globals() -> list[tuple[Any, str]]:
     return [(_rebuild_old_npu_tensor, name) for name in names]
 
 
-def _rebuild_old_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any,
-                            _format: Any = None) -> torch.Tensor:
+def _rebuild_old_npu_tensor(
+    storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, _format: Any = None
+) -> torch.Tensor:
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
@@ -344,21 +370,29 @@ def make_deterministic(device: torch.device) -> list[str]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     if device.type == "npu":
         os.environ.setdefault("HCCL_DETERMINISTIC", "true")
-    return [f"deterministic: as far as {device.type} has such algorithms (torch warns of operators without one), on "
-            "the same kind and number of devices with the same libraries"]
+    return [
+        f"deterministic: as far as {device.type} has such algorithms (torch warns of operators without one), on "
+        "the same kind and number of devices with the same libraries"
+    ]
 
 
 def _tune_npu() -> list[str]:
     module = _npu_module()
     module.set_compile_mode(jit_compile=False)
     module.config.allow_internal_format = False
-    lines = ["jit_compile=False: ready-made kernels instead of compiling each shape at its first use",
-             "allow_internal_format=False: tensors stay NCHW, so no format is converted back and forth and the fused "
-             "optimizer's flat memory is that of the weights"]
+    lines = [
+        "jit_compile=False: ready-made kernels instead of compiling each shape at its first use",
+        "allow_internal_format=False: tensors stay NCHW, so no format is converted back and forth and the fused "
+        "optimizer's flat memory is that of the weights",
+    ]
     if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1" or os.environ.get("TASK_QUEUE_ENABLE") == "0":
-        lines.append("the task queue is off (ASCEND_LAUNCH_BLOCKING or TASK_QUEUE_ENABLE): good for finding the "
-                     "operator that fails, slow for training")
+        lines.append(
+            "the task queue is off (ASCEND_LAUNCH_BLOCKING or TASK_QUEUE_ENABLE): good for finding the "
+            "operator that fails, slow for training"
+        )
     else:
-        lines.append(f"TASK_QUEUE_ENABLE={os.environ.get('TASK_QUEUE_ENABLE', '1')}: operators are launched from a "
-                     "thread of their own")
+        lines.append(
+            f"TASK_QUEUE_ENABLE={os.environ.get('TASK_QUEUE_ENABLE', '1')}: operators are launched from a "
+            "thread of their own"
+        )
     return lines

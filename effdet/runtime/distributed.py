@@ -7,6 +7,7 @@ evaluation on rank 0 then waits on a socket, not inside an accelerator collectiv
 What must not live here: choosing a device or a backend (device.py), starting processes (launch.py), wrapping a model
 for data-parallel training.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -26,15 +27,31 @@ from . import signals
 from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
-    'LateMax', 'SyncBatchNorm', 'all_gather_object', 'all_reduce_mean', 'all_reduce_sum', 'alone', 'barrier',
-    'broadcast_object',
-    'convert_sync_batchnorm', 'distribute_bn', 'gather_object', 'init_process_group', 'is_distributed', 'is_launched',
-    'is_primary', 'local_rank', 'local_world_size', 'rank',
-    'run_on_primary', 'shutdown', 'world_size',
+    "LateMax",
+    "SyncBatchNorm",
+    "all_gather_object",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "alone",
+    "barrier",
+    "broadcast_object",
+    "convert_sync_batchnorm",
+    "distribute_bn",
+    "gather_object",
+    "init_process_group",
+    "is_distributed",
+    "is_launched",
+    "is_primary",
+    "local_rank",
+    "local_world_size",
+    "rank",
+    "run_on_primary",
+    "shutdown",
+    "world_size",
 ]
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar('_T')
+_T = TypeVar("_T")
 
 # Long enough for rank 0 to evaluate a large data set or to build a cache while the others wait.
 DEFAULT_TIMEOUT_S = 7200.0
@@ -77,12 +94,12 @@ def local_rank() -> int:
 
     Unlike `rank()` it is right before the group runs, because the device is chosen by it.
     """
-    return int(os.environ.get('LOCAL_RANK', rank()))
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def local_world_size() -> int:
     """Return how many processes of the run are on this machine: `LOCAL_WORLD_SIZE` as the launcher sets it."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', world_size()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_distributed() -> bool:
@@ -97,7 +114,7 @@ def is_primary() -> bool:
 
 def is_launched() -> bool:
     """Tell whether a launcher (torchrun or `launch`) started this process: RANK and WORLD_SIZE are set."""
-    return 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def init_process_group(backend: str, device: torch.device | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
@@ -118,23 +135,24 @@ def init_process_group(backend: str, device: torch.device | None = None, timeout
         return True
     if not is_launched():
         return False
-    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f'RANK={os.environ["RANK"]} and WORLD_SIZE={os.environ["WORLD_SIZE"]} are set but {" and ".join(missing)} '
-            'not: start the processes with torchrun, or unset RANK and WORLD_SIZE to run one process')
+            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set but {' and '.join(missing)} "
+            "not: start the processes with torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
     options: dict[str, Any] = {}
-    if backend == 'nccl' and device is not None and device.index is not None:
-        options['device_id'] = device
+    if backend == "nccl" and device is not None and device.index is not None:
+        options["device_id"] = device
     timeout = datetime.timedelta(seconds=timeout_s)
-    restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    if restart == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1':
-        options['init_method'] = 'env://'
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        options["init_method"] = "env://"
     else:
         # torch 2.13's launcher keeps its store over a restart: a process that is early would read there where those
         # that have died were to be reached. Machines of one group may count differently, so only for one of them.
-        store, number, world = next(dist.rendezvous('env://', timeout=timeout))
-        options |= {'store': dist.PrefixStore(f'restart{restart}', store), 'rank': number, 'world_size': world}
+        store, number, world = next(dist.rendezvous("env://", timeout=timeout))
+        options |= {"store": dist.PrefixStore(f"restart{restart}", store), "rank": number, "world_size": world}
     dist.init_process_group(backend, timeout=timeout, **options)
     _get_host_group(timeout_s)
     return True
@@ -170,8 +188,8 @@ def _get_host_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:
     world = dist.group.WORLD
     if _host_group is None or _host_group[0] is not world:
         group = world
-        if dist.get_backend() != 'gloo' and dist.is_gloo_available():
-            group = dist.new_group(backend='gloo', timeout=datetime.timedelta(seconds=timeout_s))
+        if dist.get_backend() != "gloo" and dist.is_gloo_available():
+            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
         _host_group = (world, group)
     return _host_group[1]
 
@@ -194,7 +212,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """
     total = tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
     if is_distributed():
-        dist.all_reduce(total, group=_get_host_group() if total.device.type == 'cpu' else None)
+        dist.all_reduce(total, group=_get_host_group() if total.device.type == "cpu" else None)
     return total
 
 
@@ -250,9 +268,9 @@ def gather_object(obj: _T, dst: int = 0) -> list[_T] | None:
 
 
 def _failure_text(error: BaseException) -> str:
-    summary = ''.join(traceback.format_exception_only(error)).strip()
-    where = ''.join(traceback.format_tb(error.__traceback__)[-3:])
-    return f'rank 0 failed: {summary}\n{where}'.rstrip()
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return f"rank 0 failed: {summary}\n{where}".rstrip()
 
 
 class LateMax:
@@ -316,7 +334,7 @@ def run_on_primary(fn: Callable[[], _T], interruptible: bool = False) -> _T:
 
 
 @torch.no_grad()
-def distribute_bn(model: torch.nn.Module, mode: str = 'reduce') -> None:
+def distribute_bn(model: torch.nn.Module, mode: str = "reduce") -> None:
     """Make batch-norm running statistics equal on all ranks, in one collective per dtype.
 
     `num_batches_tracked` is left alone: it is the same everywhere, and averaging an integer would not be.
@@ -328,18 +346,18 @@ def distribute_bn(model: torch.nn.Module, mode: str = 'reduce') -> None:
     Raises:
         ValueError: any other mode.
     """
-    if mode not in ('reduce', 'broadcast', ''):
+    if mode not in ("reduce", "broadcast", ""):
         raise ValueError(f"distribute_bn mode {mode!r}: must be 'reduce', 'broadcast' or '' (off)")
     if not mode or not is_distributed():
         return
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for name, buffer in model.named_buffers():
-        if name.rpartition('.')[2] in ('running_mean', 'running_var'):
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        group = _get_host_group() if flat.device.type == 'cpu' else None
-        if mode == 'reduce':
+        group = _get_host_group() if flat.device.type == "cpu" else None
+        if mode == "reduce":
             flat /= world_size()  # before the sum: half precision must not overflow
             dist.all_reduce(flat, group=group)
         else:

@@ -7,6 +7,7 @@ killed, so that a launcher sees a failure and can start them again.
 
 The main thread only notes where it is (`tick`): no communication and no wait.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -57,8 +58,15 @@ class Heartbeat(threading.Thread):
         place: returns this rank's place; the default is what `tick` noted.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, limit_s: float,
-                 on_hang: Callable[[str], None] | None = None, place: Callable[[], list[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        limit_s: float,
+        on_hang: Callable[[str], None] | None = None,
+        place: Callable[[], list[Any]] | None = None,
+    ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.store, self.rank, self.world, self.limit_s = store, rank, world, limit_s
         self.on_hang = on_hang or self._kill
@@ -116,12 +124,19 @@ class Heartbeat(threading.Thread):
         late = self.laggards()
         now = time.monotonic()
         places = "; ".join(
-            f"rank {other}: {place[2]}" + (f" (silent for {now - self._heard[other][1]:.0f} s)" if
-                                           now - self._heard[other][1] > self.limit_s / 2 else "")
-            for other, place in self._places.items())
+            f"rank {other}: {place[2]}"
+            + (
+                f" (silent for {now - self._heard[other][1]:.0f} s)"
+                if now - self._heard[other][1] > self.limit_s / 2
+                else ""
+            )
+            for other, place in self._places.items()
+        )
         who = "no rank is behind" if len(late) == self.world else f"waiting for rank {', '.join(map(str, late))}"
-        return (f"no process has made progress for {self.limit_s:g} s (--hang-timeout): {who}. {places}. "
-                "Stacks of this rank are on standard error.")
+        return (
+            f"no process has made progress for {self.limit_s:g} s (--hang-timeout): {who}. {places}. "
+            "Stacks of this rank are on standard error."
+        )
 
     def _kill(self, text: str) -> None:
         """Report, from one rank that is not to blame where there is one, and end this process."""

@@ -1,4 +1,5 @@
 """Start one process for each device, and give each process its device and its place in the group."""
+
 from __future__ import annotations
 
 import contextlib
@@ -38,8 +39,10 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
     local_rank = distributed.local_rank() if launched else 0
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     if device_list and launched and len(device_list) != local_world:
-        raise ValueError(f"--device-list names {len(device_list)} devices, but {local_world} processes were started on "
-                         "this machine: start as many as there are devices, or leave --device-list out.")
+        raise ValueError(
+            f"--device-list names {len(device_list)} devices, but {local_world} processes were started on "
+            "this machine: start as many as there are devices, or leave --device-list out."
+        )
     renumbered = bool(device_list) and device_layer.restrict_visible(device_name, device_list)
     if device_list and not renumbered:
         index = device_list[local_rank]
@@ -54,7 +57,7 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(('', 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
@@ -62,7 +65,7 @@ def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was only just given up is free
         try:
-            probe.bind(('', port))
+            probe.bind(("", port))
         except OSError:
             return False
         return True
@@ -70,7 +73,7 @@ def _is_free(port: int) -> bool:
 
 def _core_count() -> int:
     # Containers and taskset restrict the process to fewer cores than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: int = 5) -> None:
@@ -79,16 +82,21 @@ def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: in
         try:
             run(arguments)
         except dist.DistNetworkError as error:
-            if 'EADDRINUSE' not in str(error) or not left:
+            if "EADDRINUSE" not in str(error) or not left:
                 raise
-            _logger.warning('port %d was taken by another process just now: trying another', arguments.master_port)
+            _logger.warning("port %d was taken by another process just now: trying another", arguments.master_port)
             arguments.master_port = _free_port()
         else:
             return
 
 
-def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0.0.1",
-           master_port: int | None = None, max_restarts: int = 0) -> int:
+def launch(
+    command: Sequence[str],
+    num_processes: int,
+    master_addr: str = "127.0.0.1",
+    master_port: int | None = None,
+    max_restarts: int = 0,
+) -> int:
     """Run a command in several processes of this machine under torch.distributed's elastic launcher, and wait.
 
     Each child runs the same interpreter with the same arguments, and learns its place from the variables that torchrun
@@ -115,8 +123,10 @@ def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0
     if not command:
         raise ValueError("command is empty: give the path of the script to run, or -m and a module, then its arguments")
     if distributed.is_launched():
-        raise ValueError(f"this process is rank {os.environ['RANK']} of a launched group already: join it with "
-                         "init_process_group instead of launching again")
+        raise ValueError(
+            f"this process is rank {os.environ['RANK']} of a launched group already: join it with "
+            "init_process_group instead of launching again"
+        )
     if command[0] != "-m" and not Path(command[0]).is_file():
         raise FileNotFoundError(f"script to launch not found: {command[0]} (in {Path.cwd()})")
     from torch.distributed import run as torchrun  # heavy, and needed in the launching parent only
@@ -128,11 +138,17 @@ def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0
         _logger.warning("port %d is in use on this machine: a free one is taken instead", taken)
     master_port = master_port or _free_port()
     logs = tempfile.TemporaryDirectory(prefix="effdet-launch-")  # torchrun never removes a log folder of its own
-    arguments = torchrun.get_args_parser().parse_args([
-        f"--log-dir={logs.name}",
-        f"--nproc-per-node={num_processes}", f"--master-addr={master_addr}", f"--max-restarts={max_restarts}",
-        f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
-        f"--master-port={master_port}", *command])
+    arguments = torchrun.get_args_parser().parse_args(
+        [
+            f"--log-dir={logs.name}",
+            f"--nproc-per-node={num_processes}",
+            f"--master-addr={master_addr}",
+            f"--max-restarts={max_restarts}",
+            f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
+            f"--master-port={master_port}",
+            *command,
+        ]
+    )
     here = str(Path(__file__).resolve().parents[2])  # children find the package where this process found it
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _core_count() // num_processes))
@@ -141,8 +157,9 @@ def launch(command: Sequence[str], num_processes: int, master_addr: str = "127.0
             _run_at_a_free_port(torchrun.run, arguments)
         except ChildFailedError as error:
             failed_rank, failure = error.get_first_failure()
-            _logger.error("process of rank %d ended with exit code %d; its own output says why", failed_rank,
-                          failure.exitcode)
+            _logger.error(
+                "process of rank %d ended with exit code %d; its own output says why", failed_rank, failure.exitcode
+            )
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         except SignalException as error:
             _logger.error("stopped by %s", error.sigval.name)

@@ -1,4 +1,5 @@
 """Memory of a device and the way to it: moving tensors, how much is in use, giving it back. Names no device."""
+
 from __future__ import annotations
 
 import ctypes
@@ -33,6 +34,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

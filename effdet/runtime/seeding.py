@@ -1,4 +1,5 @@
 """Seeds and the state of an accelerator's random generator."""
+
 from __future__ import annotations
 
 import random

@@ -7,6 +7,7 @@ The first SIGTERM, SIGINT or SIGUSR1 is remembered; the run ends itself with sta
 signal kills the process at once; a shell reports the same status for it. The end of the launcher that started this
 process counts as SIGTERM: killed, it can send none, and its processes would keep the devices.
 """
+
 from __future__ import annotations
 
 import contextlib

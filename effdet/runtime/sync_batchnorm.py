@@ -6,6 +6,7 @@ accelerators one that calls their fused kernels without waiting. Neither changes
 
 Source: Ioffe & Szegedy 2015 (batch norm and its gradient); Chan, Golub & LeVeque 1979 (combining partial variances).
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['SyncBatchNorm', 'convert_sync_batchnorm']
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
 
 def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -56,8 +57,16 @@ class _SyncNormalize(torch.autograd.Function):
     """Normalise by the global batch's moments; the gradient of x flows through those moments on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-                mean: torch.Tensor, var: torch.Tensor, total: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        total: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), total)
         if x.numel() == 0:
             return torch.empty_like(x)
@@ -78,18 +87,25 @@ class _SyncNormalize(torch.autograd.Function):
             dist.all_reduce(sums)  # also with an empty batch: the other ranks wait for this one
             mean_grad, mean_grad_centred = (sums / total).chunk(2)
             scale = inv_std if weight is None else inv_std * weight.to(mean.dtype)
-            grad_x = grad - _per_channel(mean_grad, x) - centred * _per_channel(mean_grad_centred * inv_std ** 2, x)
+            grad_x = grad - _per_channel(mean_grad, x) - centred * _per_channel(mean_grad_centred * inv_std**2, x)
             grad_x = (grad_x * _per_channel(scale, x)).to(x.dtype)
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        return (grad_x, grad_weight.to(weight.dtype) if needs_weight else None,
-                grad_bias.to(weight.dtype) if needs_bias else None, None, None, None, None)
+        return (
+            grad_x,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(weight.dtype) if needs_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _DropAct:
     """The dropout and activation that timm's BatchNormAct2d carries; absent on a plain batch norm."""
 
     def _drop_act(self, x: torch.Tensor) -> torch.Tensor:
-        for name in ('drop', 'act'):
+        for name in ("drop", "act"):
             if hasattr(self, name):
                 x = getattr(self, name)(x)
         return x
@@ -104,7 +120,7 @@ class SyncBatchNorm(_DropAct, _BatchNorm):
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f'expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}')
+            raise ValueError(f"expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise, then apply the converted layer's dropout and activation.
@@ -124,7 +140,7 @@ class SyncBatchNorm(_DropAct, _BatchNorm):
         with torch.no_grad():
             mean, square, total = _global_moments(input if input.dtype == torch.float64 else input.float())
             if total < 2:
-                raise ValueError(f'batch norm needs at least 2 values per channel over all ranks, got {int(total)}')
+                raise ValueError(f"batch norm needs at least 2 values per channel over all ranks, got {int(total)}")
             if self.track_running_stats and self.running_mean is not None:
                 self.num_batches_tracked.add_(1)
                 factor = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -142,9 +158,16 @@ class _FusedSyncNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-                running_mean: torch.Tensor | None, running_var: torch.Tensor | None, momentum: float,
-                eps: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> torch.Tensor:
         x = x.contiguous()
         channels = x.size(1)
         mean, inv_std = torch.batch_norm_stats(x, eps)
@@ -154,8 +177,15 @@ class _FusedSyncNormalize(torch.autograd.Function):
         table = table.view(-1, 2 * channels + 1)  # [ranks, 2C + 1]
         counts = table[:, -1].contiguous()
         mean, inv_std = torch.batch_norm_gather_stats_with_counts(
-            x, table[:, :channels].contiguous(), table[:, channels:-1].contiguous(), running_mean, running_var,
-            momentum, eps, counts)
+            x,
+            table[:, :channels].contiguous(),
+            table[:, channels:-1].contiguous(),
+            running_mean,
+            running_var,
+            momentum,
+            eps,
+            counts,
+        )
         ctx.save_for_backward(x, weight, mean, inv_std, counts.to(torch.int32))
         return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
 
@@ -164,17 +194,26 @@ class _FusedSyncNormalize(torch.autograd.Function):
         x, weight, mean, inv_std, counts = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         sum_grad, sum_grad_centred, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad_out, x, mean, inv_std, weight, *ctx.needs_input_grad[:3])
+            grad_out, x, mean, inv_std, weight, *ctx.needs_input_grad[:3]
+        )
         grad_x = None
         if ctx.needs_input_grad[0]:
             sums = torch.cat([sum_grad, sum_grad_centred])
             dist.all_reduce(sums)
             sum_grad, sum_grad_centred = sums.chunk(2)
             grad_x = torch.batch_norm_backward_elemt(
-                grad_out, x, mean, inv_std, weight, sum_grad.contiguous(), sum_grad_centred.contiguous(), counts)
+                grad_out, x, mean, inv_std, weight, sum_grad.contiguous(), sum_grad_centred.contiguous(), counts
+            )
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        return (grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None,
-                None)
+        return (
+            grad_x,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
@@ -182,7 +221,7 @@ class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f'expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}')
+            raise ValueError(f"expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise, then apply the converted layer's dropout and activation."""
@@ -194,17 +233,16 @@ class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
             statistics = self.running_mean, self.running_var
-        return self._drop_act(
-            _FusedSyncNormalize.apply(input, self.weight, self.bias, *statistics, momentum, self.eps))
+        return self._drop_act(_FusedSyncNormalize.apply(input, self.weight, self.bias, *statistics, momentum, self.eps))
 
 
 def _converted(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
     new = kind(layer.num_features, layer.eps, layer.momentum, affine=False, track_running_stats=False)
     new.affine, new.track_running_stats = layer.affine, layer.track_running_stats
     # The very same parameters, buffers and children: optimiser references, frozen flags and keys survive.
-    for name in ('weight', 'bias'):
+    for name in ("weight", "bias"):
         new.register_parameter(name, getattr(layer, name))
-    for name in ('running_mean', 'running_var', 'num_batches_tracked'):
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
         new.register_buffer(name, getattr(layer, name))
     for name, child in layer.named_children():
         new.add_module(name, child)
@@ -227,7 +265,7 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return model
-    kind = SyncBatchNorm if dist.get_backend() == 'gloo' else _FusedSyncBatchNorm
+    kind = SyncBatchNorm if dist.get_backend() == "gloo" else _FusedSyncBatchNorm
     synchronised = (nn.SyncBatchNorm, SyncBatchNorm, _FusedSyncBatchNorm)
     done: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
 

@@ -4,6 +4,7 @@ Lives here: what runs in which dtype, loss scaling, and skipping a step whose gr
 the device where the optimizer can be told on the device. How a kind of device does autocast and scaling is in
 device.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -53,12 +54,20 @@ class Precision:
         ValueError: a setting is unknown, out of range or would have no effect.
     """
 
-    def __init__(self, device: torch.device, enabled: bool = True, opt_level: str = "O1",
-                 dtype: torch.dtype | str = torch.float16, loss_scale: float | str = "dynamic",
-                 init_scale: float = 2.0**16) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        enabled: bool = True,
+        opt_level: str = "O1",
+        dtype: torch.dtype | str = torch.float16,
+        loss_scale: float | str = "dynamic",
+        init_scale: float = 2.0**16,
+    ) -> None:
         if opt_level not in OPT_LEVELS:
-            raise ValueError(f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
-                             "with float32 masters.")
+            raise ValueError(
+                f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
+                "with float32 masters."
+            )
         dtype = _HALF_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype not in _HALF_DTYPES.values():
             raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
@@ -141,13 +150,20 @@ class Precision:
             RuntimeError: no parameter of the optimizer has a gradient.
         """
         self._move_gradients_to_masters()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]
-                      if parameter.grad is not None]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
         if not parameters:
-            raise RuntimeError("No parameter has a gradient: call backward() first, on a loss of the model, and "
-                               "build the optimizer from master_parameters().")
-        norm = clip_gradients(parameters, *(clip or (None, "norm")), flat_gradients=flat_gradients(optimizer),
-                              unscale=None if self._scale is None else self._scale.reciprocal())
+            raise RuntimeError(
+                "No parameter has a gradient: call backward() first, on a loss of the model, and "
+                "build the optimizer from master_parameters()."
+            )
+        norm = clip_gradients(
+            parameters,
+            *(clip or (None, "norm")),
+            flat_gradients=flat_gradients(optimizer),
+            unscale=None if self._scale is None else self._scale.reciprocal(),
+        )
         found_inf = torch.isfinite(norm).logical_not().float()
         flag = device_layer.overflow_flag(self.device)
         if flag is not None:
@@ -242,8 +258,10 @@ def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | Non
         raise ValueError(f"The loss scale must be 'dynamic' or a number above 0, got {loss_scale!r}.")
     if dtype != torch.float16:
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"A loss scale of {value:g} would have no effect: {name} has the range to do without. "
-                         "Leave --loss-scale out, or train in float16 (--amp --amp-dtype float16, opt level O1 or O2).")
+        raise ValueError(
+            f"A loss scale of {value:g} would have no effect: {name} has the range to do without. "
+            "Leave --loss-scale out, or train in float16 (--amp --amp-dtype float16, opt level O1 or O2)."
+        )
     return value
 
 

@@ -3,6 +3,7 @@
 The search knows nothing of devices: it gets a function that tries a size. `choose_batch_size` puts real steps behind
 it, those of a network, an optimizer and an average that are made for the search and thrown away after it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -35,8 +36,10 @@ def check_device(cfg: RunConfig, device: torch.device) -> None:
         ValueError: the device is the CPU.
     """
     if cfg.run.batch_size == AUTO and device_layer.is_host(device):
-        raise ValueError("-b auto measures an accelerator's memory, and this run is on the CPU, which has none of its "
-                         "own: give -b N (8 is a good start for a CPU).")
+        raise ValueError(
+            "-b auto measures an accelerator's memory, and this run is on the CPU, which has none of its "
+            "own: give -b N (8 is a good start for a CPU)."
+        )
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -86,6 +89,7 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
     Returns:
         A function that tells whether two steps with a batch of a size fit: the optimizer's state comes with the first.
     """
+
     def fits(size: int) -> bool:
         enough = True
         release()
@@ -98,11 +102,13 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
             enough = False  # the memory is released outside, when the error no longer holds on to the step's tensors
         release()
         return enough
+
     return fits
 
 
-def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
-              clip: tuple[float | None, str]) -> Callable[[int], None]:
+def make_step(
+    step: Step, device: torch.device, slots: int, channels_last: bool, clip: tuple[float | None, str]
+) -> Callable[[int], None]:
     """Return a function that takes a training step on a made-up batch of a size.
 
     Args:
@@ -129,6 +135,7 @@ def make_step(step: Step, device: torch.device, slots: int, channels_last: bool,
             device_layer.synchronize(device)
         finally:
             step.optimizer.zero_grad()
+
     return run_step
 
 
@@ -156,28 +163,43 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
     with distributed.alone(), torch.random.fork_rng(devices=[]):
         logging.disable(logging.INFO)  # the run builds all of this again, and says so then
         try:
-            step = build_step(replace_settings(cfg, run={"compile": False}), dataclasses.replace(place, world=1),
-                              num_classes, {})
+            step = build_step(
+                replace_settings(cfg, run={"compile": False}), dataclasses.replace(place, world=1), num_classes, {}
+            )
         finally:
             logging.disable(logging.NOTSET)
         reserve = torch.empty(sum(p.numel() for p in step.model.parameters()) if world > 1 else 0, device=device)
-        fits = make_probe(make_step(step, device, padded_instances(most_objects), place.channels_last,
-                                    (cfg.optim.clip_grad or None, cfg.optim.clip_mode)),
-                          lambda: memory_layer.release_memory(device))
+        fits = make_probe(
+            make_step(
+                step,
+                device,
+                padded_instances(most_objects),
+                place.channels_last,
+                (cfg.optim.clip_grad or None, cfg.optim.clip_mode),
+            ),
+            lambda: memory_layer.release_memory(device),
+        )
         largest = largest_that_fits(fits, most)
         size = with_margin(fits, largest) if largest < most else most
         del step, fits, reserve  # `reserve` stood for DistributedDataParallel's copy of the gradients
         memory_layer.release_memory(device)
     size = min(distributed.all_gather_object(size))
     if size == 0:
-        raise RuntimeError("-b auto: not even one image fits the memory; give a smaller --model or --image-size, or "
-                           "--amp.")
+        raise RuntimeError(
+            "-b auto: not even one image fits the memory; give a smaller --model or --image-size, or --amp."
+        )
     cfg = set_batch_size(cfg, size * world)
     total = memory_layer.total_memory_bytes(device)
     memory = "" if total is None else f" of {total / 2**30:.1f} GiB"
     limit = ", all there are" if largest >= most and most < _LARGEST else ""
-    _logger.info("-b auto: %d images a step on each of %d device(s); %d fit the memory%s of this one%s", size, world,
-                 largest, memory, limit)
+    _logger.info(
+        "-b auto: %d images a step on each of %d device(s); %d fit the memory%s of this one%s",
+        size,
+        world,
+        largest,
+        memory,
+        limit,
+    )
     return cfg
 
 
@@ -187,8 +209,9 @@ def set_batch_size(cfg: RunConfig, batch_size: int) -> RunConfig:
     rule = lr * batch_size / meant
     used = rule if batch_size < meant else lr
     if batch_size < meant:
-        _logger.info("-b auto: learning rate %.4g for the batch of %d, in proportion to %.4g for %d", rule, batch_size,
-                     lr, meant)
+        _logger.info(
+            "-b auto: learning rate %.4g for the batch of %d, in proportion to %.4g for %d", rule, batch_size, lr, meant
+        )
     else:
         more = "" if batch_size == meant else f"; in proportion to the batch it would be {rule:.4g} (--lr)"
         _logger.info("-b auto: learning rate %.4g as given for a batch of %d%s", lr, meant, more)

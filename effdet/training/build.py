@@ -97,8 +97,10 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
     else:
         val_set = build_dataset(cfg.data, "val", stored=categories)
     if cfg.data.workers is not None and cfg.data.workers > len(train_set):
-        raise ValueError(f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "
-                         f"have nothing to do. Give at most {len(train_set)}.")
+        raise ValueError(
+            f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "
+            f"have nothing to do. Give at most {len(train_set)}."
+        )
     _logger.info("data: %d training and %d validation images, %s", len(train_set), len(val_set), categories)
     return Data(train_set, val_set, categories, bad_images)
 
@@ -133,12 +135,23 @@ def build_step(
     ema = ModelEma(model, cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
     precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype, cfg.amp.loss_scale)
     precision.prepare_model(model)
-    optimizer = build_optimizer(model, cfg.optim.opt, cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay,
-                                cfg.optim.opt_eps, masters=precision.master_parameters(model))
+    optimizer = build_optimizer(
+        model,
+        cfg.optim.opt,
+        cfg.optim.lr,
+        cfg.optim.momentum,
+        cfg.optim.weight_decay,
+        cfg.optim.opt_eps,
+        masters=precision.master_parameters(model),
+    )
     bench = DetBenchTrain(
-        model, ignore_regions=cfg.data.crowd == "ignore",
-        input_sizes=multi_scale_sizes(cfg.data, model.config.image_size), dense_targets=cfg.loss.dense_targets,
-        normalize_over_ranks=is_group, compile_backend="inductor" if cfg.run.compile else "")
+        model,
+        ignore_regions=cfg.data.crowd == "ignore",
+        input_sizes=multi_scale_sizes(cfg.data, model.config.image_size),
+        dense_targets=cfg.loss.dense_targets,
+        normalize_over_ranks=is_group,
+        compile_backend="inductor" if cfg.run.compile else "",
+    )
     return Step(model, ema, precision, optimizer, bench.to(device))
 
 
@@ -158,13 +171,16 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
     device, workers = place.device, place.workers
     check_shared_memory(distributed.local_world_size(), workers, batch_size, model_config.image_size)
     if cfg.run.overfit:  # no augmentation: images as the evaluation sees them
-        train = build_eval_loader(data.train_set, cfg.data, model_config, batch_size, workers, device,
-                                  channels_last=place.channels_last)
+        train = build_eval_loader(
+            data.train_set, cfg.data, model_config, batch_size, workers, device, channels_last=place.channels_last
+        )
     else:
-        train = build_train_loader(data.train_set, cfg.data, model_config, batch_size, workers, device, cfg.run.seed,
-                                   place.channels_last)
-    val = build_eval_loader(data.val_set, cfg.data, model_config, batch_size, workers, device, cfg.run.val_skip,
-                            place.channels_last)
+        train = build_train_loader(
+            data.train_set, cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last
+        )
+    val = build_eval_loader(
+        data.val_set, cfg.data, model_config, batch_size, workers, device, cfg.run.val_skip, place.channels_last
+    )
     for loader in (train, val):
         loader.loader.worker_init_fn = signals.ignore_in_worker
     evaluator = CocoEvaluator(val.dataset, distributed=True, max_det=max(100, model_config.max_det_per_image))
@@ -185,11 +201,25 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
     """
     sched = cfg.sched
     schedule, epochs = build_schedule(
-        step.optimizer, sched.sched, sched.epochs, sched.warmup_epochs, sched.warmup_lr, sched.min_lr,
-        sched.cooldown_epochs, sched.lr_noise, sched.lr_noise_pct, sched.lr_noise_std, cycle_mul=sched.lr_cycle_mul,
-        cycle_limit=sched.lr_cycle_limit, decay_epochs=sched.decay_epochs, decay_milestones=sched.decay_milestones,
-        decay_rate=sched.decay_rate, patience=sched.patience_epochs, seed=cfg.run.seed,
-        updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum))
+        step.optimizer,
+        sched.sched,
+        sched.epochs,
+        sched.warmup_epochs,
+        sched.warmup_lr,
+        sched.min_lr,
+        sched.cooldown_epochs,
+        sched.lr_noise,
+        sched.lr_noise_pct,
+        sched.lr_noise_std,
+        cycle_mul=sched.lr_cycle_mul,
+        cycle_limit=sched.lr_cycle_limit,
+        decay_epochs=sched.decay_epochs,
+        decay_milestones=sched.decay_milestones,
+        decay_rate=sched.decay_rate,
+        patience=sched.patience_epochs,
+        seed=cfg.run.seed,
+        updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum),
+    )
     bench = step.bench
     if place.world > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]
@@ -197,9 +227,20 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
             warnings.simplefilter("ignore", FutureWarning)
             bench = DistributedDataParallel(bench, device_ids=ids, broadcast_buffers=False)
     training = Training(
-        bench, step.model, step.optimizer, schedule, step.precision, place.device, step.ema,
-        (cfg.optim.clip_grad or None, cfg.optim.clip_mode), cfg.optim.grad_accum, cfg.run.log_interval,
-        steps_per_epoch * epochs, cfg.run.max_steps, cfg.run.max_skipped)
+        bench,
+        step.model,
+        step.optimizer,
+        schedule,
+        step.precision,
+        place.device,
+        step.ema,
+        (cfg.optim.clip_grad or None, cfg.optim.clip_mode),
+        cfg.optim.grad_accum,
+        cfg.run.log_interval,
+        steps_per_epoch * epochs,
+        cfg.run.max_steps,
+        cfg.run.max_skipped,
+    )
     return training, epochs
 
 

@@ -3,6 +3,7 @@
 Lives here: the average, its warm-up and how much of it is still the initial weights. Choosing which weights are
 evaluated or saved is the engine's business.
 """
+
 from __future__ import annotations
 
 import copy

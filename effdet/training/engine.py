@@ -3,6 +3,7 @@
 They take built objects (build.py) and know nothing of flags, files or checkpoints; numbers leave as records (log.py).
 Between two log lines nothing here reads a value from the device.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -91,9 +92,14 @@ class Progress:
     totals: Tensor | None = None  # sums of the losses over them, in the order of _LOSSES, on the device
 
 
-def train_one_epoch(run: Training, loader: Any, epoch: int, start: Progress | None = None,
-                    after_update: Callable[[Progress], None] | None = None,
-                    recorder: Recorder | None = None) -> EpochStats:
+def train_one_epoch(
+    run: Training,
+    loader: Any,
+    epoch: int,
+    start: Progress | None = None,
+    after_update: Callable[[Progress], None] | None = None,
+    recorder: Recorder | None = None,
+) -> EpochStats:
     """Train on every batch of `loader` once.
 
     Args:
@@ -189,8 +195,7 @@ def _read_means(values: dict[str, Tensor]) -> dict[str, float]:
 class _Clock:
     """Sums losses on the device, and times; reads the device only when a record is due."""
 
-    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress,
-                 recorder: Recorder | None) -> None:
+    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress, recorder: Recorder | None) -> None:
         self.run, self.num_batches, self.epoch, self.recorder = run, num_batches, epoch, recorder
         self.batches = self.batches_before = start.batches
         self.images = 0
@@ -221,9 +226,14 @@ class _Clock:
 
     def _finish_interval(self, losses: Tensor) -> None:
         run = self.run
-        values = _read_means({
-            **_by_name(losses), "loss_average": _by_name(self.totals / self.batches)["loss"],
-            "skipped_in_a_row": run.precision.skipped_in_a_row(), "damage": run.guard.damage(losses.device)})
+        values = _read_means(
+            {
+                **_by_name(losses),
+                "loss_average": _by_name(self.totals / self.batches)["loss"],
+                "skipped_in_a_row": run.precision.skipped_in_a_row(),
+                "damage": run.guard.damage(losses.device),
+            }
+        )
         self.skipped_in_a_row, damaged = round(values.pop("skipped_in_a_row")), values.pop("damage") > 0
         run.guard.keep_or_restore(damaged)
         if damaged:
@@ -233,13 +243,24 @@ class _Clock:
         done = self.batches - self.batches_before
         end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
         if self.recorder is not None:
-            self.recorder.on_interval(StepStats(
-                epoch=self.epoch, global_step=run.steps, step=self.batches, steps=self.num_batches, **values,
-                lr=run.schedule.lr, step_s=interval_s / self.interval_batches, step_average_s=elapsed_s / done,
-                img_per_s=self.interval_images / interval_s, img_per_s_average=self.images / elapsed_s,
-                data_s=self.interval_data_s / self.interval_batches, data_average_s=self.data_s / done,
-                eta_s=max(0, end - run.steps) * (elapsed_s / done),
-                memory_mib=peak_memory_bytes(run.device) / 2**20))
+            self.recorder.on_interval(
+                StepStats(
+                    epoch=self.epoch,
+                    global_step=run.steps,
+                    step=self.batches,
+                    steps=self.num_batches,
+                    **values,
+                    lr=run.schedule.lr,
+                    step_s=interval_s / self.interval_batches,
+                    step_average_s=elapsed_s / done,
+                    img_per_s=self.interval_images / interval_s,
+                    img_per_s_average=self.images / elapsed_s,
+                    data_s=self.interval_data_s / self.interval_batches,
+                    data_average_s=self.data_s / done,
+                    eta_s=max(0, end - run.steps) * (elapsed_s / done),
+                    memory_mib=peak_memory_bytes(run.device) / 2**20,
+                )
+            )
         self.interval_started = now
         self.interval_batches = self.interval_images = 0
         self.interval_data_s = 0.0
@@ -249,14 +270,26 @@ class _Clock:
         synchronize(run.device)
         elapsed_s = time.perf_counter() - self.started
         means = _read_means(_by_name(self.totals / self.batches))
-        return EpochStats(self.epoch, run.steps, **means, lr=run.schedule.lr, img_per_s=self.images / elapsed_s,
-                          memory_mib=peak_memory_bytes(run.device) / 2**20, skipped=run.precision.skipped())
+        return EpochStats(
+            self.epoch,
+            run.steps,
+            **means,
+            lr=run.schedule.lr,
+            img_per_s=self.images / elapsed_s,
+            memory_mib=peak_memory_bytes(run.device) / 2**20,
+            skipped=run.precision.skipped(),
+        )
 
 
 @torch.no_grad()
-def evaluate(bench: nn.Module, loader: Iterable, evaluator: Evaluator,
-             autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-             log_interval: int = 0, on_batch: Callable[[int], None] | None = None) -> EvalStats:
+def evaluate(
+    bench: nn.Module,
+    loader: Iterable,
+    evaluator: Evaluator,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    log_interval: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> EvalStats:
     """Predict every batch of `loader` and score the predictions.
 
     Args:

@@ -4,6 +4,7 @@ Lives here: which parameters are decayed or left out, how gradients are clipped,
 class an optimizer's name stands for on which device is in timm_patches/optim_factory.py; skipping a step on overflow is
 in amp.py.
 """
+
 from __future__ import annotations
 
 import functools
@@ -41,8 +42,12 @@ def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Te
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}.")
-    of_norms = {id(parameter) for module in model.modules() if isinstance(module, _NORM_LAYERS)
-                for parameter in module.parameters(recurse=False)}
+    of_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NORM_LAYERS)
+        for parameter in module.parameters(recurse=False)
+    }
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -51,15 +56,24 @@ def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Te
         exempt = parameter.ndim < 2 or id(parameter) in of_norms or last in ("bias", "edge_weights")
         (plain if exempt else decayed).append(parameter if masters is None else masters[name])
     if not decayed and not plain:
-        raise ValueError("The model has no trainable parameter: every one has requires_grad=False. "
-                         "Freeze less (see --freeze-backbone, --freeze-bn).")
+        raise ValueError(
+            "The model has no trainable parameter: every one has requires_grad=False. "
+            "Freeze less (see --freeze-backbone, --freeze-bn)."
+        )
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, opt: str, lr: float, momentum: float = 0.9, weight_decay: float = 4e-5,
-                    eps: float | None = None, betas: tuple[float, float] | None = None,
-                    masters: Mapping[str, Tensor] | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    opt: str,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 4e-5,
+    eps: float | None = None,
+    betas: tuple[float, float] | None = None,
+    masters: Mapping[str, Tensor] | None = None,
+) -> torch.optim.Optimizer:
     """Build the optimizer of a model, already on its device; frozen parameters are left out.
 
     Args:
@@ -86,8 +100,14 @@ def build_optimizer(model: nn.Module, opt: str, lr: float, momentum: float = 0.9
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], value: float | None, mode: str = "norm", *,
-                   flat_gradients: list[Tensor] | None = None, unscale: Tensor | None = None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor],
+    value: float | None,
+    mode: str = "norm",
+    *,
+    flat_gradients: list[Tensor] | None = None,
+    unscale: Tensor | None = None,
+) -> Tensor:
     """Limit the gradients in place, without waiting for the device.
 
     Args:
@@ -240,5 +260,7 @@ def _keep_in_eval(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     layers = set(layers)
     for layer in layers:
         layer.eval()
-    exchange_layers(model, lambda layer: _frozen_class(type(layer))
-                    if layer in layers and not isinstance(layer, _StaysInEval) else None)
+    exchange_layers(
+        model,
+        lambda layer: _frozen_class(type(layer)) if layer in layers and not isinstance(layer, _StaysInEval) else None,
+    )

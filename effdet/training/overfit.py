@@ -3,6 +3,7 @@
 The settings that suit it are in config/load.py. Here: which images, what is measured after the training, and what
 follows from the measurements. `diagnose` takes numbers only.
 """
+
 from __future__ import annotations
 
 import logging
@@ -77,11 +78,15 @@ def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDa
     rng = np.random.default_rng(cfg.run.seed)
     chosen = np.sort(rng.choice(full, count, replace=False))
     batches = max(_BATCHES_PER_EPOCH, -(-_PASSES_PER_EPOCH * count // batch))
-    order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[:batches * batch]
+    order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[: batches * batch]
     val = DetectionDatset(dataset.data_dir, parser.subset(chosen), seed=dataset.seed)
     val.img_ids = val.parser.img_ids  # the evaluator asks for them; its json has more
-    _logger.info("overfit: %d images, %d steps an epoch, no augmentation: %s", count, batches,
-                 ", ".join(info["file_name"] for info in val.parser.img_infos[:8]) + (", ..." if count > 8 else ""))
+    _logger.info(
+        "overfit: %d images, %d steps an epoch, no augmentation: %s",
+        count,
+        batches,
+        ", ".join(info["file_name"] for info in val.parser.img_infos[:8]) + (", ..." if count > 8 else ""),
+    )
     return DetectionDatset(dataset.data_dir, parser.subset(order), seed=dataset.seed), val
 
 
@@ -93,18 +98,36 @@ def examine(run: Any, losses: Sequence[float]) -> OverfitStats:
     bench = DetBenchTrain(eval_model, ignore_regions=cfg.data.crowd == "ignore").to(run.place.device).eval()
     eval_loss, predictions = predict(bench, run.loaders.val, training.precision.autocast)
     stats = OverfitStats(
-        ap=ap, ap50=ap50, losses=losses, eval_loss=eval_loss, steps=training.steps,
-        skipped=training.precision.skipped(), lr=cfg.optim.lr, boxes=0, unreached=0, missed=0, missed_unreached=0,
-        wrong_class=0, conflicts=0, beyond_limit=0, max_det=config.max_det_per_image,
-        frozen=[flag for flag, on in (("--freeze-backbone", cfg.model.freeze_backbone),
-                                      ("--freeze-bn", cfg.model.freeze_bn)) if on],
-        ema_share=training.ema.share_of_init() if training.ema else 0.0)
+        ap=ap,
+        ap50=ap50,
+        losses=losses,
+        eval_loss=eval_loss,
+        steps=training.steps,
+        skipped=training.precision.skipped(),
+        lr=cfg.optim.lr,
+        boxes=0,
+        unreached=0,
+        missed=0,
+        missed_unreached=0,
+        wrong_class=0,
+        conflicts=0,
+        beyond_limit=0,
+        max_det=config.max_det_per_image,
+        frozen=[
+            flag
+            for flag, on in (("--freeze-backbone", cfg.model.freeze_backbone), ("--freeze-bn", cfg.model.freeze_bn))
+            if on
+        ],
+        ema_share=training.ema.share_of_init() if training.ema else 0.0,
+    )
     confused: dict[tuple[int, int], int] = {}
     for index, found in predictions:
         count_boxes(stats, confused, run.data.val_set.parser, index, found, config)
     names = run.data.categories.class_names
-    stats.confused = [f"{names[truth - 1]} as {names[other - 1]} ({count})" for (truth, other), count in
-                      sorted(confused.items(), key=lambda item: -item[1])[:3]]
+    stats.confused = [
+        f"{names[truth - 1]} as {names[other - 1]} ({count})"
+        for (truth, other), count in sorted(confused.items(), key=lambda item: -item[1])[:3]
+    ]
     return stats
 
 
@@ -120,8 +143,14 @@ def predict(bench: nn.Module, loader: Any, autocast: Any) -> tuple[float, list[t
     return sum(losses) / len(losses), results
 
 
-def count_boxes(stats: OverfitStats, confused: dict[tuple[int, int], int], parser: Any, index: int,
-                detections: torch.Tensor, config: Any) -> None:
+def count_boxes(
+    stats: OverfitStats,
+    confused: dict[tuple[int, int], int],
+    parser: Any,
+    index: int,
+    detections: torch.Tensor,
+    config: Any,
+) -> None:
     """Add one image's boxes to the counts: found, missed, of another class, out of the anchors' reach."""
     info, truth = parser.img_infos[index], parser.get_ann_info(index)
     keep = truth["cls"] > 0
@@ -164,38 +193,60 @@ def diagnose(stats: OverfitStats) -> list[str]:
     if stats.frozen:
         found.append(f"{' and '.join(stats.frozen)} keep the network from learning these images: leave them out")
     if stats.skipped > 0.1 * stats.steps or not math.isfinite(last):
-        found.append(f"{stats.skipped} of {stats.steps} updates were skipped for inf or NaN in the gradients: lower "
-                     f"--lr ({stats.lr:g}), or with --amp the --loss-scale")
+        found.append(
+            f"{stats.skipped} of {stats.steps} updates were skipped for inf or NaN in the gradients: lower "
+            f"--lr ({stats.lr:g}), or with --amp the --loss-scale"
+        )
     if not learnt:
         found.append(_judge_lr(stats))
     elif stats.eval_loss > 3 * last and stats.eval_loss - last > 0.1:
-        cause = ("the running batch-norm statistics do not fit the weights: raise model.bn_momentum or "
-                 "model.freeze_bn_epochs, or train longer")
+        cause = (
+            "the running batch-norm statistics do not fit the weights: raise model.bn_momentum or "
+            "model.freeze_bn_epochs, or train longer"
+        )
         if stats.ema_share > 0.05:
-            cause = (f"the averaged (EMA) weights are still {100 * stats.ema_share:.0f} % initial weights: train "
-                     "longer, or lower --model-ema-decay")
-        found.append(f"the loss is {last:.3g} in training but {stats.eval_loss:.3g} in evaluation, on the same "
-                     f"images: {cause}")
+            cause = (
+                f"the averaged (EMA) weights are still {100 * stats.ema_share:.0f} % initial weights: train "
+                "longer, or lower --model-ema-decay"
+            )
+        found.append(
+            f"the loss is {last:.3g} in training but {stats.eval_loss:.3g} in evaluation, on the same images: {cause}"
+        )
     if stats.wrong_class > 0.05 * boxes and learnt:
-        clash = (f"; {stats.conflicts} pairs of nearly equal boxes in one image have different classes, which no "
-                 "detector can learn" if stats.conflicts else "")
-        found.append(f"{stats.wrong_class} of {boxes} boxes are found with another class "
-                     f"({', '.join(stats.confused)}): look at the labels{clash}")
+        clash = (
+            f"; {stats.conflicts} pairs of nearly equal boxes in one image have different classes, which no "
+            "detector can learn"
+            if stats.conflicts
+            else ""
+        )
+        found.append(
+            f"{stats.wrong_class} of {boxes} boxes are found with another class "
+            f"({', '.join(stats.confused)}): look at the labels{clash}"
+        )
     if stats.missed_unreached > 0.02 * boxes:
-        found.append(f"{stats.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {stats.missed_unreached} "
-                     "of these are missed: python -m effdet.datacheck names settings that reach more")
+        found.append(
+            f"{stats.unreached} of {boxes} boxes overlap no anchor with IoU 0.5, and {stats.missed_unreached} "
+            "of these are missed: python -m effdet.datacheck names settings that reach more"
+        )
     if stats.beyond_limit:
-        found.append(f"{stats.beyond_limit} boxes are beyond the {stats.max_det} that are predicted in an image: give "
-                     "a larger --max-det")
+        found.append(
+            f"{stats.beyond_limit} boxes are beyond the {stats.max_det} that are predicted in an image: give "
+            "a larger --max-det"
+        )
     reached_missed = stats.missed - stats.missed_unreached
     if reached_missed > 0.05 * boxes and learnt:
-        found.append(f"{reached_missed} of {boxes} boxes are missed although an anchor reaches them: small, crowded or "
-                     "hidden objects; train longer (--epochs), or enlarge --image-size")
+        found.append(
+            f"{reached_missed} of {boxes} boxes are missed although an anchor reaches them: small, crowded or "
+            "hidden objects; train longer (--epochs), or enlarge --image-size"
+        )
     if stats.ap50 >= PASS_AP:
-        found.append(f"the objects are found (AP50 {stats.ap50:.2f}), their boxes are not tight yet: train longer "
-                     "(--epochs)")
-    return found or [f"nothing that was measured explains it (the loss went from {first:.3g} to {last:.3g}): look at "
-                     "the drawn images, and train longer (--epochs)"]
+        found.append(
+            f"the objects are found (AP50 {stats.ap50:.2f}), their boxes are not tight yet: train longer (--epochs)"
+        )
+    return found or [
+        f"nothing that was measured explains it (the loss went from {first:.3g} to {last:.3g}): look at "
+        "the drawn images, and train longer (--epochs)"
+    ]
 
 
 def _judge_lr(stats: OverfitStats) -> str:
@@ -214,16 +265,30 @@ def report(run: Any, losses: Sequence[float]) -> int:
     """Examine a run and log the answer; return the exit status."""
     stats = examine(run, losses)
     causes = diagnose(stats)
-    _logger.info("overfit: %d boxes: %d found, %d with another class only, %d missed (%d of them without an anchor); "
-                 "loss %.3g -> %.3g, in evaluation %.3g", stats.boxes,
-                 stats.boxes - stats.missed - stats.wrong_class, stats.wrong_class, stats.missed,
-                 stats.missed_unreached, stats.losses[0], stats.losses[-1], stats.eval_loss)
+    _logger.info(
+        "overfit: %d boxes: %d found, %d with another class only, %d missed (%d of them without an anchor); "
+        "loss %.3g -> %.3g, in evaluation %.3g",
+        stats.boxes,
+        stats.boxes - stats.missed - stats.wrong_class,
+        stats.wrong_class,
+        stats.missed,
+        stats.missed_unreached,
+        stats.losses[0],
+        stats.losses[-1],
+        stats.eval_loss,
+    )
     for cause in causes[1:]:
         _logger.info("overfit: also: %s", cause)
     if not causes:
-        _logger.info("overfit: AP %.3f: the images are learnt by heart; data, labels, loss and evaluation agree",
-                     stats.ap)
+        _logger.info(
+            "overfit: AP %.3f: the images are learnt by heart; data, labels, loss and evaluation agree", stats.ap
+        )
         return 0
-    _logger.info("overfit: AP %.3f on the training images, expected %.1f or more: %s; status %d", stats.ap, PASS_AP,
-                 causes[0], FAILED_STATUS)
+    _logger.info(
+        "overfit: AP %.3f on the training images, expected %.1f or more: %s; status %d",
+        stats.ap,
+        PASS_AP,
+        causes[0],
+        FAILED_STATUS,
+    )
     return FAILED_STATUS

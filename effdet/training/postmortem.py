@@ -1,4 +1,5 @@
 """Write down a batch whose gradients are not finite, for whoever has to find out why."""
+
 from __future__ import annotations
 
 import math
@@ -48,9 +49,16 @@ def write_postmortem(folder: Path, run: Any, images: Tensor, target: dict[str, A
         output = bench(images, target)
     output["loss"].backward()
     path = folder / f"nonfinite-rank{distributed.rank()}.pt"
-    save_checkpoint(path, {
-        "step": run.steps, "image_ids": [str(image_id) for image_id in image_ids],
-        "losses": {name: float(output[name].detach()) for name in ("loss", "class_loss", "box_loss")},
-        "gradient_norms": gradient_norms(run.model), "loss_scale": run.precision.loss_scale(),
-        "images": images, "target": {name: value for name, value in target.items() if isinstance(value, Tensor)}})
+    save_checkpoint(
+        path,
+        {
+            "step": run.steps,
+            "image_ids": [str(image_id) for image_id in image_ids],
+            "losses": {name: float(output[name].detach()) for name in ("loss", "class_loss", "box_loss")},
+            "gradient_norms": gradient_norms(run.model),
+            "loss_scale": run.precision.loss_scale(),
+            "images": images,
+            "target": {name: value for name, value in target.items() if isinstance(value, Tensor)},
+        },
+    )
     return path

@@ -15,6 +15,7 @@ of the run); numbers that are NaN or infinite are null. By kind:
 A resumed run takes metrics.jsonl and summary.csv up where its checkpoint stands; in TensorBoard's files, which cannot
 be cut, it hides what lies behind (purge_step).
 """
+
 from __future__ import annotations
 
 import atexit
@@ -55,8 +56,19 @@ from .engine import Training
 _logger = logging.getLogger("effdet.train")
 
 METRICS_LOG_NAME, SUMMARY_NAME = "metrics.jsonl", "summary.csv"
-_INTERVAL_KEYS = ("epoch", "global_step", "step", "steps", "loss", "class_loss", "box_loss", "lr", "img_per_s",
-                  "data_share", "memory_mib")
+_INTERVAL_KEYS = (
+    "epoch",
+    "global_step",
+    "step",
+    "steps",
+    "loss",
+    "class_loss",
+    "box_loss",
+    "lr",
+    "img_per_s",
+    "data_share",
+    "memory_mib",
+)
 _CHARTS = {"interval": "train", "epoch": "epoch", "evaluation": "val"}  # how TensorBoard groups them
 _NOT_CHARTED = ("epoch", "global_step", "step", "steps")
 
@@ -68,8 +80,10 @@ def check_tensorboard(wanted: bool) -> None:
         ValueError: it is wanted, and the package is not installed.
     """
     if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the package tensorboard, which is not installed: pip install "
-                         "tensorboard, or leave it out; the same numbers are in metrics.jsonl and report.html")
+        raise ValueError(
+            "--tensorboard needs the package tensorboard, which is not installed: pip install "
+            "tensorboard, or leave it out; the same numbers are in metrics.jsonl and report.html"
+        )
 
 
 class RunRecorder:
@@ -84,8 +98,15 @@ class RunRecorder:
         evaluator: that evaluates.
     """
 
-    def __init__(self, cfg: RunConfig, folder: Path, training: Training, train_loader: Any, val_set: Any,
-                 evaluator: CocoEvaluator) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        training: Training,
+        train_loader: Any,
+        val_set: Any,
+        evaluator: CocoEvaluator,
+    ) -> None:
         self.cfg, self.folder, self.training, self.train_loader = cfg, folder, training, train_loader
         self.val_set, self.evaluator = val_set, evaluator
         self.primary = distributed.is_primary()
@@ -93,8 +114,9 @@ class RunRecorder:
         self.writer: Any = None  # TensorBoard's
         self.draws_batch = False
         self.device = device_layer.describe(training.device)
-        self.report = report.Report(folder / report.NAME, folder.name, cfg, training.model.config, val_set,
-                                    train_loader.dataset, self.device)
+        self.report = report.Report(
+            folder / report.NAME, folder.name, cfg, training.model.config, val_set, train_loader.dataset, self.device
+        )
 
     def describe(self, epochs: int, channels_last: bool) -> None:
         """Log what the run is: so many epochs in all, with this memory layout."""
@@ -102,9 +124,19 @@ class RunRecorder:
             return
         precision = self.training.precision.level
         precision = "float32" if precision == "O0" else f"mixed precision {precision} in {self.cfg.amp.dtype}"
-        for line in describe_start(self.cfg, self.training.model, self.train_loader.dataset, self.val_set, self.device,
-                                   distributed.world_size(), channels_last, epochs, len(self.train_loader), precision,
-                                   self.folder):
+        for line in describe_start(
+            self.cfg,
+            self.training.model,
+            self.train_loader.dataset,
+            self.val_set,
+            self.device,
+            distributed.world_size(),
+            channels_last,
+            epochs,
+            len(self.train_loader),
+            precision,
+            self.folder,
+        ):
             _logger.info("%s", line)
 
     def begin(self, epoch: int, batches: int) -> None:
@@ -155,10 +187,20 @@ class RunRecorder:
             OSError: the disk does not take it.
             ValueError: the file has other columns.
         """
-        append_summary(self.folder / SUMMARY_NAME, {
-            "epoch": stats.epoch, "train_loss": stats.loss, "train_class_loss": stats.class_loss,
-            "train_box_loss": stats.box_loss, "lr": stats.lr, "img_per_s": stats.img_per_s, "skipped": stats.skipped,
-            "AP": evaluation and evaluation.metric, "AP50": evaluation and evaluation.scores["AP50"]})
+        append_summary(
+            self.folder / SUMMARY_NAME,
+            {
+                "epoch": stats.epoch,
+                "train_loss": stats.loss,
+                "train_class_loss": stats.class_loss,
+                "train_box_loss": stats.box_loss,
+                "lr": stats.lr,
+                "img_per_s": stats.img_per_s,
+                "skipped": stats.skipped,
+                "AP": evaluation and evaluation.metric,
+                "AP50": evaluation and evaluation.scores["AP50"],
+            },
+        )
 
     def add_epoch(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
         """Write an epoch's numbers and, where it was evaluated, those of the evaluation and the report."""
@@ -183,11 +225,15 @@ class RunRecorder:
         stats = self.evaluator.stats
         parser = self.val_set.parser
         image = Path(self.val_set.data_dir) / parser.img_infos[0]["file_name"] if len(parser.img_infos) else None
-        for line in (f"TrainAvgFPS: mean img/s of {len(rates)} intervals AvgFPS:{img_per_s:.2f}",
-                     format_best_metric(run["best_AP"], run["best_epoch"]),
-                     f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch, {format_duration(seconds)})",
-                     f"checkpoint: {checkpoint}", f"images: {images}", f"report: {self.report.path}",
-                     *(f"next: {command}" for command in next_commands(self.cfg, self.folder, checkpoint, image))):
+        for line in (
+            f"TrainAvgFPS: mean img/s of {len(rates)} intervals AvgFPS:{img_per_s:.2f}",
+            format_best_metric(run["best_AP"], run["best_epoch"]),
+            f"AP {stats['AP']:.4f}  AP50 {stats['AP50']:.4f}  (last epoch, {format_duration(seconds)})",
+            f"checkpoint: {checkpoint}",
+            f"images: {images}",
+            f"report: {self.report.path}",
+            *(f"next: {command}" for command in next_commands(self.cfg, self.folder, checkpoint, image)),
+        ):
             _logger.info("%s", line)
 
     def _write(self, kind: str, values: Mapping[str, float | None]) -> None:
@@ -208,8 +254,9 @@ class RunRecorder:
     def _draw(self, images: Any, target: Any) -> None:
         try:
             names = self.train_loader.dataset.parser.category_map.class_names
-            sheet = draw_training_batch(images, target, names, self.train_loader.mean, self.train_loader.std,
-                                        num_images=8)
+            sheet = draw_training_batch(
+                images, target, names, self.train_loader.mean, self.train_loader.std, num_images=8
+            )
             sheet.save(self.folder / BATCH_NAME, quality=85)
         except Exception as error:  # an image for the eye is no reason to end a run
             _logger.warning("the first training batch could not be drawn (%s: %s)", type(error).__name__, error)
@@ -225,6 +272,7 @@ def steady_rates(rates: Sequence[float]) -> Sequence[float]:
 
 
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
@@ -252,13 +300,17 @@ def drop_rows_from(path: Path, epoch: int, step: int = 0) -> None:
     """Drop the rows of an epoch and later, and broken ones; of the epoch itself intervals up to `step` stay."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["epoch"] < epoch or
-            row["epoch"] == epoch and row["kind"] == "interval" and row["step"] <= step]
+    kept = [
+        row
+        for row in read_rows(path)
+        if row["epoch"] < epoch or row["epoch"] == epoch and row["kind"] == "interval" and row["step"] <= step
+    ]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 # ---- summary.csv -----------------------------------------------------------------------------------------------------
+
 
 def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a csv file, also across restarts of a run; it is on disk when this returns.
@@ -273,8 +325,10 @@ def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     columns = next(csv.reader([text.splitlines()[0]])) if text.strip() else []
     if columns and set(columns) != set(row):
-        raise ValueError(f"{path} has the columns {', '.join(columns)}; the new row has {', '.join(row)}. "
-                         "Continue it with the same settings, or give the run another output folder.")
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns)}; the new row has {', '.join(row)}. "
+            "Continue it with the same settings, or give the run another output folder."
+        )
     with path.open("a", encoding="utf-8", newline="") as file:
         if text and not text.endswith("\n"):
             file.write("\n")  # the last row was cut off by a crash; keep the new one apart from it

@@ -15,6 +15,7 @@ A checkpoint's `ranks` has an entry for each process that took part:
     images    int, images in the training set
     trained     bool, training of the epoch is complete, its evaluation is not
 """
+
 from __future__ import annotations
 
 import logging
@@ -63,6 +64,7 @@ class Position:
 
 # ---- which file ------------------------------------------------------------------------------------------------------
 
+
 def is_restart() -> bool:
     """Tell whether a launcher has started this process again after a failure of the group."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -74,12 +76,15 @@ def find_checkpoint(folder: Path, otherwise: str = "") -> str:
     Raises:
         CheckpointError: the folder has checkpoints, but none can be resumed (RuntimeError on ranks other than 0).
     """
+
     def find() -> str:
         path = find_resumable(folder)
         if path is None:
-            _logger.info("no checkpoint in %s: %s", folder, f"starting from {otherwise}" if otherwise else
-                         "training anew")
+            _logger.info(
+                "no checkpoint in %s: %s", folder, f"starting from {otherwise}" if otherwise else "training anew"
+            )
         return otherwise if path is None else str(path)
+
     return distributed.run_on_primary(find)
 
 
@@ -97,28 +102,37 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
     """
     stored = payload.get("arch", arch)
     if stored != arch:
-        raise CheckpointError(f"{source} is a checkpoint of {stored}, but this run trains {arch}: resume with --model "
-                              f"{stored}.")
+        raise CheckpointError(
+            f"{source} is a checkpoint of {stored}, but this run trains {arch}: resume with --model {stored}."
+        )
     size = list(payload.get("image_size", image_size))
     if size != image_size:
         raise CheckpointError(
             f"{source} was trained at {size[0]}x{size[1]}, but this run trains at {image_size[0]}x{image_size[1]}: "
-            f"resume with --image-size {size[0]} {size[1]}, or start a new run with --initial-checkpoint.")
+            f"resume with --image-size {size[0]} {size[1]}, or start a new run with --initial-checkpoint."
+        )
 
 
 # ---- the whole state -------------------------------------------------------------------------------------------------
 
-def collect(training: Training, cfg: RunConfig, categories: CategoryMap,
-            ranks: list[dict[str, Any]]) -> dict[str, Any]:
+
+def collect(training: Training, cfg: RunConfig, categories: CategoryMap, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a checkpoint holds, see checkpoint.py; `ranks` has an entry of each process."""
     config = training.model.config
     content = {
-        "version": CHECKPOINT_VERSION, "arch": config.name,
+        "version": CHECKPOINT_VERSION,
+        "arch": config.name,
         "state_dict": training.precision.float_state_dict(training.model),
-        "optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict(),
-        "scaler": training.precision.state_dict(), "ranks": ranks, "step": training.steps,
-        "config": to_plain(cfg), "model_config": ModelSpec(config).to_plain(),
-        "category_map": categories.to_dict(), "image_size": list(config.image_size)}
+        "optimizer": training.optimizer.state_dict(),
+        "schedule": training.schedule.state_dict(),
+        "scaler": training.precision.state_dict(),
+        "ranks": ranks,
+        "step": training.steps,
+        "config": to_plain(cfg),
+        "model_config": ModelSpec(config).to_plain(),
+        "category_map": categories.to_dict(),
+        "image_size": list(config.image_size),
+    }
     if training.ema is not None:
         state = training.ema.state_dict()
         content["state_dict_ema"] = state.pop("module")
@@ -126,8 +140,14 @@ def collect(training: Training, cfg: RunConfig, categories: CategoryMap,
     return content
 
 
-def restore(payload: dict[str, Any], source: str, training: Training, manager: CheckpointManager,
-            models: Mapping[str, nn.Module], cfg: RunConfig) -> None:
+def restore(
+    payload: dict[str, Any],
+    source: str,
+    training: Training,
+    manager: CheckpointManager,
+    models: Mapping[str, nn.Module],
+    cfg: RunConfig,
+) -> None:
     """Put a run back to where a checkpoint was written; the model has its weights already.
 
     Args:
@@ -146,13 +166,17 @@ def restore(payload: dict[str, Any], source: str, training: Training, manager: C
     if "optimizer" in payload:
         stored = payload.get("config", {}).get("optim", {}).get("opt", cfg.optim.opt)
         if stored != cfg.optim.opt:  # torch would take its settings over and fail at the first step
-            raise ValueError(f"{source} was trained with --opt {stored}, but this run has --opt {cfg.optim.opt}: give "
-                             "the same again, or start anew with --initial-checkpoint.")
+            raise ValueError(
+                f"{source} was trained with --opt {stored}, but this run has --opt {cfg.optim.opt}: give "
+                "the same again, or start anew with --initial-checkpoint."
+            )
         try:
             training.optimizer.load_state_dict(payload["optimizer"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{source} holds the optimizer of another trainer or of other weights ({error}): "
-                                  "start anew with --initial-checkpoint, which takes the weights alone.") from error
+            raise CheckpointError(
+                f"{source} holds the optimizer of another trainer or of other weights ({error}): "
+                "start anew with --initial-checkpoint, which takes the weights alone."
+            ) from error
     if training.ema is not None and "state_dict_ema" in payload:
         counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # other trainers' files have none
         training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})
@@ -174,8 +198,10 @@ def newest_checkpoint(output_dir: Path) -> Path:
 
 # ---- what belongs to one process -------------------------------------------------------------------------------------
 
-def capture_rank(device: torch.device, totals: Tensor | None = None,
-                 models: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+
+def capture_rank(
+    device: torch.device, totals: Tensor | None = None, models: Mapping[str, nn.Module] | None = None
+) -> dict[str, Any]:
     """Return this process's entry of `ranks`.
 
     Args:
@@ -190,8 +216,11 @@ def capture_rank(device: torch.device, totals: Tensor | None = None,
     if totals is not None:
         state["totals"] = totals.tolist()
     if models:
-        state["buffers"] = {f"{prefix}.{name}": buffer.detach().cpu().clone()
-                            for prefix, model in models.items() for name, buffer in model.named_buffers()}
+        state["buffers"] = {
+            f"{prefix}.{name}": buffer.detach().cpu().clone()
+            for prefix, model in models.items()
+            for name, buffer in model.named_buffers()
+        }
     return state
 
 
@@ -207,16 +236,23 @@ def restore_rank(payload: Mapping[str, Any], device: torch.device, models: Mappi
             restore_rng_state(payload["rng"])
         return
     if len(ranks) != world:
-        _logger.warning("the checkpoint was written by %d process(es), this run has %d: random numbers start anew",
-                        len(ranks), world)
+        _logger.warning(
+            "the checkpoint was written by %d process(es), this run has %d: random numbers start anew",
+            len(ranks),
+            world,
+        )
         # Not those with which the run began: they would repeat.
         seeding.seed_everything(torch.initial_seed() + 1_000_003 * (int(payload.get("step", 0)) + 1))
         return
     mine = ranks[distributed.rank()]
     restore_rng_state(mine["rng"])
     if mine.get("kind", device.type) != device.type:
-        _logger.warning("the checkpoint was written on %s, this run is on %s: numbers will differ in rounding, and the "
-                        "device's random numbers start anew", mine["kind"], device.type)
+        _logger.warning(
+            "the checkpoint was written on %s, this run is on %s: numbers will differ in rounding, and the "
+            "device's random numbers start anew",
+            mine["kind"],
+            device.type,
+        )
     else:
         seeding.set_rng_state(mine["rng"].get("device"), device)
     _restore_buffers(mine.get("buffers", {}), models)
@@ -246,8 +282,12 @@ def read_position(payload: Mapping[str, Any], batch_size: int, images: int, grad
     if progress is None:
         return position
     if progress["images"] != images:
-        _logger.warning("the training set had %d images, now it has %d: epoch %d starts anew", progress["images"],
-                        images, position.epoch)
+        _logger.warning(
+            "the training set had %d images, now it has %d: epoch %d starts anew",
+            progress["images"],
+            images,
+            position.epoch,
+        )
         return position
     ranks, before = payload["ranks"], int(progress["batches"])
     same = len(ranks) == distributed.world_size()
@@ -258,6 +298,7 @@ def read_position(payload: Mapping[str, Any], batch_size: int, images: int, grad
     if not unchanged and not position.trained:
         position.batches = before * int(progress["batch_size"]) // batch_size // grad_accum * grad_accum
         position.totals = [value * position.batches / max(before, 1) for value in position.totals]
-        _logger.warning("batch size or accumulation changed: epoch %d goes on at batch %d", position.epoch,
-                        position.batches)
+        _logger.warning(
+            "batch size or accumulation changed: epoch %d goes on at batch %d", position.epoch, position.batches
+        )
     return position

@@ -1,4 +1,5 @@
 """The folder of a run: which one, its name, whether it can be written, has room and is nobody else's just now."""
+
 from __future__ import annotations
 
 import contextlib
@@ -34,6 +35,7 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
     Raises:
         ValueError: it cannot be made or written to; on the other ranks RuntimeError with the same text.
     """
+
     def choose() -> str:
         output = path = Path(cfg.run.output)
         try:
@@ -46,9 +48,12 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise ValueError(f"the run's folder {path} cannot be written ({error.strerror}): choose another --output, "
-                             "or change its permissions") from error
+            raise ValueError(
+                f"the run's folder {path} cannot be written ({error.strerror}): choose another --output, "
+                "or change its permissions"
+            ) from error
         return str(path)
+
     return Path(distributed.run_on_primary(choose))
 
 
@@ -103,8 +108,9 @@ def hold_run_folder(folder: Path) -> IO[str] | None:
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()
-            raise ValueError(f"{folder} is in use: {owner} trains there. Wait until it has ended, or give another "
-                             "--experiment.") from None
+            raise ValueError(
+                f"{folder} is in use: {owner} trains there. Wait until it has ended, or give another --experiment."
+            ) from None
         except OSError:
             pass  # a network file system without locks
         else:
@@ -112,6 +118,7 @@ def hold_run_folder(folder: Path) -> IO[str] | None:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         held.append(file)
+
     if fcntl is not None:
         distributed.run_on_primary(hold)
     return held[0] if held else None
@@ -119,13 +126,17 @@ def hold_run_folder(folder: Path) -> IO[str] | None:
 
 def newest_run_folder(output: Path) -> Path | None:
     """Return the run folder (one with a config.yaml or checkpoints) below `output` that was written to last."""
-    folders = [path for path in output.glob("*") if path.is_dir()
-               and ((path / "config.yaml").exists() or any(path.glob("*.pth.tar")))]
+    folders = [
+        path
+        for path in output.glob("*")
+        if path.is_dir() and ((path / "config.yaml").exists() or any(path.glob("*.pth.tar")))
+    ]
     return max(folders, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
-def check_shared_memory(processes: int, workers: int, batch_size: int, image_size: tuple[int, int],
-                        folder: str = "/dev/shm") -> None:
+def check_shared_memory(
+    processes: int, workers: int, batch_size: int, image_size: tuple[int, int], folder: str = "/dev/shm"
+) -> None:
     """Refuse to start where the batches on their way from the loading processes do not fit into shared memory.
 
     Args:
@@ -144,9 +155,11 @@ def check_shared_memory(processes: int, workers: int, batch_size: int, image_siz
     needed = batches * batch_size * 3 * image_size[0] * image_size[1]
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder} has {free / 2**20:.0f} MiB free, but the loader processes need about "
-                         f"{needed / 2**20:.0f} MiB for {batches} batches: give the container more (docker run "
-                         f"--shm-size={-(-needed // 2**30) + 1}g, or --ipc=host), or use fewer -j or a smaller -b.")
+        raise ValueError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but the loader processes need about "
+            f"{needed / 2**20:.0f} MiB for {batches} batches: give the container more (docker run "
+            f"--shm-size={-(-needed // 2**30) + 1}g, or --ipc=host), or use fewer -j or a smaller -b."
+        )
 
 
 def check_space(folder: Path, training: Training) -> None:
@@ -159,5 +172,7 @@ def check_space(folder: Path, training: Training) -> None:
     needed = (2 + (training.ema is not None)) * model_bytes  # weights, optimizer's state, average
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder} has {free / 2**20:.0f} MiB free, but one checkpoint takes about "
-                         f"{needed / 2**20:.0f} MiB: free some space, or choose another --output.")
+        raise ValueError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but one checkpoint takes about "
+            f"{needed / 2**20:.0f} MiB: free some space, or choose another --output."
+        )

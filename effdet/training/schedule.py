@@ -6,6 +6,7 @@ per epoch.
 
 Source: timm.scheduler, whose formulas, noise and meaning of the arguments are kept.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -23,8 +24,16 @@ _logger = logging.getLogger(__name__)
 
 # Name -> the schedule of timm's that gives its shape. 'none' and 'plateau' are constant to timm: warm-up, then the full
 # rate.
-_SHAPES = {"cosine": "cosine", "tanh": "tanh", "poly": "poly", "step": "step", "multistep": "multistep",
-           "plateau": "step", "constant": "step", "none": "step"}
+_SHAPES = {
+    "cosine": "cosine",
+    "tanh": "tanh",
+    "poly": "poly",
+    "step": "step",
+    "multistep": "multistep",
+    "plateau": "step",
+    "constant": "step",
+    "none": "step",
+}
 SCHEDULES = tuple(_SHAPES)
 
 
@@ -95,8 +104,15 @@ class Schedule:
     needs no more than `load_state_dict`, and a run resumed with more epochs follows the longer schedule.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, shape: TimmScheduler, updates_per_epoch: int,
-                 warmup_epochs: float, noise: Noise | None = None, plateau: Plateau | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        shape: TimmScheduler,
+        updates_per_epoch: int,
+        warmup_epochs: float,
+        noise: Noise | None = None,
+        plateau: Plateau | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.updates = 0
         self._shape = shape
@@ -220,17 +236,32 @@ def build_schedule(
     base_lr = max(group["lr"] for group in optimizer.param_groups)
     _check(sched, epochs, updates_per_epoch, warmup_epochs, warmup_lr, min_lr, base_lr)
     shape, total_epochs = create_scheduler_v2(
-        optimizer, sched=_SHAPES[sched], num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr,
-        min_lr=min_lr, cooldown_epochs=cooldown_epochs, cycle_mul=cycle_mul, cycle_decay=cycle_decay,
-        cycle_limit=cycle_limit, decay_epochs=decay_epochs, decay_milestones=list(decay_milestones),
+        optimizer,
+        sched=_SHAPES[sched],
+        num_epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        cooldown_epochs=cooldown_epochs,
+        cycle_mul=cycle_mul,
+        cycle_decay=cycle_decay,
+        cycle_limit=cycle_limit,
+        decay_epochs=decay_epochs,
+        decay_milestones=list(decay_milestones),
         decay_rate=decay_rate if sched in ("step", "multistep", "poly") else 1.0,
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
     )
     noise = None if lr_noise is None else _build_noise(lr_noise, epochs, lr_noise_pct, lr_noise_std, seed)
     plateau = Plateau(decay_rate, patience, min_lr, maximize) if sched == "plateau" else None
     if warmup_epochs >= epochs:
-        _logger.warning("The warm-up of %g epochs takes the whole schedule of %d: the learning rate never reaches %g. "
-                        "Set a shorter --warmup-epochs (0.5 is allowed).", warmup_epochs, epochs, base_lr)
+        _logger.warning(
+            "The warm-up of %g epochs takes the whole schedule of %d: the learning rate never reaches %g. "
+            "Set a shorter --warmup-epochs (0.5 is allowed).",
+            warmup_epochs,
+            epochs,
+            base_lr,
+        )
     return Schedule(optimizer, shape, updates_per_epoch, warmup_epochs, noise, plateau), int(total_epochs)
 
 
@@ -238,28 +269,45 @@ def _build_noise(span: float | Sequence[float], epochs: int, limit: float, std: 
     """Turn fractions of the run into epochs."""
     ends = [float(span)] if isinstance(span, (int, float)) else [float(end) for end in span]
     if len(ends) not in (1, 2) or ends != sorted(ends) or ends[0] < 0 or ends[-1] > 1:
-        raise ValueError("lr_noise must be one or two fractions of the run in ascending order, such as 0.4 0.9; "
-                         f"got {span}.")
+        raise ValueError(
+            f"lr_noise must be one or two fractions of the run in ascending order, such as 0.4 0.9; got {span}."
+        )
     if not limit > 0 or not std >= 0:
         raise ValueError(f"lr_noise_pct must be above 0 and lr_noise_std at least 0; got {limit} and {std}.")
     return Noise(ends[0] * epochs, ends[1] * epochs if len(ends) == 2 else math.inf, limit, std, seed)
 
 
-def _check(sched: str, epochs: int, updates_per_epoch: int, warmup_epochs: float, warmup_lr: float, min_lr: float,
-           base_lr: float) -> None:
+def _check(
+    sched: str,
+    epochs: int,
+    updates_per_epoch: int,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    base_lr: float,
+) -> None:
     """Refuse what would train with a rate nobody meant."""
     if sched not in _SHAPES:
         near = difflib.get_close_matches(sched, SCHEDULES, n=1)
-        raise ValueError(f"Unknown schedule '{sched}'{f', did you mean {near[0]}' if near else ''}? "
-                         f"Choose from {', '.join(SCHEDULES)}.")
+        raise ValueError(
+            f"Unknown schedule '{sched}'{f', did you mean {near[0]}' if near else ''}? "
+            f"Choose from {', '.join(SCHEDULES)}."
+        )
     if epochs < 1 or updates_per_epoch < 1:
-        raise ValueError(f"A schedule needs at least 1 epoch of 1 update, got {epochs} epochs of {updates_per_epoch} "
-                         "updates: check --epochs, and that the data set fills one batch.")
+        raise ValueError(
+            f"A schedule needs at least 1 epoch of 1 update, got {epochs} epochs of {updates_per_epoch} "
+            "updates: check --epochs, and that the data set fills one batch."
+        )
     if warmup_epochs < 0 or warmup_lr < 0 or min_lr < 0:
-        raise ValueError("warmup_epochs, warmup_lr and min_lr must be 0 or more, got "
-                         f"{warmup_epochs}, {warmup_lr} and {min_lr}.")
-    for name, value, used in (("min_lr", min_lr, sched in ("cosine", "tanh", "poly", "plateau")),
-                              ("warmup_lr", warmup_lr, warmup_epochs > 0)):
+        raise ValueError(
+            f"warmup_epochs, warmup_lr and min_lr must be 0 or more, got {warmup_epochs}, {warmup_lr} and {min_lr}."
+        )
+    for name, value, used in (
+        ("min_lr", min_lr, sched in ("cosine", "tanh", "poly", "plateau")),
+        ("warmup_lr", warmup_lr, warmup_epochs > 0),
+    ):
         if used and value > base_lr:
-            raise ValueError(f"{name} {value:g} is above the rate {base_lr:g}: the rate would go the wrong way. "
-                             f"Set --{name.replace('_', '-')} to at most {base_lr:g}.")
+            raise ValueError(
+                f"{name} {value:g} is above the rate {base_lr:g}: the rate would go the wrong way. "
+                f"Set --{name.replace('_', '-')} to at most {base_lr:g}."
+            )

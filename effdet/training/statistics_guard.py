@@ -4,6 +4,7 @@ A step with an inf or a NaN is skipped, so it cannot reach the weights. But the 
 statistics by then, and a NaN in them stays for good: training goes on unharmed, while every evaluation detects nothing.
 So the last statistics that were finite are kept and put back, at log lines, where the device is read anyway.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,8 +19,12 @@ class StatisticsGuard:
     """
 
     def __init__(self, *models: nn.Module) -> None:
-        self._buffers = [buffer for model in models for name, buffer in model.named_buffers()
-                         if name.rpartition(".")[2] in ("running_mean", "running_var")]
+        self._buffers = [
+            buffer
+            for model in models
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[2] in ("running_mean", "running_var")
+        ]
         self._good = [buffer.detach().clone() for buffer in self._buffers]
 
     @torch.no_grad()

@@ -106,14 +106,19 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     started, payload, world = time.time(), start.payload, distributed.world_size()
     if cfg.run.batch_size == auto_batch.AUTO and payload:  # a run goes on as it was
         stored = payload["config"]
-        cfg = replace_settings(cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None},
-                               run={"batch_size": stored["run"]["batch_size"]})
+        cfg = replace_settings(
+            cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None}, run={"batch_size": stored["run"]["batch_size"]}
+        )
     if cfg.run.batch_size != auto_batch.AUTO:
         split_over_devices(cfg.run.batch_size, world)  # refused before the data are opened
     if cfg.run.overfit and world > 1:
         raise ValueError("--overfit trains on one device: start one process.")
-    place = Placement(device, world, workers_per_device(cfg.data.workers, world),
-                      device_layer.use_channels_last(device, cfg.run.channels_last))
+    place = Placement(
+        device,
+        world,
+        workers_per_device(cfg.data.workers, world),
+        device_layer.use_channels_last(device, cfg.run.channels_last),
+    )
     log_start(cfg, place, start.output_dir)
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
@@ -139,11 +144,26 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     recorder.describe(epochs, place.channels_last)
     finished = training.is_finished and not position.batches  # else its evaluation is missing
     if position.epoch >= epochs or finished:
-        raise ValueError(f"nothing is left to train: the next epoch would be {position.epoch}, and the run ends after "
-                         f"{epochs}; {training.steps} steps are done. Give more --epochs or --max-steps, or evaluate "
-                         "with validate.py.")
-    return Run(cfg, place, start.output_dir, data, loaders, training, eval_bench, epochs, position, manager, recorder,
-               started, lock)
+        raise ValueError(
+            f"nothing is left to train: the next epoch would be {position.epoch}, and the run ends after "
+            f"{epochs}; {training.steps} steps are done. Give more --epochs or --max-steps, or evaluate "
+            "with validate.py."
+        )
+    return Run(
+        cfg,
+        place,
+        start.output_dir,
+        data,
+        loaders,
+        training,
+        eval_bench,
+        epochs,
+        position,
+        manager,
+        recorder,
+        started,
+        lock,
+    )
 
 
 def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
@@ -153,16 +173,25 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
         lines += device_layer.make_deterministic(place.device)
     if cfg.run.compile:
         lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
-    lines.append(f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not "
-                 "scaled with it")
+    lines.append(
+        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
+    )
     for line in lines:
         _logger.info("setting: %s", line)
     for line in inert_settings(cfg):
         _logger.warning("setting: %s", line)
     size = cfg.run.batch_size
     each = size if size == auto_batch.AUTO else size // place.world
-    _logger.info("%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s", cfg.model.name,
-                 device_layer.describe(place.device), place.world, size, each, place.workers, output_dir)
+    _logger.info(
+        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
+        cfg.model.name,
+        device_layer.describe(place.device),
+        place.world,
+        size,
+        each,
+        place.workers,
+        output_dir,
+    )
 
 
 # ---- epoch by epoch --------------------------------------------------------------------------------------------------
@@ -264,14 +293,23 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
     """Evaluate the averaged weights, or the trained ones where there is no average; the metric is COCO's AP."""
     ema = run.training.ema
     if ema is not None and ema.updates > 0 and ema.is_cold():
-        _logger.warning("the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low until "
-                        "more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
-                        100 * ema.share_of_init())
+        _logger.warning(
+            "the averaged (EMA) weights are still %.0f %% initial weights: their metric will be low until "
+            "more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
+            100 * ema.share_of_init(),
+        )
     with progress.progress("Evaluating", len(run.loaders.val)) as on_batch:
-        found = evaluate(run.eval_bench, run.loaders.val, run.loaders.evaluator, run.training.precision.autocast,
-                         on_batch=on_batch)
-    _logger.info("Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)", epoch, found.metric, found.scores["AP50"],
-                 found.scores["AP75"], "EMA" if ema else "trained")
+        found = evaluate(
+            run.eval_bench, run.loaders.val, run.loaders.evaluator, run.training.precision.autocast, on_batch=on_batch
+        )
+    _logger.info(
+        "Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)",
+        epoch,
+        found.metric,
+        found.scores["AP50"],
+        found.scores["AP75"],
+        "EMA" if ema else "trained",
+    )
     return found
 
 
@@ -279,9 +317,11 @@ def explain(run: Run, error: NonFiniteError) -> SystemExit:
     """Write the batch behind an error down and return the error that ends the run."""
     ids = [run.data.train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
     path = write_postmortem(run.output_dir, run.training, error.images, error.target, ids)
-    return SystemExit(f"train.py: error: {error}. Step {run.training.steps}, images {ids}; losses and gradient norms "
-                      f"by module are in {path}. If they are finite there, lower --loss-scale; else lower --lr, or "
-                      "look at these images.")
+    return SystemExit(
+        f"train.py: error: {error}. Step {run.training.steps}, images {ids}; losses and gradient norms "
+        f"by module are in {path}. If they are finite there, lower --loss-scale; else lower --lr, or "
+        "look at these images."
+    )
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -309,8 +349,13 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
     ranks = distributed.gather_object(resume.capture_rank(run.place.device, done.totals, models))
 
     def write() -> None:
-        position = {"batches": done.batches, "batch_size": cfg.run.batch_size, "trained": trained,
-                    "grad_accum": cfg.optim.grad_accum, "images": len(run.data.train_set)}
+        position = {
+            "batches": done.batches,
+            "batch_size": cfg.run.batch_size,
+            "trained": trained,
+            "grad_accum": cfg.optim.grad_accum,
+            "images": len(run.data.train_set),
+        }
         payload = resume.collect(run.training, cfg, run.data.categories, ranks)
         path = run.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
         _logger.info("saved %s: epoch %d, batch %d", path, epoch, done.batches)
@@ -321,8 +366,15 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
 def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
     """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
     bad, metric = run.data.bad_images.exchange(), evaluation and evaluation.metric
-    _logger.info("epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s", stats.epoch, stats.loss,
-                 stats.img_per_s, stats.memory_mib, stats.skipped, f", {bad} unreadable image(s)" if bad else "")
+    _logger.info(
+        "epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s",
+        stats.epoch,
+        stats.loss,
+        stats.img_per_s,
+        stats.memory_mib,
+        stats.skipped,
+        f", {bad} unreadable image(s)" if bad else "",
+    )
     ranks = distributed.gather_object(resume.capture_rank(run.place.device))
 
     def write() -> None:
@@ -344,7 +396,17 @@ def finish(run: Run) -> None:
         drawn = write_comparisons(run.eval_bench.model, run.data.val_set, run.place.device, run.output_dir / "images")
     # A run continued in another folder may not have bettered the metric it started from.
     best = run.output_dir / BEST_NAME
-    run.recorder.end({
-        "model": run.cfg.model.name, "processes": run.place.world, "batch_size": run.cfg.run.batch_size,
-        "first_epoch": run.position.epoch, "steps": run.training.steps, "best_AP": metric, "best_epoch": epoch,
-        "checkpoint": str(best if best.exists() else run.output_dir / LAST_NAME)}, time.time() - run.started, drawn)
+    run.recorder.end(
+        {
+            "model": run.cfg.model.name,
+            "processes": run.place.world,
+            "batch_size": run.cfg.run.batch_size,
+            "first_epoch": run.position.epoch,
+            "steps": run.training.steps,
+            "best_AP": metric,
+            "best_epoch": epoch,
+            "checkpoint": str(best if best.exists() else run.output_dir / LAST_NAME),
+        },
+        time.time() - run.started,
+        drawn,
+    )

@@ -1,4 +1,5 @@
 """What the reader of annotation files promises for any bytes, as a check that fuzzer and property tests share."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,17 +10,69 @@ from effdet.data.coco.annotations import CocoParser, CocoParserCfg, DatasetError
 
 VALID = {
     "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}, {"id": 2, "file_name": "b/c.png"}],
-    "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3e1, 4], "iscrowd": 0, "area": 120,
-                     "segmentation": [[1, 2, 3, 4, 5, 6]]},
-                    {"id": 2, "image_id": 2, "category_id": 7, "bbox": [-1, 0, 9, 9], "ignore": 1}],
+    "annotations": [
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 3,
+            "bbox": [1, 2.5, 3e1, 4],
+            "iscrowd": 0,
+            "area": 120,
+            "segmentation": [[1, 2, 3, 4, 5, 6]],
+        },
+        {"id": 2, "image_id": 2, "category_id": 7, "bbox": [-1, 0, 9, 9], "ignore": 1},
+    ],
     "categories": [{"id": 3, "name": "x"}, {"id": 7, "name": "y"}],
 }
-KEYS = ["id", "image_id", "category_id", "bbox", "file_name", "width", "height", "iscrowd", "ignore", "area", "name",
-        "segmentation"]
+KEYS = [
+    "id",
+    "image_id",
+    "category_id",
+    "bbox",
+    "file_name",
+    "width",
+    "height",
+    "iscrowd",
+    "ignore",
+    "area",
+    "name",
+    "segmentation",
+]
 # Values that have no place where a number, a text or a list is expected, and some that have.
-ATOMS = [0, 1, 2, 3, 7, -1, 0.5, 64, 1e308, -1e308, float("nan"), float("inf"), 2**31, 2**63, 10**400, True, False,
-         None, "", "1", "a.jpg", "../x", "/etc/passwd", "\ud83d", "\0", "a\nb", "C:\\x", [], {}, [1, 2, 3, 4], [[1]],
-         {"counts": "x"}]
+ATOMS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    -1,
+    0.5,
+    64,
+    1e308,
+    -1e308,
+    float("nan"),
+    float("inf"),
+    2**31,
+    2**63,
+    10**400,
+    True,
+    False,
+    None,
+    "",
+    "1",
+    "a.jpg",
+    "../x",
+    "/etc/passwd",
+    "\ud83d",
+    "\0",
+    "a\nb",
+    "C:\\x",
+    [],
+    {},
+    [1, 2, 3, 4],
+    [[1]],
+    {"counts": "x"},
+]
 
 
 def check(folder: Path, raw: bytes, has_labels: bool = True, crowd: str = "drop", with_files: bool = False) -> str:
@@ -37,8 +90,11 @@ def check(folder: Path, raw: bytes, has_labels: bool = True, crowd: str = "drop"
     path = folder / "annotations.json"
     path.write_bytes(raw)
     try:
-        parser = CocoParser(CocoParserCfg(str(path), has_labels=has_labels, crowd=crowd, min_img_size=0,
-                                          img_dir=folder if with_files else None))
+        parser = CocoParser(
+            CocoParserCfg(
+                str(path), has_labels=has_labels, crowd=crowd, min_img_size=0, img_dir=folder if with_files else None
+            )
+        )
         if parser.categories:
             resolve_category_map(parser.categories)
     except DatasetError as error:

@@ -5,6 +5,7 @@
 FOLDER keeps interesting inputs between calls. An input that breaks the promise ends the call with its traceback and is
 written to crash-*, which can be given as an argument to try it again. test_annotations.py runs it for seconds.
 """
+
 from __future__ import annotations
 
 import copy
@@ -57,8 +58,13 @@ def mutated(data: bytes) -> bytes:
 def one_input(folder: Path, data: bytes) -> None:
     if data:
         flags, data = data[0], data[1:]
-        check(folder, mutated(data) if flags & 1 else data, has_labels=not flags & 2,
-              crowd="ignore" if flags & 4 else "drop", with_files=bool(flags & 8))
+        check(
+            folder,
+            mutated(data) if flags & 1 else data,
+            has_labels=not flags & 2,
+            crowd="ignore" if flags & 4 else "drop",
+            with_files=bool(flags & 8),
+        )
 
 
 def fuzz(folder: Path) -> None:

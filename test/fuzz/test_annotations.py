@@ -1,4 +1,5 @@
 """The reader of annotation files takes any bytes, or refuses them with a documented error: properties and fuzzing."""
+
 from __future__ import annotations
 
 import copy
@@ -17,16 +18,25 @@ from hypothesis import strategies as st
 
 from effdet.data.coco.check import check_coco
 
-FUZZ = settings(max_examples=50, deadline=None, derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 VALUE = st.sampled_from(ATOMS) | st.text(max_size=5) | st.floats() | st.integers()
-FIELD = st.tuples(st.sampled_from(["images", "annotations", "categories"]), st.integers(0, 1), st.sampled_from(KEYS),
-                  VALUE)
+FIELD = st.tuples(
+    st.sampled_from(["images", "annotations", "categories"]), st.integers(0, 1), st.sampled_from(KEYS), VALUE
+)
 
 
 @FUZZ
-@given(raw=st.binary(max_size=200) | st.recursive(VALUE, lambda part: st.lists(part) | st.dictionaries(
-    st.sampled_from(["images", "annotations", "categories", *KEYS]), part)).map(lambda tree: json.dumps(tree).encode()))
+@given(
+    raw=st.binary(max_size=200)
+    | st.recursive(
+        VALUE,
+        lambda part: (
+            st.lists(part) | st.dictionaries(st.sampled_from(["images", "annotations", "categories", *KEYS]), part)
+        ),
+    ).map(lambda tree: json.dumps(tree).encode())
+)
 def test_what_is_no_annotation_file_is_refused(raw, tmp_path):
     assert check(tmp_path, raw) == "refused" or json.loads(raw)["images"] == []
 
@@ -44,14 +54,22 @@ NUMBER = st.integers(-30, 130) | st.floats(-30, 130) | st.sampled_from([float("n
 
 
 @FUZZ
-@given(rows=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([5, 9]), st.lists(NUMBER, min_size=4, max_size=4),
-                               st.booleans()), max_size=12))
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([5, 9]), st.lists(NUMBER, min_size=4, max_size=4), st.booleans()),
+        max_size=12,
+    )
+)
 def test_every_box_is_used_or_counted_as_dropped_with_the_reason_that_fits(rows, tmp_path):
     """Against the slow, obvious reading of each row by itself."""
-    data = {"images": [{"id": k, "file_name": f"{k}", "width": 100, "height": 80} for k in range(3)],
-            "categories": [{"id": 9}, {"id": 5}], "annotations": [
-                {"id": k, "image_id": image, "category_id": category, "bbox": box, "iscrowd": int(crowd)}
-                for k, (image, category, box, crowd) in enumerate(rows)]}
+    data = {
+        "images": [{"id": k, "file_name": f"{k}", "width": 100, "height": 80} for k in range(3)],
+        "categories": [{"id": 9}, {"id": 5}],
+        "annotations": [
+            {"id": k, "image_id": image, "category_id": category, "bbox": box, "iscrowd": int(crowd)}
+            for k, (image, category, box, crowd) in enumerate(rows)
+        ],
+    }
     arrays, report = check_coco(data, "x", None, True, False)
     kept: dict[int, list] = {0: [], 1: [], 2: []}
     dropped: dict[str, int] = {}
@@ -95,9 +113,14 @@ def test_the_fuzzer_finds_nothing_in_a_few_seconds(tmp_path):
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python")
     script = Path(__file__).with_name("fuzz_annotations.py")
     done = subprocess.run(
-        [sys.executable, script, "-runs=600", "-max_total_time=2", "-seed=1", "-print_final_stats=1"], cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=300)
+        [sys.executable, script, "-runs=600", "-max_total_time=2", "-seed=1", "-print_final_stats=1"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r"number_of_executed_units: (\d+)", done.stdout)[1]) >= 20
     assert not list(tmp_path.glob("crash-*"))

@@ -10,6 +10,7 @@ Processors differ in the last bits, and batch norm over the four cells of P7 mak
 to 1e-5 on all of them is a run with frozen batch norms, and nothing in it is drawn by torch (weights.py in this folder
 draws the weights). Commits are compared by that run and by one with everything on.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +29,30 @@ from PIL import Image, ImageDraw
 REPO = Path(__file__).resolve().parents[2]
 STORED = Path(__file__).with_name("loss_trace.json")
 STEPS = 20
-FLAGS = ["--model", "tf_efficientdet_d0", "--image-size", "128", "-b", "4", "-j", "0", "--seed", "7", "--device", "cpu",
-         "--lr", "0.0005", "--warmup-epochs", "1",  "--epochs", "30", "--max-steps", str(STEPS), "--log-interval", "1"]
+FLAGS = [
+    "--model",
+    "tf_efficientdet_d0",
+    "--image-size",
+    "128",
+    "-b",
+    "4",
+    "-j",
+    "0",
+    "--seed",
+    "7",
+    "--device",
+    "cpu",
+    "--lr",
+    "0.0005",
+    "--warmup-epochs",
+    "1",
+    "--epochs",
+    "30",
+    "--max-steps",
+    str(STEPS),
+    "--log-interval",
+    "1",
+]
 STABLE = ["--freeze-bn", "--drop-path", "0"]
 FULL = ["--mosaic", "0.3", "--aa", "v0", "--clip-grad", "5", "--smoothing", "0.1"]
 
@@ -48,15 +71,26 @@ def draw_data(root: Path, num_images: int = 16) -> None:
             category_id = int(rng.randint(1, 3))
             shape = pen.rectangle if category_id == 1 else pen.ellipse
             shape((x, y, x + w - 1, y + h - 1), fill=tuple(rng.randint(0, 256, 3).tolist()))
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id,
-                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
         images.append({"id": image_id, "file_name": f"{image_id:03d}.png", "width": width, "height": height})
         for split in ("train2017", "val2017"):
             (root / split).mkdir(parents=True, exist_ok=True)
             image.save(root / split / f"{image_id:03d}.png")
     (root / "annotations").mkdir(exist_ok=True)
-    content = {"images": images, "annotations": annotations,
-               "categories": [{"id": 1, "name": "rectangle"}, {"id": 2, "name": "ellipse"}]}
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "rectangle"}, {"id": 2, "name": "ellipse"}],
+    }
     for split in ("train", "val"):
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
@@ -90,15 +124,42 @@ def run_trace(repo: Path, flags: list[str]) -> dict[str, object]:
         draw_data(root / "data")
         start = {key: torch.from_numpy(np.asarray(weights.make_weight(key, shape))) for key, shape in shapes_of_d0(2)}
         torch.save(start, root / "start.pth")
-        run_script(repo, "train.py", "--root", str(root / "data"), "--output", name, "--experiment", "run",
-                   "--initial-checkpoint", str(root / "start.pth"), *FLAGS, *flags)
+        run_script(
+            repo,
+            "train.py",
+            "--root",
+            str(root / "data"),
+            "--output",
+            name,
+            "--experiment",
+            "run",
+            "--initial-checkpoint",
+            str(root / "start.pth"),
+            *FLAGS,
+            *flags,
+        )
         checkpoint = root / "run" / "last.pth.tar"
-        run_script(repo, "validate.py", "--root", str(root / "data"), "--checkpoint", str(checkpoint), "--no-use-ema",
-                   "-j", "0", "-b", "4", "--device", "cpu", "--results", str(root / "found.json"),
-                   "--output", str(root / "v"))
+        run_script(
+            repo,
+            "validate.py",
+            "--root",
+            str(root / "data"),
+            "--checkpoint",
+            str(checkpoint),
+            "--no-use-ema",
+            "-j",
+            "0",
+            "-b",
+            "4",
+            "--device",
+            "cpu",
+            "--results",
+            str(root / "found.json"),
+            "--output",
+            str(root / "v"),
+        )
         rows = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
-        losses = [[row[key] for key in ("loss", "class_loss", "box_loss")]
-                  for row in rows if row["kind"] == "interval"]
+        losses = [[row[key] for key in ("loss", "class_loss", "box_loss")] for row in rows if row["kind"] == "interval"]
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         digest = hashlib.sha256()
         for key in sorted(state):
@@ -110,23 +171,32 @@ def run_trace(repo: Path, flags: list[str]) -> dict[str, object]:
     for one in found:
         if one["score"] > best.get(one["image_id"], {"score": 0})["score"]:
             best[one["image_id"]] = one
-    return {"losses": losses, "weights": digest.hexdigest(), "AP": ap,
-            "found": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
-            "detections": [[k, best[k]["category_id"], *best[k]["bbox"], best[k]["score"]] for k in sorted(best)]}
+    return {
+        "losses": losses,
+        "weights": digest.hexdigest(),
+        "AP": ap,
+        "found": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "detections": [[k, best[k]["category_id"], *best[k]["bbox"], best[k]["score"]] for k in sorted(best)],
+    }
 
 
 def traces_of(commit: str | None) -> dict[str, object]:
     """Return both traces of a commit, from a worktree of its own, or of this checkout."""
+
     def both(repo: Path) -> dict[str, object]:
-        return {f"{name} {key}": value for name, flags in (("stable", STABLE), ("full", FULL))
-                for key, value in run_trace(repo, flags).items()}
+        return {
+            f"{name} {key}": value
+            for name, flags in (("stable", STABLE), ("full", FULL))
+            for key, value in run_trace(repo, flags).items()
+        }
 
     if commit is None:
         return both(REPO)
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", str(tree), commit], cwd=REPO, check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(tree), commit], cwd=REPO, check=True, capture_output=True
+        )
         try:
             return both(tree)
         finally:

@@ -1,4 +1,5 @@
 """The weights, inputs and head outputs the golden files were made with; README.md beside this file says how."""
+
 import math
 import zlib
 
@@ -24,8 +25,10 @@ def make_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
     """Load the drawn weights into a model and return it in eval mode."""
-    state = {key: torch.from_numpy(np.asarray(make_weight(key, tuple(value.shape)))).to(value.dtype)
-             for key, value in model.state_dict().items()}
+    state = {
+        key: torch.from_numpy(np.asarray(make_weight(key, tuple(value.shape)))).to(value.dtype)
+        for key, value in model.state_dict().items()
+    }
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -39,7 +42,8 @@ def make_head_outputs(height: int, width: int, num_classes: int) -> tuple[list[t
     """Draw the head outputs of the detections_* files: class logits, then box deltas, for levels 3..7."""
     rng = np.random.RandomState(2)
     sizes = [(math.ceil(height / 2**level), math.ceil(width / 2**level)) for level in range(3, 8)]
-    cls = [torch.from_numpy((rng.standard_normal((2, 9 * num_classes, h, w)) * 2 - 6).astype(np.float32))
-           for h, w in sizes]
+    cls = [
+        torch.from_numpy((rng.standard_normal((2, 9 * num_classes, h, w)) * 2 - 6).astype(np.float32)) for h, w in sizes
+    ]
     box = [torch.from_numpy((rng.standard_normal((2, 36, h, w)) * 0.5).astype(np.float32)) for h, w in sizes]
     return cls, box

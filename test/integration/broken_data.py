@@ -1,4 +1,5 @@
 """A small data set to break, and the doors that broken ones are carried through."""
+
 from __future__ import annotations
 
 import contextlib

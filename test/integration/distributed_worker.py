@@ -19,8 +19,9 @@ def main(names: str, out_dir: str) -> None:
     """Run the cases and leave their results, which the tests then compare between ranks."""
     rank = os.environ["RANK"]
     if names in WITHOUT_TORCH:
-        place = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS",
-                                                    "MASTER_PORT")}
+        place = {
+            name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MASTER_PORT")
+        }
         Path(out_dir, f"{rank}.json").write_text(json.dumps(place | {"argv": sys.argv}))
         if names == "exit7" and rank == "1":
             sys.exit(7)
@@ -34,8 +35,13 @@ def main(names: str, out_dir: str) -> None:
 
     torch.set_num_threads(1)
     assert d.init_process_group("gloo", timeout_s=60)
-    cases = {"collectives": collectives, "effdets_collectives": effdets_collectives, "sync_bn": sync_bn,
-             "evaluate": evaluate, "evaluate_broken": evaluate_broken}
+    cases = {
+        "collectives": collectives,
+        "effdets_collectives": effdets_collectives,
+        "sync_bn": sync_bn,
+        "evaluate": evaluate,
+        "evaluate_broken": evaluate_broken,
+    }
     results = {name: cases[name]() for name in names.split(",")}
     Path(out_dir, f"{rank}.json").write_text(json.dumps(results))
     d.shutdown()
@@ -51,8 +57,13 @@ def collectives() -> dict:
     from effdet.runtime import distributed as d
 
     rank = d.rank()
-    out: dict = {"rank": rank, "world": d.world_size(), "local": d.local_rank(), "primary": d.is_primary(),
-                 "distributed": d.is_distributed()}
+    out: dict = {
+        "rank": rank,
+        "world": d.world_size(),
+        "local": d.local_rank(),
+        "primary": d.is_primary(),
+        "distributed": d.is_distributed(),
+    }
     original = torch.tensor([1.0, 10.0], dtype=torch.float64) * (rank + 1)
     total = d.all_reduce_sum(original)
     out["sum"], out["sum_dtype"], out["untouched"] = total.tolist(), str(total.dtype), original.tolist()
@@ -63,7 +74,7 @@ def collectives() -> dict:
     out["all_gather"] = d.all_gather_object("x" * rank)
     out["gather"] = d.gather_object(rank * 10, dst=1)
     out["primary_result"] = d.run_on_primary(lambda: {"rank": d.rank()})
-    out["failures"] = [failure_of(fn) for fn in (divide_by_zero, lambda: (lambda: 0), lambda: sys.exit("gone"))]
+    out["failures"] = [failure_of(fn) for fn in (divide_by_zero, lambda: lambda: 0, lambda: sys.exit("gone"))]
     out["after_failures"] = d.all_gather_object(rank)  # the group is still usable
     d.barrier()
     out["bn"] = {mode: averaged_bn(mode) for mode in ("reduce", "broadcast", "")}
@@ -84,11 +95,20 @@ def effdets_collectives() -> dict:
         "all_gather": [d.all_gather("x" * rank, group) for group in (None, world)],
         "gather": [d.gather(rank * 10, 1, group) for group in (None, world)],
         "seed": d.shared_random_seed(),
-        "reduce": [{name: value.tolist() for name, value in d.reduce_dict(
-            {"b": torch.tensor(1.0 + rank), "a": torch.tensor(3.0)}, average).items()} for average in (True, False)],
+        "reduce": [
+            {
+                name: value.tolist()
+                for name, value in d.reduce_dict(
+                    {"b": torch.tensor(1.0 + rank), "a": torch.tensor(3.0)}, average
+                ).items()
+            }
+            for average in (True, False)
+        ],
         "all_gather_container": [
-            d.all_gather_container(tensor).tolist(), d.all_gather_container({"t": tensor}, world, 1)["t"].tolist(),
-            [part.tolist() for part in d.all_gather_container((tensor, tensor + 1))]],
+            d.all_gather_container(tensor).tolist(),
+            d.all_gather_container({"t": tensor}, world, 1)["t"].tolist(),
+            [part.tolist() for part in d.all_gather_container((tensor, tensor + 1))],
+        ],
         "gather_container": [None if part is None else part.tolist() for part in d.gather_container([tensor], 1)],
     }
 
@@ -118,8 +138,12 @@ def averaged_bn(mode: str) -> list:
     model[0].num_batches_tracked += 5 + d.rank()
     model[1].running_var.fill_(60000)  # a half-precision sum of two would be infinite
     d.distribute_bn(model, mode)
-    return [model[0].running_mean.tolist(), model[0].running_var.tolist(), model[0].num_batches_tracked.item(),
-            model[1].running_var.item()]
+    return [
+        model[0].running_mean.tolist(),
+        model[0].running_var.tolist(),
+        model[0].num_batches_tracked.item(),
+        model[1].running_var.item(),
+    ]
 
 
 # ---- sync batch norm -------------------------------------------------------------------------------------------------
@@ -137,9 +161,15 @@ def sync_bn() -> dict:
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.SiLU), nn.Conv2d(4, 5, 3),
-            nn.BatchNorm2d(5, momentum=None), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 6),
-            nn.BatchNorm1d(6, affine=False))
+            nn.Conv2d(3, 4, 3),
+            BatchNormAct2d(4, act_layer=nn.SiLU),
+            nn.Conv2d(4, 5, 3),
+            nn.BatchNorm2d(5, momentum=None),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(5 * 16, 6),
+            nn.BatchNorm1d(6, affine=False),
+        )
 
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(5, 3, 8, 8, generator=generator)
@@ -164,19 +194,25 @@ def sync_bn() -> dict:
 
     worst_grad = max(
         ((a.grad - b.grad).abs().max() / b.grad.abs().max().clamp(min=1)).item()
-        for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True)
+    )
     worst_buffer = max(
         ((a - b).abs() / b.abs().clamp(min=1)).max().item()
-        for a, b in zip(model.buffers(), whole.buffers(), strict=True))
+        for a, b in zip(model.buffers(), whole.buffers(), strict=True)
+    )
     model.eval()
     whole.load_state_dict(model.state_dict())
     whole.eval()
     return {
-        "loss": d.all_reduce_mean(loss.detach()).item(), "reference_loss": reference_loss.item(),
-        "grad_error": worst_grad, "buffer_error": worst_buffer,
+        "loss": d.all_reduce_mean(loss.detach()).item(),
+        "reference_loss": reference_loss.item(),
+        "grad_error": worst_grad,
+        "buffer_error": worst_buffer,
         "eval_error": (model(images) - whole(images)).abs().max().item(),
-        "large_mean": sync_bn_large_mean(), "empty": sync_bn_empty_shard(),
-        "bfloat16": sync_bn_bfloat16(), "too_few": sync_bn_too_few(),
+        "large_mean": sync_bn_large_mean(),
+        "empty": sync_bn_empty_shard(),
+        "bfloat16": sync_bn_bfloat16(),
+        "too_few": sync_bn_too_few(),
     }
 
 
@@ -191,8 +227,10 @@ def sync_bn_large_mean() -> list:
     expected = plain(x.double())
     layer = d.convert_sync_batchnorm(torch.nn.BatchNorm2d(3, momentum=1.0))
     mine = slice(0, 2) if d.rank() == 0 else slice(2, 6)
-    return [(layer(x[mine]) - expected[mine]).abs().max().item(),
-            (layer.running_var / plain.running_var - 1).abs().max().item()]
+    return [
+        (layer(x[mine]) - expected[mine]).abs().max().item(),
+        (layer.running_var / plain.running_var - 1).abs().max().item(),
+    ]
 
 
 def sync_bn_empty_shard() -> dict:
@@ -210,8 +248,11 @@ def sync_bn_empty_shard() -> dict:
     plain = torch.nn.BatchNorm2d(3)
     (plain(y) ** 3).sum().backward()
     error = (x.grad - y.grad).abs().max().item() if d.rank() == 0 else float(x.grad.numel())
-    return {"grad": error, "mean": (layer.running_mean - plain.running_mean).abs().max().item(),
-            "var": (layer.running_var - plain.running_var).abs().max().item()}
+    return {
+        "grad": error,
+        "mean": (layer.running_mean - plain.running_mean).abs().max().item(),
+        "var": (layer.running_var - plain.running_var).abs().max().item(),
+    }
 
 
 def sync_bn_bfloat16() -> list:
@@ -255,15 +296,27 @@ def make_coco() -> tuple[SimpleNamespace, list]:
         for slot in range(4):
             x, y, w, h = random.uniform((0, 0, 10, 10), (100, 80, 90, 60)).tolist()
             kind = int(random.integers(3))
-            annotations.append({"id": len(annotations), "image_id": image["id"], "category_id": categories[kind]["id"],
-                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": image["id"],
+                    "category_id": categories[kind]["id"],
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
             shift = random.normal(0, 3, 4)
             detections[index, slot] = torch.tensor(
-                [x + shift[0], y + shift[1], x + w + shift[2], y + h + shift[3], random.uniform(0.2, 1), kind + 1])
+                [x + shift[0], y + shift[1], x + w + shift[2], y + h + shift[3], random.uniform(0.2, 1), kind + 1]
+            )
         detections[index, 4] = torch.tensor([1, 1, 50, 50, 0.5, 1])
     truth = {"images": images, "categories": categories, "annotations": annotations}
-    parser = SimpleNamespace(img_ids=[i["id"] for i in images], category_map=SimpleNamespace(
-        idx_to_id=np.array([5, 17, 1000])), coco_dict=lambda: truth)
+    parser = SimpleNamespace(
+        img_ids=[i["id"] for i in images],
+        category_map=SimpleNamespace(idx_to_id=np.array([5, 17, 1000])),
+        coco_dict=lambda: truth,
+    )
     return SimpleNamespace(parser=parser), detections
 
 
@@ -282,14 +335,19 @@ def evaluate() -> dict:
     evaluator = create_evaluator("coco", dataset, distributed=d.is_distributed())
     shard = SHARDS[d.world_size()][d.rank()]
     for start in range(0, len(shard), 2):
-        chosen = torch.tensor(shard[start:start + 2])
+        chosen = torch.tensor(shard[start : start + 2])
         evaluator.add_predictions(detections[chosen], {"img_idx": chosen})
     results, saved = (Path(sys.argv[2], name) for name in ("results.json", "saved.json"))
     out: dict = {"ap": evaluator.evaluate(results), "type": None}
     evaluator.save(saved)
     evaluator.write_metrics(Path(sys.argv[2], "metrics.json"))
-    out.update(type=type(out["ap"]).__name__, stats=evaluator.stats, summary=evaluator.summary(),
-               per_class=evaluator.per_class(), collected=len(evaluator.predictions))
+    out.update(
+        type=type(out["ap"]).__name__,
+        stats=evaluator.stats,
+        summary=evaluator.summary(),
+        per_class=evaluator.per_class(),
+        collected=len(evaluator.predictions),
+    )
     if d.is_primary():
         evaluator.add_predictions(detections[:2], {"img_idx": torch.arange(2)})
     out["second_ap"] = evaluator.evaluate()

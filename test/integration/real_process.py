@@ -1,4 +1,5 @@
 """train.py in a process of its own, to be watched, signalled and killed; what the tests on reliability share."""
+
 from __future__ import annotations
 
 import json
@@ -10,16 +11,43 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {name: value for name, value in os.environ.items()
-               if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 
 def train_argv(data: Path, output: Path, *more: object) -> list[str]:
     """Return train.py's arguments for three epochs at 64 pixels on the CPU, in the folder `output`/run."""
-    argv = ["--root", data, "--image-size", 64, "-b", 4, "-j", 0, "--device", "cpu", "--epochs", 3,
-            "--warmup-epochs", 0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", output,
-            "--experiment", "run", "--resume", "auto", *more]
+    argv = [
+        "--root",
+        data,
+        "--image-size",
+        64,
+        "-b",
+        4,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+        "--epochs",
+        3,
+        "--warmup-epochs",
+        0,
+        "--cooldown-epochs",
+        0,
+        "--log-interval",
+        1,
+        "--output",
+        output,
+        "--experiment",
+        "run",
+        "--resume",
+        "auto",
+        *more,
+    ]
     return [str(part) for part in argv]
 
 
@@ -63,16 +91,22 @@ class Process:
         environment: more variables.
     """
 
-    def __init__(self, argv: list[str], log: Path, prefix: list[str] | None = None,
-                 environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: list[str], log: Path, prefix: list[str] | None = None, environment: dict[str, str] | None = None
+    ) -> None:
         self.log = log
         self.before = log.stat().st_size if log.exists() else 0  # an earlier process's output
         with open(log, "a") as file:
-            self.process = subprocess.Popen([*(prefix or []), sys.executable, *argv], cwd=REPO, stdout=file,
-                                            stderr=subprocess.STDOUT, env=ENVIRONMENT | (environment or {}))
+            self.process = subprocess.Popen(
+                [*(prefix or []), sys.executable, *argv],
+                cwd=REPO,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | (environment or {}),
+            )
 
     def output(self) -> str:
-        return self.log.read_text()[self.before:]
+        return self.log.read_text()[self.before :]
 
     def wait_for(self, pattern: str, timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s
@@ -103,5 +137,8 @@ class Process:
 def losses(folder: Path) -> list[tuple[float, ...]]:
     """Return what a run has recorded for each step, without times."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [tuple(row[key] for key in ("epoch", "step", "loss", "class_loss", "box_loss", "lr"))
-            for row in rows if row["kind"] == "interval"]
+    return [
+        tuple(row[key] for key in ("epoch", "step", "loss", "class_loss", "box_loss", "lr"))
+        for row in rows
+        if row["kind"] == "interval"
+    ]

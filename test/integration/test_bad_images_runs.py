@@ -1,4 +1,5 @@
 """Runs of train.py and validate.py over data that break on the way, and runs refused before their first step."""
+
 from __future__ import annotations
 
 import json
@@ -39,8 +40,28 @@ def images(root: Path, split: str = "train") -> list[Path]:
 
 
 def argv(root: Path, output: Path, *more: object) -> list[str]:
-    fixed = ("--root", root, "--image-size", 64, "-b", 4, "-j", 0, "--device", "cpu", "--epochs", 1, "--warmup-epochs",
-             0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", output)
+    fixed = (
+        "--root",
+        root,
+        "--image-size",
+        64,
+        "-b",
+        4,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--cooldown-epochs",
+        0,
+        "--log-interval",
+        1,
+        "--output",
+        output,
+    )
     return [str(part) for part in (*fixed, *more)]
 
 
@@ -71,12 +92,27 @@ def test_a_run_goes_on_with_bad_images_and_validate_refuses_them(root, tmp_path,
     assert "000000000003.jpg: cannot be read as an image" in printed
     assert "1 of 3 validation images cannot be read" in printed and ", 1 unreadable image(s)" in printed
     checkpoint = tmp_path / "out/run/last.pth.tar"
-    arguments = ["--root", str(root), "--checkpoint", str(checkpoint), "-b", "3", "-j", "0", "--device", "cpu",
-                 "--metrics", str(tmp_path / "metrics.json")]
+    arguments = [
+        "--root",
+        str(root),
+        "--checkpoint",
+        str(checkpoint),
+        "-b",
+        "3",
+        "-j",
+        "0",
+        "--device",
+        "cpu",
+        "--metrics",
+        str(tmp_path / "metrics.json"),
+    ]
     code, printed = call(validate, arguments, capsys)
     assert code == 1 and not (tmp_path / "metrics.json").exists()
-    assert re.search(r"^validate.py: error: 1 of 3 validation images cannot be read; at most 0 may be "
-                     r"\(--max-bad-images\): \S+/val2017/\d+.jpg: cannot be read", printed.splitlines()[-1])
+    assert re.search(
+        r"^validate.py: error: 1 of 3 validation images cannot be read; at most 0 may be "
+        r"\(--max-bad-images\): \S+/val2017/\d+.jpg: cannot be read",
+        printed.splitlines()[-1],
+    )
     code, printed = call(validate, [*arguments, "--max-bad-images", "1"], capsys)
     assert code == 0 and "count as images in which nothing was found" in printed
     assert json.loads((tmp_path / "metrics.json").read_text())["stats"]["AP"] is not None
@@ -97,9 +133,11 @@ def test_a_broken_disk_ends_the_run_with_one_line(root, tmp_path, capsys):
 
 @pytest.mark.parametrize("case", ["no data", "more workers than images", "no class count"])
 def test_a_refused_run_leaves_no_folder(case, root, tmp_path, capsys):
-    more, words = {"no data": (["--root", "/nowhere"], "/nowhere holds: no such directory"),
-                   "more workers than images": (["-j", 9], "9 loader processes (-j) for 8 training images"),
-                   "no class count": (["--num-classes", 4], "num_classes is 4")}[case]
+    more, words = {
+        "no data": (["--root", "/nowhere"], "/nowhere holds: no such directory"),
+        "more workers than images": (["-j", 9], "9 loader processes (-j) for 8 training images"),
+        "no class count": (["--num-classes", 4], "num_classes is 4"),
+    }[case]
     (tmp_path / "out").mkdir()
     code, printed = call(train, argv(root, tmp_path / "out", *more), capsys)
     assert code == 1 and words in printed.splitlines()[-1] and not list((tmp_path / "out").iterdir())
@@ -127,18 +165,23 @@ def test_shared_memory_that_holds_no_batch_is_refused(tmp_path):
 
 
 INERT = {
-    "data.remode": ["--remode", "rand"], "data.recount": ["--recount", "2"],
+    "data.remode": ["--remode", "rand"],
+    "data.recount": ["--recount", "2"],
     "ema.decay": ["--no-model-ema", "--model-ema-decay", "0.5"],
     "ema.warmup": ["--no-model-ema", "--no-model-ema-warmup"],
     "optim.clip_mode": ["--clip-grad", "0", "--clip-mode", "value"],
     "sched.warmup_lr": ["--warmup-epochs", "0", "--warmup-lr", "0.1"],
-    "sched.lr_noise_pct": ["--lr-noise-pct", "0.1"], "sched.lr_noise_std": ["--lr-noise-std", "0.1"],
+    "sched.lr_noise_pct": ["--lr-noise-pct", "0.1"],
+    "sched.lr_noise_std": ["--lr-noise-std", "0.1"],
     "sched.lr_cycle_mul": ["--sched", "step", "--lr-cycle-mul", "2"],
     "sched.lr_cycle_limit": ["--sched", "step", "--lr-cycle-limit", "2"],
-    "sched.decay_epochs": ["--decay-epochs", "3"], "sched.decay_milestones": ["sched.decay_milestones=3"],
-    "sched.decay_rate": ["--decay-rate", "0.5"], "sched.patience_epochs": ["--patience-epochs", "3"],
+    "sched.decay_epochs": ["--decay-epochs", "3"],
+    "sched.decay_milestones": ["sched.decay_milestones=3"],
+    "sched.decay_rate": ["--decay-rate", "0.5"],
+    "sched.patience_epochs": ["--patience-epochs", "3"],
     "model.pretrained_backbone": ["--pretrained", "x", "--pretrained-backbone"],
-    "dist.master_port": ["--master-port", "5000"], "dist.max_restarts": ["--max-restarts", "2"],
+    "dist.master_port": ["--master-port", "5000"],
+    "dist.max_restarts": ["--max-restarts", "2"],
     "dist.dist_bn": ["--sync-bn", "--dist-bn", "broadcast"],
 }
 
@@ -151,8 +194,12 @@ def test_settings_without_effect_are_named(key):
 
 def test_settings_with_an_effect_are_not():
     assert set(INERT) == {key for keys, _, _ in NEEDS for key in keys}, "every rule is tried"
-    for line in ([], ["--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5"],
-                 ["--reprob", "0.5", "--remode", "rand"], ["--device-list", "0,1", "--max-restarts", "2"]):
+    for line in (
+        [],
+        ["--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5"],
+        ["--reprob", "0.5", "--remode", "rand"],
+        ["--device-list", "0,1", "--max-restarts", "2"],
+    ):
         assert not list(inert_settings(parse_train_args(["--root", "x", *line])))
 
 
@@ -163,10 +210,31 @@ def test_two_processes_with_two_loading_processes_each_go_on_or_end_together(wha
     for path in broken:
         path.write_bytes(b"")
     done = subprocess.run(
-        [sys.executable, "train.py", *argv(root, tmp_path / "out", "--experiment", "run", "-j", 4, "--device-list",
-                                           "0,1", "--max-bad-images", 3, "--epochs", 3)], cwd=REPO, text=True,
+        [
+            sys.executable,
+            "train.py",
+            *argv(
+                root,
+                tmp_path / "out",
+                "--experiment",
+                "run",
+                "-j",
+                4,
+                "--device-list",
+                "0,1",
+                "--max-bad-images",
+                3,
+                "--epochs",
+                3,
+            ),
+        ],
+        cwd=REPO,
+        text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if what == "one bad image":
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("training images cannot be read") == 1, "named once, whichever process meets it when"

@@ -3,6 +3,7 @@
 A file is refused, with a text that names what is wrong; or the rows it is wrong in are dropped or mended, counted under
 their kind, and the rest is trained on; or nothing is wrong with it at all.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,12 +37,14 @@ def root(whole: Path, tmp_path: Path) -> Path:
 
 def edit(rows: str, number: int = 0, **fields: Any) -> Callable:
     """Change fields of one row; `...` takes a field out."""
+
     def change(data: dict) -> dict:
         row = data[rows][number]
         row.update(fields)
         for key in [key for key, value in row.items() if value is ...]:
             del row[key]
         return data
+
     return change
 
 
@@ -50,6 +53,7 @@ def every(rows: str, **fields: Any) -> Callable:
         for number in range(len(data[rows])):
             edit(rows, number, **fields)(data)
         return data
+
     return change
 
 
@@ -67,10 +71,12 @@ def twice(rows: str) -> Callable:
 
 def more(**fields: Any) -> Callable:
     """Add one annotation, good but for the fields given."""
+
     def change(data: dict) -> dict:
         row = {"id": 99999, "image_id": data["images"][0]["id"], "category_id": 1, "bbox": [5, 5, 20, 20], **fields}
         data["annotations"].append({key: value for key, value in row.items() if value is not ...})
         return data
+
     return change
 
 
@@ -78,6 +84,7 @@ def polygon(flaw: str) -> Callable:
     def change(data: dict) -> str:
         data["annotations"][0]["segmentation"] = "HERE"
         return json.dumps(data).replace('"HERE"', flaw)
+
     return change
 
 
@@ -210,6 +217,7 @@ def renamed(name: str) -> Callable:
         path.parent.mkdir(exist_ok=True)
         (root / "train2017" / data["images"][0]["file_name"]).rename(path)
         return edit("images", file_name=name)(data)
+
     return change
 
 
@@ -220,6 +228,7 @@ def with_ids(mapping: Callable[[int], Any]) -> Callable:
         for row in data["annotations"]:
             row["image_id"] = mapping(row["image_id"])
         return data
+
     return change
 
 
@@ -239,7 +248,8 @@ ACCEPTED: dict[str, Callable] = {
     "polygons that are null": lambda data, root: every("annotations", segmentation=None)(data),
     "an area that is a text": lambda data, root: every("annotations", area="big")(data),
     "no area, no iscrowd, no licence": lambda data, root: put(info=..., licenses=...)(
-        every("annotations", area=...)(data)),
+        every("annotations", area=...)(data)
+    ),
 }
 
 
@@ -258,8 +268,9 @@ def test_accepted(name, root):
 def test_ten_thousand_boxes_in_one_image(root):
     data = read_ann(root)
     first = data["images"][0]["id"]
-    data["annotations"] = [{"id": k + 1, "image_id": first, "category_id": 1, "bbox": [k % 150, k // 150, 20, 20]}
-                           for k in range(10_000)]
+    data["annotations"] = [
+        {"id": k + 1, "image_id": first, "category_id": 1, "bbox": [k % 150, k // 150, 20, 20]} for k in range(10_000)
+    ]
     write_ann(root, data)
     dataset = open_split(root)
     _, target = load_all(dataset, training=False)[0]

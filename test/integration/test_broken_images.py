@@ -1,4 +1,5 @@
 """Broken image files and folders, through the loaders of training and evaluation, with what is expected of each."""
+
 from __future__ import annotations
 
 import logging
@@ -42,15 +43,18 @@ def root(whole: Path) -> Iterator[Path]:
 
 def put_image(image: Image.Image, format: str = "PNG", **options) -> Callable[[Path], tuple[int, int]]:
     """Put an image into the file, whatever its name says, and return its size for the json."""
+
     def change(path: Path) -> tuple[int, int]:
         image.save(path, format, **options)
         return image.size
+
     return change
 
 
 def write(content: bytes) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         path.write_bytes(content)
+
     return change
 
 
@@ -62,15 +66,22 @@ def replace_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         path.unlink()
         make(path)
+
     return change
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims a size."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -90,8 +101,10 @@ WIDE = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
 UNREADABLE: dict[str, tuple[Callable, str]] = {
     "cut off in the middle": (cut(0.5), "cannot be read as an image"),
     "cut off in the header": (write(b"\xff\xd8\xff\xe0\x00\x10JF"), "cannot be read as an image"),
-    "a PNG cut off": (lambda path: (put_image(Image.effect_noise((64, 48), 99))(path), cut(0.6)(path))[0],
-                      "cannot be read as an image"),
+    "a PNG cut off": (
+        lambda path: (put_image(Image.effect_noise((64, 48), 99))(path), cut(0.6)(path))[0],
+        "cannot be read as an image",
+    ),
     "zero bytes": (write(b""), "cannot be read as an image"),
     "a web page": (write(b"<html>404 not found</html>"), "cannot be read as an image"),
     "zeros, as after a power failure": (write(bytes(5000)), "cannot be read as an image"),
@@ -100,11 +113,17 @@ UNREADABLE: dict[str, tuple[Callable, str]] = {
     "a bomb of 100 megapixels behind a usual size": (write(png_header(10_000, 10_000)), "is 10000x10000 pixels"),
     "a bomb of 400 megapixels": (as_json_size(write(png_header(20_000, 20_000)), 20_000, 20_000), "Decompression"),
     "100 megapixels without their content": (
-        as_json_size(write(png_header(10_000, 10_000)), 10_000, 10_000), "cannot be read as an image"),
+        as_json_size(write(png_header(10_000, 10_000)), 10_000, 10_000),
+        "cannot be read as an image",
+    ),
     "floating point pixels": (
-        put_image(Image.fromarray(np.ones((48, 64), dtype=np.float32)), "TIFF"), "has floating point pixels"),
+        put_image(Image.fromarray(np.ones((48, 64), dtype=np.float32)), "TIFF"),
+        "has floating point pixels",
+    ),
     "EXIF says half a turn, the json a quarter": (
-        as_json_size(put_image(RED, "JPEG", exif=exif(3)), 48, 64), "is 64x48 pixels"),
+        as_json_size(put_image(RED, "JPEG", exif=exif(3)), 48, 64),
+        "is 64x48 pixels",
+    ),
     "a directory in its place": (replace_by(Path.mkdir), "Is a directory"),
     "a pipe that nobody writes to": (replace_by(os.mkfifo), "a pipe, socket or device"),
     "a symlink to itself": (replace_by(lambda path: path.symlink_to(path.name)), "cannot be read as an image"),
@@ -120,8 +139,9 @@ def break_image(root: Path, change: Callable, keep_size: bool = False) -> Path:
     size = change(root / "train2017" / row["file_name"])
     if size is not None and not keep_size:
         row["width"], row["height"] = size
-        data["annotations"] = [{**ann, "bbox": [0, 0, *size]} if ann["image_id"] == row["id"] else ann
-                               for ann in data["annotations"]]
+        data["annotations"] = [
+            {**ann, "bbox": [0, 0, *size]} if ann["image_id"] == row["id"] else ann for ann in data["annotations"]
+        ]
         write_ann(root, data)
     return root / "train2017" / row["file_name"]
 
@@ -198,24 +218,40 @@ def test_sixteen_bits_are_scaled_and_not_clipped(root):
 # name: (how the folder is broken, words of the refusal)
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (lambda root: root.rename(root.with_name("moved")), "no such directory"),
-    "a file in its place": (lambda root: (root.rename(root.with_name("moved")), root.write_text("x")),
-                            "no such directory"),
+    "a file in its place": (
+        lambda root: (root.rename(root.with_name("moved")), root.write_text("x")),
+        "no such directory",
+    ),
     "no image folder": (lambda root: (root / "train2017").rename(root / "train"), "train2017/ absent"),
-    "an empty image folder": (lambda root: [path.unlink() for path in (root / "train2017").iterdir()],
-                              "4 images that are not in the image directory"),
-    "a file for the image folder": (lambda root: ((root / "train2017").rename(root / "x"),
-                                                  (root / "train2017").write_text("x")), "does not exist"),
-    "no annotation folder": (lambda root: (root / "annotations").rename(root / "labels"),
-                             "instances_train2017.json absent"),
-    "a folder for the annotation file": (lambda root: ((root / "annotations/instances_train2017.json").unlink(),
-                                                       (root / "annotations/instances_train2017.json").mkdir()),
-                                         "is not a file"),
+    "an empty image folder": (
+        lambda root: [path.unlink() for path in (root / "train2017").iterdir()],
+        "4 images that are not in the image directory",
+    ),
+    "a file for the image folder": (
+        lambda root: ((root / "train2017").rename(root / "x"), (root / "train2017").write_text("x")),
+        "does not exist",
+    ),
+    "no annotation folder": (
+        lambda root: (root / "annotations").rename(root / "labels"),
+        "instances_train2017.json absent",
+    ),
+    "a folder for the annotation file": (
+        lambda root: (
+            (root / "annotations/instances_train2017.json").unlink(),
+            (root / "annotations/instances_train2017.json").mkdir(),
+        ),
+        "is not a file",
+    ),
     "no permission to the image folder": (lambda root: (root / "train2017").chmod(0), "may not be read"),
     "no permission to the annotation file": (
-        lambda root: (root / "annotations/instances_train2017.json").chmod(0), "may not be read"),
+        lambda root: (root / "annotations/instances_train2017.json").chmod(0),
+        "may not be read",
+    ),
     "no permission to the folder": (lambda root: root.chmod(0), "ermission denied"),
-    "a folder that links to itself": (lambda root: (root.rename(root.with_name("moved")), root.symlink_to(root.name)),
-                                      "no such directory"),
+    "a folder that links to itself": (
+        lambda root: (root.rename(root.with_name("moved")), root.symlink_to(root.name)),
+        "no such directory",
+    ),
 }
 
 
@@ -277,6 +313,7 @@ def test_the_limit_leaves_one_good_image_and_each_other_is_tried_once():
         if index != 2:
             raise ImageError("broken")
         return index
+
     assert bad.item_instead(0, read) == 2 and 0 in bad and not bad.too_many
     assert calls == list(dict.fromkeys(calls)), "each other image is tried once"
     assert bad.item_instead(1, lambda index: read(0)) is None and len(bad) == 3 and bad.too_many
@@ -296,6 +333,7 @@ def test_nothing_counts_as_found_in_a_bad_image_and_the_next_pass_tries_it_again
         counts = {index: len(rows) for index, rows in zip(evaluator.img_indices, evaluator.predictions, strict=True)}
         evaluator.evaluate()
         return counts
+
     assert evaluate() == {0: 1, 1: 0, 2: 1, 3: 1} and not evaluator.is_hopeless
     path.write_bytes(good.read_bytes())
     data = read_ann(root)
@@ -322,8 +360,11 @@ def encoded() -> list[bytes]:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(which=st.integers(0, 5), changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
-       length=st.floats(0.02, 1))
+@given(
+    which=st.integers(0, 5),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    length=st.floats(0.02, 1),
+)
 def test_damaged_bytes_give_a_image_or_the_one_error(which, changes, length, encoded):
     raw = bytearray(encoded[which])
     for place, value in changes:

@@ -33,7 +33,11 @@ def _environment() -> dict[str, str]:
 def _launch(case: str, out_dir: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", LAUNCH, str(processes), str(WORKER), case, str(out_dir), *arguments],
-        env=_environment(), timeout=TIMEOUT_S, capture_output=True, text=True)
+        env=_environment(),
+        timeout=TIMEOUT_S,
+        capture_output=True,
+        text=True,
+    )
 
 
 def _results(cases: str, out_dir: Path, processes: int, *arguments: str) -> list[dict]:
@@ -85,8 +89,13 @@ def test_launch_takes_another_port_when_one_is_in_use_or_is_taken_meanwhile(tmp_
         occupied.bind(("", 0))
         occupied.listen()
         port = str(occupied.getsockname()[1])
-        done = subprocess.run([sys.executable, "-c", PORTS, port, str(WORKER), "place", str(tmp_path)],
-                              env=_environment(), timeout=TIMEOUT_S, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PORTS, port, str(WORKER), "place", str(tmp_path)],
+            env=_environment(),
+            timeout=TIMEOUT_S,
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     assert f"port {port} is in use on this machine: a free one is taken instead" in done.stderr
     assert f"port {port} was taken by another process just now: trying another" in done.stderr
@@ -126,15 +135,19 @@ def test_effdets_collectives_on_two_ranks(two_ranks):
         assert out["all_gather"] == [["", "x"]] * 2 and out["seed"] == first["seed"]
         assert out["reduce"] == [{"a": 3.0, "b": 1.5}, {"a": 6.0, "b": 3.0}]
         assert out["all_gather_container"] == [
-            [[0, 10], [1, 11]], [[0, 10, 1, 11]], [[[0, 10], [1, 11]], [[1, 11], [2, 12]]]]
+            [[0, 10], [1, 11]],
+            [[0, 10, 1, 11]],
+            [[[0, 10], [1, 11]], [[1, 11], [2, 12]]],
+        ]
 
 
 def test_a_failure_on_rank_0_reaches_every_rank_with_its_text(two_ranks):
     first, second = (results["collectives"] for results in two_ranks[0])
     assert first["failures"][0] == "ZeroDivisionError: division by zero"
     assert first["failures"][2] == "SystemExit: gone"
-    for text, words in zip(second["failures"], ("ZeroDivisionError: division by zero", "pickle", "SystemExit: gone"),
-                           strict=True):
+    for text, words in zip(
+        second["failures"], ("ZeroDivisionError: division by zero", "pickle", "SystemExit: gone"), strict=True
+    ):
         assert text.startswith("RuntimeError: rank 0 failed: ") and words in text
     assert "divide_by_zero" in second["failures"][0]  # says where
 
@@ -204,9 +217,13 @@ def test_evaluator_failure_on_rank_0_ends_every_rank(tmp_path):
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), "evaluate_broken", str(tmp_path)], stderr=subprocess.PIPE, text=True,
-            env=_environment() | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank in "01"]
+            [sys.executable, str(WORKER), "evaluate_broken", str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment() | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in "01"
+    ]
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in ranks]
     finally:

@@ -3,6 +3,7 @@
 What is smaller than on the page: SMALLER, flags put behind a command (the last of two equal flags wins), and the
 fixture `home`, which makes tiny data sets. Pages with a test of their own are in test/unit/test_docs_pages.py.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -34,8 +35,13 @@ from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_
 from effdet.config.model_config import efficientdet_model_param_dict
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md",
-         *sorted(str(page.relative_to(REPO)) for page in (REPO / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(str(page.relative_to(REPO)) for page in (REPO / "docs").glob("*.md")),
+]
 _OTHER_TEST = (REPO / "test" / "unit" / "test_docs_pages.py").read_text(encoding="utf-8")
 RUN_ELSEWHERE = {f"docs/{page}" for page in re.findall(r'blocks\("(\w+\.md)"', _OTHER_TEST)}
 TRANSLATED = {"README.zh-CN.md": "README.md", "docs/ascend.zh-CN.md": "docs/ascend.md"}
@@ -51,8 +57,7 @@ SMALLER = {
 
 # A pattern of whole commands, and why they are not run here. Flags of our scripts are parsed all the same.
 NOT_RUN = {
-    r"make (check|test|test-slow|test-npu|test-npu-slow|lint|bench|environments)":
-        "runs this test, or minutes; targets are compared",
+    r"make (check|test|test-slow|test-npu|test-npu-slow|lint|bench|environments)": "runs this test, or minutes; targets are compared",
     r"make|make train.*": "makes an environment by downloads; what it would run is run: test_make_train",
     r"python3 -m venv .*|source .*|pip install .*": "downloads packages; needs torch_npu's environment",
     r"TORCH_DEVICE_BACKEND_AUTOLOAD=0 python .*": "needs an NPU",
@@ -82,6 +87,7 @@ def to_run(page: str) -> list[tuple[str, ...]]:
 
 # ---- what can be said without running anything ----
 
+
 def test_each_page_with_commands_is_run_somewhere():
     run_here = {"README.md", "docs/own_data.md", "docs/training.md"}
     with_commands = {page for page in PAGES if to_run(page)} - set(TRANSLATED)
@@ -96,8 +102,10 @@ def test_translations_have_the_same_commands(translated):
         return [tuple(word if word.isascii() else "IP_OF_THE_FIRST" for word in words) for words in commands(page)]
 
     assert shape(translated) == shape(TRANSLATED[translated])
-    figures = [sorted(re.findall(r"\d+\.\d+|\.\d{3}", (REPO / page).read_text(encoding="utf-8")))
-               for page in (translated, TRANSLATED[translated])]
+    figures = [
+        sorted(re.findall(r"\d+\.\d+|\.\d{3}", (REPO / page).read_text(encoding="utf-8")))
+        for page in (translated, TRANSLATED[translated])
+    ]
     assert figures[0] == figures[1]
 
 
@@ -108,7 +116,7 @@ def test_flags_of_commands_that_are_not_run_exist(monkeypatch):
         for words in commands(page):
             script = next((word for word in words if word in PARSERS), None)
             if script and reason_not_to_run(words):
-                PARSERS[script](words[words.index(script) + 1:])
+                PARSERS[script](words[words.index(script) + 1 :])
                 checked += 1
     assert checked >= 8
 
@@ -162,16 +170,22 @@ def test_the_page_of_flags_is_the_schema():
 
 
 def test_the_table_of_models_is_the_model_table():
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\d+) \| (yes)? ?\|$",
-                      (REPO / "docs" / "configurations.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w+) \| ([\d.]+) \| (\d+) \| (yes)? ?\|$",
+        (REPO / "docs" / "configurations.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     golden = json.loads((REPO / "test" / "golden" / "model_configs.json").read_text())
     parameters = {name: f"{entry['_params'] / 1e6:.1f}" for name, entry in golden.items() if "_params" in entry}
-    table = {name: (parameters[name], str(entry["image_size"][0]), "yes" if entry["url"] else "")
-             for name, entry in efficientdet_model_param_dict.items()}
+    table = {
+        name: (parameters[name], str(entry["image_size"][0]), "yes" if entry["url"] else "")
+        for name, entry in efficientdet_model_param_dict.items()
+    }
     assert {name: tuple(more) for name, *more in rows} == table
 
 
 # ---- running them ----
+
 
 @pytest.fixture(autouse=True)
 def _logging_as_before():
@@ -198,7 +212,8 @@ def home(tmp_path_factory, small_checkpoint) -> Path:
         (voc / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
         (voc / "Annotations" / f"{name}.xml").write_text(
             "<annotation><size><width>100</width><height>80</height></size><object><name>dog</name><difficult>0</difficult>"
-            "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>51</xmax><ymax>61</ymax></bndbox></object></annotation>")
+            "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>51</xmax><ymax>61</ymax></bndbox></object></annotation>"
+        )
         Image.new("RGB", (100, 80)).save(voc / "JPEGImages" / f"{name}.jpg")
     return folder
 
@@ -225,8 +240,11 @@ def run(words: tuple[str, ...]) -> str:
 def check_run(folder: Path) -> None:
     """Hold a run's folder against the table in docs/training.md."""
     page = (REPO / "docs" / "training.md").read_text(encoding="utf-8")
-    names = set(re.findall(r"`([\w./-]+)`", "".join(re.findall(r"^\| (`.*?) \|", page.partition("What a run leaves")[2],
-                                                              re.MULTILINE))))
+    names = set(
+        re.findall(
+            r"`([\w./-]+)`", "".join(re.findall(r"^\| (`.*?) \|", page.partition("What a run leaves")[2], re.MULTILINE))
+        )
+    )
     names -= {"checkpoint-N.pth.tar", "recovery.pth.tar"}
     assert len(names) >= 8 and not [name for name in names if not (folder / name).exists()]
     assert len(list(folder.glob("checkpoint-*.pth.tar"))) == 1
@@ -278,8 +296,11 @@ def lines_of_make(*arguments: str) -> list[tuple[str, ...]]:
     """Return what `make` would run of ours, in the words of the pages."""
     planned = subprocess.run(["make", "-n", *arguments], cwd=REPO, capture_output=True, text=True, check=True).stdout
     lines = [tuple(shlex.split(line)) for line in planned.splitlines()]
-    return [("python", *words[1:]) for words in lines
-            if len(words) > 2 and words[0] == ".venv/bin/python" and (words[1] == "train.py" or "effdet" in words[2])]
+    return [
+        ("python", *words[1:])
+        for words in lines
+        if len(words) > 2 and words[0] == ".venv/bin/python" and (words[1] == "train.py" or "effdet" in words[2])
+    ]
 
 
 def test_make_train_with_data_is_the_command_beside_it():

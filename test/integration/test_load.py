@@ -1,4 +1,5 @@
 """Many processes, many epochs, several runs at once, processes that are killed: nothing hangs, nothing is left."""
+
 from __future__ import annotations
 
 import os
@@ -29,10 +30,31 @@ def start(data: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     running: list[Process] = []
 
     def make(log: str, *more: object) -> Process:
-        argv = ["--root", data, "--image-size", 64, "-b", 4, "-j", 2, "--device", "cpu", "--warmup-epochs", 0,
-                "--cooldown-epochs", 0, "--log-interval", 1, "--output", tmp_path / "out", *LIGHT, *more]
+        argv = [
+            "--root",
+            data,
+            "--image-size",
+            64,
+            "-b",
+            4,
+            "-j",
+            2,
+            "--device",
+            "cpu",
+            "--warmup-epochs",
+            0,
+            "--cooldown-epochs",
+            0,
+            "--log-interval",
+            1,
+            "--output",
+            tmp_path / "out",
+            *LIGHT,
+            *more,
+        ]
         running.append(Process(["train.py", *map(str, argv)], tmp_path / log))
         return running[-1]
+
     yield make
     for one in running:
         one.end()
@@ -41,8 +63,25 @@ def start(data: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def test_eight_processes_with_two_loader_processes_each_do_a_thousand_steps(start, tmp_path):
     """Three of the processes have no validation image."""
     steps, per_epoch = 1000, 200 // 8
-    run = start("log", "--device-list", "0,1,2,3,4,5,6,7", "-b", 8, "-j", 16, "--epochs", steps // per_epoch,
-                "--val-interval", 10, "--log-interval", per_epoch, "--hang-timeout", 300, "--experiment", "run")
+    run = start(
+        "log",
+        "--device-list",
+        "0,1,2,3,4,5,6,7",
+        "-b",
+        8,
+        "-j",
+        16,
+        "--epochs",
+        steps // per_epoch,
+        "--val-interval",
+        10,
+        "--log-interval",
+        per_epoch,
+        "--hang-timeout",
+        300,
+        "--experiment",
+        "run",
+    )
     run.wait_for(rf"Train: 0 \[ *{per_epoch}/", 600)
     family = run.family()
     assert len(family) >= 1 + 8 + 8 * 2
@@ -58,8 +97,14 @@ def test_eight_processes_with_two_loader_processes_each_do_a_thousand_steps(star
 
 def memory_mib(pid: int) -> float:
     """Return the memory that a process has to itself."""
-    return sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-               if line.startswith("Private_")) / 1024
+    return (
+        sum(
+            int(line.split()[1])
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            if line.startswith("Private_")
+        )
+        / 1024
+    )
 
 
 def shared_memory() -> set[str]:
@@ -77,10 +122,13 @@ def test_fifty_epochs_leave_files_memory_threads_and_processes_as_they_were(star
             pid, children = run.process.pid, children_of(run.process.pid)
             try:
                 seen[epoch] = {
-                    "files": len(os.listdir(f"/proc/{pid}/fd")), "threads": len(os.listdir(f"/proc/{pid}/task")),
+                    "files": len(os.listdir(f"/proc/{pid}/fd")),
+                    "threads": len(os.listdir(f"/proc/{pid}/task")),
                     "children": len(children),
                     "children_files": sum(len(os.listdir(f"/proc/{child}/fd")) for child in children),
-                    "memory": memory_mib(pid), "children_memory": sum(map(memory_mib, children))}
+                    "memory": memory_mib(pid),
+                    "children_memory": sum(map(memory_mib, children)),
+                }
                 family |= {pid, *children}
             except (FileNotFoundError, ProcessLookupError):
                 pass  # it ends just now
@@ -90,8 +138,10 @@ def test_fifty_epochs_leave_files_memory_threads_and_processes_as_they_were(star
     assert {0, 10, 48} <= seen.keys(), "each epoch lasts long enough to be seen"
     for epoch in (0, 10, 20, 30, 40, 48):
         print(epoch, {key: round(value, 1) for key, value in seen.get(epoch, {}).items()})
-    early, late = ({key: [seen[epoch][key] for epoch in span if epoch in seen] for key in seen[10]}
-                   for span in (range(8, 18), range(39, 49)))
+    early, late = (
+        {key: [seen[epoch][key] for epoch in span if epoch in seen] for key in seen[10]}
+        for span in (range(8, 18), range(39, 49))
+    )
     for key in ("files", "threads", "children", "children_files"):
         assert max(late[key]) <= max(early[key]), key
     assert max(late["children"]) == 2 * 2, "the loader processes of training and of evaluation"

@@ -1,4 +1,5 @@
 """Weights that are nothing but weights: 90 classes indexed by COCO's category id, as the published files are."""
+
 import json
 
 import numpy as np
@@ -9,8 +10,12 @@ from PIL import Image
 import validate
 from effdet import create_model
 
-COCO_LIKE = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 44, "name": "bottle"},
-             {"id": 90, "name": "toothbrush"}]
+COCO_LIKE = [
+    {"id": 1, "name": "person"},
+    {"id": 18, "name": "dog"},
+    {"id": 44, "name": "bottle"},
+    {"id": 90, "name": "toothbrush"},
+]
 
 
 @pytest.fixture
@@ -22,11 +27,20 @@ def coco_root(tmp_path):
         noise = np.random.default_rng(number).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "val2017" / f"{number}.jpg")
         images.append({"id": 100 + number, "file_name": f"{number}.jpg", "width": 80, "height": 60})
-        annotations.append({"id": 1 + number, "image_id": 100 + number, "category_id": 18, "bbox": [10, 10, 30, 30],
-                            "area": 900, "iscrowd": 0})
+        annotations.append(
+            {
+                "id": 1 + number,
+                "image_id": 100 + number,
+                "category_id": 18,
+                "bbox": [10, 10, 30, 30],
+                "area": 900,
+                "iscrowd": 0,
+            }
+        )
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": COCO_LIKE}))
+        json.dumps({"images": images, "annotations": annotations, "categories": COCO_LIKE})
+    )
     return tmp_path
 
 
@@ -41,8 +55,27 @@ def save_weights(path, favourite_id: int) -> None:
 
 def run_validate(root, weights, *flags: str) -> list[dict]:
     results = root / "results.json"
-    code = validate.main(["--root", str(root), "--checkpoint", str(weights), "--image-size", "64", "-j", "0", "-b", "3",
-                          "--device", "cpu", "--output", "", "--results", str(results), *flags])
+    code = validate.main(
+        [
+            "--root",
+            str(root),
+            "--checkpoint",
+            str(weights),
+            "--image-size",
+            "64",
+            "-j",
+            "0",
+            "-b",
+            "3",
+            "--device",
+            "cpu",
+            "--output",
+            "",
+            "--results",
+            str(results),
+            *flags,
+        ]
+    )
     assert code == 0
     return json.loads(results.read_text())
 

@@ -1,4 +1,5 @@
 """Real processes that are signalled, killed and frozen, and how their run goes on."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,8 +32,9 @@ class Run(Process):
 
     def __init__(self, data: Path, output: Path, *more: object, launcher: Sequence[str] = ()) -> None:
         self.folder = output / "run"
-        super().__init__([*launcher, "train.py", *train_argv(data, output, *more)],
-                         output.parent / f"{output.name}.txt")
+        super().__init__(
+            [*launcher, "train.py", *train_argv(data, output, *more)], output.parent / f"{output.name}.txt"
+        )
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def start(data: Path, tmp_path: Path) -> Iterator:
     def make(name: str, *more: object, launcher: Sequence[str] = ()) -> Run:
         running.append(Run(data, tmp_path / name, *more, launcher=launcher))
         return running[-1]
+
     yield make
     for one in running:
         one.end()
@@ -54,12 +57,28 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(first[kind][name], value) for name, value in second[kind].items()), kind
 
 
-AUGMENTED = ("--image-size", 96, "--multi-scale", 96, 128, "--aa", "v1", "--color-jitter", 0.4, "--mosaic", 0.5,
-             "--mixup", 0.3, "--reprob", 0.5)
+AUGMENTED = (
+    "--image-size",
+    96,
+    "--multi-scale",
+    96,
+    128,
+    "--aa",
+    "v1",
+    "--color-jitter",
+    0.4,
+    "--mosaic",
+    0.5,
+    "--mixup",
+    0.3,
+    "--reprob",
+    0.5,
+)
 
 
-@pytest.mark.parametrize("devices", [(), ("--device-list", "0,1"), AUGMENTED],
-                         ids=["1 process", "2 processes", "augmented"])
+@pytest.mark.parametrize(
+    "devices", [(), ("--device-list", "0,1"), AUGMENTED], ids=["1 process", "2 processes", "augmented"]
+)
 def test_signals_end_a_run_within_seconds_and_nothing_is_lost(start, devices):
     straight = start("straight", *devices)
     assert straight.wait() == 0, straight.output()
@@ -103,8 +122,14 @@ def test_two_deterministic_runs_have_the_same_bits(start):
 @pytest.mark.parametrize("launcher", ["--device-list", "torchrun"])
 def test_a_killed_process_is_replaced_and_the_group_resumes(start, launcher):
     if launcher == "torchrun":
-        run = start("run", "--resume", "", "--recovery-interval", 2, launcher=[
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+        run = start(
+            "run",
+            "--resume",
+            "",
+            "--recovery-interval",
+            2,
+            launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"],
+        )
     else:
         run = start("run", "--device-list", "0,1", "--max-restarts", 1, "--recovery-interval", 2)
     run.wait_for(r"Train: 1 \[ *3/")
@@ -183,12 +208,47 @@ sys.exit(train.main())
 @pytest.mark.parametrize("limit", [0, 3])
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(data, tmp_path, limit):
     (tmp_path / "poison.py").write_text(POISONING.format(repo=str(REPO)))
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "poison.py",
-            "--root", data, "--image-size", 64, "-b", BATCH, "-j", 0, "--device", "cpu", "--epochs", 1,
-            "--warmup-epochs", 0, "--cooldown-epochs", 0, "--log-interval", 1, "--output", tmp_path,
-            "--experiment", "run", "--max-skipped", limit]
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    argv = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        tmp_path / "poison.py",
+        "--root",
+        data,
+        "--image-size",
+        64,
+        "-b",
+        BATCH,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--cooldown-epochs",
+        0,
+        "--log-interval",
+        1,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--max-skipped",
+        limit,
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
     if limit == 0:
         assert done.returncode == 0, done.stdout
         assert f"{NUM_TRAIN // BATCH} skipped step(s)" in done.stdout

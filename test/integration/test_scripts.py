@@ -3,6 +3,7 @@
 One short training in a process of its own serves most tests; the others call the scripts' main() here, which is what a
 process does without the seconds of importing torch. Two processes are in test_two_processes.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,8 +49,25 @@ from effdet.training import trainer
 REPO = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL, BATCH, EPOCHS = 12, 6, 4, 3
 STEPS_PER_EPOCH = NUM_TRAIN // BATCH
-KEYS = {"version", "arch", "state_dict", "state_dict_ema", "ema", "optimizer", "schedule", "scaler", "ranks", "epoch",
-        "step", "metric", "best", "config", "model_config", "category_map", "image_size"}  # checkpoint/manager.py
+KEYS = {
+    "version",
+    "arch",
+    "state_dict",
+    "state_dict_ema",
+    "ema",
+    "optimizer",
+    "schedule",
+    "scaler",
+    "ranks",
+    "epoch",
+    "step",
+    "metric",
+    "best",
+    "config",
+    "model_config",
+    "category_map",
+    "image_size",
+}  # checkpoint/manager.py
 
 
 @dataclass
@@ -69,10 +87,40 @@ class Run:
 
 
 def train_argv(data: Path, output: Path, experiment: str, *more: str) -> list[str]:
-    return ["--root", str(data), "--image-size", "64", "-b", str(BATCH), "-j", "0", "--device", "cpu",
-            "--epochs", str(EPOCHS), "--warmup-epochs", "0", "--cooldown-epochs", "0", "--opt", "adamw",
-            "--lr", "0.002", "--min-lr", "0.0001", "--model-ema-decay", "0.5", "--log-interval", "2",
-            "--output", str(output), "--experiment", experiment, "model.bn_momentum=0.1", *more]
+    return [
+        "--root",
+        str(data),
+        "--image-size",
+        "64",
+        "-b",
+        str(BATCH),
+        "-j",
+        "0",
+        "--device",
+        "cpu",
+        "--epochs",
+        str(EPOCHS),
+        "--warmup-epochs",
+        "0",
+        "--cooldown-epochs",
+        "0",
+        "--opt",
+        "adamw",
+        "--lr",
+        "0.002",
+        "--min-lr",
+        "0.0001",
+        "--model-ema-decay",
+        "0.5",
+        "--log-interval",
+        "2",
+        "--output",
+        str(output),
+        "--experiment",
+        experiment,
+        "model.bn_momentum=0.1",
+        *more,
+    ]
 
 
 def call(script: ModuleType, *argv: object) -> tuple[int, str]:
@@ -100,8 +148,15 @@ def call(script: ModuleType, *argv: object) -> tuple[int, str]:
 
 
 def spawn(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,14 +184,19 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def interrupt(place: str, count: int) -> contextlib.AbstractContextManager:
     """Send this process a real signal at a place in the run, at its `count`-th call from now."""
-    owner, name = {"update": (trainer.EpochState, "after_update"), "evaluation": (CocoEvaluator, "add_predictions"),
-                   "scoring": (CocoEvaluator, "_score"), "epoch": (trainer, "finish_epoch")}[place]
+    owner, name = {
+        "update": (trainer.EpochState, "after_update"),
+        "evaluation": (CocoEvaluator, "add_predictions"),
+        "scoring": (CocoEvaluator, "_score"),
+        "epoch": (trainer, "finish_epoch"),
+    }[place]
     original, calls = getattr(owner, name), iter(range(1, 1000))
 
     def patched(*args, **kwargs):
         if next(calls) == count:
             os.kill(os.getpid(), signal.SIGUSR1)
         return original(*args, **kwargs)
+
     return mock.patch.object(owner, name, patched)
 
 
@@ -169,18 +229,25 @@ def val_ann(data: Path) -> Path:
 TRAIN_LINE = re.compile(
     r"Train: (\d+) \[ *(\d+)/(\d+) \( *(\d+)%\)\]  Loss: ([\d.]+) \(([\d.]+)\)  Class: [\d.]+  Box: [\d.]+  "
     r"Time: [\d.]+s \([\d.]+s\)  FPS: ([\d.]+) \([\d.]+\) img/s  LR: (\S+)  Data: [\d.]+s \([\d.]+s\)  "
-    r"ETA: \d+:\d\d:\d\d$", re.MULTILINE)
+    r"ETA: \d+:\d\d:\d\d$",
+    re.MULTILINE,
+)
 
 
 @pytest.mark.core
 def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
     lines = TRAIN_LINE.findall(run.output)
     assert [(int(line[0]), int(line[1]), int(line[2])) for line in lines] == [
-        (epoch, step, STEPS_PER_EPOCH) for epoch in range(EPOCHS) for step in (2, 3)]
+        (epoch, step, STEPS_PER_EPOCH) for epoch in range(EPOCHS) for step in (2, 3)
+    ]
     assert all(float(line[4]) > 0 and float(line[6]) > 0 for line in lines)
     assert float(lines[0][7]) == pytest.approx(0.002, rel=0.2) and float(lines[-1][7]) < 0.0005, "cosine to --min-lr"
-    assert "ETA: 0:00:00" in run.output.splitlines()[max(
-        number for number, line in enumerate(run.output.splitlines()) if line.startswith("Train:"))]
+    assert (
+        "ETA: 0:00:00"
+        in run.output.splitlines()[
+            max(number for number, line in enumerate(run.output.splitlines()) if line.startswith("Train:"))
+        ]
+    )
     for epoch in range(EPOCHS):
         assert run.output.count(f"Eval: {epoch}  AP: ") == 1, "each line comes once"
     assert (run.folder / "log.txt").read_text() == run.output, "nothing but the log is printed"
@@ -199,12 +266,21 @@ def test_training_ends_with_the_numbers_and_where_everything_is(run):
     assert (run.folder / "model_best.pth.tar").is_file()
     assert report == f"report: {run.folder / 'report.html'}" and (run.folder / "report.html").is_file()
     assert [line.split()[:3] for line in following] == [
-        ["next:", "python", script] for script in ("validate.py", "demo.py", "train.py")]
+        ["next:", "python", script] for script in ("validate.py", "demo.py", "train.py")
+    ]
     facts = json.loads((run.folder / "metrics.json").read_text())["run"]
     assert average.endswith(f" AvgFPS:{facts['img_per_s']:.2f}") and 0 < facts.pop("seconds") < 600
-    assert facts == {"model": "tf_efficientdet_d0", "processes": 1, "batch_size": BATCH, "first_epoch": 0,
-                     "steps": EPOCHS * STEPS_PER_EPOCH, "img_per_s": facts["img_per_s"], "best_AP": metric,
-                     "best_epoch": -epoch, "checkpoint": checkpoint.removeprefix("checkpoint: ")}
+    assert facts == {
+        "model": "tf_efficientdet_d0",
+        "processes": 1,
+        "batch_size": BATCH,
+        "first_epoch": 0,
+        "steps": EPOCHS * STEPS_PER_EPOCH,
+        "img_per_s": facts["img_per_s"],
+        "best_AP": metric,
+        "best_epoch": -epoch,
+        "checkpoint": checkpoint.removeprefix("checkpoint: "),
+    }
 
 
 def intervals(folder: Path) -> list[dict[str, Any]]:
@@ -216,17 +292,21 @@ def test_losses_of_the_log_are_in_a_file(run, resumed):
     lines = TRAIN_LINE.findall(run.output)
     rows = intervals(run.folder)
     assert [(str(row["epoch"]), str(row["step"]), f"{row['loss']:.5f}", f"{row['lr']:.3e}") for row in rows] == [
-        (line[0], line[1], line[4], line[7]) for line in lines]
+        (line[0], line[1], line[4], line[7]) for line in lines
+    ]
     assert [(row["epoch"], row["step"]) for row in intervals(resumed.folder)] == [
-        (row["epoch"], row["step"]) for row in rows]
+        (row["epoch"], row["step"]) for row in rows
+    ]
 
 
 def test_predictions_are_drawn_beside_the_truth(run, data):
     names = {path.stem for path in (data / "val2017").iterdir()}
     assert {path.stem for path in (run.folder / "images").iterdir()} == names | {"sheet"}
     for name in names:
-        with Image.open(data / "val2017" / f"{name}.jpg") as source, \
-                Image.open(run.folder / "images" / f"{name}.jpg") as drawn:
+        with (
+            Image.open(data / "val2017" / f"{name}.jpg") as source,
+            Image.open(run.folder / "images" / f"{name}.jpg") as drawn,
+        ):
             assert drawn.width >= 2 * source.width and drawn.height >= source.height
     with Image.open(run.folder / "images" / "sheet.jpg") as sheet:
         assert len(sheet.convert("L").getcolors(256)) > 100, "something is on it"
@@ -270,14 +350,17 @@ def test_the_best_checkpoint_is_the_epoch_with_the_best_metric(run):
     payload = run.checkpoint("model_best.pth.tar")
     assert (payload["epoch"], payload["metric"]) == (best, float(rows[best]["AP"]))
     assert {path.name for path in run.folder.glob("checkpoint-*")} == {
-        f"checkpoint-{epoch}.pth.tar" for epoch in range(EPOCHS)}
+        f"checkpoint-{epoch}.pth.tar" for epoch in range(EPOCHS)
+    }
 
 
 def test_resume_continues_the_same_run(run, resumed):
     assert [int(row["epoch"]) for row in resumed.summary()] == [0, 1, 2]
     log = (resumed.folder / "log.txt").read_text()
     assert [line.rpartition("continuing with ")[2] for line in log.splitlines() if line.startswith("resumed ")] == [
-        "epoch 0, batch 2", "epoch 1"]
+        "epoch 0, batch 2",
+        "epoch 1",
+    ]
     assert "no checkpoint in" in log.splitlines()[0] and log.count("Train: 0 [") == 2, "no step is done twice"
     assert "Train: 0 [" not in resumed.output and not (resumed.folder / "recovery.pth.tar").exists()
     straight, continued = run.checkpoint(), resumed.checkpoint()
@@ -308,8 +391,10 @@ def trace(folder: Path) -> list[tuple[Any, ...]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with open(folder / "summary.csv", newline="") as file:
         rows += csv.DictReader(file)
-    return [tuple(value for key, value in row.items() if key not in ("img_per_s", "data_share", "memory_mib"))
-            for row in rows]
+    return [
+        tuple(value for key, value in row.items() if key not in ("img_per_s", "data_share", "memory_mib"))
+        for row in rows
+    ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -357,11 +442,19 @@ def test_images_that_spoil_every_step_end_the_run_with_a_post_mortem(data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    (), ("--amp", "--amp-dtype", "bfloat16"), ("--grad-accum", "2", "-b", "2"), ("-j", "2", "--reprob", "0.5"),
-    ("--amp", "--amp-dtype", "bfloat16", "--opt-level", "O2", "--grad-accum", "2", "-b", "2"),
-    ("--opt", "fusedmomentum", "--freeze-bn-epochs", "2"), ("--sched", "plateau", "--lr-noise", "0.1", "0.9"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--amp", "--amp-dtype", "bfloat16"),
+        ("--grad-accum", "2", "-b", "2"),
+        ("-j", "2", "--reprob", "0.5"),
+        ("--amp", "--amp-dtype", "bfloat16", "--opt-level", "O2", "--grad-accum", "2", "-b", "2"),
+        ("--opt", "fusedmomentum", "--freeze-bn-epochs", "2"),
+        ("--sched", "plateau", "--lr-noise", "0.1", "0.9"),
+    ],
+    ids=" ".join,
+)
 def test_exact_resume_in_other_ways_of_training(options, data, tmp_path):
     code, printed = call(train, *train_argv(data, tmp_path, "straight", *options))
     assert code == 0, printed
@@ -381,8 +474,16 @@ def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, dat
     payload = run.checkpoint("checkpoint-1.pth.tar")
     payload["best"] = {**payload["best"], "best": [1.0, 0]}  # a metric that will not be bettered
     torch.save(payload, tmp_path / "perfect.pth.tar")
-    code, output = call(train, *train_argv(data, tmp_path, "new"), "--resume", tmp_path / "perfect.pth.tar",
-                        "--max-steps", 2 * STEPS_PER_EPOCH + 1, "--val-skip", NUM_VAL)
+    code, output = call(
+        train,
+        *train_argv(data, tmp_path, "new"),
+        "--resume",
+        tmp_path / "perfect.pth.tar",
+        "--max-steps",
+        2 * STEPS_PER_EPOCH + 1,
+        "--val-skip",
+        NUM_VAL,
+    )
     assert code == 0, output
     assert "*** Best metric: 1.00000 (epoch 0)" in output
     path = re.findall(r"^checkpoint: (.*)$", output, re.MULTILINE)[-1]
@@ -391,8 +492,13 @@ def test_a_run_continued_in_a_new_folder_names_a_checkpoint_that_exists(run, dat
 
 def test_accumulating_gradients_keeps_the_updates_and_the_learning_rate(run, data, tmp_path):
     """Two batches of 2 for one update are not one batch of 4: batch norm sees 2 images, so the losses differ."""
-    argv = [*train_argv(data, tmp_path, "halves", "--grad-accum", "2", "--val-skip", str(NUM_VAL)),
-            "-b", "2", "--max-steps", str(2 * STEPS_PER_EPOCH)]
+    argv = [
+        *train_argv(data, tmp_path, "halves", "--grad-accum", "2", "--val-skip", str(NUM_VAL)),
+        "-b",
+        "2",
+        "--max-steps",
+        str(2 * STEPS_PER_EPOCH),
+    ]
     code, output = call(train, *argv)
     assert code == 0, output
     halves = Run(tmp_path / "halves", argv, output)
@@ -409,8 +515,9 @@ def test_batch_norm_statistics_stand_still_in_the_last_epochs(data, tmp_path):
     code, output = call(train, *argv, "--save-every", "1")
     assert code == 0, output
     assert output.count("batch-norm statistics fixed from here on") == 1
-    first, second, last = (torch.load(tmp_path / "fixed" / f"checkpoint-{epoch}.pth.tar", weights_only=True)
-                           for epoch in range(EPOCHS))
+    first, second, last = (
+        torch.load(tmp_path / "fixed" / f"checkpoint-{epoch}.pth.tar", weights_only=True) for epoch in range(EPOCHS)
+    )
     statistics = [name for name in first["state_dict"] if name.endswith(("running_mean", "running_var"))]
     for name in statistics:  # those that the first epoch ended with, in the average too
         for payload in (second, last):
@@ -422,8 +529,21 @@ def test_batch_norm_statistics_stand_still_in_the_last_epochs(data, tmp_path):
 
 
 def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path):
-    argv = train_argv(data, tmp_path, "half", "--amp", "--opt-level", "O2", "--amp-dtype", "bfloat16",
-                      "--no-model-ema", "--max-steps", "1", "--val-skip", str(NUM_VAL))
+    argv = train_argv(
+        data,
+        tmp_path,
+        "half",
+        "--amp",
+        "--opt-level",
+        "O2",
+        "--amp-dtype",
+        "bfloat16",
+        "--no-model-ema",
+        "--max-steps",
+        "1",
+        "--val-skip",
+        str(NUM_VAL),
+    )
     code, output = call(train, *argv)
     assert code == 0, output
     assert "(trained weights)" in output and "mixed precision O2 in bfloat16" in output
@@ -438,8 +558,22 @@ def test_half_precision_weights_without_an_average_are_drawn_too(data, tmp_path)
 
 def evaluate(tmp_path: Path, data: Path, checkpoint: Path, *more: object) -> tuple[float, str]:
     """Run validate.py; return the AP of its metrics file and what it printed."""
-    code, output = call(validate, "--root", data, "--checkpoint", checkpoint, "-b", 4, "-j", 0, "--device", "cpu",
-                        "--metrics", tmp_path / "metrics.json", *more)
+    code, output = call(
+        validate,
+        "--root",
+        data,
+        "--checkpoint",
+        checkpoint,
+        "-b",
+        4,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+        "--metrics",
+        tmp_path / "metrics.json",
+        *more,
+    )
     assert code == 0, output
     return json.loads((tmp_path / "metrics.json").read_text())["stats"]["AP"], output
 
@@ -457,8 +591,9 @@ def coco_ap(ann: Path, results: Path, img_ids: list[int] | None = None) -> float
 
 
 def test_what_a_run_says_to_do_next_works(run, data, tmp_path):
-    commands = [shlex.split(line.removeprefix("next: python ")) for line in run.output.splitlines()
-                if line.startswith("next: ")]
+    commands = [
+        shlex.split(line.removeprefix("next: python ")) for line in run.output.splitlines() if line.startswith("next: ")
+    ]
     code, output = call(validate, *commands[0][1:], "--output", tmp_path / "v", "--speed")
     assert code == 0, output
     numbers = json.loads((tmp_path / "v" / "metrics.json").read_text())
@@ -469,7 +604,8 @@ def test_what_a_run_says_to_do_next_works(run, data, tmp_path):
     with open(tmp_path / "v" / "per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["name"], row["AP"]) for row in rows] == [
-        (row["name"], "" if row["AP"] is None else str(row["AP"])) for row in numbers["per_class"]]
+        (row["name"], "" if row["AP"] is None else str(row["AP"])) for row in numbers["per_class"]
+    ]
     assert {"AP75", "AP_small", "AP_medium", "AP_large", "count"} < set(rows[0])
     assert (tmp_path / "v" / "report.html").stat().st_size > 20_000
     code, output = call(demo, *commands[1][1:], "--output", tmp_path / "d")
@@ -485,15 +621,20 @@ def test_metrics_of_a_run_are_in_one_file_once(run, resumed):
     for each in (run, resumed):
         rows = [json.loads(line) for line in (each.folder / "metrics.jsonl").read_text().splitlines()]
         assert [(row["epoch"], row["step"]) for row in rows if row["kind"] == "interval"] == [
-            (epoch, step) for epoch in range(EPOCHS) for step in (2, 3)]
+            (epoch, step) for epoch in range(EPOCHS) for step in (2, 3)
+        ]
         assert [row["AP"] for row in rows if row["kind"] == "evaluation"] == [
-            float(row["AP"]) for row in each.summary()]
+            float(row["AP"]) for row in each.summary()
+        ]
         assert [row["global_step"] for row in rows if row["kind"] == "epoch"] == [3, 6, 9]
         assert all(row["memory_mib"] > 100 and 0 <= row["data_share"] <= 1 for row in rows if row["kind"] == "interval")
         with Image.open(each.folder / "train_batch.jpg") as image:
             assert image.width > 4 * 64, "four images side by side"
-        data = json.loads(re.search(r'type="application/json">(.*?)</script>',
-                                    (each.folder / "report.html").read_text(), re.DOTALL)[1])
+        data = json.loads(
+            re.search(r'type="application/json">(.*?)</script>', (each.folder / "report.html").read_text(), re.DOTALL)[
+                1
+            ]
+        )
         assert data["evaluations"]["AP"] == pytest.approx([float(row["AP"]) for row in each.summary()], rel=1e-5)
         assert data["batch"] and data["data"]["sets"][0]["images"] == NUM_TRAIN
 
@@ -505,7 +646,11 @@ def test_validate_reproduces_the_metric_of_the_training_log(run, data, tmp_path)
     facts = json.loads((tmp_path / "metrics.json").read_text())["run"]
     assert NUM_VAL / facts["img_per_s"] <= facts["seconds"] < 600, "prediction takes a part of the time"
     assert (facts["model"], facts["processes"], facts["batch_size"], facts["checkpoint"]) == (
-        "tf_efficientdet_d0", 1, 4, str(run.folder / "last.pth.tar"))
+        "tf_efficientdet_d0",
+        1,
+        4,
+        str(run.folder / "last.pth.tar"),
+    )
     assert output.splitlines()[-1] == f"AP {ap:.5f}  AP50 {float(run.summary()[-1]['AP50']):.5f}"
     assert f"Eval: 2  AP: {ap:.5f}" in run.output and output.count("\nAR_large ") == 1
     assert "64x64, EMA weights" in output and "6 images" in output
@@ -555,8 +700,15 @@ def test_one_of_the_roots_files_can_be_replaced(run, data, val_ann, tmp_path):
     truth["images"] = truth["images"][:2]
     truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in keep]
     (tmp_path / "two.json").write_text(json.dumps(truth))
-    _, output = evaluate(tmp_path, data, run.folder / "last.pth.tar", "--val-ann", tmp_path / "two.json",
-                         "--results", tmp_path / "results.json")
+    _, output = evaluate(
+        tmp_path,
+        data,
+        run.folder / "last.pth.tar",
+        "--val-ann",
+        tmp_path / "two.json",
+        "--results",
+        tmp_path / "results.json",
+    )
     assert "2 images" in output
     assert {row["image_id"] for row in json.loads((tmp_path / "results.json").read_text())} == keep
 
@@ -616,8 +768,13 @@ def test_demo_gives_the_same_bits_in_another_process(run, data, tmp_path, monkey
     assert code == 0, printed
     first = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     shutil.rmtree("out")
-    done = subprocess.run([sys.executable, str(REPO / "demo.py"), *map(str, argv)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(REPO / "demo.py"), *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == first
     assert len(first) == 2 + 1
@@ -687,17 +844,28 @@ class Place:
         root = self.tmp / "other"
         for split in ("train2017", "val2017"):
             source = self.data / "annotations" / f"instances_{split}.json"
-            self.write(f"other/annotations/instances_{split}.json", source.read_text().replace('"id":44,', '"id":99,')
-                       .replace('"category_id":44', '"category_id":99'))
+            self.write(
+                f"other/annotations/instances_{split}.json",
+                source.read_text().replace('"id":44,', '"id":99,').replace('"category_id":44', '"category_id":99'),
+            )
             (root / split).symlink_to(self.data / split)
         return root
 
     def of_another_trainer(self) -> Path:
         """A file as effdet's training script writes it."""
         weight = torch.zeros(3, requires_grad=True)
-        torch.save({"epoch": 7, "arch": "tf_efficientdet_d0", "state_dict": self.run.checkpoint()["state_dict"],
-                    "optimizer": torch.optim.SGD([weight], lr=0.1, momentum=0.9).state_dict(), "version": 2,
-                    "args": argparse.Namespace(lr=0.1), "metric": np.float64(0.25)}, self.tmp / "other.pth.tar")
+        torch.save(
+            {
+                "epoch": 7,
+                "arch": "tf_efficientdet_d0",
+                "state_dict": self.run.checkpoint()["state_dict"],
+                "optimizer": torch.optim.SGD([weight], lr=0.1, momentum=0.9).state_dict(),
+                "version": 2,
+                "args": argparse.Namespace(lr=0.1),
+                "metric": np.float64(0.25),
+            },
+            self.tmp / "other.pth.tar",
+        )
         return self.tmp / "other.pth.tar"
 
     def weights_only(self) -> Path:
@@ -708,80 +876,148 @@ class Place:
 NO_SUCH = "/nowhere/at/all"
 ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]] = {
     "no root": (train, lambda p: ["--device", "cpu"], ["no data", "--root DIR"]),
-    "root is missing": (train, lambda p: ["--root", NO_SUCH, "--device", "cpu", "--output", p.tmp],
-                        [NO_SUCH, "no such directory"]),
+    "root is missing": (
+        train,
+        lambda p: ["--root", NO_SUCH, "--device", "cpu", "--output", p.tmp],
+        [NO_SUCH, "no such directory"],
+    ),
     "root without annotations": (
-        train, lambda p: ["--root", p.write("coco/train2017/x.txt", "").parents[1], "--output", p.tmp],
-        ["instances_train2017.json", "absent", "holds: train2017"]),
+        train,
+        lambda p: ["--root", p.write("coco/train2017/x.txt", "").parents[1], "--output", p.tmp],
+        ["instances_train2017.json", "absent", "holds: train2017"],
+    ),
     "image size off the stride": (train, lambda p: p.train("--image-size", 500), ["500", "(480, 480)", "(512, 512)"]),
-    "model misspelled": (train, lambda p: p.train("--model", "tf_eficientdet_d0"),
-                         ["tf_eficientdet_d0", "tf_efficientdet_d0"]),
+    "model misspelled": (
+        train,
+        lambda p: p.train("--model", "tf_eficientdet_d0"),
+        ["tf_eficientdet_d0", "tf_efficientdet_d0"],
+    ),
     "optimizer misspelled": (train, lambda p: p.train("--opt", "adamv"), ["adamv", "adam"]),
     "unknown flag": (train, lambda p: p.train("--epochz", 3), ["--epochz", "did you mean --epoch"]),
     "flag of the past": (train, lambda p: p.train("--torchscript"), ["--torchscript is gone", "drop it"]),
-    "batch not divisible": (train, lambda p: p.train("-b", 5, "--device-list", "0,1"),
-                            ["batch size 5", "2 devices", "4 or 6"]),
-    "evaluation batch not divisible": (validate, lambda p: p.validate("-b", 5, "--device-list", "0,1"),
-                                       ["batch size 5", "2 devices", "4 or 6"]),
+    "batch not divisible": (
+        train,
+        lambda p: p.train("-b", 5, "--device-list", "0,1"),
+        ["batch size 5", "2 devices", "4 or 6"],
+    ),
+    "evaluation batch not divisible": (
+        validate,
+        lambda p: p.validate("-b", 5, "--device-list", "0,1"),
+        ["batch size 5", "2 devices", "4 or 6"],
+    ),
     "fewer images than a batch": (train, lambda p: p.train("-b", 16), ["12 images", "16"]),
-    "class count against the json": (train, lambda p: p.train("--num-classes", 3),
-                                     ["num_classes is 3", "6 categories"]),
+    "class count against the json": (
+        train,
+        lambda p: p.train("--num-classes", 3),
+        ["num_classes is 3", "6 categories"],
+    ),
     "setting unknown in YAML": (
-        train, lambda p: p.train("-c", p.write("my.yaml", "optim:\n  momentun: 0.8\n")),
-        ["my.yaml", "optim.momentun", "did you mean optim.momentum"]),
+        train,
+        lambda p: p.train("-c", p.write("my.yaml", "optim:\n  momentun: 0.8\n")),
+        ["my.yaml", "optim.momentun", "did you mean optim.momentum"],
+    ),
     "YAML is missing": (train, lambda p: p.train("-c", NO_SUCH), [NO_SUCH, "No such file"]),
     "pretrained file is missing": (train, lambda p: p.train("--pretrained", NO_SUCH), [NO_SUCH, "No checkpoint"]),
     "more workers than images": (train, lambda p: p.train("-j", 13), ["13 loader processes", "12", "at most 12"]),
-    "resume at another size": (train, lambda p: p.train("--image-size", 96, "--resume", p.last),
-                               ["64x64", "96x96", "--image-size 64 64", "--initial-checkpoint"]),
+    "resume at another size": (
+        train,
+        lambda p: p.train("--image-size", 96, "--resume", p.last),
+        ["64x64", "96x96", "--image-size 64 64", "--initial-checkpoint"],
+    ),
     "output below a file": (train, lambda p: p.train("--output", p.write("file", "") / "deeper"), ["file/deeper"]),
-    "resume without a file": (train, lambda p: p.train("--resume", p.run.folder / "lost.pth.tar"),
-                              ["lost.pth.tar", "last.pth.tar"]),
+    "resume without a file": (
+        train,
+        lambda p: p.train("--resume", p.run.folder / "lost.pth.tar"),
+        ["lost.pth.tar", "last.pth.tar"],
+    ),
     "resume of a truncated file": (
-        train, lambda p: p.train("--resume", p.write("cut.pth.tar", p.last.read_bytes()[:100_000])),
-        ["cut.pth.tar", "truncated"]),
-    "resume of something else": (train, lambda p: p.train("--resume", p.write("notes.pth", "buy milk")),
-                                 ["notes.pth", "not a checkpoint"]),
-    "resume of another model": (train, lambda p: p.train("--model", "tf_efficientdet_lite0", "--resume", p.last),
-                                ["tf_efficientdet_d0", "tf_efficientdet_lite0", "--model"]),
-    "resume with another optimizer": (train, lambda p: p.train("--opt", "fusedmomentum", "--resume", p.last),
-                                      ["--opt adamw", "--opt fusedmomentum"]),
-    "resume of another trainer's file": (train, lambda p: p.train("--resume", p.of_another_trainer()),
-                                         ["other.pth.tar", "another trainer", "--initial-checkpoint"]),
+        train,
+        lambda p: p.train("--resume", p.write("cut.pth.tar", p.last.read_bytes()[:100_000])),
+        ["cut.pth.tar", "truncated"],
+    ),
+    "resume of something else": (
+        train,
+        lambda p: p.train("--resume", p.write("notes.pth", "buy milk")),
+        ["notes.pth", "not a checkpoint"],
+    ),
+    "resume of another model": (
+        train,
+        lambda p: p.train("--model", "tf_efficientdet_lite0", "--resume", p.last),
+        ["tf_efficientdet_d0", "tf_efficientdet_lite0", "--model"],
+    ),
+    "resume with another optimizer": (
+        train,
+        lambda p: p.train("--opt", "fusedmomentum", "--resume", p.last),
+        ["--opt adamw", "--opt fusedmomentum"],
+    ),
+    "resume of another trainer's file": (
+        train,
+        lambda p: p.train("--resume", p.of_another_trainer()),
+        ["other.pth.tar", "another trainer", "--initial-checkpoint"],
+    ),
     "resume of a finished run": (train, lambda p: p.train("--resume", p.last), ["nothing is left", "3", "--epochs"]),
     "resume of a run of as many steps": (
-        train, lambda p: p.train("--resume", p.run.folder / "checkpoint-0.pth.tar", "--max-steps", 3),
-        ["nothing is left", "3 steps", "--max-steps"]),
-    "resume with other categories": (train, lambda p: p.train("--root", p.other_categories(), "--resume", p.last),
-                                     ["99", "does not know"]),
+        train,
+        lambda p: p.train("--resume", p.run.folder / "checkpoint-0.pth.tar", "--max-steps", 3),
+        ["nothing is left", "3 steps", "--max-steps"],
+    ),
+    "resume with other categories": (
+        train,
+        lambda p: p.train("--root", p.other_categories(), "--resume", p.last),
+        ["99", "does not know"],
+    ),
     "weights of other classes": (
-        train, lambda p: p.train("--root", p.other_categories(), "--num-classes", 99, "--initial-checkpoint", p.last),
-        ["class_net", "class count"]),
+        train,
+        lambda p: p.train("--root", p.other_categories(), "--num-classes", 99, "--initial-checkpoint", p.last),
+        ["class_net", "class count"],
+    ),
     "validate without weights": (validate, lambda p: p.validate(), ["no weights", "--checkpoint"]),
     "validate with other categories": (
-        validate, lambda p: p.validate("--root", p.other_categories(), "--checkpoint", p.last),
-        ["99", "does not know"]),
+        validate,
+        lambda p: p.validate("--root", p.other_categories(), "--checkpoint", p.last),
+        ["99", "does not know"],
+    ),
     "validate with another class count": (
-        validate, lambda p: p.validate("--num-classes", 3, "--checkpoint", p.last), ["6 classes", "--num-classes 3"]),
+        validate,
+        lambda p: p.validate("--num-classes", 3, "--checkpoint", p.last),
+        ["6 classes", "--num-classes 3"],
+    ),
     "validate with another model": (
-        validate, lambda p: p.validate("--model", "tf_efficientdet_d1", "--checkpoint", p.last),
-        ["tf_efficientdet_d0", "tf_efficientdet_d1"]),
+        validate,
+        lambda p: p.validate("--model", "tf_efficientdet_d1", "--checkpoint", p.last),
+        ["tf_efficientdet_d0", "tf_efficientdet_d1"],
+    ),
     "validate weights of an unknown model": (
-        validate, lambda p: p.validate("--checkpoint", p.weights_only()), ["weights.pth", "--model"]),
+        validate,
+        lambda p: p.validate("--checkpoint", p.weights_only()),
+        ["weights.pth", "--model"],
+    ),
     "validate without averaged weights": (
-        validate, lambda p: p.validate("--model", "tf_efficientdet_d0", "--checkpoint", p.weights_only(), "--use-ema"),
-        ["EMA"]),
-    "validate a folder": (validate, lambda p: p.validate("--checkpoint", p.run.folder),
-                          ["is a folder", "model_best.pth.tar"]),
+        validate,
+        lambda p: p.validate("--model", "tf_efficientdet_d0", "--checkpoint", p.weights_only(), "--use-ema"),
+        ["EMA"],
+    ),
+    "validate a folder": (
+        validate,
+        lambda p: p.validate("--checkpoint", p.run.folder),
+        ["is a folder", "model_best.pth.tar"],
+    ),
     "demo finds no image": (demo, lambda p: [p.tmp / "*.jpg", "--checkpoint", p.last], ["*.jpg", "no image found"]),
     "demo of a broken image": (
-        demo, lambda p: [p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"), "--checkpoint", p.last, "--output", p.tmp],
-        ["broken.jpg", "cannot be read"]),
+        demo,
+        lambda p: [p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"), "--checkpoint", p.last, "--output", p.tmp],
+        ["broken.jpg", "cannot be read"],
+    ),
     "demo would draw over its input": (
-        demo, lambda p: [Image.new("RGB", (9, 9)).save(p.tmp / "a.png") or p.tmp, "--checkpoint", p.last,
-                         "--output", p.tmp], ["a.png", "choose another --output"]),
+        demo,
+        lambda p: [Image.new("RGB", (9, 9)).save(p.tmp / "a.png") or p.tmp, "--checkpoint", p.last, "--output", p.tmp],
+        ["a.png", "choose another --output"],
+    ),
     "demo of a checkpoint that is missing": (
-        demo, lambda p: [p.data / "val2017", "--checkpoint", NO_SUCH], [NO_SUCH, "No checkpoint"]),
+        demo,
+        lambda p: [p.data / "val2017", "--checkpoint", NO_SUCH],
+        [NO_SUCH, "No checkpoint"],
+    ),
 }
 
 
@@ -805,9 +1041,11 @@ def test_errors_end_with_one_line_that_says_what_is_wrong(case, data, run, tmp_p
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test needs to be absent")
 @pytest.mark.parametrize("script", [train, validate, demo])
 def test_a_device_that_is_not_there_is_named(script, data, run, tmp_path):
-    argv = {train: ["--root", data, "--output", tmp_path],
-            validate: ["--root", data, "--checkpoint", run.folder / "last.pth.tar"],
-            demo: [data / "val2017", "--checkpoint", run.folder / "last.pth.tar", "--output", tmp_path]}[script]
+    argv = {
+        train: ["--root", data, "--output", tmp_path],
+        validate: ["--root", data, "--checkpoint", run.folder / "last.pth.tar"],
+        demo: [data / "val2017", "--checkpoint", run.folder / "last.pth.tar", "--output", tmp_path],
+    }[script]
     code, output = call(script, *argv, "--device", "cuda")
     check_error(script.__name__, code, output, ["'cuda'", "--device cpu"])
 

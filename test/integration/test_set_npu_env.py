@@ -1,4 +1,5 @@
 """test/set_npu_env.sh: which CANN it finds in which layout, what it leaves alone, and when the scripts need it."""
+
 from __future__ import annotations
 
 import os
@@ -30,22 +31,33 @@ def install(script: Path, home: str) -> None:
 
 def source(home: Path, after: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Source the script in a strict shell and print some of what it leaves."""
-    clean = {name: value for name, value in os.environ.items()
-             if not name.startswith(("ASCEND_", "HCCL_", "LD_LIBRARY_PATH"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ASCEND_", "HCCL_", "LD_LIBRARY_PATH"))
+    }
     code = f"""set -euo pipefail
         source '{SCRIPT}'
         echo "OPP=${{ASCEND_OPP_PATH:-}} LIBRARIES=${{LD_LIBRARY_PATH:-}} arguments=$# options=$-"
         shopt -qo pipefail && echo pipefail
         declare -F | grep -c _cann || true
         {after}"""
-    return subprocess.run(["bash", "-c", code, "name", "argument"], capture_output=True, text=True, timeout=60,
-                          cwd="/", env=clean | {"HOME": str(home)} | environment)
+    return subprocess.run(
+        ["bash", "-c", code, "name", "argument"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        env=clean | {"HOME": str(home)} | environment,
+    )
 
 
 LAYOUTS = {  # files below HOME -> the one to take
     "8.5 and later": (["Ascend/cann/set_env.sh", "Ascend/ascend-toolkit/set_env.sh"], 0),
-    "8.5, several versions": (["Ascend/cann-8.5.0/set_env.sh", "Ascend/cann-10.0.0/set_env.sh",
-                               "Ascend/cann-9.0.0/set_env.sh"], 1),
+    "8.5, several versions": (
+        ["Ascend/cann-8.5.0/set_env.sh", "Ascend/cann-10.0.0/set_env.sh", "Ascend/cann-9.0.0/set_env.sh"],
+        1,
+    ),
     "before 8.5": (["Ascend/nnae/set_env.sh", "Ascend/ascend-toolkit/set_env.sh"], 1),
     "only nnae": (["Ascend/nnae/set_env.sh"], 0),
     "oldest": (["Ascend/ascend-toolkit/latest/bin/setenv.bash"], 0),
@@ -91,8 +103,14 @@ def test_the_installers_record_is_read(tmp_path: Path):
 def test_an_environment_that_is_set_stays(tmp_path: Path):
     install(tmp_path / "Ascend/cann/set_env.sh", "/cann/other")
     (tmp_path / "opp").mkdir()
-    done = source(tmp_path, 'env | grep -E "^(HCCL|TASK)" | sort', ASCEND_OPP_PATH=str(tmp_path / "opp"),
-                  LD_LIBRARY_PATH="/mine", HCCL_EXEC_TIMEOUT="68", TASK_QUEUE_ENABLE="2")
+    done = source(
+        tmp_path,
+        'env | grep -E "^(HCCL|TASK)" | sort',
+        ASCEND_OPP_PATH=str(tmp_path / "opp"),
+        LD_LIBRARY_PATH="/mine",
+        HCCL_EXEC_TIMEOUT="68",
+        TASK_QUEUE_ENABLE="2",
+    )
     assert f"OPP={tmp_path}/opp LIBRARIES=/mine " in done.stdout and "CANN: " not in done.stdout
     assert done.stdout.splitlines()[-2:] == ["HCCL_EXEC_TIMEOUT=68", "TASK_QUEUE_ENABLE=2"]
 
@@ -125,9 +143,13 @@ def start(tmp_path: Path, *flags: str, **environment: str) -> subprocess.Complet
     python.write_text('#!/usr/bin/env bash\necho "started with OPP=${ASCEND_OPP_PATH:-none}"\nexit 3\n')
     python.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ASCEND_", "etp_"))}
-    return subprocess.run(["bash", str(folder / "train_performance_1p.sh"), f"--data_path={tmp_path}", "--", *flags],
-                          capture_output=True, text=True, timeout=60,
-                          env=clean | {"HOME": str(tmp_path), "PYTHON": str(python)} | environment)
+    return subprocess.run(
+        ["bash", str(folder / "train_performance_1p.sh"), f"--data_path={tmp_path}", "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean | {"HOME": str(tmp_path), "PYTHON": str(python)} | environment,
+    )
 
 
 def test_a_run_on_an_npu_gets_canns_environment(tmp_path: Path):

@@ -4,6 +4,7 @@ Each script really trains or evaluates here, small: 64 px, a dozen images, a ste
 full size is checked on their command lines, with a Python that only writes them down. `Checkout` takes the device and
 the environment, so the same runs can be made on another device.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,14 @@ from effdet.config.cli import parse_train_args, parse_validate_args
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 REPO = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_performance_1p.sh", "train_performance_8p.sh", "train_full_8p_0-120.sh", "train_full_8p_121-300.sh",
-           "train_eval_8p.sh", "train_finetune_1p.sh")
+SCRIPTS = (
+    "train_performance_1p.sh",
+    "train_performance_8p.sh",
+    "train_full_8p_0-120.sh",
+    "train_full_8p_121-300.sh",
+    "train_eval_8p.sh",
+    "train_finetune_1p.sh",
+)
 NUM_TRAIN, NUM_VAL = 16, 4
 RULE = "------------------ Final result ------------------"
 
@@ -54,19 +61,39 @@ class Checkout:
 
     def small(self, batch: int = 4, steps: int = 0, devices: str = "0") -> list[str]:
         """Flags that make a training small; float32 on the CPU, whose float16 is slow."""
-        flags = ["--device", self.device, "--image-size", "64", "-b", str(batch), "-j", "0", "--log-interval", "1",
-                 "--device-list", devices]
+        flags = [
+            "--device",
+            self.device,
+            "--image-size",
+            "64",
+            "-b",
+            str(batch),
+            "-j",
+            "0",
+            "--log-interval",
+            "1",
+            "--device-list",
+            devices,
+        ]
         flags += ["--no-amp", "--loss-scale", "dynamic"] if self.device == "cpu" else []
         return flags + (["--max-steps", str(steps)] if steps else [])
 
-    def run(self, script: str, *arguments: object, cwd: Path | None = None, python: Path | None = None,
-            **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: object, cwd: Path | None = None, python: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a script of the tree, named from its root; `environment` is added to that of this process."""
         inherited = {name: value for name, value in os.environ.items() if name != "ASCEND_DEVICE_ID"}
         return subprocess.run(
-            ["bash", str(self.root / script), *map(str, arguments)], cwd=cwd or self.root, text=True, timeout=600,
-            capture_output=True, env=inherited | {"OMP_NUM_THREADS": "1", "PYTHON": str(python or sys.executable)} |
-            dict(self.environment) | environment)
+            ["bash", str(self.root / script), *map(str, arguments)],
+            cwd=cwd or self.root,
+            text=True,
+            timeout=600,
+            capture_output=True,
+            env=inherited
+            | {"OMP_NUM_THREADS": "1", "PYTHON": str(python or sys.executable)}
+            | dict(self.environment)
+            | environment,
+        )
 
     def write_python(self, name: str, body: str) -> Path:
         """Write a shell script that stands in for the interpreter."""
@@ -98,8 +125,9 @@ def intervals(path: Path) -> list[dict]:
     return [row for row in rows if row["kind"] == "interval"]
 
 
-def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log: str, case: str,
-                 metrics: Path, losses: Path | None) -> Result:
+def check_result(
+    checkout: Checkout, done: subprocess.CompletedProcess[str], log: str, case: str, metrics: Path, losses: Path | None
+) -> Result:
     """Check printed results, CASE.log, the file of losses and the log against what Python wrote."""
     assert done.returncode == 0, done.stdout + done.stderr
     log_file = checkout.output / log
@@ -108,7 +136,7 @@ def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log
     facts = content["run"]
     accuracy = f"{facts.get('best_AP', content['stats']['AP']):.5f}"
     lines = done.stdout.splitlines()
-    *log_lines, rule, fps, printed_accuracy, seconds = lines[1 if lines[0].startswith("CANN: ") else 0:]
+    *log_lines, rule, fps, printed_accuracy, seconds = lines[1 if lines[0].startswith("CANN: ") else 0 :]
     assert log_file.read_text().splitlines() == log_lines
     assert rule == RULE and done.stdout.count(RULE) == 1
     assert fps == f"Final Performance images/sec : {facts['img_per_s']:.2f}"
@@ -127,10 +155,17 @@ def check_result(checkout: Checkout, done: subprocess.CompletedProcess[str], log
     assert files == {log_file.name, f"{case}.log"} | ({f"train_{case}_loss.txt"} if losses else evaluated)
     values = dict(line.split(" = ") for line in (folder / f"{case}.log").read_text().splitlines())
     assert values == {
-        "Network": "EfficientDetD0", "RankSize": str(facts["processes"]), "BatchSize": str(facts["batch_size"]),
-        "DeviceType": platform.machine(), "CaseName": case, "ActualFPS": f"{facts['img_per_s']:.2f}",
-        "TrainingTime": f"{facts['batch_size'] * 1000 / facts['img_per_s']:.2f}", "TrainAccuracy": accuracy,
-        "ActualLoss": expected_losses[-1] if losses else "n/a", "E2ETrainingTime": duration}
+        "Network": "EfficientDetD0",
+        "RankSize": str(facts["processes"]),
+        "BatchSize": str(facts["batch_size"]),
+        "DeviceType": platform.machine(),
+        "CaseName": case,
+        "ActualFPS": f"{facts['img_per_s']:.2f}",
+        "TrainingTime": f"{facts['batch_size'] * 1000 / facts['img_per_s']:.2f}",
+        "TrainAccuracy": accuracy,
+        "ActualLoss": expected_losses[-1] if losses else "n/a",
+        "E2ETrainingTime": duration,
+    }
     return Result(values, facts, expected_losses)
 
 
@@ -146,16 +181,28 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 @pytest.fixture(scope="module")
 def full_run(checkout: Checkout) -> Path:
     """The folder of run_train.sh's models: one epoch of two steps in the first part, one more in the second."""
-    shorter = checkout.write_python("shorter", f"""
+    shorter = checkout.write_python(
+        "shorter",
+        f"""
         arguments=()
         while (($#)); do
             arguments+=("$1")
             if [[ $1 == --epochs ]]; then case $2 in 120) arguments+=(1) ;; 300) arguments+=(2) ;; esac; shift; fi
             shift
         done
-        exec "{sys.executable}" "${{arguments[@]}}" """)
-    done = checkout.run("run_train.sh", f"--data_path={checkout.data}", "--", *checkout.small(8),
-                        "--cooldown-epochs", "0", "--warmup-epochs", "0", python=shorter)
+        exec "{sys.executable}" "${{arguments[@]}}" """,
+    )
+    done = checkout.run(
+        "run_train.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        *checkout.small(8),
+        "--cooldown-epochs",
+        "0",
+        "--warmup-epochs",
+        "0",
+        python=shorter,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(RULE) == 2
     return checkout.models / "efficientdet_d0_8p"
@@ -171,11 +218,23 @@ def test_one_device_from_inside_the_folder(checkout: Checkout):
     for path in (kept, old):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    done = checkout.run("test/train_performance_1p.sh", "--data_path=./data sets/tiny", "--device_id=1", "--",
-                        *checkout.small(steps=3), cwd=checkout.root / "test")
+    done = checkout.run(
+        "test/train_performance_1p.sh",
+        "--data_path=./data sets/tiny",
+        "--device_id=1",
+        "--",
+        *checkout.small(steps=3),
+        cwd=checkout.root / "test",
+    )
     run = newest_run(checkout, "performance_1p-1")
-    result = check_result(checkout, done, "1/train_1_1p_perf.log", "EfficientDetD0_bs4_1p_perf", run / "metrics.json",
-                          run / "metrics.jsonl")
+    result = check_result(
+        checkout,
+        done,
+        "1/train_1_1p_perf.log",
+        "EfficientDetD0_bs4_1p_perf",
+        run / "metrics.json",
+        run / "metrics.jsonl",
+    )
     assert (result.facts["steps"], len(result.losses), result.facts["processes"]) == (3, 3, 1)
     assert kept.read_text() == "x" and not old.exists()
     assert "Eval: 0  AP: " in done.stdout, "the steps are followed by an evaluation"
@@ -183,11 +242,24 @@ def test_one_device_from_inside_the_folder(checkout: Checkout):
 
 @pytest.mark.slow
 def test_eight_processes(checkout: Checkout):
-    done = checkout.run("test/train_performance_8p.sh", f"--data_path={checkout.data}", "--", "--val-skip", NUM_VAL,
-                        *checkout.small(8, steps=1, devices="0,1,2,3,4,5,6,7"), cwd=Path("/"))
+    done = checkout.run(
+        "test/train_performance_8p.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        "--val-skip",
+        NUM_VAL,
+        *checkout.small(8, steps=1, devices="0,1,2,3,4,5,6,7"),
+        cwd=Path("/"),
+    )
     run = newest_run(checkout, "performance_8p")
-    result = check_result(checkout, done, "0/train_0_8p_perf.log", "EfficientDetD0_bs8_8p_perf", run / "metrics.json",
-                          run / "metrics.jsonl")
+    result = check_result(
+        checkout,
+        done,
+        "0/train_0_8p_perf.log",
+        "EfficientDetD0_bs8_8p_perf",
+        run / "metrics.json",
+        run / "metrics.jsonl",
+    )
     assert result.facts["processes"] == 8 and "8 process(es), batch 8 (1 each)" in done.stdout
 
 
@@ -216,10 +288,24 @@ def test_the_second_part_goes_on_at_epoch_130_of_300(checkout: Checkout, full_ru
     folder.mkdir(parents=True)
     torch.save(payload, folder / "last.pth.tar")
     done = checkout.run(
-        "test/train_full_8p_121-300.sh", f"--data_path={checkout.data}", "--", *checkout.small(8, steps=131 * 2),
-        f"--output={folder.parent}", "--experiment", "mine", "--lr-noise-std", "1e-9")
-    result = check_result(checkout, done, "1/train_0_8p_300.log", "EfficientDetD0_bs8_1p_mAP", folder / "metrics.json",
-                          folder / "metrics.jsonl")
+        "test/train_full_8p_121-300.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        *checkout.small(8, steps=131 * 2),
+        f"--output={folder.parent}",
+        "--experiment",
+        "mine",
+        "--lr-noise-std",
+        "1e-9",
+    )
+    result = check_result(
+        checkout,
+        done,
+        "1/train_0_8p_300.log",
+        "EfficientDetD0_bs8_1p_mAP",
+        folder / "metrics.json",
+        folder / "metrics.jsonl",
+    )
     assert "continuing with epoch 130" in done.stdout
     assert (result.facts["first_epoch"], len(result.losses)) == (130, 2)
     rows = intervals(folder / "metrics.jsonl")
@@ -232,10 +318,21 @@ def test_the_second_part_goes_on_at_epoch_130_of_300(checkout: Checkout, full_ru
 def test_evaluation(checkout: Checkout, full_run: Path):
     """The metric is the one that training had."""
     small = [flag for flag in checkout.small(2) if flag not in ("--loss-scale", "dynamic")]
-    done = checkout.run("test/train_eval_8p.sh", f"--data_path={checkout.data}",
-                        f"--pth_path={full_run / 'model_best.pth.tar'}", "--", *small)
-    result = check_result(checkout, done, "0/train_0_eval_8p.log", "EfficientDetD0_bs2_1p_mAP",
-                          checkout.output / "0" / "metrics.json", None)
+    done = checkout.run(
+        "test/train_eval_8p.sh",
+        f"--data_path={checkout.data}",
+        f"--pth_path={full_run / 'model_best.pth.tar'}",
+        "--",
+        *small,
+    )
+    result = check_result(
+        checkout,
+        done,
+        "0/train_0_eval_8p.log",
+        "EfficientDetD0_bs2_1p_mAP",
+        checkout.output / "0" / "metrics.json",
+        None,
+    )
     metric = torch.load(full_run / "model_best.pth.tar", weights_only=True)["metric"]
     assert result.case["TrainAccuracy"] == f"{metric:.5f}" and metric > 0
     assert "Train: " not in done.stdout
@@ -245,17 +342,36 @@ def test_fine_tuning_starts_from_the_file(checkout: Checkout, full_run: Path):
     """At a learning rate of 0 the weights stay what was loaded: all but the class head, which has another size."""
     pth = full_run / "model_best.pth.tar"
     done = checkout.run(
-        "test/train_finetune_1p.sh", f"--data_path={checkout.data}", f"--pth_path={pth.relative_to(checkout.root)}",
-        "--", *checkout.small(8, steps=1), "--warmup-lr", "0", "--weight-decay", "0", ASCEND_DEVICE_ID="2")
+        "test/train_finetune_1p.sh",
+        f"--data_path={checkout.data}",
+        f"--pth_path={pth.relative_to(checkout.root)}",
+        "--",
+        *checkout.small(8, steps=1),
+        "--warmup-lr",
+        "0",
+        "--weight-decay",
+        "0",
+        ASCEND_DEVICE_ID="2",
+    )
     run = newest_run(checkout, "finetune_1p-2")
-    check_result(checkout, done, "2/train_2_finetune_1p.log", "EfficientDetD0_bs8_1p_mAP", run / "metrics.json",
-                 run / "metrics.jsonl")
+    check_result(
+        checkout,
+        done,
+        "2/train_2_finetune_1p.log",
+        "EfficientDetD0_bs8_1p_mAP",
+        run / "metrics.json",
+        run / "metrics.jsonl",
+    )
     source, tuned = (torch.load(path, weights_only=True) for path in (pth, run / "last.pth.tar"))
     assert tuned["category_map"]["num_classes"] == 91 and tuned["category_map"]["id_indexed"]
     before, after = source["state_dict_ema"], tuned["state_dict"]
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    different = [name for name in before if not name.endswith(statistics)
-                 and (before[name].shape != after[name].shape or not torch.equal(before[name], after[name]))]
+    different = [
+        name
+        for name in before
+        if not name.endswith(statistics)
+        and (before[name].shape != after[name].shape or not torch.equal(before[name], after[name]))
+    ]
     assert different and all(name.startswith("class_net.predict.") for name in different)
     assert "tensors loaded" in done.stdout
 
@@ -269,8 +385,14 @@ def dry(checkout: Checkout, tmp_path: Path) -> Callable[..., list[str]]:
     notes = checkout.write_python("notes", 'printf "%s\\0" "$@" >"$NOTES"\necho "this went wrong" >&2\nexit 3')
 
     def run(script: str, *arguments: object, **environment: str) -> list[str]:
-        done = checkout.run(script, f"--data_path={checkout.data}", *arguments, python=notes,
-                            NOTES=str(tmp_path / "argv"), **environment)
+        done = checkout.run(
+            script,
+            f"--data_path={checkout.data}",
+            *arguments,
+            python=notes,
+            NOTES=str(tmp_path / "argv"),
+            **environment,
+        )
         assert done.returncode == 3, done.stderr
         assert "this went wrong" in done.stdout and RULE not in done.stdout
         assert f"{Path(script).name}: error" not in done.stderr and "failed with exit code 3; its log is" in done.stderr
@@ -313,11 +435,24 @@ def test_recipe(dry: Callable, checkout: Checkout, pth: Path, tmp_path: Path, sc
     assert (cfg.model.name, cfg.dist.sync_bn, cfg.run.device) == ("tf_efficientdet_d0", True, "npu")
     assert (cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype) == (True, "O1", "float16")
     assert (cfg.optim.lr, cfg.optim.opt, cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.clip_grad) == (
-        0.16, "fusedmomentum", 0.9, 4e-5, 10)
+        0.16,
+        "fusedmomentum",
+        0.9,
+        4e-5,
+        10,
+    )
     assert (cfg.sched.sched, cfg.sched.warmup_epochs, cfg.sched.cooldown_epochs, cfg.sched.lr_noise) == (
-        "cosine", 5, 10, [0.4, 0.9])
+        "cosine",
+        5,
+        10,
+        [0.4, 0.9],
+    )
     assert (cfg.sched.warmup_lr, cfg.sched.min_lr, cfg.sched.lr_noise_pct, cfg.sched.lr_noise_std) == (
-        1e-4, 1e-5, 0.67, 1.0)
+        1e-4,
+        1e-5,
+        0.67,
+        1.0,
+    )
     assert (cfg.ema.enabled, cfg.ema.decay, cfg.run.seed, cfg.run.log_interval) == (True, 0.9999, 42, 50)
     assert cfg.data.root == str(checkout.data)
     assert cfg.model.pretrained_backbone is False
@@ -336,13 +471,36 @@ def test_recipe_of_the_evaluation(dry: Callable, checkout: Checkout, pth: Path):
 
 def test_flags_behind_the_dashes_win_in_any_spelling(dry: Callable, tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("sched:\n  lr_noise: null\nmodel:\n  drop_path: 0.1\n")
-    cfg = parse_train_args(dry(
-        "test/train_performance_8p.sh", "--", "--batch-size", "24", "--workers=3", "--no-amp",
-        "--loss-scale", "dynamic", "--device", "cpu", "--max-steps=7", "--no-sync-bn", "-c", tmp_path / "mine.yaml",
-        "--device-list", "4,5,6", "--root", "/other place", "optim.lr=0.01"))
+    cfg = parse_train_args(
+        dry(
+            "test/train_performance_8p.sh",
+            "--",
+            "--batch-size",
+            "24",
+            "--workers=3",
+            "--no-amp",
+            "--loss-scale",
+            "dynamic",
+            "--device",
+            "cpu",
+            "--max-steps=7",
+            "--no-sync-bn",
+            "-c",
+            tmp_path / "mine.yaml",
+            "--device-list",
+            "4,5,6",
+            "--root",
+            "/other place",
+            "optim.lr=0.01",
+        )
+    )
     assert (cfg.run.batch_size, cfg.data.workers, cfg.amp.enabled, cfg.dist.sync_bn) == (24, 3, False, False)
     assert (cfg.run.device, cfg.run.max_steps, cfg.dist.device_list, cfg.data.root) == (
-        "cpu", 7, [4, 5, 6], "/other place")
+        "cpu",
+        7,
+        [4, 5, 6],
+        "/other place",
+    )
     assert (cfg.sched.lr_noise, cfg.model.drop_path, cfg.optim.lr) == (None, 0.1, 0.01)
 
 
@@ -393,8 +551,9 @@ def test_options_that_a_script_does_not_have(checkout: Checkout):
     assert "unknown option --epochs=3" in refused(checkout, script, data, "--epochs=3")
     assert "cannot read '--data_path'" in refused(checkout, script, "--data_path", checkout.data)
     for number in ("../..", "x", "", "01", "-1"):
-        assert f"the device is '{number}'" in refused(checkout, "test/train_performance_1p.sh", data,
-                                                      f"--device_id={number}")
+        assert f"the device is '{number}'" in refused(
+            checkout, "test/train_performance_1p.sh", data, f"--device_id={number}"
+        )
     assert "the device is '0,1'" in refused(checkout, "test/train_performance_1p.sh", data, ASCEND_DEVICE_ID="0,1")
 
 
@@ -414,14 +573,16 @@ def test_checkpoints_are_never_deleted_or_written_over(checkout: Checkout, tmp_p
     for flags in (("--resume", inside), (f"--initial-checkpoint={inside}",)):
         assert "lies in" in refused(checkout, "test/train_performance_8p.sh", data, "--", *flags)
     assert "would be deleted by the next run" in refused(
-        checkout, "test/train_performance_8p.sh", data, "--", "--output", checkout.output / "0" / "models")
+        checkout, "test/train_performance_8p.sh", data, "--", "--output", checkout.output / "0" / "models"
+    )
     run = ("--", "--output", tmp_path, "--experiment", "held")
     assert "holds a run already" in refused(checkout, "test/train_full_8p_0-120.sh", data, *run)
     assert "holds a run already" in refused(checkout, "run_train.sh", data, *run)
     assert "holds a run already" in refused(checkout, "test/train_full_8p_121-300.sh", data, *run, "--resume", link)
     for flags in (("run.output=x",), ("--max-steps", "3", "run.experiment=x"), ("--experiment", "")):
-        assert "name the run's folder by --output" in refused(checkout, "test/train_performance_8p.sh", data, "--",
-                                                              *flags)
+        assert "name the run's folder by --output" in refused(
+            checkout, "test/train_performance_8p.sh", data, "--", *flags
+        )
     for path in (inside, held):
         assert path.read_bytes() == b"weights"
 
@@ -435,14 +596,21 @@ def test_an_interrupted_first_part_can_be_continued(dry: Callable, tmp_path: Pat
 
 
 def test_the_second_part_needs_the_first(checkout: Checkout, tmp_path: Path):
-    message = refused(checkout, "test/train_full_8p_121-300.sh", f"--data_path={checkout.data}", "--", "--output",
-                      tmp_path)
+    message = refused(
+        checkout, "test/train_full_8p_121-300.sh", f"--data_path={checkout.data}", "--", "--output", tmp_path
+    )
     assert f"there is no checkpoint {tmp_path}/efficientdet_d0_8p/last.pth.tar to resume" in message
 
 
 def test_a_failed_training_fails_the_script(checkout: Checkout, tmp_path: Path):
-    done = checkout.run("test/train_performance_8p.sh", f"--data_path={checkout.data}", "--",
-                        *checkout.small(NUM_TRAIN * 2), "--output", tmp_path)
+    done = checkout.run(
+        "test/train_performance_8p.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        *checkout.small(NUM_TRAIN * 2),
+        "--output",
+        tmp_path,
+    )
     assert done.returncode == 1 and RULE not in done.stdout
     log = checkout.output / "0" / "train_0_8p_perf.log"
     cause = f"{NUM_TRAIN} images"
@@ -452,8 +620,16 @@ def test_a_failed_training_fails_the_script(checkout: Checkout, tmp_path: Path):
 
 
 def test_a_file_that_is_no_checkpoint_fails_the_script(checkout: Checkout, pth: Path):
-    done = checkout.run("test/train_eval_8p.sh", f"--data_path={checkout.data}", f"--pth_path={pth}", "--",
-                        "--device", checkout.device, "--device-list", "0")
+    done = checkout.run(
+        "test/train_eval_8p.sh",
+        f"--data_path={checkout.data}",
+        f"--pth_path={pth}",
+        "--",
+        "--device",
+        checkout.device,
+        "--device-list",
+        "0",
+    )
     assert done.returncode == 1 and RULE not in done.stdout
     assert "some weights.pth" in done.stdout and "not a checkpoint" in done.stdout
     assert "train_eval_8p.sh: the run failed with exit code 1" in done.stderr
@@ -461,8 +637,15 @@ def test_a_file_that_is_no_checkpoint_fails_the_script(checkout: Checkout, pth: 
 
 def test_a_failed_first_part_stops_the_full_run(checkout: Checkout, tmp_path: Path):
     fails = checkout.write_python("fails", 'echo run >>"$RUNS"; exit 9')
-    done = checkout.run("run_train.sh", f"--data_path={checkout.data}", "--", "--output", tmp_path, python=fails,
-                        RUNS=str(tmp_path / "runs"))
+    done = checkout.run(
+        "run_train.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        "--output",
+        tmp_path,
+        python=fails,
+        RUNS=str(tmp_path / "runs"),
+    )
     assert done.returncode == 9 and RULE not in done.stdout
     assert (tmp_path / "runs").read_text() == "run\n"
 
@@ -474,8 +657,16 @@ def test_old_results_are_not_taken_for_new_ones(checkout: Checkout, tmp_path: Pa
     (folder / "metrics.json").write_text('{"stats": {"AP": 1.0}, "run": {}}')
     os.utime(folder / "metrics.json", (1, 1))
     lazy = checkout.write_python("lazy", f'case $* in *report.py*) exec "{sys.executable}" "$@" ;; esac')
-    done = checkout.run("test/train_performance_1p.sh", f"--data_path={checkout.data}", "--", "--output", tmp_path,
-                        "--experiment", "mine", python=lazy)
+    done = checkout.run(
+        "test/train_performance_1p.sh",
+        f"--data_path={checkout.data}",
+        "--",
+        "--output",
+        tmp_path,
+        "--experiment",
+        "mine",
+        python=lazy,
+    )
     assert done.returncode == 1 and RULE not in done.stdout
     assert "no results of this run in" in done.stderr
 

@@ -1,4 +1,5 @@
 """20 training steps and the predictions of their weights, through the scripts, against the stored trace."""
+
 import json
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch's launcher: without it (torch 2.13) the machine that stayed does not
 tell one that joins anew where the processes meet, and both give up after a minute.
 """
+
 from __future__ import annotations
 
 import os
@@ -34,11 +35,24 @@ class Machine:
 
     def torchrun(self, host: str, log: Path, argv: list[str]) -> Process:
         """Start the launcher of one process here; it tells which machine is the host by names, and there are none."""
-        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=5",
-                    "--rdzv-backend=c10d", f"--rdzv-endpoint={host}:29400", "--rdzv-id=test",
-                    f"--rdzv-conf=is_host={int(host == self.address)}", f"--local-addr={self.address}"]
-        self.process = Process([*launcher, "train.py", *argv], log, ["ip", "netns", "exec", self.name],
-                               {"GLOO_SOCKET_IFNAME": self.cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--max-restarts=5",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={host}:29400",
+            "--rdzv-id=test",
+            f"--rdzv-conf=is_host={int(host == self.address)}",
+            f"--local-addr={self.address}",
+        ]
+        self.process = Process(
+            [*launcher, "train.py", *argv],
+            log,
+            ["ip", "netns", "exec", self.name],
+            {"GLOO_SOCKET_IFNAME": self.cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        )
         return self.process
 
     def lose_power(self) -> list[int]:
@@ -61,9 +75,12 @@ def machines() -> Iterator[list[Machine]]:
     commands = [["netns", "add", one.name] for one in pair]
     commands.append(["link", "add", pair[0].cable, "type", "veth", "peer", "name", pair[1].cable])
     for one in pair:
-        commands += [["link", "set", one.cable, "netns", one.name],
-                     ["-n", one.name, "addr", "add", f"{one.address}/24", "dev", one.cable],
-                     ["-n", one.name, "link", "set", one.cable, "up"], ["-n", one.name, "link", "set", "lo", "up"]]
+        commands += [
+            ["link", "set", one.cable, "netns", one.name],
+            ["-n", one.name, "addr", "add", f"{one.address}/24", "dev", one.cable],
+            ["-n", one.name, "link", "set", one.cable, "up"],
+            ["-n", one.name, "link", "set", "lo", "up"],
+        ]
     try:
         for command in commands:
             done = subprocess.run(["ip", *command], capture_output=True, text=True)

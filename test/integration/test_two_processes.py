@@ -5,6 +5,7 @@ itself, and without channels-last, where torch's own batch norm on the CPU (the 
 images are not smaller, and the batch is not, because the coarsest level has one cell then: its batch norms would see
 too few numbers, and rounding alone would move the loss.
 """
+
 from __future__ import annotations
 
 import csv
@@ -30,8 +31,15 @@ LR = 3e-5
 
 
 def spawn(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
 
 
 def free_port() -> int:
@@ -47,10 +55,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(data: Path, folder: Path, launcher: tuple[object, ...] = (), *more: str) -> str:
     """Train in one process, or as `launcher` and `more` say; return what was printed."""
-    done = spawn(*launcher, "train.py", "--root", data, "--image-size", 128, "-b", BATCH, "-j", 0, "--device", "cpu",
-                 "--epochs", EPOCHS, "--sched", "constant", "--warmup-epochs", 0, "--opt", "momentum", "--lr", LR,
-                 "--model-ema-decay", "0.5", "--sync-bn", "--no-channels-last", "--log-interval", 1,
-                 "--output", folder.parent, "--experiment", folder.name, "model.drop_path=0.0", *more)
+    done = spawn(
+        *launcher,
+        "train.py",
+        "--root",
+        data,
+        "--image-size",
+        128,
+        "-b",
+        BATCH,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+        "--epochs",
+        EPOCHS,
+        "--sched",
+        "constant",
+        "--warmup-epochs",
+        0,
+        "--opt",
+        "momentum",
+        "--lr",
+        LR,
+        "--model-ema-decay",
+        "0.5",
+        "--sync-bn",
+        "--no-channels-last",
+        "--log-interval",
+        1,
+        "--output",
+        folder.parent,
+        "--experiment",
+        folder.name,
+        "model.drop_path=0.0",
+        *more,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -76,8 +116,11 @@ def step_losses(folder: Path) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize("launcher", ["--device-list", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
     if launcher == "torchrun":
-        printed = train(data, tmp_path / "pair", ("-m", "torch.distributed.run", "--nproc-per-node", 2,
-                                                  "--master-port", free_port()))
+        printed = train(
+            data,
+            tmp_path / "pair",
+            ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()),
+        )
     else:
         printed = train(data, tmp_path / "pair", (), "--device-list", "0,1")
     assert "2 process(es), batch 8 (4 each)" in printed
@@ -95,8 +138,10 @@ def test_two_processes_train_as_one(launcher, alone, data, tmp_path):
     one = torch.load(alone / "last.pth.tar", weights_only=True)
     two = torch.load(tmp_path / "pair" / "last.pth.tar", weights_only=True)
     assert two["step"] == one["step"] == STEPS
-    momentum = [torch.cat([state["momentum_buffer"].flatten() for state in payload["optimizer"]["state"].values()])
-                for payload in (one, two)]  # the sum of all gradients, late ones most
+    momentum = [
+        torch.cat([state["momentum_buffer"].flatten() for state in payload["optimizer"]["state"].values()])
+        for payload in (one, two)
+    ]  # the sum of all gradients, late ones most
     assert (momentum[0] - momentum[1]).norm() < 0.02 * momentum[0].norm()
     for kind in ("state_dict", "state_dict_ema"):
         for name, value in one[kind].items():
@@ -108,9 +153,24 @@ def test_two_processes_evaluate_as_one(alone, data, tmp_path):
     """Each process predicts one image at a time, as the single one does, so that the arithmetic is the same."""
     metrics, rows = [], []
     for number, more in enumerate((("-b", 1), ("-b", 2, "--device-list", "0,1"))):
-        done = spawn("validate.py", "--root", data, "--checkpoint", alone / "last.pth.tar", "-j", 0, "--device", "cpu",
-                     "--metrics", tmp_path / f"{number}.json", "--results", tmp_path / f"rows{number}.json",
-                     "--output", tmp_path / f"out{number}", *more)
+        done = spawn(
+            "validate.py",
+            "--root",
+            data,
+            "--checkpoint",
+            alone / "last.pth.tar",
+            "-j",
+            0,
+            "--device",
+            "cpu",
+            "--metrics",
+            tmp_path / f"{number}.json",
+            "--results",
+            tmp_path / f"rows{number}.json",
+            "--output",
+            tmp_path / f"out{number}",
+            *more,
+        )
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("\nAR_large ") == 1, "the table comes from one process"
         metrics.append(json.loads((tmp_path / f"{number}.json").read_text()))
@@ -125,8 +185,9 @@ def test_two_processes_evaluate_as_one(alone, data, tmp_path):
 
 
 def test_an_error_ends_both_processes(tmp_path):
-    done = spawn("train.py", "--root", "/nowhere/at/all", "--device", "cpu", "--device-list", "0,1",
-                 "--output", tmp_path)
+    done = spawn(
+        "train.py", "--root", "/nowhere/at/all", "--device", "cpu", "--device-list", "0,1", "--output", tmp_path
+    )
     assert done.returncode == 1
     assert done.stdout.count("train.py: error: ") >= 1 and "/nowhere/at/all" in done.stdout
     assert "Traceback" not in done.stdout

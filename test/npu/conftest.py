@@ -88,21 +88,39 @@ def run_simulated() -> Callable[..., subprocess.CompletedProcess]:
     of None removes the name. Returns the CompletedProcess with stdout and stderr as text; does not check the exit code.
     """
 
-    def run(argv: list[str], devices: int = 1, soc: str | None = None, env: Mapping[str, str | None] | None = None,
-            timeout: float = 120) -> subprocess.CompletedProcess:
+    def run(
+        argv: list[str],
+        devices: int = 1,
+        soc: str | None = None,
+        env: Mapping[str, str | None] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(SIMULATION), str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])])
-        environment.update(NPU_SIM="1", NPU_SIM_DEVICES=str(devices), NPU_SIM_SOC=soc or SOC,
-                           TORCH_DEVICE_BACKEND_AUTOLOAD="0", OMP_NUM_THREADS="1")
+            [str(SIMULATION), str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
+        )
+        environment.update(
+            NPU_SIM="1",
+            NPU_SIM_DEVICES=str(devices),
+            NPU_SIM_SOC=soc or SOC,
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+            OMP_NUM_THREADS="1",
+        )
         for name, value in (env or {}).items():
             if value is None:
                 environment.pop(name, None)
             else:
                 environment[name] = str(value)
         # A group of its own, so that after a time-out nothing the script started is left.
-        with subprocess.Popen([sys.executable, *map(str, argv)], env=environment, cwd=REPOSITORY, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        with subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            env=environment,
+            cwd=REPOSITORY,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
             try:
                 output, errors = process.communicate(timeout=timeout)
             except BaseException:

@@ -1,4 +1,5 @@
 """The device layer on NPUs: choosing, hiding and describing devices, settings, and errors that say what to do."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -50,8 +51,10 @@ def test_a_device_that_is_not_there_is_named(device, monkeypatch):
         device_layer.pick_device("npu", 1)
 
 
-@pytest.mark.parametrize(("listed", "visible", "shown"), [
-    ([3, 1], "", "1,3"), ([2], "", "2"), ([1, 0], "4,6,7", "4,6"), ([2, 0], "4,6,7", "4,7")])
+@pytest.mark.parametrize(
+    ("listed", "visible", "shown"),
+    [([3, 1], "", "1,3"), ([2], "", "2"), ([1, 0], "4,6,7", "4,6"), ([2, 0], "4,6,7", "4,7")],
+)
 def test_a_device_list_becomes_sorted_visible_devices(monkeypatch, caplog, listed, visible, shown):
     monkeypatch.setattr(device_layer, "_users_visible_devices", None)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
@@ -132,8 +135,11 @@ def test_another_version_is_refused_with_both_named(monkeypatch):
 
 def test_without_cann_the_script_says_what_to_source(tmp_path, once):
     """A real process without the simulation: torch_npu is installed, CANN's libraries are not there."""
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith(("NPU_SIM", "FAKE_", "TORCH_DEVICE", "PYTHONPATH"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NPU_SIM", "FAKE_", "TORCH_DEVICE", "PYTHONPATH"))
+    }
     argv = [sys.executable, str(REPOSITORY / "train.py"), "--device", "npu"]
     done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -1,4 +1,5 @@
 """Several NPUs: overflow on one rank, and what a distributed step waits for; real processes, real ProcessGroupHCCL."""
+
 from __future__ import annotations
 
 import json
@@ -19,10 +20,22 @@ def free_port() -> int:
 @pytest.fixture
 def run_ranks(run_simulated, tmp_path):
     def run(scenario: str, ranks: int = 2) -> list:
-        done = run_simulated(["-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
-                              f"--master-port={free_port()}", WORKER, scenario, tmp_path], devices=ranks, timeout=300)
+        done = run_simulated(
+            [
+                "-m",
+                "torch.distributed.run",
+                f"--nproc-per-node={ranks}",
+                f"--master-port={free_port()}",
+                WORKER,
+                scenario,
+                tmp_path,
+            ],
+            devices=ranks,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+
     return run
 
 

@@ -1,4 +1,5 @@
 """The detector on the NPU against itself on the CPU: outputs, labels, losses, gradients, detections, padding."""
+
 from __future__ import annotations
 
 import copy
@@ -35,8 +36,12 @@ def make_batch(batch: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     boxes = torch.cat((corners, corners + 8 + torch.rand(batch, 6, 2, generator=generator) * 50), -1)
     classes = torch.randint(1, 6, (batch, 6), generator=generator)
     classes[1, 3:] = -1  # padding
-    return images, {"bbox": boxes, "cls": classes, "img_scale": torch.tensor([1.5, 0.7])[:batch],
-                    "img_size": torch.tensor([[190.0, 140.0], [80.0, 60.0]])[:batch]}
+    return images, {
+        "bbox": boxes,
+        "cls": classes,
+        "img_scale": torch.tensor([1.5, 0.7])[:batch],
+        "img_size": torch.tensor([[190.0, 140.0], [80.0, 60.0]])[:batch],
+    }
 
 
 def on(device: torch.device, value):
@@ -109,8 +114,11 @@ def test_layers_pad_by_themselves_on_the_npu_only(device):
         counts[mode] = (meters.calls["aten::constant_pad_nd"], meters.max_dims["aten::constant_pad_nd"])
         for mine, theirs in zip(expected[0] + expected[1], outputs[0] + outputs[1], strict=True):
             assert_close(theirs.cpu(), mine, rtol=1e-4, atol=1e-4)
-    strided = sum(getattr(module, "stride", 1) in ((2, 2), 2) for module in model.backbone.modules()
-                  if isinstance(module, torch.nn.Conv2d))
+    strided = sum(
+        getattr(module, "stride", 1) in ((2, 2), 2)
+        for module in model.backbone.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    )
     assert strided == 5
     # 'pad' pads every strided activation; alone, each strided convolution extends its small kernel once.
     assert counts["auto"][0] <= strided < counts["pad"][0]
@@ -133,27 +141,44 @@ def test_post_processing_equals_the_cpu(device, soft):
 @pytest.mark.parametrize("max_det", [20, 100])
 def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
     """Without clipping, which makes boxes empty: the operator drops those. Equal scores may come in another order."""
-    model = create_model("tf_efficientdet_d0", num_classes=5, image_size=SIZE, pretrained_backbone=False,
-                         max_det_per_image=max_det, max_detection_points=400)
+    model = create_model(
+        "tf_efficientdet_d0",
+        num_classes=5,
+        image_size=SIZE,
+        pretrained_backbone=False,
+        max_det_per_image=max_det,
+        max_detection_points=400,
+    )
     generator = torch.Generator().manual_seed(3)
     model.to(device).eval()
     benches = {name: DetBenchPredict(model, nms=name).to(device) for name in ("exact", "npu")}
     sizes = benches["npu"].anchors.level_sizes
-    heads = [[torch.randn(2, channels, *size, generator=generator) * scale for size in sizes]
-             for channels, scale in ((9 * 5, 2.0), (36, 0.3))]
+    heads = [
+        [torch.randn(2, channels, *size, generator=generator) * scale for size in sizes]
+        for channels, scale in ((9 * 5, 2.0), (36, 0.3))
+    ]
     _, target = make_batch()
-    exact, npu = (bench.post_process([x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]],
-                                     target["img_scale"].to(device), None).cpu() for bench in benches.values())
+    exact, npu = (
+        bench.post_process(
+            [x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]], target["img_scale"].to(device), None
+        ).cpu()
+        for bench in benches.values()
+    )
     assert exact.shape == npu.shape == (2, max_det, 6) and npu.dtype == torch.float32
     for one, other in zip(exact, npu, strict=True):
-        assert_close(other[other[:, 4].argsort(descending=True, stable=True)],
-                     one[one[:, 4].argsort(descending=True, stable=True)], rtol=1e-5, atol=1e-3)
+        assert_close(
+            other[other[:, 4].argsort(descending=True, stable=True)],
+            one[one[:, 4].argsort(descending=True, stable=True)],
+            rtol=1e-5,
+            atol=1e-3,
+        )
     assert (exact[..., 4] > 0).sum() > max_det  # of both images: suppression left enough to compare
 
 
 def test_npu_batch_nms_refuses_what_it_cannot_do(device):
-    model = create_model("tf_efficientdet_d0", num_classes=2, image_size=SIZE, pretrained_backbone=False,
-                         max_det_per_image=1001)
+    model = create_model(
+        "tf_efficientdet_d0", num_classes=2, image_size=SIZE, pretrained_backbone=False, max_det_per_image=1001
+    )
     with pytest.raises(ValueError, match="operator of Ascend devices, and this run is on cpu"):
         DetBenchPredict(model, nms="npu")
     model.to(device)

@@ -1,4 +1,5 @@
 """The fused SGD of the NPU against torch.optim.SGD, its guards, and checkpoints that move between the two."""
+
 from __future__ import annotations
 
 import copy
@@ -42,9 +43,15 @@ def test_ten_steps_equal_torch_sgd(device, opt):
     optimizer = build_optimizer(net, opt, lr=0.1, weight_decay=0.01)
     assert isinstance(optimizer, NpuFusedSGD)
     plain = torch.optim.SGD(
-        [{"params": [twin.conv.weight, twin.head.weight], "weight_decay": 0.01},
-         {"params": [*twin.norm.parameters(), twin.head.bias], "weight_decay": 0.0}],
-        lr=0.1, momentum=0.9, nesterov=opt == "fusedsgd", foreach=False)
+        [
+            {"params": [twin.conv.weight, twin.head.weight], "weight_decay": 0.01},
+            {"params": [*twin.norm.parameters(), twin.head.bias], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        momentum=0.9,
+        nesterov=opt == "fusedsgd",
+        foreach=False,
+    )
     images = make_images(10)
     for index, batch in enumerate(images):
         for net_, optimizer_ in ((net, optimizer), (twin, plain)):
@@ -151,7 +158,8 @@ def test_the_state_dict_is_that_of_torch_sgd(device):
     mine, theirs = optimizer.state_dict(), plain.state_dict()
     assert set(theirs["param_groups"][0]) - {"lr"} <= set(mine["param_groups"][0])
     assert {key: value for key, value in mine["param_groups"][0].items() if key != "params"} == {
-        key: value for key, value in theirs["param_groups"][0].items() if key != "params"}
+        key: value for key, value in theirs["param_groups"][0].items() if key != "params"
+    }
     for key, state in theirs["state"].items():
         assert mine["state"][key].keys() == state.keys()
         assert_close(mine["state"][key]["momentum_buffer"].cpu(), state["momentum_buffer"], rtol=1e-5, atol=1e-6)
@@ -227,8 +235,11 @@ def test_an_update_is_a_handful_of_kernels(device):
     counts = []
     for fused in (True, False):
         net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))).to(device)
-        optimizer = (create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu") if fused else
-                     torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1, foreach=False))
+        optimizer = (
+            create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu")
+            if fused
+            else torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+        )
         for _ in range(2):
             optimizer.zero_grad()
             net(torch.ones(1, 4, device=device)).sum().backward()

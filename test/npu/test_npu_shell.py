@@ -4,6 +4,7 @@ They run once, on the chip that the scripts were written for: a shell script tak
 The second part, the evaluation and the fine-tuning, which need a trained checkpoint, are marked slow: on the device
 they do what test_npu_scripts.py does without a script.
 """
+
 from __future__ import annotations
 
 import os
@@ -49,5 +50,14 @@ pytestmark = pytest.mark.skipif(os.environ.get("NPU_SIM_SOC", "Ascend910B1") != 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Checkout:
     path = os.pathsep.join([str(HERE / "sim"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return on_cpu.Checkout.make(tmp_path_factory.mktemp("scripts"), device="npu", environment={
-        "etp_running_flag": "true", "PYTHONPATH": path, "NPU_SIM": "1", "NPU_SIM_DEVICES": "8", "NPU_SIM_SOC": SOC})
+    return on_cpu.Checkout.make(
+        tmp_path_factory.mktemp("scripts"),
+        device="npu",
+        environment={
+            "etp_running_flag": "true",
+            "PYTHONPATH": path,
+            "NPU_SIM": "1",
+            "NPU_SIM_DEVICES": "8",
+            "NPU_SIM_SOC": SOC,
+        },
+    )

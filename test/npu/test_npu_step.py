@@ -1,4 +1,5 @@
 """What a training step and a prediction ask of the NPU: no waits, no copies to the host, no float64, known dtypes."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -19,9 +20,12 @@ from effdet.training.schedule import build_schedule
 
 SIZE = (64, 96)
 CPU = torch.device("cpu")
-PRECISIONS = {"float32": {"enabled": False}, "float16, static scale": {"loss_scale": 128.0},
-              "float16, dynamic scale": {"init_scale": 128.0},
-              "float16 weights": {"opt_level": "O2", "loss_scale": 128.0}}
+PRECISIONS = {
+    "float32": {"enabled": False},
+    "float16, static scale": {"loss_scale": 128.0},
+    "float16, dynamic scale": {"init_scale": 128.0},
+    "float16 weights": {"opt_level": "O2", "loss_scale": 128.0},
+}
 
 # What torch_npu 2.13 documents, by operator: dtypes an operator takes.
 # Source: Ascend/pytorch, docs/zh/api/native_api/pytorch_2-13-0 (torch, torch.nn, torch.nn.functional, torch.Tensor).
@@ -29,21 +33,47 @@ _HALF_AND_FLOAT = {"float16", "float32"}
 _FLOATS = {"bfloat16", "float16", "float32"}
 _INDEXED = {"int16", "int32", "int64", "bool"}
 DOCUMENTED_DTYPES = {
-    "convolution": _FLOATS, "convolution_backward": _FLOATS, "convolution_overrideable": _FLOATS,
-    "convolution_backward_overrideable": _FLOATS, "npu_conv2d": _FLOATS, "npu_conv2d_backward": _FLOATS,
-    "silu": _HALF_AND_FLOAT, "silu_": _HALF_AND_FLOAT, "silu_backward": _HALF_AND_FLOAT,
-    "native_batch_norm": _HALF_AND_FLOAT, "native_batch_norm_backward": _HALF_AND_FLOAT,
-    "max_pool2d_with_indices": _FLOATS, "upsample_nearest2d": _FLOATS, "upsample_nearest2d_backward": _FLOATS,
-    "topk": _FLOATS | {"int32", "int64"}, "sort": _HALF_AND_FLOAT | {"int32", "int64"},
-    "argsort": _HALF_AND_FLOAT | {"int32", "int64"}, "max": _FLOATS | {"int64", "bool"},
-    "amax": _FLOATS | {"int64", "bool"}, "argmax": _FLOATS | {"int32", "int64"},
-    "clamp": _FLOATS | {"int32", "int64"}, "gather": _HALF_AND_FLOAT | _INDEXED, "sigmoid": _HALF_AND_FLOAT,
+    "convolution": _FLOATS,
+    "convolution_backward": _FLOATS,
+    "convolution_overrideable": _FLOATS,
+    "convolution_backward_overrideable": _FLOATS,
+    "npu_conv2d": _FLOATS,
+    "npu_conv2d_backward": _FLOATS,
+    "silu": _HALF_AND_FLOAT,
+    "silu_": _HALF_AND_FLOAT,
+    "silu_backward": _HALF_AND_FLOAT,
+    "native_batch_norm": _HALF_AND_FLOAT,
+    "native_batch_norm_backward": _HALF_AND_FLOAT,
+    "max_pool2d_with_indices": _FLOATS,
+    "upsample_nearest2d": _FLOATS,
+    "upsample_nearest2d_backward": _FLOATS,
+    "topk": _FLOATS | {"int32", "int64"},
+    "sort": _HALF_AND_FLOAT | {"int32", "int64"},
+    "argsort": _HALF_AND_FLOAT | {"int32", "int64"},
+    "max": _FLOATS | {"int64", "bool"},
+    "amax": _FLOATS | {"int64", "bool"},
+    "argmax": _FLOATS | {"int32", "int64"},
+    "clamp": _FLOATS | {"int32", "int64"},
+    "gather": _HALF_AND_FLOAT | _INDEXED,
+    "sigmoid": _HALF_AND_FLOAT,
     "masked_fill": _FLOATS | {"int8", "int32", "int64", "bool"},
     "masked_fill_": _FLOATS | {"int8", "int32", "int64", "bool"},
 }
 # Operators that make the host wait, fall back to the CPU or change shape with the data.
-NEVER = {"nonzero", "masked_select", "unique", "_unique2", "_local_scalar_dense", "is_nonzero", "equal", "huber_loss",
-         "nonzero_static", "repeat_interleave", "bincount", "_assert_async"}
+NEVER = {
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "huber_loss",
+    "nonzero_static",
+    "repeat_interleave",
+    "bincount",
+    "_assert_async",
+}
 
 
 class Batches(list):
@@ -58,28 +88,35 @@ def make_batches(device: torch.device, count: int) -> Batches:
     for _ in range(count):
         corners = torch.rand(2, 4, 2, generator=generator) * 30
         boxes = torch.cat((corners, corners + 6 + torch.rand(2, 4, 2, generator=generator) * 30), -1)
-        batches.append((torch.randn(2, 3, *SIZE, generator=generator).to(device),
-                        {"bbox": boxes.to(device), "cls": torch.randint(1, 4, (2, 4), generator=generator).to(device)}))
+        batches.append(
+            (
+                torch.randn(2, 3, *SIZE, generator=generator).to(device),
+                {"bbox": boxes.to(device), "cls": torch.randint(1, 4, (2, 4), generator=generator).to(device)},
+            )
+        )
     return batches
 
 
 def make_run(device: torch.device, keys: dict, opt: str = "fusedmomentum", log_interval: int = 1000) -> Training:
     torch.manual_seed(0)
-    model = place_model(create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False),
-                        device)
+    model = place_model(
+        create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False), device
+    )
     ema = ModelEma(model)
     precision = Precision(device, **keys)
     precision.prepare_model(model)
     optimizer = build_optimizer(model, opt, lr=1e-3, masters=precision.master_parameters(model))
     bench = DetBenchTrain(model).to(device)
     schedule, _ = build_schedule(optimizer, "cosine", 10, updates_per_epoch=10)
-    return Training(bench, model, optimizer, schedule, precision, device, ema, (10.0, "norm"),
-                    log_interval=log_interval)
+    return Training(
+        bench, model, optimizer, schedule, precision, device, ema, (10.0, "norm"), log_interval=log_interval
+    )
 
 
 def train_steps(run: Training, batches: Batches) -> None:
     """Do what train_one_epoch does for a batch, without its log lines."""
     from effdet.training.engine import _update
+
     run.bench.train()
     for images, target in batches:
         with run.precision.autocast():
@@ -124,8 +161,9 @@ def check_operators(meters: npu_sim.Meters) -> None:
 @pytest.mark.parametrize("nms", ["exact", "npu"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 def test_a_prediction_waits_for_nothing(device, nms, half):
-    model = place_model(create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False),
-                        device)
+    model = place_model(
+        create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False), device
+    )
     bench = DetBenchPredict(model, nms=nms).to(device).eval()
     images = make_batches(device, 1)[0][0]
     info = {"img_scale": torch.ones(2).to(device), "img_size": torch.full((2, 2), 64.0).to(device)}
@@ -169,14 +207,15 @@ def test_losses_follow_the_cpu_over_five_steps(device):
 def test_batches_go_to_the_device_from_pinned_memory_without_waiting(device):
     images = torch.randint(0, 256, (6, 3, *SIZE), dtype=torch.uint8)
     inner = torch.utils.data.DataLoader(
-        [(image, {"cls": torch.ones(2)}) for image in images], batch_size=2, pin_memory=True)
+        [(image, {"cls": torch.ones(2)}) for image in images], batch_size=2, pin_memory=True
+    )
     loader = PrefetchLoader(inner, device=device)
     with npu_sim.count_waits() as meters, npu_sim.strict():
         batches = list(loader)
     assert not meters.waits
     mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
     for index, (got, target) in enumerate(batches):
-        expected = (images[2 * index:2 * index + 2].float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        expected = (images[2 * index : 2 * index + 2].float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
         assert target["cls"].device.type == "npu"
 
@@ -194,8 +233,9 @@ def test_an_evaluation_copies_once_for_each_batch(device):
         def evaluate(self):
             return 0.5
 
-    model = place_model(create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False),
-                        device)
+    model = place_model(
+        create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False), device
+    )
     with npu_sim.count_waits() as meters:
         stats = evaluate(DetBenchPredict(model).to(device), make_batches(device, 3), Collects())
     assert stats.metric == 0.5 and meters.copies_to_host.total() == 3

@@ -83,15 +83,17 @@ def ddp(rank: int, device, sync: bool = False):
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         batch = torch.randn(4, 3, 8, 8, generator=generator)
-        losses = [model(batch[2 * rank:2 * rank + 2].to(device)).square().mean()]
+        losses = [model(batch[2 * rank : 2 * rank + 2].to(device)).square().mean()]
         halves = [batch] if sync else batch.chunk(2)
         losses.append(sum(reference(half).square().mean() for half in halves) / len(halves))
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return max((a.detach().cpu() - b.detach()).abs().max().item()
-               for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    return max(
+        (a.detach().cpu() - b.detach()).abs().max().item()
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True)
+    )
 
 
 def overflow_on_one_rank(rank: int, device):
@@ -143,10 +145,17 @@ CASES = {
     "all_reduce int64": lambda r, d: reduced(r, d, torch.int64),
     "all_reduce maximum": lambda r, d: reduced(r, d, op=dist.ReduceOp.MAX),
     "all_reduce mean": lambda r, d: reduced(r, d, op=dist.ReduceOp.AVG),
-    "all_gather_object": gathered_objects, "broadcast": broadcast, "all_gather": gathered,
-    "reduce_scatter": scattered_sums, "longer than a slot": longer_than_a_slot, "too large a sum": too_large_a_sum,
-    "DDP": ddp, "DDP with sync-BN": lambda r, d: ddp(r, d, sync=True), "overflow on one rank": overflow_on_one_rank,
-    "all_reduce float64": float64_sum, "same device": same_device,
+    "all_gather_object": gathered_objects,
+    "broadcast": broadcast,
+    "all_gather": gathered,
+    "reduce_scatter": scattered_sums,
+    "longer than a slot": longer_than_a_slot,
+    "too large a sum": too_large_a_sum,
+    "DDP": ddp,
+    "DDP with sync-BN": lambda r, d: ddp(r, d, sync=True),
+    "overflow on one rank": overflow_on_one_rank,
+    "all_reduce float64": float64_sum,
+    "same device": same_device,
     "unequal sizes": unequal_sizes,  # last: the ranks are out of step after it
 }
 
@@ -169,18 +178,31 @@ def main() -> None:
 def seen(run_simulated, tmp_path_factory) -> list[dict]:
     """What each rank saw."""
     result = tmp_path_factory.mktemp("hccl") / "seen"
-    done = run_simulated(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, result],
-                         devices=2, env={"HCCL_EXEC_TIMEOUT": "60"}, timeout=240)
+    done = run_simulated(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, result],
+        devices=2,
+        env={"HCCL_EXEC_TIMEOUT": "60"},
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(result.with_suffix(f".{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("all_reduce float32", ["float32", [3, 5, 7]]), ("all_reduce float16", ["float16", [3, 5, 7]]),
-    ("all_reduce bfloat16", ["bfloat16", [3, 5, 7]]), ("all_reduce int64", ["int64", [3, 5, 7]]),
-    ("all_reduce maximum", ["float32", [2, 3, 4]]), ("all_reduce mean", ["float32", [1.5, 2.5, 3.5]]),
-    ("all_gather_object", [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]), ("broadcast", [1, 1, 1, 7]),
-    ("all_gather", [[0, 0], [1, 10]]), ("longer than a slot", True)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("all_reduce float32", ["float32", [3, 5, 7]]),
+        ("all_reduce float16", ["float16", [3, 5, 7]]),
+        ("all_reduce bfloat16", ["bfloat16", [3, 5, 7]]),
+        ("all_reduce int64", ["int64", [3, 5, 7]]),
+        ("all_reduce maximum", ["float32", [2, 3, 4]]),
+        ("all_reduce mean", ["float32", [1.5, 2.5, 3.5]]),
+        ("all_gather_object", [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]),
+        ("broadcast", [1, 1, 1, 7]),
+        ("all_gather", [[0, 0], [1, 10]]),
+        ("longer than a slot", True),
+    ],
+)
 def test_collectives(name, expected, seen):
     assert [rank[name] for rank in seen] == [expected, expected]
 

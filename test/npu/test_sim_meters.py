@@ -67,12 +67,16 @@ def test_a_free_call_costs_nothing(name, x):
     assert not meters.waits and not meters.copies_to_host and not meters.float64 and not meters.mismatches
 
 
-@pytest.mark.parametrize("upload", [
-    lambda device: torch.zeros(3).to(device),
-    lambda device: torch.zeros(3).to(device, non_blocking=True),  # not pinned: it cannot be asynchronous
-    lambda device: pinned().to(device),
-    lambda device: torch.tensor([1.0, 2.0], device=device),
-], ids=["blocking", "not pinned", "pinned but blocking", "torch.tensor"])
+@pytest.mark.parametrize(
+    "upload",
+    [
+        lambda device: torch.zeros(3).to(device),
+        lambda device: torch.zeros(3).to(device, non_blocking=True),  # not pinned: it cannot be asynchronous
+        lambda device: pinned().to(device),
+        lambda device: torch.tensor([1.0, 2.0], device=device),
+    ],
+    ids=["blocking", "not pinned", "pinned but blocking", "torch.tensor"],
+)
 def test_an_upload_that_blocks_is_a_wait(upload, device):
     with npu_sim.count_waits() as meters:
         upload(device)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-pytestmark = pytest.mark.skipif(os.environ.get("NPU_SIM_SOC") == "Ascend910A",
-                                reason="runs once, as Ascend910B1: nothing here depends on this process's chip")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPU_SIM_SOC") == "Ascend910A",
+    reason="runs once, as Ascend910B1: nothing here depends on this process's chip",
+)
 
 
 def code(text: str) -> list[str]:
@@ -38,8 +40,12 @@ def test_an_unmodified_script_finds_devices_and_values(autoload, run_simulated, 
         total = sum(batch.npu(non_blocking=True).sum() for batch, in batches)
         print(torch.npu.device_count(), torch.npu.get_device_name(0), total.item())
     """)
-    done = run_simulated(script, devices=3, soc="Ascend910A",
-                         env={"NPU_SIM_REPORT": tmp_path / "report", "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload})
+    done = run_simulated(
+        script,
+        devices=3,
+        soc="Ascend910A",
+        env={"NPU_SIM_REPORT": tmp_path / "report", "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload},
+    )
     assert last_line(done) == "3 Ascend910A 28.0"
     (report,) = tmp_path.iterdir()  # the loader's workers write none
     counts = json.loads(report.read_text())
@@ -49,24 +55,30 @@ def test_an_unmodified_script_finds_devices_and_values(autoload, run_simulated, 
 
 
 def test_nothing_happens_unless_asked_for(run_simulated):
-    done = run_simulated(code("""
+    done = run_simulated(
+        code("""
         import sys
         print(any(name.startswith("npu_sim") for name in sys.modules), "torch" in sys.modules)
-    """), env={"NPU_SIM": None})
+    """),
+        env={"NPU_SIM": None},
+    )
     assert last_line(done) == "False False"
 
 
 def test_neither_torch_nor_a_library_is_loaded_before_the_script_asks(run_simulated):
-    done = run_simulated(code("""
+    done = run_simulated(
+        code("""
         import sys
         maps = open("/proc/self/maps").read()
         print("torch" in sys.modules, "libascendcl" in maps)
-    """))
+    """)
+    )
     assert last_line(done) == "False False"
 
 
 def test_visible_devices_are_renumbered(run_simulated):
-    done = run_simulated(code("""
+    done = run_simulated(
+        code("""
         import torch, torch_npu
         from npu_sim import runtime
 
@@ -78,15 +90,31 @@ def test_visible_devices_are_renumbered(run_simulated):
             torch.npu.set_device(2)
         except RuntimeError as error:
             print(numbers, "107001" in str(error))
-    """), devices=4, env={"ASCEND_RT_VISIBLE_DEVICES": "1,3"})
+    """),
+        devices=4,
+        env={"ASCEND_RT_VISIBLE_DEVICES": "1,3"},
+    )
     assert last_line(done) == "[1, 3] True"
 
 
-@pytest.mark.parametrize(("visible", "physical"), [
-    (None, [0, 1, 2, 3]), ("2", [2]), ("0,2,3", [0, 2, 3]), ("0, 1", [0]), ("1,4", [1]), ("2,1", []), ("1,1", []),
-    ("x", []), ("", [])], ids=str)
+@pytest.mark.parametrize(
+    ("visible", "physical"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("2", [2]),
+        ("0,2,3", [0, 2, 3]),
+        ("0, 1", [0]),
+        ("1,4", [1]),
+        ("2,1", []),
+        ("1,1", []),
+        ("x", []),
+        ("", []),
+    ],
+    ids=str,
+)
 def test_how_the_list_of_visible_devices_is_read(visible, physical, run_simulated):
-    done = run_simulated(code("""
+    done = run_simulated(
+        code("""
         import ctypes
         from npu_sim import build
 
@@ -94,7 +122,10 @@ def test_how_the_list_of_visible_devices_is_read(visible, physical, run_simulate
         cann.aclrtGetDeviceCount(ctypes.byref(count))
         print([cann.aclrtSetDevice(device) or cann.sim_physical_device() for device in range(count.value)],
               cann.aclrtSetDevice(count.value), cann.aclrtSetDevice(-1))
-    """), devices=4, env={"ASCEND_RT_VISIBLE_DEVICES": visible})
+    """),
+        devices=4,
+        env={"ASCEND_RT_VISIBLE_DEVICES": visible},
+    )
     assert last_line(done) == f"{physical} 107001 107001"
 
 
@@ -106,8 +137,10 @@ def test_an_unknown_chip_is_refused(run_simulated):
 def test_processes_that_build_at_once_end_with_one_result(tmp_path):
     build = f"import sys; sys.path.insert(0, {str(HERE / 'sim')!r}); from npu_sim import build; print(build.build())"
     environment = {"NPU_SIM_CACHE": str(tmp_path), "PATH": os.environ["PATH"]}
-    processes = [subprocess.Popen([sys.executable, "-c", build], env=environment, stdout=subprocess.PIPE, text=True)
-                 for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", build], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     folders = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     assert len(folders) == 1 and [str(path) for path in tmp_path.iterdir()] == list(folders)
@@ -124,7 +157,22 @@ def test_a_run_with_torch_loaded_skips_this_folder(tmp_path):
     """As in `pytest` over all of test/: every file here is skipped with the reason, and nothing is loaded."""
     plugin = tmp_path / "torch_is_there.py"
     plugin.write_text("import os\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\nimport torch\n")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "torch_is_there", "-p",
-                           "no:cacheprovider", str(HERE / "test_sim_meters.py")], cwd=HERE.parents[1],
-                          env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rs",
+            "-p",
+            "torch_is_there",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "test_sim_meters.py"),
+        ],
+        cwd=HERE.parents[1],
+        env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
     assert "needs a pytest process of its own" in done.stdout and "1 skipped" in done.stdout, done.stdout

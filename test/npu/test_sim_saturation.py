@@ -21,18 +21,26 @@ def flag_is_up() -> bool:
     return torch_npu.npu.utils.get_npu_overflow_flag()
 
 
-@pytest.mark.parametrize(("compute", "dtype", "saturated", "ieee"), [
-    # CANN's own two examples
-    (lambda d: torch.tensor([12.0], dtype=torch.float16).to(d).exp(), torch.float16, 65504.0, torch.inf),
-    (lambda d: torch.tensor([-1.0], dtype=torch.float16).to(d).sqrt(), torch.float16, 0.0, torch.nan),
-    (lambda d: torch.tensor([-3e38]).to(d) * 2, torch.float32, -LARGEST, -torch.inf),
-    (lambda d: torch.tensor([1.0]).to(d) / 0, torch.float32, LARGEST, torch.inf),
-    (lambda d: torch.tensor([70000.0]).to(d).half(), torch.float16, 65504.0, torch.inf),
-    (lambda d: torch.tensor([60000.0], dtype=torch.float16).to(d).mul_(2), torch.float16, 65504.0, torch.inf),
-    (lambda d: torch.full((1, 300), 300.0, dtype=torch.float16).to(d) @ torch.full((300, 1), 300.0).half().to(d),
-     torch.float16, 65504.0, torch.inf),
-    (lambda d: torch._foreach_mul([torch.tensor([3e38]).to(d)], 2.0)[0], torch.float32, LARGEST, torch.inf),
-], ids=["exp", "sqrt", "multiply", "divide", "cast", "in place", "product", "foreach"])
+@pytest.mark.parametrize(
+    ("compute", "dtype", "saturated", "ieee"),
+    [
+        # CANN's own two examples
+        (lambda d: torch.tensor([12.0], dtype=torch.float16).to(d).exp(), torch.float16, 65504.0, torch.inf),
+        (lambda d: torch.tensor([-1.0], dtype=torch.float16).to(d).sqrt(), torch.float16, 0.0, torch.nan),
+        (lambda d: torch.tensor([-3e38]).to(d) * 2, torch.float32, -LARGEST, -torch.inf),
+        (lambda d: torch.tensor([1.0]).to(d) / 0, torch.float32, LARGEST, torch.inf),
+        (lambda d: torch.tensor([70000.0]).to(d).half(), torch.float16, 65504.0, torch.inf),
+        (lambda d: torch.tensor([60000.0], dtype=torch.float16).to(d).mul_(2), torch.float16, 65504.0, torch.inf),
+        (
+            lambda d: torch.full((1, 300), 300.0, dtype=torch.float16).to(d) @ torch.full((300, 1), 300.0).half().to(d),
+            torch.float16,
+            65504.0,
+            torch.inf,
+        ),
+        (lambda d: torch._foreach_mul([torch.tensor([3e38]).to(d)], 2.0)[0], torch.float32, LARGEST, torch.inf),
+    ],
+    ids=["exp", "sqrt", "multiply", "divide", "cast", "in place", "product", "foreach"],
+)
 def test_too_large_results(compute, dtype, saturated, ieee, device, is_910a):
     result = compute(device)
     expected = torch.full_like(result.cpu(), saturated if is_910a else ieee)

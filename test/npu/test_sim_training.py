@@ -17,8 +17,15 @@ from torch_npu.npu.amp import GradScaler
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(), nn.MaxPool2d(3, 2, 1),
-                         nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )
 
 
 def make_batch(step: int = 0) -> Tensor:
@@ -33,12 +40,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, device, steps: int
     return [parameter.detach().cpu() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("make_optimizer", [
-    lambda p, npu: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
-    lambda p, npu: torch.optim.AdamW(p, lr=1e-3),
-    lambda p, npu: (torch_npu.optim.NpuFusedSGD if npu else torch.optim.SGD)(p, lr=0.1, momentum=0.9,
-                                                                             weight_decay=1e-4),
-], ids=["SGD", "AdamW", "NpuFusedSGD"])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda p, npu: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
+        lambda p, npu: torch.optim.AdamW(p, lr=1e-3),
+        lambda p, npu: (torch_npu.optim.NpuFusedSGD if npu else torch.optim.SGD)(
+            p, lr=0.1, momentum=0.9, weight_decay=1e-4
+        ),
+    ],
+    ids=["SGD", "AdamW", "NpuFusedSGD"],
+)
 def test_three_steps_are_the_cpus(make_optimizer, device):
     model = make_model()
     on_npu = copy.deepcopy(model).to(device)
@@ -93,8 +105,15 @@ def test_synchronised_batch_norm_alone_is_batch_norm(device):
     expected = norm(x)
     mean, invstd = torch.batch_norm_stats(x.to(device), norm.eps)
     mean, invstd = torch.batch_norm_gather_stats_with_counts(
-        x.to(device), mean[None], invstd[None], fused.running_mean, fused.running_var, 0.1, norm.eps,
-        torch.tensor([2.0 * 16 * 16]).to(device))
+        x.to(device),
+        mean[None],
+        invstd[None],
+        fused.running_mean,
+        fused.running_var,
+        0.1,
+        norm.eps,
+        torch.tensor([2.0 * 16 * 16]).to(device),
+    )
     result = torch.batch_norm_elemt(x.to(device), fused.weight, fused.bias, mean, invstd, norm.eps)
     torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused.running_var.cpu(), norm.running_var)
@@ -162,8 +181,14 @@ def test_npu_batch_nms(device):
     # the fourth has no area, the fifth no score.
     boxes = [[0, 0, 10, 10], [0, 1, 10, 11], [0, 5, 10, 15], [3, 3, 3, 9], [20, 20, 30, 30]]
     scores = [0.9, 0.8, 0.7, 0.6, 0.1]
-    got = torch_npu.npu_batch_nms(torch.tensor(boxes, dtype=torch.float32).view(1, 5, 1, 4).to(device),
-                                  torch.tensor(scores).view(1, 5, 1).to(device), 0.1, 1 / 3, 10, 3)
+    got = torch_npu.npu_batch_nms(
+        torch.tensor(boxes, dtype=torch.float32).view(1, 5, 1, 4).to(device),
+        torch.tensor(scores).view(1, 5, 1).to(device),
+        0.1,
+        1 / 3,
+        10,
+        3,
+    )
     kept, kept_scores, classes, count = (tensor.cpu() for tensor in got)
     assert kept.tolist() == [[boxes[0], boxes[2], [0, 0, 0, 0]]]
     assert kept_scores.tolist() == [pytest.approx([0.9, 0.7, 0.0])]
@@ -180,11 +205,22 @@ def test_npu_batch_nms_takes_each_class_alone_and_then_the_best(device):
     assert kept_scores.tolist() == [pytest.approx([0.9])] and count.tolist() == [1]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"scores_dtype": torch.float16}, "the same for both"), ({"max_total": 1001}, "1 to 1000 boxes"),
-    ({"iou": 1.5}, "IoU threshold")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores_dtype": torch.float16}, "the same for both"),
+        ({"max_total": 1001}, "1 to 1000 boxes"),
+        ({"iou": 1.5}, "IoU threshold"),
+    ],
+)
 def test_npu_batch_nms_refuses_what_its_documentation_excludes(change, message, device):
     boxes, scores = torch.zeros(1, 2, 1, 4).to(device), torch.zeros(1, 2, 1).to(device)
     with pytest.raises(RuntimeError, match=message):
-        torch_npu.npu_batch_nms(boxes, scores.to(change.get("scores_dtype", torch.float32)), 0.1,
-                                change.get("iou", 0.5), 10, change.get("max_total", 10))
+        torch_npu.npu_batch_nms(
+            boxes,
+            scores.to(change.get("scores_dtype", torch.float32)),
+            0.1,
+            change.get("iou", 0.5),
+            10,
+            change.get("max_total", 10),
+        )

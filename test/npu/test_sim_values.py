@@ -19,9 +19,14 @@ def make_inputs() -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator)
 
     inputs = {
-        "x": rand(4, 6), "y": rand(4, 6), "image": rand(2, 4, 9, 9), "channel": rand(4),
-        "dense": rand(5, 4, 3, 3), "depth": rand(4, 1, 3, 3),
-        "index": torch.tensor([0, 5, 2, 2]), "row": torch.tensor([1, 3, 0]),
+        "x": rand(4, 6),
+        "y": rand(4, 6),
+        "image": rand(2, 4, 9, 9),
+        "channel": rand(4),
+        "dense": rand(5, 4, 3, 3),
+        "depth": rand(4, 1, 3, 3),
+        "index": torch.tensor([0, 5, 2, 2]),
+        "row": torch.tensor([1, 3, 0]),
     }
     inputs["mask"] = inputs["x"] > 0
     return inputs
@@ -34,9 +39,11 @@ SMOOTH = {
     "depthwise convolution": lambda t: F.conv2d(t.image, t.depth, padding=1, groups=4),
     "pointwise convolution": lambda t: F.conv2d(t.image, t.dense[:, :, :1, :1]),
     "batch norm, training": lambda t: F.batch_norm(
-        t.image, torch.zeros(4, device=t.device), torch.ones(4, device=t.device), t.channel, t.channel, True),
+        t.image, torch.zeros(4, device=t.device), torch.ones(4, device=t.device), t.channel, t.channel, True
+    ),
     "batch norm, running statistics": lambda t: F.batch_norm(
-        t.image, torch.zeros(4, device=t.device), torch.full((4,), 2.0, device=t.device), t.channel, t.channel),
+        t.image, torch.zeros(4, device=t.device), torch.full((4,), 2.0, device=t.device), t.channel, t.channel
+    ),
     "max pool": lambda t: F.max_pool2d(t.image, 3, 2, 1),
     "max pool, ceil mode": lambda t: F.max_pool2d(t.image, 2, 2, ceil_mode=True),
     "average pool": lambda t: F.avg_pool2d(t.image, 3, 2, 1, count_include_pad=False),
@@ -134,8 +141,12 @@ DISCRETE = {
     "npu_format_cast": lambda t: t.x if t.device.type == "cpu" else torch_npu.npu_format_cast(t.x, 2),
     "same storage": lambda t: torch.tensor([t.x.is_set_to(t.x[:]), t.x.is_set_to(t.y), t.x.is_set_to(t.x[1:])]),
     "casts": lambda t: ((t.x * 3).int(), (t.x * 3).long(), t.x.bool(), t.index.float()),
-    "foreach": lambda t: (*torch._foreach_mul([t.x, t.y], 2.0), *torch._foreach_add([t.x, t.y], [t.y, t.x], alpha=3),
-                          *torch._foreach_norm([t.x, t.y]), *torch._foreach_lerp([t.x], [t.y], 0.1)),
+    "foreach": lambda t: (
+        *torch._foreach_mul([t.x, t.y], 2.0),
+        *torch._foreach_add([t.x, t.y], [t.y, t.x], alpha=3),
+        *torch._foreach_norm([t.x, t.y]),
+        *torch._foreach_lerp([t.x], [t.y], 0.1),
+    ),
     "foreach in place": lambda t: foreach_in_place([t.x.clone(), t.y.clone()]),
     "in place": lambda t: t.x.clone().mul_(2).add_(t.y).addcmul_(t.x, t.y, value=0.5).clamp_(min=0),
     "in place on a view": lambda t: assign(t.image, (0, 2), t.image[1, 1]),

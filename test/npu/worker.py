@@ -2,6 +2,7 @@
 
 Each scenario writes what it saw to FOLDER/RANK.json.
 """
+
 from __future__ import annotations
 
 import json
@@ -57,11 +58,18 @@ def overflow(device: torch.device, rank: int) -> list[dict]:
             precision.backward((output.float() - 1).square().mean() * factor)
             precision.step(optimizer, (10.0, "norm"))
             weights.append(precision.float_state_dict(net)["conv.weight"].cpu())
-        results.append({
-            "level": level, "scale": scale, "skipped": precision.skipped(), "scale_after": precision.loss_scale(),
-            "same_in_overflow": torch.equal(weights[0], weights[1]),
-            "moved_after": not torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3]),
-            "finite": finite(net), "sum": weights[-1].double().sum().item()})
+        results.append(
+            {
+                "level": level,
+                "scale": scale,
+                "skipped": precision.skipped(),
+                "scale_after": precision.loss_scale(),
+                "same_in_overflow": torch.equal(weights[0], weights[1]),
+                "moved_after": not torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3]),
+                "finite": finite(net),
+                "sum": weights[-1].double().sum().item(),
+            }
+        )
     return results
 
 
@@ -84,9 +92,15 @@ def waits(device: torch.device, rank: int) -> dict:
                 loss = wrapped(images, target)["loss"]
             precision.backward(loss)
             precision.step(optimizer, (10.0, "norm"))
-    return {"waits": dict(meters.waits), "copies": dict(meters.copies_to_host), "float64": dict(meters.float64),
-            "calls": meters.calls.total(), "loss": loss.item(), "skipped": precision.skipped(),
-            "first": precision.float_state_dict(model)["fpn.resample.3.conv.conv.weight"].double().sum().item()}
+    return {
+        "waits": dict(meters.waits),
+        "copies": dict(meters.copies_to_host),
+        "float64": dict(meters.float64),
+        "calls": meters.calls.total(),
+        "loss": loss.item(),
+        "skipped": precision.skipped(),
+        "first": precision.float_state_dict(model)["fpn.resample.3.conv.conv.weight"].double().sum().item(),
+    }
 
 
 def main() -> None:

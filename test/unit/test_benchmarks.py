@@ -1,4 +1,5 @@
 """The driver of the benchmarks: what it refuses, what it computes from given times. Nothing is timed here."""
+
 from __future__ import annotations
 
 import json
@@ -42,8 +43,10 @@ class FakeSide:
 
 def test_sides_that_agree_are_sampled_in_turns_and_the_ratio_is_peer_over_ours():
     log: list[str] = []
-    sides = [FakeSide("ours", [1.0, 4.0, 2.0], log, x=[1.0, 2.0]),
-             FakeSide("peer", [3.0, 8.0, 10.0], log, x=[1.0, 2.0])]
+    sides = [
+        FakeSide("ours", [1.0, 4.0, 2.0], log, x=[1.0, 2.0]),
+        FakeSide("peer", [3.0, 8.0, 10.0], log, x=[1.0, 2.0]),
+    ]
     result = pairing.measure(lambda: sides, {"tolerance": 0}, 3)
     assert log == ["calibrate ours", "calibrate peer", "ours", "peer", "peer", "ours", "ours", "peer"]
     assert (result["ours"], result["peer"], result["ratio"]) == (2.0, 8.0, 4.0)
@@ -52,12 +55,15 @@ def test_sides_that_agree_are_sampled_in_turns_and_the_ratio_is_peer_over_ours()
     assert all(side.is_closed for side in sides)
 
 
-@pytest.mark.parametrize(("peer", "message"), [
-    ({"x": [1.0, 2.1]}, "'x' differs by 0.0476"),
-    ({"x": [1.0, 2.0, 3.0]}, "shape"),
-    ({"y": [1.0, 2.0]}, r"ours gives \['x'\]"),
-    ({"x": [1.0, float("nan")]}, "not finite"),
-])
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        ({"x": [1.0, 2.1]}, "'x' differs by 0.0476"),
+        ({"x": [1.0, 2.0, 3.0]}, "shape"),
+        ({"y": [1.0, 2.0]}, r"ours gives \['x'\]"),
+        ({"x": [1.0, float("nan")]}, "not finite"),
+    ],
+)
 def test_sides_that_disagree_are_not_timed(peer, message):
     log: list[str] = []
     sides = [FakeSide("ours", [1.0], log, x=[1.0, 2.0]), FakeSide("peer", [1.0], log, **peer)]
@@ -95,6 +101,7 @@ def test_a_case_that_asks_for_new_processes_gets_them_for_every_sample():
     def start() -> list[FakeSide]:
         started.append(FakeSide("ours", [5.0 + len(started)], log, x=[1.0]))
         return started[-1:]
+
     result = pairing.measure(start, {"tolerance": 0, "fresh": True}, 3)
     assert result["samples"] == {"ours": [6.0, 7.0, 8.0]} and log == ["ours"] * 3
     assert all(side.is_closed for side in started)
@@ -136,8 +143,10 @@ def test_the_line_says_which_side_is_better(ratio, text):
 @pytest.mark.slow
 def test_a_real_script_prints_its_figure(tmp_path, capfd):
     import labels
+
     options = pairing.make_parser("").parse_args(
-        ["--ours-only", "--quick", "--image-size", "128", "--threads", "1", "--json", str(tmp_path / "out")])
+        ["--ours-only", "--quick", "--image-size", "128", "--threads", "1", "--json", str(tmp_path / "out")]
+    )
     assert pairing.main(labels.__file__, options, labels.make_cases(options)) == 0
     figure = json.loads((tmp_path / "out").read_text())
     assert figure["figure"] == "labels" and figure["image_size"] == 128 and figure["ours"] > 0

@@ -1,4 +1,5 @@
 """What docs/predict.md, export.md, reports.md and augmentation.md show runs as it is written there."""
+
 from __future__ import annotations
 
 import importlib
@@ -51,10 +52,17 @@ def folder(tmp_path, monkeypatch, small_checkpoint, synthetic_images):
     shutil.copy(tmp_path / "a.jpg", tmp_path / "data" / "val2017")
     width, height = Image.open("a.jpg").size
     (tmp_path / "data" / "annotations").mkdir()
-    (tmp_path / "data" / "annotations" / "instances_val2017.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "a.jpg", "width": width, "height": height}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}],
-        "categories": [{"id": 3, "name": "ball"}, {"id": 7, "name": "box"}, {"id": 12, "name": "star"}]}))
+    (tmp_path / "data" / "annotations" / "instances_val2017.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.jpg", "width": width, "height": height}],
+                "annotations": [
+                    {"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+                ],
+                "categories": [{"id": 3, "name": "ball"}, {"id": 7, "name": "box"}, {"id": 12, "name": "star"}],
+            }
+        )
+    )
     return tmp_path
 
 
@@ -83,8 +91,7 @@ def test_the_commands_of_the_prediction_page(folder):
 def test_the_reports_page(folder):
     (line,) = "".join(blocks("reports.md", "bash")).splitlines()
     run_line(line)
-    assert {path.name for path in (folder / "evaluation").iterdir()} == {
-        "metrics.json", "per_class.csv", "report.html"}
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {"metrics.json", "per_class.csv", "report.html"}
     rows = ({"kind": "epoch", "epoch": 3}, {"kind": "evaluation", "epoch": 3, "AP": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict = {}
@@ -109,6 +116,7 @@ def test_the_export_page(folder, capsys):
     exec(blocks("export.md", "python")[0], {})
     assert re.findall(r"(?:ball|box|star) 0\.\d+ \[", capsys.readouterr().out)
     import onnxruntime
+
     (given,) = onnxruntime.InferenceSession("raw.onnx", providers=["CPUExecutionProvider"]).get_inputs()
     (atc,) = blocks("export.md", "text")
     assert given.name == "images" and given.shape == [1, 3, 128, 128]

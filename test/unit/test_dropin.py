@@ -3,6 +3,7 @@
 First the public surface as data, then programs as such users write them: a notebook, a Lightning-style module, an own
 model, the validation and training loops. Expected numbers were computed with effdet 0.4.1, or follow by hand.
 """
+
 from __future__ import annotations
 
 import ast
@@ -95,9 +96,7 @@ MODULES = {
         "BiFpn BiFpnLayer ConvBnAct2d EfficientDet Fnode FpnCombine HeadNet Interpolate2d ResampleFeatureMap "
         "SeparableConv2d SequentialList get_feature_info"
     ),
-    "effdet.evaluator": (
-        "CocoEvaluator Evaluator OpenImagesEvaluator PascalEvaluator TfmEvaluator create_evaluator"
-    ),
+    "effdet.evaluator": ("CocoEvaluator Evaluator OpenImagesEvaluator PascalEvaluator TfmEvaluator create_evaluator"),
     "effdet.factory": "create_model create_model_from_config",
     "effdet.helpers": "load_checkpoint load_pretrained",
     "effdet.loss": "DetectionLoss focal_loss_legacy huber_loss loss_fn new_focal_loss one_hot smooth_l1_loss",
@@ -263,7 +262,9 @@ def _entries() -> list[tuple[str, ast.arguments | None]]:
     entries = []
     for line in SIGNATURES.strip().replace("\n    ", " ").splitlines():
         name, bracket, _ = line.partition("(")
-        entries.append((name, ast.parse(f"lambda {line[len(name) + 1:-1]}: 0").body[0].value.args if bracket else None))
+        entries.append(
+            (name, ast.parse(f"lambda {line[len(name) + 1 : -1]}: 0").body[0].value.args if bracket else None)
+        )
     return entries
 
 
@@ -855,6 +856,7 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(effdet.__file__).parents[1], text=True, timeout=120,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(effdet.__file__).parents[1], text=True, timeout=120, capture_output=True
+    )
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 Numbers were computed with effdet 0.4.1 (test/golden), or follow by hand.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -40,18 +41,31 @@ NAMES = json.loads((TEST / "golden/effdet_names.json").read_text())
 PAGE = re.sub(r"```.*?```", "", (TEST.parent / "docs/library.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 
 # Private names, and those that the list lacks because they are functions of torch.jit there.
-FURTHER = {"effdet.bench": ["_batch_detection"], "effdet.efficientdet": ["_init_weight", "_init_weight_alt"],
-           "effdet.loss": ["loss_jit"]}
+FURTHER = {
+    "effdet.bench": ["_batch_detection"],
+    "effdet.efficientdet": ["_init_weight", "_init_weight_alt"],
+    "effdet.loss": ["loss_jit"],
+}
 
 # What is gone, each named in docs/library.md with its successor.
-GONE_MODULES = {f"effdet.evaluation.{name}" for name in (
-    "fields", "np_box_list", "np_mask_list", "object_detection_evaluation", "per_image_evaluation")}
+GONE_MODULES = {
+    f"effdet.evaluation.{name}"
+    for name in ("fields", "np_box_list", "np_mask_list", "object_detection_evaluation", "per_image_evaluation")
+}
 GONE_NAMES = {
     "effdet.evaluator": {"TfmEvaluator"},
     "effdet.evaluation.detection_evaluator": {
-        "DetectionEvaluator", "DetectionResultFields", "InputDataFields", "ObjectDetectionEvaluation",
-        "ObjectDetectionEvaluator", "OpenImagesChallengeEvaluator", "OpenImagesDetectionEvaluator",
-        "PrecisionAtRecallDetectionEvaluator", "WeightedPascalDetectionEvaluator", "create_category_index"},
+        "DetectionEvaluator",
+        "DetectionResultFields",
+        "InputDataFields",
+        "ObjectDetectionEvaluation",
+        "ObjectDetectionEvaluator",
+        "OpenImagesChallengeEvaluator",
+        "OpenImagesDetectionEvaluator",
+        "PrecisionAtRecallDetectionEvaluator",
+        "WeightedPascalDetectionEvaluator",
+        "create_category_index",
+    },
     "effdet.evaluation.metrics": {"compute_cor_loc", "compute_median_rank_at_k", "compute_recall_at_k"},
     "effdet.object_detection.box_coder": {"FASTER_RCNN", "KEYPOINT", "MEAN_STDDEV", "SQUARE", "batch_decode"},
     "effdet.object_detection.target_assigner": {"KEYPOINTS_FIELD_NAME"},
@@ -94,8 +108,18 @@ def test_the_two_halves_of_post_processing_give_the_reference_detections(soft_nm
         assert torch.equal(logits[image, :, 0], by_anchor[image, indices[image], classes[image]])
     kind = "soft_nms" if soft_nms else "nms"
     raw = _batch_detection(2, logits, deltas, anchors, indices, classes, soft_nms=soft_nms)
-    scaled = _batch_detection(2, logits, deltas, anchors, indices, classes, torch.from_numpy(golden["img_scale"]),
-                              torch.from_numpy(golden["img_size_wh"]), 100, soft_nms)
+    scaled = _batch_detection(
+        2,
+        logits,
+        deltas,
+        anchors,
+        indices,
+        classes,
+        torch.from_numpy(golden["img_scale"]),
+        torch.from_numpy(golden["img_size_wh"]),
+        100,
+        soft_nms,
+    )
     torch.testing.assert_close(raw, torch.from_numpy(golden[f"det_{kind}_raw"]), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(scaled, torch.from_numpy(golden[f"det_{kind}_scaled"]), rtol=1e-4, atol=1e-3)
     first_two = _post_process(cls_outputs, box_outputs, 2, 3, 7)
@@ -114,10 +138,19 @@ def test_box_loss_by_hand():
 def test_the_anchors_config_describes_the_boxes():
     anchors = Anchors(3, 4, 2, [(1.0, 1.0), (1.4, 0.7)], [4.0, 3.0], (64, 96))
     assert anchors.config == {
-        3: [((8.0, 8.0), 0.0, (1.0, 1.0), 4.0), ((8.0, 8.0), 0.0, (1.4, 0.7), 4.0),
-            ((8.0, 8.0), 0.5, (1.0, 1.0), 4.0), ((8.0, 8.0), 0.5, (1.4, 0.7), 4.0)],
-        4: [((16.0, 16.0), 0.0, (1.0, 1.0), 3.0), ((16.0, 16.0), 0.0, (1.4, 0.7), 3.0),
-            ((16.0, 16.0), 0.5, (1.0, 1.0), 3.0), ((16.0, 16.0), 0.5, (1.4, 0.7), 3.0)]}
+        3: [
+            ((8.0, 8.0), 0.0, (1.0, 1.0), 4.0),
+            ((8.0, 8.0), 0.0, (1.4, 0.7), 4.0),
+            ((8.0, 8.0), 0.5, (1.0, 1.0), 4.0),
+            ((8.0, 8.0), 0.5, (1.4, 0.7), 4.0),
+        ],
+        4: [
+            ((16.0, 16.0), 0.0, (1.0, 1.0), 3.0),
+            ((16.0, 16.0), 0.0, (1.4, 0.7), 3.0),
+            ((16.0, 16.0), 0.5, (1.0, 1.0), 3.0),
+            ((16.0, 16.0), 0.5, (1.4, 0.7), 3.0),
+        ],
+    }
 
 
 def test_the_lite_models_are_made_of_what_they_have_in_common():
@@ -137,10 +170,16 @@ def test_box_lists():
     assert boxes.num_boxes() == 4 and boxes.get_all_fields() == ["boxes", "labels"]
     assert boxes.get_extra_fields() == ["labels"] and boxes.has_field("labels") and not boxes.has_field("masks")
     assert [part.tolist() for part in boxes.get_center_coordinates_and_sizes()] == [
-        [5, 5, 15, 105], [5, 15, 5, 105], [10] * 4, [10] * 4]
+        [5, 5, 15, 105],
+        [5, 15, 5, 105],
+        [10] * 4,
+        [10] * 4,
+    ]
     boxes.set_field("labels", torch.ones(4))
     assert boxes.as_tensor_dict(["labels"])["labels"].tolist() == [1, 1, 1, 1] and set(boxes.as_tensor_dict()) == {
-        "boxes", "labels"}
+        "boxes",
+        "labels",
+    }
     boxes.transpose_coordinates()
     assert boxes.boxes()[1].tolist() == [10, 0, 20, 10] and boxes.device() == torch.device("cpu")
     for wrong in (ANCHORS.double(), ANCHORS[0], ANCHORS[:, :3]):
@@ -165,8 +204,13 @@ def test_box_coder_by_hand_and_back(scale_factors):
     boxes = BoxList(torch.tensor([[1.0, 2, 11, 12], [0, 10, 20, 20], [10, 0, 20, 10], [100, 100, 115, 120]]))
     deltas = coder.encode(boxes, BoxList(ANCHORS))
     factors = torch.tensor(scale_factors or [1.0] * 4)
-    torch.testing.assert_close(deltas, factors * torch.tensor([
-        [0.1, 0.2, 0, 0], [0.5, 0, math.log(2), 0], [0, 0, 0, 0], [0.25, 0.5, math.log(1.5), math.log(2)]]))
+    torch.testing.assert_close(
+        deltas,
+        factors
+        * torch.tensor(
+            [[0.1, 0.2, 0, 0], [0.5, 0, math.log(2), 0], [0, 0, 0, 0], [0.25, 0.5, math.log(1.5), math.log(2)]]
+        ),
+    )
     torch.testing.assert_close(coder.decode(deltas, BoxList(ANCHORS)).boxes(), boxes.boxes())
     assert coder.code_size() == 4
     with pytest.raises(ValueError):
@@ -176,11 +220,15 @@ def test_box_coder_by_hand_and_back(scale_factors):
 SIMILARITY = torch.tensor([[0.9, 0.4, 0.1, 0.0], [0.2, 0.45, 0.3, 0.2]])
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    ({}, [0, -1, -1, -1]),
-    ({"unmatched_threshold": 0.3}, [0, -2, -2, -1]),
-    ({"unmatched_threshold": 0.3, "negatives_lower_than_unmatched": False}, [0, -1, -1, -2]),
-    ({"force_match_for_each_row": True}, [0, 1, -1, -1])])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0, -1, -1, -1]),
+        ({"unmatched_threshold": 0.3}, [0, -2, -2, -1]),
+        ({"unmatched_threshold": 0.3, "negatives_lower_than_unmatched": False}, [0, -1, -1, -2]),
+        ({"force_match_for_each_row": True}, [0, 1, -1, -1]),
+    ],
+)
 def test_argmax_matcher_by_hand(settings, expected):
     assert ArgMaxMatcher(0.5, **settings).match(SIMILARITY).match_results.tolist() == expected
 
@@ -251,12 +299,18 @@ def test_pascal_detection_evaluator_by_hand():
     evaluator = PascalDetectionEvaluator([{"id": key, "name": name} for key, name in names.items()])
     box, other = [10.0, 20, 30, 60], [50.0, 50, 70, 70]
     for _ in range(2):  # an image that is added again changes nothing
-        evaluator.add_single_ground_truth_image_info("a", {
-            "bbox": np.array([box, other, other]), "cls": np.array([1, 2, 2]), "difficult": np.array([0, 1, 0])})
+        evaluator.add_single_ground_truth_image_info(
+            "a", {"bbox": np.array([box, other, other]), "cls": np.array([1, 2, 2]), "difficult": np.array([0, 1, 0])}
+        )
     evaluator.add_single_ground_truth_image_info("b", {"bbox": np.array([box]), "cls": np.array([1])})
-    evaluator.add_single_detected_image_info("a", {
-        "bbox": np.array([[11.0, 21, 30, 60], other, [50, 50, 50, 70]]), "cls": np.array([1, 1, 1]),
-        "score": np.array([0.5, 0.8, 0.9])})  # the last has no area
+    evaluator.add_single_detected_image_info(
+        "a",
+        {
+            "bbox": np.array([[11.0, 21, 30, 60], other, [50, 50, 50, 70]]),
+            "cls": np.array([1, 1, 1]),
+            "score": np.array([0.5, 0.8, 0.9]),
+        },
+    )  # the last has no area
     evaluator.add_single_detected_image_info("b", {"bbox": np.zeros((0, 4)), "cls": np.zeros(0), "score": np.zeros(0)})
     metrics = evaluator.evaluate()
     by_name = {name: metrics.pop(f"PascalBoxes_PerformanceByCategory/AP@0.5IOU/{name}") for name in names.values()}
@@ -273,17 +327,27 @@ def test_pascal_detection_evaluator_by_hand():
 
 def test_the_layouts_of_data_sets():
     coco, voc, images = Coco2017Cfg(), Voc0712Cfg(), OpenImagesObjChallenge2019Cfg()
-    assert coco.splits["val"] == {"ann_filename": "annotations/instances_val2017.json", "img_dir": "val2017",
-                                  "has_labels": True}
-    assert coco.splits["testdev"] == {"ann_filename": "annotations/image_info_test-dev2017.json",
-                                      "img_dir": "test2017", "has_labels": False}
+    assert coco.splits["val"] == {
+        "ann_filename": "annotations/instances_val2017.json",
+        "img_dir": "val2017",
+        "has_labels": True,
+    }
+    assert coco.splits["testdev"] == {
+        "ann_filename": "annotations/image_info_test-dev2017.json",
+        "img_dir": "test2017",
+        "has_labels": False,
+    }
     assert voc.splits["train"]["ann_filename"] == ["VOC2007/Annotations/%s.xml", "VOC2012/Annotations/%s.xml"]
     assert voc.splits["val"]["split_filename"] == "VOC2007/ImageSets/Main/test.txt"
     folder = "annotations/challenge-2019/challenge-2019"
     assert images.splits["val"] == {
-        "img_dir": "validation", "img_info": "annotations/validation-info.csv", "has_labels": True, "prefix_levels": 0,
+        "img_dir": "validation",
+        "img_info": "annotations/validation-info.csv",
+        "has_labels": True,
+        "prefix_levels": 0,
         "ann_bbox": f"{folder}-validation-detection-bbox.csv",
-        "ann_img_label": f"{folder}-validation-detection-human-imagelabels.csv"}
+        "ann_img_label": f"{folder}-validation-detection-human-imagelabels.csv",
+    }
     assert images.splits["train"]["prefix_levels"] == 1 and images.num_classes == 500
     coco.splits["val"]["img_dir"] = "mine"
     assert Coco2017Cfg().splits["val"]["img_dir"] == "val2017", "each has its own paths"
@@ -291,6 +355,7 @@ def test_the_layouts_of_data_sets():
 
 def test_a_layout_of_ones_own(tmp_path, monkeypatch):
     """A subclass as clients write it, in the place of the one that create_dataset reads."""
+
     class Mine(dataset_factory.Voc2007Cfg):
         def __init__(self):
             super().__init__(img_filename="%s.png")

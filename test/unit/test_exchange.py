@@ -1,4 +1,5 @@
 """Exchanging layers of a model: what goes over to the new layer, and what stays as it is."""
+
 from __future__ import annotations
 
 import pytest

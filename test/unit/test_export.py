@@ -1,4 +1,5 @@
 """Exported files give the boxes that PyTorch gives, on real images, and say what they are."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,8 +19,15 @@ from effdet.ops.boxes import pairwise_iou
 from effdet.predict.load import load_detector
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
-FACTS = {"model": "pocket", "input": "images", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-         "num_classes": 3, "class_names": ["ball", "box", "star"], "category_ids": [3, 7, 12]}
+FACTS = {
+    "model": "pocket",
+    "input": "images",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "num_classes": 3,
+    "class_names": ["ball", "box", "star"],
+    "category_ids": [3, 7, 12],
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,8 @@ def run_onnx(path, images) -> list[np.ndarray]:
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
-        None, {"images": images.numpy()})
+        None, {"images": images.numpy()}
+    )
 
 
 def metadata_of(path) -> dict:
@@ -81,6 +90,7 @@ def test_onnx_with_nms_and_an_open_batch_gives_pytorchs_detections(small_checkpo
         (rows,) = run_onnx(path, batch)
         assert_same_detections(rows, expected)
     import onnx
+
     model = onnx.load(str(path))
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 15)}
     for first in rows[0, :20]:  # no box is left that overlaps a better one of its class
@@ -110,8 +120,9 @@ def all_kinds():
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize(("file_format", "outputs", "batch", "opset"), list(all_kinds()))
-def test_every_kind_of_file_gives_pytorchs_numbers(small_checkpoint, bench, images, tmp_path, file_format, outputs,
-                                                   batch, opset):
+def test_every_kind_of_file_gives_pytorchs_numbers(
+    small_checkpoint, bench, images, tmp_path, file_format, outputs, batch, opset
+):
     detector = load_detector(small_checkpoint, DemoModelConfig())
     path = tmp_path / "file"
     facts = export(detector, path, file_format, outputs, batch, opset)
@@ -149,18 +160,23 @@ def test_suppression_alone_against_pytorch_on_awkward_candidates(tmp_path):
     boxes = torch.cat((corner, corner + 20 + torch.rand(2, 300, 2)), 2)
     scores = torch.rand(2, 300).sort(descending=True).values
     classes = torch.randint(0, 4, (2, 300))
-    kinds = {"boxes": (TensorProto.FLOAT, [2, 300, 4]), "scores": (TensorProto.FLOAT, [2, 300]),
-             "classes": (TensorProto.INT64, [2, 300])}
+    kinds = {
+        "boxes": (TensorProto.FLOAT, [2, 300, 4]),
+        "scores": (TensorProto.FLOAT, [2, 300]),
+        "classes": (TensorProto.INT64, [2, 300]),
+    }
     values = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
     ends = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
     for value in values:
         value.name = f"in_{value.name}"
     nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name in kinds]
-    model = helper.make_model(helper.make_graph(nodes, "candidates", values, ends),
-                              opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    model = helper.make_model(
+        helper.make_graph(nodes, "candidates", values, ends), opset_imports=[helper.make_opsetid("", 15)], ir_version=8
+    )
     append_nms(model, 4, 100)
     onnx.checker.check_model(model, full_check=True)
     import onnxruntime
+
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (rows,) = session.run(None, {"in_boxes": boxes.numpy(), "in_scores": scores.numpy(), "in_classes": classes.numpy()})
     index, kept = batched_nms(boxes, scores, classes, 100)
@@ -174,10 +190,13 @@ def test_suppression_alone_against_pytorch_on_awkward_candidates(tmp_path):
         assert (rows[image, count:] == 0).all()
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--opset", "12"], r"opset 12 is not in 13\.\.20"),
-    (["--outputs", "detections", "--soft-nms"], "soft-NMS is no ONNX operator: export with --no-soft-nms"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--opset", "12"], r"opset 12 is not in 13\.\.20"),
+        (["--outputs", "detections", "--soft-nms"], "soft-NMS is no ONNX operator: export with --no-soft-nms"),
+    ],
+)
 @needs_onnx
 def test_what_cannot_be_exported_is_refused(small_checkpoint, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):

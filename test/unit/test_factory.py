@@ -2,6 +2,7 @@
 
 Weights come over HTTP from a server of this process or from files; nothing here asks another machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -297,8 +298,15 @@ def symmetric_by_hand(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv2dSame):
-                plain = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride,
-                                  child.kernel_size[0] // 2, groups=child.groups, bias=child.bias is not None)
+                plain = nn.Conv2d(
+                    child.in_channels,
+                    child.out_channels,
+                    child.kernel_size,
+                    child.stride,
+                    child.kernel_size[0] // 2,
+                    groups=child.groups,
+                    bias=child.bias is not None,
+                )
                 plain.load_state_dict(child.state_dict())
             elif isinstance(child, MaxPool2dSame):
                 assert child.kernel_size in (3, (3, 3)) and child.stride in (2, (2, 2))

@@ -1,4 +1,5 @@
 """Whole models, labels, losses, gradients and post-processing against numbers of the public reference (test/golden)."""
+
 import sys
 from pathlib import Path
 
@@ -31,8 +32,12 @@ def build(name: str) -> tuple[EfficientDet, np.lib.npyio.NpzFile]:
 
 def assert_close(actual: torch.Tensor, expected: np.ndarray, rtol: float = 1e-4) -> None:
     """Compare with a relative tolerance, and an absolute one at the same share of the largest value."""
-    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=rtol,
-                               atol=rtol * max(1e-12, float(np.abs(expected).max(initial=0))))
+    np.testing.assert_allclose(
+        actual.detach().double().numpy(),
+        expected,
+        rtol=rtol,
+        atol=rtol * max(1e-12, float(np.abs(expected).max(initial=0))),
+    )
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -62,7 +67,8 @@ def test_labels(case):
     model, golden = case
     labeler = DetBenchTrain(model).anchor_labeler
     classes, deltas, num_positives = labeler.batch_label_anchors(
-        torch.from_numpy(golden["gt_boxes_yxyx"]), torch.from_numpy(golden["gt_classes"]))
+        torch.from_numpy(golden["gt_boxes_yxyx"]), torch.from_numpy(golden["gt_classes"])
+    )
     for level in range(5):
         np.testing.assert_array_equal(classes[level].numpy(), golden[f"label_cls_{level}"])
         flat = deltas[level].reshape(-1, 4).numpy()
@@ -81,8 +87,10 @@ def test_losses_and_gradients(case, kind):
         model.config[key] = LOSSES[kind].get(key, 0.0 if key == "label_smoothing" else False)
     bench.loss_fn = DetectionLoss(model.config)
     model.zero_grad()
-    output = bench(weights.make_images(*golden["image_size"]), {
-        "bbox": torch.from_numpy(golden["gt_boxes_yxyx"]), "cls": torch.from_numpy(golden["gt_classes"])})
+    output = bench(
+        weights.make_images(*golden["image_size"]),
+        {"bbox": torch.from_numpy(golden["gt_boxes_yxyx"]), "cls": torch.from_numpy(golden["gt_classes"])},
+    )
     assert_close(torch.stack([output[key] for key in ("loss", "class_loss", "box_loss")]), golden[f"loss_{kind}"])
     output["loss"].backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -106,9 +114,14 @@ def test_detections(name, soft_nms, scaled):
     config.image_size = (height, width)
     logits, deltas, indices, classes = select_candidates(cls_outputs, box_outputs, num_classes)
     detections = make_detections(
-        logits, deltas, Anchors.from_config(config).boxes[indices], classes,
+        logits,
+        deltas,
+        Anchors.from_config(config).boxes[indices],
+        classes,
         torch.from_numpy(golden["img_scale"]) if scaled else None,
-        torch.from_numpy(golden["img_size_wh"]) if scaled else None, soft_nms=soft_nms)
+        torch.from_numpy(golden["img_size_wh"]) if scaled else None,
+        soft_nms=soft_nms,
+    )
     expected = golden[f"det_{'soft_' if soft_nms else ''}nms_{'scaled' if scaled else 'raw'}"]
     np.testing.assert_array_equal(detections[..., 5].numpy(), expected[..., 5])
     np.testing.assert_allclose(detections.numpy(), expected, rtol=1e-4, atol=1e-3)

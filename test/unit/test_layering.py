@@ -3,6 +3,7 @@
 Each rule is a function from a repository's root to a list of violations, one readable line each. It is held against
 this repository, and against small wrong ones made for the purpose, so that a rule that sees nothing is noticed.
 """
+
 from __future__ import annotations
 
 import ast
@@ -25,8 +26,18 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("effdet.datacheck", "effdet.predict"),
     ("effdet.report",),
     ("effdet.evaluator", "effdet.bench", "effdet.factory", "effdet.data"),
-    ("effdet.efficientdet", "effdet.network", "effdet.anchors", "effdet.loss", "effdet.soft_nms", "effdet.checkpoint",
-     "effdet.helpers", "effdet.object_detection", "effdet.evaluation", "effdet.distributed"),
+    (
+        "effdet.efficientdet",
+        "effdet.network",
+        "effdet.anchors",
+        "effdet.loss",
+        "effdet.soft_nms",
+        "effdet.checkpoint",
+        "effdet.helpers",
+        "effdet.object_detection",
+        "effdet.evaluation",
+        "effdet.distributed",
+    ),
     ("effdet.ops", "effdet.metrics"),
     ("effdet.runtime", "effdet.config", "effdet.version"),
     ("timm_patches",),
@@ -147,9 +158,25 @@ def foreign_packages(root: Path) -> list[str]:
     return wrong
 
 
-FOLDERS = {f"effdet.{name}" for name in (
-    "commands", "training", "datacheck", "predict", "report", "data", "network", "checkpoint", "ops", "metrics",
-    "runtime", "config", "object_detection", "evaluation")}
+FOLDERS = {
+    f"effdet.{name}"
+    for name in (
+        "commands",
+        "training",
+        "datacheck",
+        "predict",
+        "report",
+        "data",
+        "network",
+        "checkpoint",
+        "ops",
+        "metrics",
+        "runtime",
+        "config",
+        "object_detection",
+        "evaluation",
+    )
+}
 
 # A vendor's word by itself or in an identifier. Names that begin with npu_ are operators, such as npu_batch_nms.
 _VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)
@@ -180,8 +207,11 @@ def prints_and_exits(root: Path) -> list[str]:
         allowed: set[int] = set()
         for node in ast.walk(tree):
             # the last two are how the scripts end with one line, as argparse does for a wrong flag
-            is_main = isinstance(node, ast.FunctionDef) and node.name in ("main", "one_line_errors",
-                                                                          "dead_workers_in_one_line")
+            is_main = isinstance(node, ast.FunctionDef) and node.name in (
+                "main",
+                "one_line_errors",
+                "dead_workers_in_one_line",
+            )
             is_main |= isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
             if is_main:
                 allowed |= {id(child) for child in ast.walk(node)}
@@ -246,8 +276,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("rule", "files", "message"), WRONG, ids=lambda value: getattr(value, "__name__", None))
 def test_a_violation_is_seen(tmp_path, rule, files, message):
-    common = {"effdet/__init__.py": "", "effdet/data/__init__.py": "", "effdet/ops/__init__.py": "",
-              "effdet/ops/nms.py": ""}
+    common = {
+        "effdet/__init__.py": "",
+        "effdet/data/__init__.py": "",
+        "effdet/ops/__init__.py": "",
+        "effdet/ops/nms.py": "",
+    }
     root = make_repository(tmp_path, {**common, **files})
     violations = rule(root)
     assert len(violations) == 1 and message in violations[0]

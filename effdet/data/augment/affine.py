@@ -85,8 +85,9 @@ def _clip_polygon(points: list[list[float]], size_wh: tuple[int, int]) -> list[l
     return points
 
 
-def warp(img: Image.Image, target: dict[str, Any], matrix: Matrix, fill_color: tuple[int, int, int]
-         ) -> tuple[Image.Image, dict[str, Any]]:
+def warp(
+    img: Image.Image, target: dict[str, Any], matrix: Matrix, fill_color: tuple[int, int, int]
+) -> tuple[Image.Image, dict[str, Any]]:
     """Move an image and the boxes of its target; boxes of which nothing is left go, with their labels."""
     if "bbox" in target:
         boxes, keep = warp_boxes(target["bbox"], matrix, img.size)

@@ -114,8 +114,12 @@ def _matrix(operation: str, share: float, scope: str, size_wh: tuple[int, int]) 
     return None
 
 
-_ENHANCERS = {"Color": ImageEnhance.Color, "Contrast": ImageEnhance.Contrast, "Brightness": ImageEnhance.Brightness,
-              "Sharpness": ImageEnhance.Sharpness}
+_ENHANCERS = {
+    "Color": ImageEnhance.Color,
+    "Contrast": ImageEnhance.Contrast,
+    "Brightness": ImageEnhance.Brightness,
+    "Sharpness": ImageEnhance.Sharpness,
+}
 
 
 def _recolor(operation: str, share: float, img: Image.Image) -> Image.Image:

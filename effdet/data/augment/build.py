@@ -39,8 +39,16 @@ def build_train_transform(dataset: Any, data: DataConfig, inputs: Mapping[str, A
     if data.color_jitter > 0:
         before.append(ColorJitter(data.color_jitter))
     plain = transforms_coco_train(
-        inputs["input_size"][1:], data.train_interpolation, True, inputs["fill_color"], inputs["mean"], inputs["std"],
-        scale=(data.scale_min, data.scale_max), hflip=data.hflip, before=before)
+        inputs["input_size"][1:],
+        data.train_interpolation,
+        True,
+        inputs["fill_color"],
+        inputs["mean"],
+        inputs["std"],
+        scale=(data.scale_min, data.scale_max),
+        hflip=data.hflip,
+        before=before,
+    )
     if not (data.mosaic or data.mixup):
         return plain
     return MosaicMixup(plain, dataset, data.mosaic, data.mixup)
@@ -49,9 +57,16 @@ def build_train_transform(dataset: Any, data: DataConfig, inputs: Mapping[str, A
 def describe_augmentation(data: DataConfig) -> str:
     """Say in one line what is done to the training images."""
     parts = [f"scale {data.scale_min:g} to {data.scale_max:g}", f"flip {data.hflip:g}"]
-    named = {"transform": data.transform, "AutoAugment": data.aa, "colour jitter": data.color_jitter,
-             "mosaic": data.mosaic, "mixup": data.mixup, "random erasing": data.reprob,
-             "sizes": ", ".join(map(str, data.multi_scale))}
-    parts += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-              for name, value in named.items() if value]
+    named = {
+        "transform": data.transform,
+        "AutoAugment": data.aa,
+        "colour jitter": data.color_jitter,
+        "mosaic": data.mosaic,
+        "mixup": data.mixup,
+        "random erasing": data.reprob,
+        "sizes": ", ".join(map(str, data.multi_scale)),
+    }
+    parts += [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in named.items() if value
+    ]
     return ", ".join(parts)

@@ -110,8 +110,9 @@ class MosaicMixup:
         part = resize_crop(img, scaled[::-1], (left, top, right, bottom), random.choice(self.resize.interpolation))
         return part, move_boxes(target, scale, (top, left), (bottom - top, right - left))
 
-    def _blend(self, pixels: np.ndarray, target: Target, other: np.ndarray, other_target: Target
-               ) -> tuple[np.ndarray, Target]:
+    def _blend(
+        self, pixels: np.ndarray, target: Target, other: np.ndarray, other_target: Target
+    ) -> tuple[np.ndarray, Target]:
         ratio = random.betavariate(_MIXUP_ALPHA, _MIXUP_ALPHA)
         first, second = (Image.fromarray(np.ascontiguousarray(p.transpose(1, 2, 0))) for p in (pixels, other))
         mixed = np.asarray(Image.blend(first, second, ratio)).transpose(2, 0, 1)

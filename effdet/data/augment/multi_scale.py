@@ -23,8 +23,16 @@ class MultiScaleSampler(TrainSampler):
         batch_size: of this process.
     """
 
-    def __init__(self, dataset: Any, rank: int, world_size: int, seed: int, drop_last: bool, sizes: Sequence[Size],
-                 batch_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        rank: int,
+        world_size: int,
+        seed: int,
+        drop_last: bool,
+        sizes: Sequence[Size],
+        batch_size: int,
+    ) -> None:
         super().__init__(dataset, rank, world_size, seed, drop_last)
         self.sizes = [tuple(size) for size in sizes]
         self.batch_size = batch_size
@@ -35,8 +43,10 @@ class MultiScaleSampler(TrainSampler):
 
     def __iter__(self) -> Iterator[tuple[int, Size]]:
         epoch, start = self.epoch, self.start
-        return ((index, self.size_of(epoch, place // self.batch_size))
-                for place, index in enumerate(super().__iter__(), start))
+        return (
+            (index, self.size_of(epoch, place // self.batch_size))
+            for place, index in enumerate(super().__iter__(), start)
+        )
 
 
 class MultiScaleDataset:
@@ -54,8 +64,10 @@ class MultiScaleDataset:
         self.size: Size | None = None
         transform = unwrap_subset(dataset).transform
         if not hasattr(transform, "set_size"):
-            raise ValueError(f"the transform {transform!r} cannot change its output size: with multi_scale it needs a "
-                             "method set_size((height, width))")
+            raise ValueError(
+                f"the transform {transform!r} cannot change its output size: with multi_scale it needs a "
+                "method set_size((height, width))"
+            )
 
     def __getitem__(self, key: tuple[int, Size]) -> Any:
         index, size = key

@@ -79,8 +79,10 @@ class UserTransform:
         self.transform = transform
         self.spec = spec
         if isinstance(transform, type) or not callable(transform):
-            raise ValueError(f"transform {self} is {transform!r}; needed is a callable (image, target) -> (image, "
-                             "target) or an Albumentations pipeline")
+            raise ValueError(
+                f"transform {self} is {transform!r}; needed is a callable (image, target) -> (image, "
+                "target) or an Albumentations pipeline"
+            )
         self.is_pipeline = is_pipeline(transform)
         if self.is_pipeline:
             _check_pipeline(transform, str(self))
@@ -102,8 +104,10 @@ class UserTransform:
         if isinstance(img, np.ndarray) and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
             img = Image.fromarray(img)
         if not isinstance(img, Image.Image) or img.mode != "RGB":
-            raise ValueError(f"transform {self} returned the image {img!r:.80}; needed is a Pillow image in mode "
-                             "RGB or a uint8 array [height, width, 3]")
+            raise ValueError(
+                f"transform {self} returned the image {img!r:.80}; needed is a Pillow image in mode "
+                "RGB or a uint8 array [height, width, 3]"
+            )
         target = dict(target, img_size=img.size)
         if "bbox" in target:
             target["bbox"], target["cls"] = self._check_boxes(target["bbox"], target.get("cls"), img)
@@ -112,8 +116,10 @@ class UserTransform:
     def _check_boxes(self, boxes: Any, classes: Any, img: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         boxes, classes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4), np.asarray(classes, dtype=np.int64)
         if len(boxes) != len(classes) or not np.isfinite(boxes).all():
-            raise ValueError(f"transform {self} returned {len(boxes)} boxes and {classes.size} labels; needed is one "
-                             "label a box, and finite numbers")
+            raise ValueError(
+                f"transform {self} returned {len(boxes)} boxes and {classes.size} labels; needed is one "
+                "label a box, and finite numbers"
+            )
         boxes = clip_boxes(boxes, (img.height, img.width))
         keep = (boxes[:, :2] < boxes[:, 2:]).all(1)
         return boxes[keep], classes[keep]
@@ -140,5 +146,7 @@ def pipeline_transform(pipeline: Any) -> Compose:
 def _check_pipeline(pipeline: Any, name: str) -> None:
     params = getattr(getattr(pipeline, "processors", {}).get("bboxes"), "params", None)
     if getattr(params, "format", None) != "pascal_voc" or list(getattr(params, "label_fields", None) or []) != ["cls"]:
-        raise ValueError(f"the Albumentations pipeline {name} must be a Compose with bbox_params=BboxParams("
-                         "format='pascal_voc', label_fields=['cls']), so that the boxes move with the image")
+        raise ValueError(
+            f"the Albumentations pipeline {name} must be a Compose with bbox_params=BboxParams("
+            "format='pascal_voc', label_fields=['cls']), so that the boxes move with the image"
+        )

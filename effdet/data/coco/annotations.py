@@ -129,9 +129,7 @@ class CocoParser(Parser):
         if img_dir is not None and not img_dir.is_dir():
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
         with collector_paused():
-            arrays, self.report = check_coco(
-                self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd
-            )
+            arrays, self.report = check_coco(self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd)
             self.report.raise_if_errors()
             self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
         self._files_checked = img_dir is not None
@@ -230,8 +228,12 @@ class CocoParser(Parser):
         counts = np.diff(self._offsets)[self._rows]
         starts = np.repeat(self._offsets[self._rows] - np.concatenate(([0], counts.cumsum()[:-1])), counts)
         rows = np.arange(len(starts)) + starts
-        return {"img_idx": np.repeat(np.arange(len(self._rows)), counts), "bbox": self._boxes_yxyx[rows],
-                "category_id": self._category_ids[rows], "crowd": self._is_crowd[rows]}
+        return {
+            "img_idx": np.repeat(np.arange(len(self._rows)), counts),
+            "bbox": self._boxes_yxyx[rows],
+            "category_id": self._category_ids[rows],
+            "crowd": self._is_crowd[rows],
+        }
 
     def check_files(self, img_dir: str | Path) -> None:
         """Check once that every image is in `img_dir`, unless that was done when the json was read.

@@ -164,8 +164,10 @@ def check_files(infos: Iterable[dict[str, Any]], img_dir: Path, report: DatasetR
                 with os.scandir(img_dir / folder) as entries:
                     listings[folder] = {e.name for e in entries}
             except PermissionError as e:
-                raise DatasetError(f"image directory {img_dir / folder} may not be read: permission denied. Change its "
-                                   "permissions, or run as a user who may.") from e
+                raise DatasetError(
+                    f"image directory {img_dir / folder} may not be read: permission denied. Change its "
+                    "permissions, or run as a user who may."
+                ) from e
             except (OSError, ValueError):  # ValueError: no file can have this name
                 listings[folder] = set()
         if base not in listings[folder]:

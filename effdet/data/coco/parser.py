@@ -20,8 +20,15 @@ class Parser:
         label_offset: the first label, 1.
     """
 
-    def __init__(self, bbox_yxyx: bool = False, has_labels: bool = True, include_masks: bool = False,
-                 include_bboxes_ignore: bool = False, ignore_empty_gt: bool = False, min_img_size: int = 32) -> None:
+    def __init__(
+        self,
+        bbox_yxyx: bool = False,
+        has_labels: bool = True,
+        include_masks: bool = False,
+        include_bboxes_ignore: bool = False,
+        ignore_empty_gt: bool = False,
+        min_img_size: int = 32,
+    ) -> None:
         """Keep the settings, and start with empty lists.
 
         Args:
@@ -50,8 +57,10 @@ class Parser:
     def cat_dicts(self) -> list[dict[str, Any]]:
         """[{'name', 'id'}] with the target label as id, for evaluators in the style of TF models."""
         labels = self.cat_id_to_label
-        return [{"name": name, "id": labels[cat_id] if labels else cat_id}
-                for name, cat_id in zip(self.cat_names, self.cat_ids, strict=True)]
+        return [
+            {"name": name, "id": labels[cat_id] if labels else cat_id}
+            for name, cat_id in zip(self.cat_names, self.cat_ids, strict=True)
+        ]
 
     @property
     def max_label(self) -> int:

@@ -80,8 +80,10 @@ def read_json(path: str | Path) -> Any:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return _read_slowly(raw)
     except PermissionError as e:
-        raise DatasetError(f"annotation file {path} may not be read: permission denied. Change its permissions, or run "
-                           "as a user who may.") from e
+        raise DatasetError(
+            f"annotation file {path} may not be read: permission denied. Change its permissions, or run "
+            "as a user who may."
+        ) from e
     except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; lists in lists in lists
         raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
 

@@ -113,8 +113,11 @@ class DatasetReport:
     def entries(self) -> list[tuple[str, str, str]]:
         """Give each kind found as (level, sentence, kind); level is 'error', 'warning' (dropped) or 'note'."""
         tables = (("error", self.errors, ERRORS), ("warning", self.dropped, DROPPED), ("note", self.noted, NOTED))
-        return [(level, self._line(kind, count, *texts[kind]), kind) for level, counts, texts in tables
-                for kind, count in counts.items()]
+        return [
+            (level, self._line(kind, count, *texts[kind]), kind)
+            for level, counts, texts in tables
+            for kind, count in counts.items()
+        ]
 
     def lines(self) -> list[str]:
         """Give the report as lines for the log: the totals, then one line for each kind found."""

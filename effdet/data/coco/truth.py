@@ -2,6 +2,7 @@
 
 Datasets of one's own are read too: attributes are looked for, classes are not.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,8 @@ def find_parser(dataset: Any) -> Any:
         layer = getattr(layer, "dataset", None)
     raise ValueError(
         f"{type(dataset).__name__} has no `parser`: the evaluator needs dataset.parser with `img_ids` (image id of "
-        "each img_idx) and the ground truth as `coco_dict()`, `coco` or `ann_path`")
+        "each img_idx) and the ground truth as `coco_dict()`, `coco` or `ann_path`"
+    )
 
 
 def covered_img_ids(dataset: Any, parser: Any) -> set[Any] | None:
@@ -53,7 +55,8 @@ def load_ground_truth(parser: Any) -> Mapping[str, Any]:
             return json.load(file)
     raise ValueError(
         f"{type(parser).__name__} has no ground truth: give it `coco_dict()` (the parsed COCO json), `coco` "
-        "(a pycocotools COCO object) or `ann_path` (path of the json)")
+        "(a pycocotools COCO object) or `ann_path` (path of the json)"
+    )
 
 
 def category_ids(parser: Any) -> np.ndarray:
@@ -63,8 +66,10 @@ def category_ids(parser: Any) -> np.ndarray:
         return np.asarray(category_map.idx_to_id)
     cat_ids = getattr(parser, "cat_ids", None)
     if cat_ids is None:
-        raise ValueError(f"{type(parser).__name__} has neither `category_map` nor `cat_ids`: the evaluator cannot tell "
-                         "the category ids of the predicted classes")
+        raise ValueError(
+            f"{type(parser).__name__} has neither `category_map` nor `cat_ids`: the evaluator cannot tell "
+            "the category ids of the predicted classes"
+        )
     if getattr(parser, "cat_ids_as_labels", False):
         return np.arange(1, max(cat_ids, default=0) + 1)
     return np.array(sorted(cat_ids), dtype=np.int64)

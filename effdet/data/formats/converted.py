@@ -24,9 +24,15 @@ class ConvertedParser(CocoParser):
         if not cfg.add_background:
             raise ValueError("add_background=False is not supported: labels count from 1 here, 0 is the background")
         self._convert, self._source_cfg = read, cfg
-        super().__init__(CocoParserCfg(
-            source, has_labels=cfg.has_labels, bbox_yxyx=cfg.bbox_yxyx, min_img_size=cfg.min_img_size,
-            ignore_empty_gt=cfg.ignore_empty_gt))
+        super().__init__(
+            CocoParserCfg(
+                source,
+                has_labels=cfg.has_labels,
+                bbox_yxyx=cfg.bbox_yxyx,
+                min_img_size=cfg.min_img_size,
+                ignore_empty_gt=cfg.ignore_empty_gt,
+            )
+        )
 
     def _read(self) -> dict[str, Any]:
         return self._convert(self._source_cfg)

@@ -60,33 +60,53 @@ def read_open_images(cfg: OpenImagesParserCfg) -> dict[str, Any]:
         rows = [row for row in csv.reader(file) if row]
     ids = {row[0]: number for number, row in enumerate(rows, start=1)}
     categories = [{"id": ids[row[0]], "name": row[1] if len(row) > 1 else row[0]} for row in rows]
-    sizes = {row["id"]: (float(row["width"]), float(row["height"]))
-             for row in _rows(cfg.img_info_filename, ("id", "width", "height"))}
+    sizes = {
+        row["id"]: (float(row["width"]), float(row["height"]))
+        for row in _rows(cfg.img_info_filename, ("id", "width", "height"))
+    }
     annotations: list[dict[str, Any]] = []
     if cfg.has_labels:
         for row in _rows(cfg.bbox_filename, ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")):
             image_id, label = row["ImageID"], row["LabelName"]
             if label not in ids or image_id not in sizes:
-                what, where = (f"label {label}", cfg.categories_filename) if label not in ids else (
-                    f"image {image_id}", cfg.img_info_filename)
+                what, where = (
+                    (f"label {label}", cfg.categories_filename)
+                    if label not in ids
+                    else (f"image {image_id}", cfg.img_info_filename)
+                )
                 raise DatasetError(f"{cfg.bbox_filename} has a box of the {what}, which is not in {where}")
             width, height = sizes[image_id]
             x_min, x_max = float(row["XMin"]) * width, float(row["XMax"]) * width
             y_min, y_max = float(row["YMin"]) * height, float(row["YMax"]) * height
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": image_id, "category_id": ids[label],
-                "bbox": [x_min, y_min, x_max - x_min, y_max - y_min], "area": (x_max - x_min) * (y_max - y_min),
-                "iscrowd": int(row.get("IsGroupOf") == "1")})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[label],
+                    "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
+                    "area": (x_max - x_min) * (y_max - y_min),
+                    "iscrowd": int(row.get("IsGroupOf") == "1"),
+                }
+            )
     listed = sorted({row["image_id"] for row in annotations}) if cfg.has_labels else list(sizes)
-    images = [{"id": image_id, "file_name": "/".join([*image_id[:cfg.prefix_levels], cfg.img_filename % image_id]),
-               "width": sizes[image_id][0], "height": sizes[image_id][1]} for image_id in listed]
+    images = [
+        {
+            "id": image_id,
+            "file_name": "/".join([*image_id[: cfg.prefix_levels], cfg.img_filename % image_id]),
+            "width": sizes[image_id][0],
+            "height": sizes[image_id][1],
+        }
+        for image_id in listed
+    ]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _open(path: str | Path) -> Any:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; Open Images keeps it with its annotations (sizes of images: "
-                                "a csv with the columns id, width, height, made from the files)")
+        raise FileNotFoundError(
+            f"{path} does not exist; Open Images keeps it with its annotations (sizes of images: "
+            "a csv with the columns id, width, height, made from the files)"
+        )
     return open(path, newline="", encoding="utf-8")
 
 

@@ -10,8 +10,27 @@ from ..coco.report import DatasetError
 from .converted import ConvertedParser
 
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 
 
 @dataclass
@@ -62,8 +81,10 @@ def read_voc(cfg: VocParserCfg) -> dict[str, Any]:
     """
     parts = [_listed(value) for value in (cfg.split_filename, cfg.ann_filename, cfg.img_filename)]
     if len({len(part) for part in parts}) != 1:
-        raise ValueError(f"split_filename, ann_filename and img_filename list {', '.join(str(len(p)) for p in parts)} "
-                         "entries: give as many of each")
+        raise ValueError(
+            f"split_filename, ann_filename and img_filename list {', '.join(str(len(p)) for p in parts)} "
+            "entries: give as many of each"
+        )
     classes = list(cfg.classes or VOC_CLASSES)
     ids = {name: number for number, name in enumerate(classes, start=1)}
     images: list[dict[str, Any]] = []
@@ -78,13 +99,24 @@ def read_voc(cfg: VocParserCfg) -> dict[str, Any]:
             image_id = name if len(parts[0]) == 1 else f"{number}/{name}"
             path = Path(ann % name)
             root = _parse(path)
-            images.append({"id": image_id, "file_name": img % name, "width": _number(root, "size/width", path),
-                           "height": _number(root, "size/height", path)})
+            images.append(
+                {
+                    "id": image_id,
+                    "file_name": img % name,
+                    "width": _number(root, "size/width", path),
+                    "height": _number(root, "size/height", path),
+                }
+            )
             for item in root.findall("object") if cfg.has_labels else ():
-                annotations.append(_convert_object(item, path, ids, cfg.keep_difficult)
-                                   | {"id": len(annotations) + 1, "image_id": image_id})
-    return {"images": images, "annotations": annotations,
-            "categories": [{"id": number, "name": name} for name, number in ids.items()]}
+                annotations.append(
+                    _convert_object(item, path, ids, cfg.keep_difficult)
+                    | {"id": len(annotations) + 1, "image_id": image_id}
+                )
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+    }
 
 
 def _parse(path: Path) -> ElementTree.Element:
@@ -107,10 +139,17 @@ def _number(element: ElementTree.Element, tag: str, path: Path) -> float:
 def _convert_object(item: ElementTree.Element, path: Path, ids: dict[str, int], keep_difficult: bool) -> dict[str, Any]:
     name = (item.findtext("name") or "").strip()
     if name not in ids:
-        raise DatasetError(f"{path} has an object of the class {name!r}, which is none of {', '.join(ids)}: list the "
-                           "data set's own classes in the parser's `classes`")
+        raise DatasetError(
+            f"{path} has an object of the class {name!r}, which is none of {', '.join(ids)}: list the "
+            "data set's own classes in the parser's `classes`"
+        )
     x_min, y_min, x_max, y_max = (_number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax"))
     difficult = int((item.findtext("difficult") or "0").strip() == "1")
-    return {"category_id": ids[name], "bbox": [x_min - 1, y_min - 1, x_max - x_min, y_max - y_min], "iscrowd": 0,
-            "area": (x_max - x_min) * (y_max - y_min), "difficult": difficult,
-            **({"ignore": 1} if difficult and not keep_difficult else {})}
+    return {
+        "category_id": ids[name],
+        "bbox": [x_min - 1, y_min - 1, x_max - x_min, y_max - y_min],
+        "iscrowd": 0,
+        "area": (x_max - x_min) * (y_max - y_min),
+        "difficult": difficult,
+        **({"ignore": 1} if difficult and not keep_difficult else {}),
+    }

@@ -8,8 +8,15 @@ from ..coco.categories import CategoryMap
 from ..formats.open_images import OpenImagesParser, OpenImagesParserCfg
 from ..formats.voc import VocParser, VocParserCfg
 
-__all__ = ["CocoParser", "CocoParserCfg", "OpenImagesParser", "OpenImagesParserCfg", "VocParser", "VocParserCfg",
-           "create_parser"]
+__all__ = [
+    "CocoParser",
+    "CocoParserCfg",
+    "OpenImagesParser",
+    "OpenImagesParserCfg",
+    "VocParser",
+    "VocParserCfg",
+    "create_parser",
+]
 
 _logger = logging.getLogger(__name__)
 

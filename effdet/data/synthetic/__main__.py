@@ -1,4 +1,5 @@
 """`python -m effdet.data.synthetic`."""
+
 from .dataset import main
 
 if __name__ == "__main__":

@@ -268,10 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
-        prog="python -m effdet.data.synthetic", description="Make the embedded data set in COCO's layout.",
+        prog="python -m effdet.data.synthetic",
+        description="Make the embedded data set in COCO's layout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Examples:\n  python -m effdet.data.synthetic --out data/synthetic\n"
-               "  python -m effdet.data.synthetic --out tiny --num-train 12 --num-val 4")
+        "  python -m effdet.data.synthetic --out tiny --num-train 12 --num-val 4",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another set of images (default 0)")
     parser.add_argument("--num-train", type=int, default=400, metavar="N", help="images for training (default 400)")

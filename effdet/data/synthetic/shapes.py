@@ -103,6 +103,7 @@ def make_colours(kind: str, behind: np.ndarray, rng: np.random.Generator) -> tup
     Returns:
         Two colours [3], 0..1.
     """
+
     def draw(usual_hue: float | None) -> np.ndarray:
         hues = [rng.random() if usual_hue is None else (usual_hue + rng.normal(0, 0.035)) % 1 for _ in range(4)]
         drawn = [np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.6, 0.98))) for hue in hues]

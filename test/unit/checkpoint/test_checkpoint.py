@@ -1,4 +1,5 @@
 """Checkpoints: what is written, what survives a crash, what is read, refused, kept and fitted. With real files."""
+
 from __future__ import annotations
 
 import argparse
@@ -257,7 +258,14 @@ class OldNpuTensor:
     def __reduce__(self):
         tensor = self.tensor
         return sys.modules["torch_npu.utils.storage"]._rebuild_npu_tensor, (
-            tensor.storage(), tensor.storage_offset(), tuple(tensor.size()), tensor.stride(), False, OrderedDict(), 2)
+            tensor.storage(),
+            tensor.storage_offset(),
+            tuple(tensor.size()),
+            tensor.stride(),
+            False,
+            OrderedDict(),
+            2,
+        )
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -277,8 +285,11 @@ def test_a_file_of_the_ascend_port_loads_without_its_device(tmp_path, monkeypatc
         for name in ("torch_npu", "torch_npu.utils"):
             patch.setitem(sys.modules, name, types.ModuleType(name))
         patch.setitem(sys.modules, old.__name__, old)
-        torch.save({**old_style_payload(model), "state_dict": state, "amp": {"loss_scaler0": {"loss_scale": 128.0}}},
-                   path, _use_new_zipfile_serialization=archive)
+        torch.save(
+            {**old_style_payload(model), "state_dict": state, "amp": {"loss_scaler0": {"loss_scale": 128.0}}},
+            path,
+            _use_new_zipfile_serialization=archive,
+        )
     read = ck.load_checkpoint_file(path)
     assert same_weights(ck.extract_state_dict(read), dict(model.state_dict()))
     assert (read["args"]["lr"], read["metric"], read["amp"]["loss_scaler0"]["loss_scale"]) == (0.16, 0.25, 128.0)
@@ -310,9 +321,15 @@ def test_safetensors_load(tmp_path):
     assert same_weights(ck.load_checkpoint_file(tmp_path / "a.safetensors"), dict(model.state_dict()))
     content = (tmp_path / "a.safetensors").read_bytes()
     assert content[8:9] == b"{"
-    damages = {"cut": content[:50], "short": content[:-4], "longer": content + b"1234", "page": b"<html>404</html>",
-               "header": content[:8] + b"[" + content[9:], "length": b"\xff" + content[1:],
-               "pickle": pickle.dumps(Malicious(tmp_path / "pwned"))}
+    damages = {
+        "cut": content[:50],
+        "short": content[:-4],
+        "longer": content + b"1234",
+        "page": b"<html>404</html>",
+        "header": content[:8] + b"[" + content[9:],
+        "length": b"\xff" + content[1:],
+        "pickle": pickle.dumps(Malicious(tmp_path / "pwned")),
+    }
     for name, damaged in damages.items():
         (tmp_path / f"{name}.safetensors").write_bytes(damaged)
         with pytest.raises(ck.CheckpointError, match=rf"{name}.safetensors \(\d+ bytes\) .*damaged") as caught:
@@ -365,7 +382,7 @@ def test_damage_is_told_from_an_archive_of_something_else(tmp_path):
     ck.save_checkpoint(path, {"state_dict": {"weight": torch.full((1000,), 3.0)}})
     content = path.read_bytes()
     place = content.index(struct.pack("<f", 3.0) * 4)
-    path.write_bytes(content[:place] + b"\x01" + content[place + 1:])
+    path.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
     with pytest.raises(ck.CheckpointError, match=r"is damaged: a checksum does not fit \(\S+/data/0\); copy it again"):
         ck.load_checkpoint_file(path)
     with zipfile.ZipFile(tmp_path / "photos.pth", "w") as archive:
@@ -437,9 +454,12 @@ def test_a_payload_behind_an_allowed_type_does_not_run(tmp_path, where):
     """The types that older files need must not open a way around the refusal."""
     target, path = tmp_path / "pwned", tmp_path / "evil.pth"
     evil = Malicious(target)
-    hidden = {"namespace": argparse.Namespace(lr=evil), "array": np.array([evil], dtype=object),
-              "scalar": np.array([evil], dtype=object).reshape(()),
-              "reduce": {"w": OrderedDict(torch.nn.Linear(1, 1).state_dict()), "x": (evil,)}}[where]
+    hidden = {
+        "namespace": argparse.Namespace(lr=evil),
+        "array": np.array([evil], dtype=object),
+        "scalar": np.array([evil], dtype=object).reshape(()),
+        "reduce": {"w": OrderedDict(torch.nn.Linear(1, 1).state_dict()), "x": (evil,)},
+    }[where]
     torch.save({"state_dict": {"w": torch.zeros(1)}, "args": hidden}, path)
     with pytest.raises(ck.CheckpointError) as caught:
         ck.load_checkpoint_file(path)
@@ -730,7 +750,7 @@ def test_the_checkpoint_that_came_furthest_is_resumed_and_broken_ones_are_named(
     (tmp_path / "recovery.pth.tar").write_bytes(b"PK\x03\x04 half")
     content = (tmp_path / "last.pth.tar").read_bytes()
     place = content.index(struct.pack("<f", 2.0) * 3)
-    (tmp_path / "last.pth.tar").write_bytes(content[:place] + b"\x01" + content[place + 1:])  # checkpoint-2 as well
+    (tmp_path / "last.pth.tar").write_bytes(content[:place] + b"\x01" + content[place + 1 :])  # checkpoint-2 as well
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert weight_in(ck.find_resumable(tmp_path)) == 1.0

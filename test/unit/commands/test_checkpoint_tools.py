@@ -1,4 +1,5 @@
 """Averaging and cleaning checkpoints: the numbers, and what stays in the file."""
+
 from __future__ import annotations
 
 import hashlib
@@ -12,13 +13,24 @@ from effdet.commands import average as averaging
 from effdet.commands import clean as cleaning
 from effdet.helpers import _sha256
 
-DESCRIPTION = {"version": 1, "arch": "pocket", "image_size": [64, 64], "model_config": {"name": "pocket"},
-               "category_map": {"ids": [3], "names": ["ball"], "num_classes": 1, "id_indexed": False}}
+DESCRIPTION = {
+    "version": 1,
+    "arch": "pocket",
+    "image_size": [64, 64],
+    "model_config": {"name": "pocket"},
+    "category_map": {"ids": [3], "names": ["ball"], "num_classes": 1, "id_indexed": False},
+}
 
 
 def write(path, value, ema=None, metric=None, **changed) -> str:
-    payload = {**DESCRIPTION, "optimizer": {"state": {}}, "epoch": 3, "metric": metric,
-               "state_dict": {"w": torch.tensor([value, 1.0]), "n": torch.tensor(int(value))}, **changed}
+    payload = {
+        **DESCRIPTION,
+        "optimizer": {"state": {}},
+        "epoch": 3,
+        "metric": metric,
+        "state_dict": {"w": torch.tensor([value, 1.0]), "n": torch.tensor(int(value))},
+        **changed,
+    }
     if ema is not None:
         payload["state_dict_ema"] = {"w": torch.tensor([ema, 1.0]), "n": torch.tensor(int(ema))}
     save_checkpoint(path, payload)
@@ -54,11 +66,14 @@ def test_the_best_are_chosen_by_their_metric(tmp_path):
         averaging.main([*files, "--best", "2", "--out", str(tmp_path / "c.pth")])
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"state_dict": {"w": torch.zeros(3), "n": torch.tensor(1)}}, "1 tensors differ in name or shape, such as w"),
-    ({"state_dict": {"v": torch.zeros(2), "n": torch.tensor(1)}}, "2 tensors differ in name or shape, such as v"),
-    ({"category_map": {**DESCRIPTION["category_map"], "names": ["box"]}}, "has another category_map than"),
-])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"state_dict": {"w": torch.zeros(3), "n": torch.tensor(1)}}, "1 tensors differ in name or shape, such as w"),
+        ({"state_dict": {"v": torch.zeros(2), "n": torch.tensor(1)}}, "2 tensors differ in name or shape, such as v"),
+        ({"category_map": {**DESCRIPTION["category_map"], "names": ["box"]}}, "has another category_map than"),
+    ],
+)
 def test_different_models_are_not_averaged(tmp_path, changed, message):
     files = [write(tmp_path / "a.pth", 1.0), write(tmp_path / "b.pth", 1.0, **changed)]
     with pytest.raises(CheckpointError, match=message):
@@ -76,14 +91,17 @@ def test_a_cleaned_checkpoint_predicts_the_same_and_is_smaller(small_checkpoint,
     content = load_checkpoint_file(tmp_path / "clean.pth")
     assert set(content) == {"version", "arch", "model_config", "category_map", "image_size", "state_dict"}
     assert (tmp_path / "clean.pth").stat().st_size < 0.6 * small_checkpoint.stat().st_size
-    found, expected = (effdet.load(path, device="cpu").predict(synthetic_images[0])[0]
-                       for path in (tmp_path / "clean.pth", small_checkpoint))
+    found, expected = (
+        effdet.load(path, device="cpu").predict(synthetic_images[0])[0]
+        for path in (tmp_path / "clean.pth", small_checkpoint)
+    )
     assert found.boxes_xyxy.tobytes() == expected.boxes_xyxy.tobytes() and found.names == expected.names
 
 
 def test_a_plain_state_dict_with_its_hash_in_the_name(tmp_path):
-    cleaning.main([write(tmp_path / "a.pth", 1.0, 10.0), "--out", str(tmp_path / "b.pth"), "--weights-only", "--hash",
-                   "--no-ema"])
+    cleaning.main(
+        [write(tmp_path / "a.pth", 1.0, 10.0), "--out", str(tmp_path / "b.pth"), "--weights-only", "--hash", "--no-ema"]
+    )
     (path,) = tmp_path.glob("b-*.pth")
     assert path.name == f"b-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth" and _sha256(path)[:8] in path.name
     content = load_checkpoint_file(path)

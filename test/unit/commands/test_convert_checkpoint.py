@@ -1,4 +1,5 @@
 """Files of effdet 0.4.1: published weights by their name, its trainer's checkpoints, and the words when offline."""
+
 from __future__ import annotations
 
 import argparse
@@ -54,12 +55,25 @@ def test_each_published_file_name_belongs_to_its_model():
 def test_published_weights_become_a_checkpoint_with_names(network, tmp_path):
     torch.save(as_published(network), tmp_path / PUBLISHED)
     out = tmp_path / "d0.pth"
-    convert_checkpoint.main([str(tmp_path / PUBLISHED), "--image-size", "128", "--out", str(out),
-                             "--ann", categories_file(tmp_path, COCO_LIKE)])
+    convert_checkpoint.main(
+        [
+            str(tmp_path / PUBLISHED),
+            "--image-size",
+            "128",
+            "--out",
+            str(out),
+            "--ann",
+            categories_file(tmp_path, COCO_LIKE),
+        ]
+    )
     payload = load_checkpoint_file(out)
     assert (payload["arch"], payload["image_size"]) == (NAME, [128, 128])
     assert payload["category_map"] == {
-        "ids": [1, 35], "names": ["person", "skis"], "num_classes": 90, "id_indexed": True}
+        "ids": [1, 35],
+        "names": ["person", "skis"],
+        "num_classes": 90,
+        "id_indexed": True,
+    }
     detector = effdet.load(str(out), device="cpu")
     pixels = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
     (found,) = detector.predict(Image.fromarray(pixels))
@@ -72,8 +86,18 @@ def test_published_weights_become_a_checkpoint_with_names(network, tmp_path):
 def test_a_checkpoint_of_effdets_trainer_is_converted_and_goes_back(network, tmp_path):
     weights = {f"model.{key}": value for key, value in network.state_dict().items()}
     averaged = {key: value + 1 if value.is_floating_point() else value for key, value in weights.items()}
-    torch.save({"epoch": 7, "arch": NAME, "state_dict": weights, "state_dict_ema": averaged, "version": 2,
-                "args": argparse.Namespace(model=NAME, lr=0.1), "metric": np.float64(0.3)}, tmp_path / "old.pth.tar")
+    torch.save(
+        {
+            "epoch": 7,
+            "arch": NAME,
+            "state_dict": weights,
+            "state_dict_ema": averaged,
+            "version": 2,
+            "args": argparse.Namespace(model=NAME, lr=0.1),
+            "metric": np.float64(0.3),
+        },
+        tmp_path / "old.pth.tar",
+    )
     convert_checkpoint.main([str(tmp_path / "old.pth.tar"), "--out", str(tmp_path / "new.pth.tar"), "--no-ema"])
     payload = torch.load(tmp_path / "new.pth.tar", weights_only=True)
     assert payload["image_size"] == [512, 512] and "category_map" not in payload
@@ -83,12 +107,19 @@ def test_a_checkpoint_of_effdets_trainer_is_converted_and_goes_back(network, tmp
     assert all(torch.equal(value, back[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize(("file", "flags", "message"), [
-    ("mine.pth", [], "does not say of which model: give --model NAME"),
-    ("mine.pth", ["--model", "efficientdet_d1"], "do not fit the model: .* unknown to the model|missing in the file"),
-    ("mine.pth", ["--model", NAME, "--ann", "val.json"], "num_classes is 90, but the json has 2 categories"),
-    ("mine.pth", ["--model", NAME, "--ann", "absent.json"], "absent.json does not exist"),
-])
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    [
+        ("mine.pth", [], "does not say of which model: give --model NAME"),
+        (
+            "mine.pth",
+            ["--model", "efficientdet_d1"],
+            "do not fit the model: .* unknown to the model|missing in the file",
+        ),
+        ("mine.pth", ["--model", NAME, "--ann", "val.json"], "num_classes is 90, but the json has 2 categories"),
+        ("mine.pth", ["--model", NAME, "--ann", "absent.json"], "absent.json does not exist"),
+    ],
+)
 def test_what_cannot_be_converted_is_said_in_one_line(network, tmp_path, monkeypatch, file, flags, message):
     monkeypatch.chdir(tmp_path)
     torch.save(as_published(network), file)

@@ -1,4 +1,5 @@
 """A model's configuration inside: plain, read-only, and equal to the omegaconf node that library users get."""
+
 import copy
 import pickle
 from types import SimpleNamespace
@@ -15,8 +16,12 @@ from effdet.config.schema import LossConfig, ModelConfig
 from effdet.factory import build_model
 from effdet.network.heads import HeadNet
 
-FIELDS = {"name": "a", "image_size": (64, 96), "backbone_args": {"drop_path_rate": 0.1, "sizes": [1, (2, 3)]},
-          "fpn_name": None}
+FIELDS = {
+    "name": "a",
+    "image_size": (64, 96),
+    "backbone_args": {"drop_path_rate": 0.1, "sizes": [1, (2, 3)]},
+    "fpn_name": None,
+}
 
 
 def test_fields_are_read_as_attributes_and_as_keys():
@@ -50,8 +55,12 @@ def test_it_does_not_change():
 def test_copies_are_equal_and_its_plain_form_loads_with_weights_only(tmp_path):
     spec = ModelSpec(FIELDS)
     assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec
-    plain = {"name": "a", "image_size": [64, 96], "backbone_args": {"drop_path_rate": 0.1, "sizes": [1, [2, 3]]},
-             "fpn_name": None}
+    plain = {
+        "name": "a",
+        "image_size": [64, 96],
+        "backbone_args": {"drop_path_rate": 0.1, "sizes": [1, [2, 3]]},
+        "fpn_name": None,
+    }
     assert spec.to_plain() == plain and ModelSpec(plain) == spec
     torch.save(plain, tmp_path / "plain.pth")
     assert ModelSpec(torch.load(tmp_path / "plain.pth", weights_only=True)) == spec
@@ -96,4 +105,5 @@ def test_a_head_takes_any_object_with_the_fields():
     head = HeadNet(SimpleNamespace(**fields), num_outputs=2)
     state = HeadNet(find_model_spec("tf_efficientdet_d0"), num_outputs=2).state_dict()
     assert {key: value.shape for key, value in head.state_dict().items()} == {
-        key: value.shape for key, value in state.items()}
+        key: value.shape for key, value in state.items()
+    }

@@ -1,4 +1,5 @@
 """The run configuration: precedence, flags, refusals, checks, round trips, and that every field is read by somebody."""
+
 import ast
 import dataclasses
 import json
@@ -64,6 +65,7 @@ def spellings_of(root) -> list[str]:
 
 # ---- defaults and precedence ----
 
+
 def test_defaults_are_the_historic_ones():
     cfg = parse("")
     assert (cfg.model.name, cfg.model.num_classes, cfg.model.image_size) == ("tf_efficientdet_d0", None, None)
@@ -90,7 +92,11 @@ def test_each_level_of_precedence_beats_the_one_before(tmp_path):
 
 
 def test_yaml_forms(tmp_path):
-    cfg = parse("-c " + write(tmp_path, """
+    cfg = parse(
+        "-c "
+        + write(
+            tmp_path,
+            """
 model: {image_size: 512, num_classes: 7}
 optim: {lr: 1e-3}
 sched: {lr_noise: [0.4, 0.9]}
@@ -98,7 +104,9 @@ dist: {device_list: "0,1"}
 amp: {enabled: true, loss_scale: 16}
 loss:
 ema: {enabled: no}
-"""))
+""",
+        )
+    )
     assert cfg.model.image_size == [512, 512] and cfg.model.num_classes == 7
     assert cfg.optim.lr == 1e-3 and cfg.sched.lr_noise == [0.4, 0.9]
     assert cfg.dist.device_list == [0, 1]
@@ -112,8 +120,10 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path):
 
 def test_dotted_values_keep_texts_and_accept_lists_and_null(tmp_path):
     preset = write(tmp_path, "model: {num_classes: 3, image_size: [128, 256]}")
-    cfg = parse(f"-c {preset} run.experiment=1e5 data.root=007 sched.lr_noise=[0.4,0.9] model.num_classes=null "
-                "model.image_size=null run.resume=a=b amp.loss_scale=8 amp.enabled=true ema.enabled=false")
+    cfg = parse(
+        f"-c {preset} run.experiment=1e5 data.root=007 sched.lr_noise=[0.4,0.9] model.num_classes=null "
+        "model.image_size=null run.resume=a=b amp.loss_scale=8 amp.enabled=true ema.enabled=false"
+    )
     assert (cfg.run.experiment, cfg.data.root, cfg.run.resume) == ("1e5", "007", "a=b")
     assert cfg.sched.lr_noise == [0.4, 0.9]
     assert (cfg.model.num_classes, cfg.model.image_size) == (None, None)
@@ -129,31 +139,54 @@ def test_lists_of_two_configs_are_not_shared():
 
 # ---- flags ----
 
-@pytest.mark.parametrize(("line", "key", "value"), [
-    ("--epoch 7", "sched.epochs", 7), ("--epochs 7", "sched.epochs", 7), ("-b 16", "run.batch_size", 16),
-    ("-b16", "run.batch_size", 16), ("--batch-size=16", "run.batch_size", 16), ("-j 0", "data.workers", 0),
-    ("--workers 3", "data.workers", 3), ("--dr 0.5", "sched.decay_rate", 0.5),
-    ("--img-size 512", "model.image_size", [512, 512]), ("--image-size 512 640", "model.image_size", [512, 640]),
-    ("--image-size 512,640", "model.image_size", [512, 640]), ("--lr-noise 0.4 0.9", "sched.lr_noise", [0.4, 0.9]),
-    ("--lr-noise 0.4", "sched.lr_noise", [0.4]), ("--device-list 0,1,2,3", "dist.device_list", [0, 1, 2, 3]),
-    ("--device-list 5", "dist.device_list", [5]), ("--device-list=1,0", "dist.device_list", [1, 0]),
-    ("--pretrained", "model.pretrained", "url"), ("--pretrained w.pth", "model.pretrained", "w.pth"),
-    ("--model-ema", "ema.enabled", True), ("--no-model-ema", "ema.enabled", False),
-    ("--redundant-bias", "model.redundant_bias", True), ("--no-redundant-bias", "model.redundant_bias", False),
-    ("--loss-scale dynamic", "amp.loss_scale", "dynamic"), ("--amp --loss-scale 128", "amp.loss_scale", 128.0),
-    ("--smoothing 0.1", "loss.label_smoothing", 0.1), ("--amp --amp-dtype bfloat16", "amp.dtype", "bfloat16"),
-    ("--amp --opt-level O2", "amp.opt_level", "O2"), ("--aspect-ratios 0.5 1 2", "model.aspect_ratios", [0.5, 1, 2]),
-    ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"),
-    ("--dist-bn broadcast", "dist.dist_bn", "broadcast"),
-    ("--start-epoch 309", "sched.start_epoch", 309), ("--lr 0.1 --lr 0.2", "optim.lr", 0.2),
-    ("--epoch 4 --epochs 4", "sched.epochs", 4),
-])
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("--epoch 7", "sched.epochs", 7),
+        ("--epochs 7", "sched.epochs", 7),
+        ("-b 16", "run.batch_size", 16),
+        ("-b16", "run.batch_size", 16),
+        ("--batch-size=16", "run.batch_size", 16),
+        ("-j 0", "data.workers", 0),
+        ("--workers 3", "data.workers", 3),
+        ("--dr 0.5", "sched.decay_rate", 0.5),
+        ("--img-size 512", "model.image_size", [512, 512]),
+        ("--image-size 512 640", "model.image_size", [512, 640]),
+        ("--image-size 512,640", "model.image_size", [512, 640]),
+        ("--lr-noise 0.4 0.9", "sched.lr_noise", [0.4, 0.9]),
+        ("--lr-noise 0.4", "sched.lr_noise", [0.4]),
+        ("--device-list 0,1,2,3", "dist.device_list", [0, 1, 2, 3]),
+        ("--device-list 5", "dist.device_list", [5]),
+        ("--device-list=1,0", "dist.device_list", [1, 0]),
+        ("--pretrained", "model.pretrained", "url"),
+        ("--pretrained w.pth", "model.pretrained", "w.pth"),
+        ("--model-ema", "ema.enabled", True),
+        ("--no-model-ema", "ema.enabled", False),
+        ("--redundant-bias", "model.redundant_bias", True),
+        ("--no-redundant-bias", "model.redundant_bias", False),
+        ("--loss-scale dynamic", "amp.loss_scale", "dynamic"),
+        ("--amp --loss-scale 128", "amp.loss_scale", 128.0),
+        ("--smoothing 0.1", "loss.label_smoothing", 0.1),
+        ("--amp --amp-dtype bfloat16", "amp.dtype", "bfloat16"),
+        ("--amp --opt-level O2", "amp.opt_level", "O2"),
+        ("--aspect-ratios 0.5 1 2", "model.aspect_ratios", [0.5, 1, 2]),
+        ("--opt lookahead_momentum", "optim.opt", "lookahead_momentum"),
+        ("--dist-bn broadcast", "dist.dist_bn", "broadcast"),
+        ("--start-epoch 309", "sched.start_epoch", 309),
+        ("--lr 0.1 --lr 0.2", "optim.lr", 0.2),
+        ("--epoch 4 --epochs 4", "sched.epochs", 4),
+    ],
+)
 def test_flag_sets_its_field_and_no_other(line, key, value):
     cfg = parse(line)
     section, name = key.split(".")
     assert getattr(getattr(cfg, section), name) == value
-    changed = {f"{one}.{item.name}" for one, item in all_fields(RunConfig)
-               if getattr(getattr(cfg, one), item.name) != getattr(getattr(RunConfig(), one), item.name)}
+    changed = {
+        f"{one}.{item.name}"
+        for one, item in all_fields(RunConfig)
+        if getattr(getattr(cfg, one), item.name) != getattr(getattr(RunConfig(), one), item.name)
+    }
     assert changed - {"amp.enabled"} <= {key}
 
 
@@ -192,34 +225,52 @@ def test_help_shows_every_group_and_field(root, capsys):
 
 # ---- the historic runs ----
 
-COMMON = ("--sync-bn --amp --lr 0.16 --opt fusedmomentum --warmup-epochs 5 --lr-noise 0.4 0.9 --opt-level O1 "
-          "--model-ema --model-ema-decay 0.9999 --addr 10.0.0.7 ")
+COMMON = (
+    "--sync-bn --amp --lr 0.16 --opt fusedmomentum --warmup-epochs 5 --lr-noise 0.4 0.9 --opt-level O1 "
+    "--model-ema --model-ema-decay 0.9999 --addr 10.0.0.7 "
+)
 EIGHT = "--device-list 0,1,2,3,4,5,6,7"
 HISTORIC = {
     "train_performance_1p": (
-        "--model tf_efficientdet_d0 --root /coco -b 16 -j 16 --loss-scale 16 " + COMMON
+        "--model tf_efficientdet_d0 --root /coco -b 16 -j 16 --loss-scale 16 "
+        + COMMON
         + "--device-list 0 --max-steps 900",
-        {"batch": 16, "workers": 16, "scale": 16.0, "devices": 1, "max_steps": 900}),
+        {"batch": 16, "workers": 16, "scale": 16.0, "devices": 1, "max_steps": 900},
+    ),
     "train_performance_8p": (
-        "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --loss-scale 128 " + COMMON + EIGHT
-        + " --max-steps 900",
-        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "max_steps": 900}),
+        "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --loss-scale 128 " + COMMON + EIGHT + " --max-steps 900",
+        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "max_steps": 900},
+    ),
     "train_full_8p_0-120": (
         "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --epochs 120 --loss-scale 8 " + COMMON + EIGHT,
-        {"batch": 128, "workers": 128, "scale": 8.0, "devices": 8, "epochs": 120}),
+        {"batch": 128, "workers": 128, "scale": 8.0, "devices": 8, "epochs": 120},
+    ),
     "train_full_8p_121-300": (
         "--model tf_efficientdet_d0 --root /coco --resume last.pth.tar -b 128 -j 128 --epochs 300 --loss-scale 128 "
-        + COMMON + EIGHT,
-        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "last.pth.tar"}),
+        + COMMON
+        + EIGHT,
+        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "last.pth.tar"},
+    ),
     "train_eval_8p": (
         "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --resume best.pth --epoch 300 --loss-scale 128 "
-        + COMMON + EIGHT,
-        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "best.pth"}),
+        + COMMON
+        + EIGHT,
+        {"batch": 128, "workers": 128, "scale": 128.0, "devices": 8, "resume": "best.pth"},
+    ),
     "train_finetune_1p": (
         "--model tf_efficientdet_d0 --root /coco -b 16 -j 16 --num-classes 91 --pretrained best.pth --loss-scale 16 "
-        + COMMON + "--device-list 3 --max-steps 900",
-        {"batch": 16, "workers": 16, "scale": 16.0, "devices": 1, "max_steps": 900, "classes": 91,
-         "pretrained": "best.pth"}),
+        + COMMON
+        + "--device-list 3 --max-steps 900",
+        {
+            "batch": 16,
+            "workers": 16,
+            "scale": 16.0,
+            "devices": 1,
+            "max_steps": 900,
+            "classes": 91,
+            "pretrained": "best.pth",
+        },
+    ),
 }
 
 
@@ -231,10 +282,17 @@ def test_historic_command_line(script):
     assert (cfg.dist.sync_bn, cfg.amp.enabled, cfg.amp.opt_level, cfg.ema.enabled) == (True, True, "O1", True)
     assert (cfg.optim.lr, cfg.optim.opt, cfg.ema.decay) == (0.16, "fusedmomentum", 0.9999)
     assert (cfg.sched.warmup_epochs, cfg.sched.lr_noise) == (5, [0.4, 0.9])
-    got = {"batch": cfg.run.batch_size, "workers": cfg.data.workers, "scale": cfg.amp.loss_scale,
-           "devices": len(cfg.dist.device_list), "max_steps": cfg.run.max_steps, "epochs": cfg.sched.epochs,
-           "resume": cfg.run.resume, "classes": cfg.model.num_classes,
-           "pretrained": cfg.model.pretrained}
+    got = {
+        "batch": cfg.run.batch_size,
+        "workers": cfg.data.workers,
+        "scale": cfg.amp.loss_scale,
+        "devices": len(cfg.dist.device_list),
+        "max_steps": cfg.run.max_steps,
+        "epochs": cfg.sched.epochs,
+        "resume": cfg.run.resume,
+        "classes": cfg.model.num_classes,
+        "pretrained": cfg.model.pretrained,
+    }
     rest = {"max_steps": 0, "epochs": 300, "resume": "", "classes": None, "pretrained": ""}
     assert got == {**rest, **want}
     assert split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list)) == 16
@@ -243,6 +301,7 @@ def test_historic_command_line(script):
 
 # ---- refusals ----
 
+
 @pytest.mark.parametrize("flag", list(REFUSED))
 def test_gone_flags_say_what_to_do(flag, capsys):
     line = refusal(capsys, f"{flag} 1")
@@ -250,8 +309,9 @@ def test_gone_flags_say_what_to_do(flag, capsys):
     assert line == refusal(capsys, f"--amp {flag}=1 --lr 0.1")
 
 
-@pytest.mark.parametrize("replacement", [word.strip(",;.") for text in REFUSED.values() for word in text.split()
-                                         if word.startswith("--")])
+@pytest.mark.parametrize(
+    "replacement", [word.strip(",;.") for text in REFUSED.values() for word in text.split() if word.startswith("--")]
+)
 def test_every_named_successor_exists(replacement):
     known = {flag for root in PARSERS for flag in spellings_of(root)}
     assert replacement in known
@@ -270,56 +330,66 @@ device-list loss-scale opt-level multiprocessing-distributed dist-backend""".spl
 @pytest.mark.parametrize("name", PEER_FLAGS)
 def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
     accepted = set(spellings_of(RunConfig))
-    accepted |= {"--no-" + flag.removeprefix("--") for option in list_options(RunConfig).values()
-                 if option.default is False for flag in option.spellings}
+    accepted |= {
+        "--no-" + flag.removeprefix("--")
+        for option in list_options(RunConfig).values()
+        if option.default is False
+        for flag in option.spellings
+    }
     assert ("--" + name in accepted) != ("--" + name in REFUSED)
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ("--btach-size 3", "unknown flag --btach-size, did you mean --batch-size?"),
-    ("--batch_size 3", "unknown flag --batch_size, did you mean --batch-size?"),
-    ("--batch 3", "unknown flag --batch, did you mean --batch-size?"),  # a prefix is not an abbreviation
-    ("--zzzzqq", "unknown flag --zzzzqq ("),
-    ("lr=0.1", "unknown setting lr, did you mean optim.lr?"),
-    ("optim.lrr=0.1", "unknown setting optim.lrr, did you mean optim.lr?"),
-    ("model.lr=0.1", "unknown setting model.lr, did you mean optim.lr?"),
-    ("/data/coco", "unexpected argument /data/coco. The data folder is given with --root DIR"),
-    ("--lr abc", "argument --lr: got 'abc', must be a number"),
-    ("--epochs 3.5", "argument --epochs: got '3.5', must be a whole number"),
-    ("--lr-noise a", "argument --lr-noise: got 'a', must be a list of numbers or null"),
-    ("--lr", "argument --lr: expected one argument"),
-    ("run.seed=x", "run.seed=x: got 'x', must be a whole number"),
-    ("run.seed=null", "run.seed=null: got None, must be a whole number"),
-    ("ema.enabled=maybe", "got 'maybe', must be true or false"),
-    ("ema.enabled=3", "got 3, must be true or false"),
-    ("amp.loss_scale=true", "amp.loss_scale (--loss-scale): got 'true', must be 'dynamic' or a number above 0"),
-    ("data.root=${nowhere}", "cannot resolve '${nowhere}'"),
-    ("-c /nowhere.yaml", "cannot read the config file /nowhere.yaml: No such file"),
-    ("--epoch 3 --epochs 4", "--epoch and --epochs set the same thing to different values (3 and 4)"),
-    ("-b 3 --batch-size 4", "-b and --batch-size set the same thing to different values (3 and 4)"),
-    ("--model-ema --no-model-ema", "--model-ema and --no-model-ema set the same thing"),
-])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--btach-size 3", "unknown flag --btach-size, did you mean --batch-size?"),
+        ("--batch_size 3", "unknown flag --batch_size, did you mean --batch-size?"),
+        ("--batch 3", "unknown flag --batch, did you mean --batch-size?"),  # a prefix is not an abbreviation
+        ("--zzzzqq", "unknown flag --zzzzqq ("),
+        ("lr=0.1", "unknown setting lr, did you mean optim.lr?"),
+        ("optim.lrr=0.1", "unknown setting optim.lrr, did you mean optim.lr?"),
+        ("model.lr=0.1", "unknown setting model.lr, did you mean optim.lr?"),
+        ("/data/coco", "unexpected argument /data/coco. The data folder is given with --root DIR"),
+        ("--lr abc", "argument --lr: got 'abc', must be a number"),
+        ("--epochs 3.5", "argument --epochs: got '3.5', must be a whole number"),
+        ("--lr-noise a", "argument --lr-noise: got 'a', must be a list of numbers or null"),
+        ("--lr", "argument --lr: expected one argument"),
+        ("run.seed=x", "run.seed=x: got 'x', must be a whole number"),
+        ("run.seed=null", "run.seed=null: got None, must be a whole number"),
+        ("ema.enabled=maybe", "got 'maybe', must be true or false"),
+        ("ema.enabled=3", "got 3, must be true or false"),
+        ("amp.loss_scale=true", "amp.loss_scale (--loss-scale): got 'true', must be 'dynamic' or a number above 0"),
+        ("data.root=${nowhere}", "cannot resolve '${nowhere}'"),
+        ("-c /nowhere.yaml", "cannot read the config file /nowhere.yaml: No such file"),
+        ("--epoch 3 --epochs 4", "--epoch and --epochs set the same thing to different values (3 and 4)"),
+        ("-b 3 --batch-size 4", "-b and --batch-size set the same thing to different values (3 and 4)"),
+        ("--model-ema --no-model-ema", "--model-ema and --no-model-ema set the same thing"),
+    ],
+)
 def test_wrong_command_lines(line, words, capsys):
     assert words in refusal(capsys, line)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("optim: {lrr: 1}", "unknown setting optim.lrr, did you mean optim.lr?"),
-    ("optm: {lr: 1}", "unknown setting optm, did you mean optim?"),
-    ("lr: 1", "unknown setting lr, did you mean optim.lr?"),
-    ("optim: 3", "optim is a section, it needs fields below it, got 3"),
-    ("optim: {lr: abc}", "optim.lr: got 'abc', must be a number"),
-    ("optim: {lr: [1]}", "optim.lr: got [1], must be a number"),
-    ("optim: {lr: yes}", "optim.lr: got True, must be a number"),
-    ("run: {seed: 1.5}", "run.seed: got 1.5, must be a whole number"),
-    ("run: {seed: true}", "run.seed: got True, must be a whole number"),
-    ("run: {resume: [a]}", "run.resume: got ['a'], must be a text"),
-    ("run: {resume: {a: 1}}", "run.resume: got {'a': 1}, must be a text"),
-    ("dist: {device_list: [a]}", "dist.device_list: got ['a'], must be a list of whole numbers"),
-    ("- 1", "must hold sections such as 'optim'"),
-    ("optim: {lr: 1}\noptim: {lr: 2}", "found duplicate key optim"),
-    ("optim: [", "is not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim: {lrr: 1}", "unknown setting optim.lrr, did you mean optim.lr?"),
+        ("optm: {lr: 1}", "unknown setting optm, did you mean optim?"),
+        ("lr: 1", "unknown setting lr, did you mean optim.lr?"),
+        ("optim: 3", "optim is a section, it needs fields below it, got 3"),
+        ("optim: {lr: abc}", "optim.lr: got 'abc', must be a number"),
+        ("optim: {lr: [1]}", "optim.lr: got [1], must be a number"),
+        ("optim: {lr: yes}", "optim.lr: got True, must be a number"),
+        ("run: {seed: 1.5}", "run.seed: got 1.5, must be a whole number"),
+        ("run: {seed: true}", "run.seed: got True, must be a whole number"),
+        ("run: {resume: [a]}", "run.resume: got ['a'], must be a text"),
+        ("run: {resume: {a: 1}}", "run.resume: got {'a': 1}, must be a text"),
+        ("dist: {device_list: [a]}", "dist.device_list: got ['a'], must be a list of whole numbers"),
+        ("- 1", "must hold sections such as 'optim'"),
+        ("optim: {lr: 1}\noptim: {lr: 2}", "found duplicate key optim"),
+        ("optim: [", "is not valid YAML"),
+    ],
+)
 def test_wrong_yaml_names_the_file(text, words, tmp_path, capsys):
     path = write(tmp_path, text)
     line = refusal(capsys, ["-c", path])
@@ -330,33 +400,106 @@ def test_yaml_that_is_a_single_number(tmp_path, capsys):
     assert "five.yaml" in refusal(capsys, ["-c", write(tmp_path, "5", "five.yaml")])
 
 
-@pytest.mark.parametrize("line", [
-    "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--momentum 1", "--weight-decay -1", "-b 0", "-j -1", "--epochs 0",
-    "--smoothing 1", "--smoothing -0.1", "--model-ema-decay 1", "--clip-grad -1", "--clip-mode max", "--grad-accum 0",
-    "--sched cos", "--sched polynomial", "--lr-noise 120 270", "--lr-noise 0.9 0.4", "--lr-noise 0.1 0.2 0.3",
-    "--image-size 128 128 128",
-    "--image-size 0", "--amp --opt-level O3", "--opt-level O2", "--amp-dtype bfloat16", "--amp --amp-dtype float8",
-    "--amp --loss-scale 0", "--amp --loss-scale -1", "--amp --loss-scale fast", "--amp --loss-scale nan",
-    "--loss-scale 8", "--amp --opt-level O0 --loss-scale 8", "--amp --amp-dtype bfloat16 --loss-scale 8",
-    "--device-list 0,0",
-    "--device-list -1", "--hflip 1.1", "--reprob -1", "--remode noise", "--crowd keep", "--scale-min 3", "--max-det 0",
-    "--num-classes 0", "--start-epoch 310", "--start-epoch -1", "--fill-color red", "--fill-color 256",
-    "--pretrained --initial-checkpoint a.pth", "--val-ann a.json", "--train-images a", "--keep-best 0",
-    "--pad-type valid", "--interpolation random", "--dist-bn sum", "--master-port 0", "--master-port 70000",
-    "--bn-momentum 0", "--drop-path 1", "--seed -1", "--log-interval 0", "--max-steps -1", "--aspect-ratios 0",
-    "loss.alpha=2", "loss.gamma=-1", "sched.lr_noise=[]", "model.image_size=[]", "model.aspect_ratios=[]",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lr 0",
+        "--lr -1",
+        "--lr nan",
+        "--lr inf",
+        "--momentum 1",
+        "--weight-decay -1",
+        "-b 0",
+        "-j -1",
+        "--epochs 0",
+        "--smoothing 1",
+        "--smoothing -0.1",
+        "--model-ema-decay 1",
+        "--clip-grad -1",
+        "--clip-mode max",
+        "--grad-accum 0",
+        "--sched cos",
+        "--sched polynomial",
+        "--lr-noise 120 270",
+        "--lr-noise 0.9 0.4",
+        "--lr-noise 0.1 0.2 0.3",
+        "--image-size 128 128 128",
+        "--image-size 0",
+        "--amp --opt-level O3",
+        "--opt-level O2",
+        "--amp-dtype bfloat16",
+        "--amp --amp-dtype float8",
+        "--amp --loss-scale 0",
+        "--amp --loss-scale -1",
+        "--amp --loss-scale fast",
+        "--amp --loss-scale nan",
+        "--loss-scale 8",
+        "--amp --opt-level O0 --loss-scale 8",
+        "--amp --amp-dtype bfloat16 --loss-scale 8",
+        "--device-list 0,0",
+        "--device-list -1",
+        "--hflip 1.1",
+        "--reprob -1",
+        "--remode noise",
+        "--crowd keep",
+        "--scale-min 3",
+        "--max-det 0",
+        "--num-classes 0",
+        "--start-epoch 310",
+        "--start-epoch -1",
+        "--fill-color red",
+        "--fill-color 256",
+        "--pretrained --initial-checkpoint a.pth",
+        "--val-ann a.json",
+        "--train-images a",
+        "--keep-best 0",
+        "--pad-type valid",
+        "--interpolation random",
+        "--dist-bn sum",
+        "--master-port 0",
+        "--master-port 70000",
+        "--bn-momentum 0",
+        "--drop-path 1",
+        "--seed -1",
+        "--log-interval 0",
+        "--max-steps -1",
+        "--aspect-ratios 0",
+        "loss.alpha=2",
+        "loss.gamma=-1",
+        "sched.lr_noise=[]",
+        "model.image_size=[]",
+        "model.aspect_ratios=[]",
+    ],
+)
 def test_values_out_of_range_and_contradictions_are_refused(line, capsys):
     assert refusal(capsys, line).startswith("train.py: error: ")
 
 
-@pytest.mark.parametrize("line", [
-    "--lr 1e-9", "--warmup-epochs 0.5", "--loss-scale dynamic", "--amp --loss-scale 1e-3",
-    "--momentum 0", "--smoothing 0", "--clip-grad 0", "--lr-noise 0 1", "--device-list 1,0",
-    "--fill-color 0", "--fill-color 255", "--hflip 1", "--amp --opt-level O2", "--amp --opt-level O0",
-    "--scale-min 2", "--root d --val-ann a.json", "--val-ann a.json --val-images b",
-    "--resume a.pth --pretrained", "--master-port 65535", "--model-ema-decay 0",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lr 1e-9",
+        "--warmup-epochs 0.5",
+        "--loss-scale dynamic",
+        "--amp --loss-scale 1e-3",
+        "--momentum 0",
+        "--smoothing 0",
+        "--clip-grad 0",
+        "--lr-noise 0 1",
+        "--device-list 1,0",
+        "--fill-color 0",
+        "--fill-color 255",
+        "--hflip 1",
+        "--amp --opt-level O2",
+        "--amp --opt-level O0",
+        "--scale-min 2",
+        "--root d --val-ann a.json",
+        "--val-ann a.json --val-images b",
+        "--resume a.pth --pretrained",
+        "--master-port 65535",
+        "--model-ema-decay 0",
+    ],
+)
 def test_values_at_the_edge_are_accepted(line):
     parse(line)
 
@@ -391,13 +534,19 @@ def test_a_resolved_config_does_not_change(root):
 
 # ---- validate.py and demo.py ----
 
+
 def test_validate_flags():
     cfg = parse_validate_args(
         "--root /coco --checkpoint w.pth --model tf_efficientdet_d1 --num-classes 3 --image-size 128 256 -b 4 -j 2 "
         "--device cpu --device-list 0,1 --no-use-ema --amp --results r.json --metrics m.json --soft-nms --max-det 300 "
-        "--val-skip 2 --log-freq 5".split())
+        "--val-skip 2 --log-freq 5".split()
+    )
     assert (cfg.data.root, cfg.run.checkpoint, cfg.model.name, cfg.model.num_classes) == (
-        "/coco", "w.pth", "tf_efficientdet_d1", 3)
+        "/coco",
+        "w.pth",
+        "tf_efficientdet_d1",
+        3,
+    )
     assert (cfg.model.image_size, cfg.run.batch_size, cfg.data.workers) == ([128, 256], 4, 2)
     assert (cfg.run.device, cfg.dist.device_list, cfg.run.use_ema, cfg.amp.enabled) == ("cpu", [0, 1], False, True)
     assert (cfg.run.results, cfg.run.metrics, cfg.model.soft_nms) == ("r.json", "m.json", True)
@@ -433,12 +582,21 @@ def test_demo_refusals(capsys):
 
 # ---- to disk and back ----
 
-FULL = ("--amp --opt-level O2 --loss-scale 8 --lr-noise 0.4 0.9 --image-size 128 256 --device-list 0,1 --soft-nms "
-        "--num-classes 5 --pad-type symmetric --smoothing 0.1 run.experiment=12e45 --weight-decay 1e-7")
+FULL = (
+    "--amp --opt-level O2 --loss-scale 8 --lr-noise 0.4 0.9 --image-size 128 256 --device-list 0,1 --soft-nms "
+    "--num-classes 5 --pad-type symmetric --smoothing 0.1 run.experiment=12e45 --weight-decay 1e-7"
+)
 
 
-@pytest.mark.parametrize(("root", "line"), [
-    (RunConfig, ""), (RunConfig, FULL), (ValidateConfig, "--no-use-ema --root 007"), (DemoConfig, "null true 1e3.jpg")])
+@pytest.mark.parametrize(
+    ("root", "line"),
+    [
+        (RunConfig, ""),
+        (RunConfig, FULL),
+        (ValidateConfig, "--no-use-ema --root 007"),
+        (DemoConfig, "null true 1e3.jpg"),
+    ],
+)
 def test_dumped_yaml_loads_back_equal(root, line, tmp_path):
     cfg = PARSERS[root](line.split())
     path = write(tmp_path, dump_yaml(cfg))
@@ -472,6 +630,7 @@ def test_config_handed_out_is_made_of_plain_dataclasses_and_lists():
 
 # ---- splitting ----
 
+
 @pytest.mark.parametrize("devices", range(1, 9))
 def test_split_against_a_search(devices):
     for total in range(0, 40):
@@ -503,6 +662,7 @@ def test_workers():
 
 # ---- a real process ----
 
+
 def test_error_of_a_real_process_is_one_line():
     code = "from effdet.config.cli import parse_train_args; parse_train_args()"
     done = subprocess.run([sys.executable, "-c", code, "--lr", "abc"], cwd=ROOT, capture_output=True, text=True)
@@ -512,14 +672,17 @@ def test_error_of_a_real_process_is_one_line():
 
 
 def test_a_command_line_is_parsed_before_torch_is_imported_and_timm_still_finds_what_it_needs():
-    code = ("import sys; from effdet.config.cli import parse_train_args; parse_train_args(['--lr', '0.1'])\n"
-            "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
-            "import timm, torch; assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms")
+    code = (
+        "import sys; from effdet.config.cli import parse_train_args; parse_train_args(['--lr', '0.1'])\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
+        "import timm, torch; assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 # ---- every field is read ----
+
 
 def read_fields(root: type, sources: dict[str, str]) -> set[tuple[str, str]]:
     """Return the (section, field) pairs of a root config that some source reads.
@@ -533,22 +696,35 @@ def read_fields(root: type, sources: dict[str, str]) -> set[tuple[str, str]]:
     for section, kind in sections.items():
         for base in kind.__mro__[:-1]:
             by_class[base.__name__].append(section)
-    spellings = {form: section for section in sections
-                 for form in (section, f"{section}_cfg", f"{section}_config", f"cfg_{section}")}
+    spellings = {
+        form: section
+        for section in sections
+        for form in (section, f"{section}_cfg", f"{section}_config", f"cfg_{section}")
+    }
     found = set()
 
     def visit(node: ast.AST, scope: dict[str, list[str]]) -> None:
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             annotated = {one.arg: ast.unparse(one.annotation) for one in arguments if one.annotation}
-            scope = {**scope, **{name: by_class[kind.split(".")[-1].split(" ")[0].strip("'\"")]
-                                 for name, kind in annotated.items()
-                                 if kind.split(".")[-1].split(" ")[0].strip("'\"") in by_class}}
+            scope = {
+                **scope,
+                **{
+                    name: by_class[kind.split(".")[-1].split(" ")[0].strip("'\"")]
+                    for name, kind in annotated.items()
+                    if kind.split(".")[-1].split(" ")[0].strip("'\"") in by_class
+                },
+            }
         owner, name = None, None
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner, name = node.value, node.attr
-        elif (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
-              and len(node.args) > 1 and isinstance(node.args[1], ast.Constant)):
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "getattr"
+            and len(node.args) > 1
+            and isinstance(node.args[1], ast.Constant)
+        ):
             owner, name = node.args[0], node.args[1].value
         if name is not None:
             last = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
@@ -570,18 +746,25 @@ def train(cfg, step: SchedConfig, other: "EvalAmpConfig | None"):
     print(unrelated.weight_decay, step.nothing, cfg.lr)
 """
     assert read_fields(RunConfig, {"a.py": source}) == {
-        ("optim", "lr"), ("optim", "momentum"), ("sched", "epochs"), ("ema", "decay"), ("amp", "dtype")}
+        ("optim", "lr"),
+        ("optim", "momentum"),
+        ("sched", "epochs"),
+        ("ema", "decay"),
+        ("amp", "dtype"),
+    }
 
 
-@pytest.mark.parametrize(("root", "script"), [
-    (RunConfig, "train.py"), (ValidateConfig, "validate.py"), (DemoConfig, "demo.py")])
+@pytest.mark.parametrize(
+    ("root", "script"), [(RunConfig, "train.py"), (ValidateConfig, "validate.py"), (DemoConfig, "demo.py")]
+)
 def test_every_field_is_read(root, script):
     if not (ROOT / script).exists():
         pytest.skip(f"{script} is not there yet")
     files = [ROOT / script, *sorted((ROOT / "effdet").rglob("*.py"))]
     declaring = ("schema.py", "options.py", "load.py", "cli.py")
-    sources = {str(path): path.read_text() for path in files
-               if path.parent.name != "config" or path.name not in declaring}
+    sources = {
+        str(path): path.read_text() for path in files if path.parent.name != "config" or path.name not in declaring
+    }
     wanted = {(section, item.name) for section, item in all_fields(root)}
     unread = sorted(".".join(pair) for pair in wanted - read_fields(root, sources))
     assert not unread, f"settings of {script} that nothing reads: {', '.join(unread)}"

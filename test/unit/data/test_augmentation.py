@@ -1,4 +1,5 @@
 """Augmentations: boxes stay where the pixels are, labels stay with their boxes, random numbers repeat."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -91,20 +92,44 @@ def test_the_published_policies():
     assert {name: sum(map(len, lists)) for name, lists in POLICIES.items()} == {"v0": 10, "v1": 40, "v2": 44, "v3": 30}
     assert POLICIES["v1"][:5] == POLICIES["v0"]
     # Sums over all steps: an accidental change of any number shows.
-    sums = {name: (round(sum(p for steps in lists for _, p, _ in steps), 1),
-                   sum(level for steps in lists for _, _, level in steps)) for name, lists in POLICIES.items()}
+    sums = {
+        name: (
+            round(sum(p for steps in lists for _, p, _ in steps), 1),
+            sum(level for steps in lists for _, _, level in steps),
+        )
+        for name, lists in POLICIES.items()
+    }
     assert sums == {"v0": (6.0, 56), "v1": (21.8, 250), "v2": (21.8, 272), "v3": (18.6, 198)}
     assert POLICIES["v3"][0] == [("Posterize", 0.8, 2), ("TranslateX_BBox", 1.0, 8)]
     with pytest.raises(ValueError, match="'v9' is unknown, choose one of v0, v1, v2, v3"):
         AutoAugment("v9")
 
 
-WHOLE = ("AutoContrast", "Equalize", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness",
-         "Sharpness", "Cutout", "BBox_Cutout")
+WHOLE = (
+    "AutoContrast",
+    "Equalize",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "Cutout",
+    "BBox_Cutout",
+)
 MOVING = ("TranslateX_BBox", "TranslateY_BBox", "ShearX_BBox", "ShearY_BBox", "Rotate_BBox")
-INSIDE = ("TranslateX_Only_BBoxes", "TranslateY_Only_BBoxes", "ShearX_Only_BBoxes", "ShearY_Only_BBoxes",
-          "Rotate_Only_BBoxes", "Flip_Only_BBoxes", "Solarize_Only_BBoxes", "Equalize_Only_BBoxes",
-          "Cutout_Only_BBoxes")
+INSIDE = (
+    "TranslateX_Only_BBoxes",
+    "TranslateY_Only_BBoxes",
+    "ShearX_Only_BBoxes",
+    "ShearY_Only_BBoxes",
+    "Rotate_Only_BBoxes",
+    "Flip_Only_BBoxes",
+    "Solarize_Only_BBoxes",
+    "Equalize_Only_BBoxes",
+    "Cutout_Only_BBoxes",
+)
 
 
 def test_every_step_of_every_policy_is_an_operation():
@@ -149,8 +174,11 @@ def test_what_the_levels_mean():
     assert color_of(("SolarizeAdd", 1.0)) == (210,) * 3  # 100 + 110
     assert color_of(("Brightness", 1.0)) == (190,) * 3  # x 1.9
     assert run_step(("Solarize", 1.0, 3), img, {})[0].getpixel((0, 0)) == (155,) * 3  # threshold 76
-    assert run_step(("Posterize", 1.0, 5), paint(9, 9, [[0, 0, 9, 9]], [(200, 100, 70)]), {})[0].getpixel(
-        (0, 0)) == (192, 64, 64)  # two bits
+    assert run_step(("Posterize", 1.0, 5), paint(9, 9, [[0, 0, 9, 9]], [(200, 100, 70)]), {})[0].getpixel((0, 0)) == (
+        192,
+        64,
+        64,
+    )  # two bits
     assert run_step(("Posterize", 1.0, 2), noise(30, 30), {})[0].getextrema() == ((0, 128),) * 3  # one bit, not none
     random.seed(0)
     cut = np.asarray(run_step(("Cutout", 1.0, 1), noise(60, 60), {})[0])
@@ -165,10 +193,13 @@ def test_what_the_levels_mean():
 
 def test_a_turned_box_is_cut_before_its_extent_is_taken():
     """Corners outside say nothing about the part inside: the extent of the corners would be too large."""
-    boxes, keep = affine.warp_boxes(np.float32([[0, 0, 40, 100], [0, 0, 4, 4]]), affine.rotation(45, (100, 100)),
-                                    (100, 100))
-    seen = find(np.asarray(affine.warp_image(paint(100, 100, [[0, 0, 40, 100]]), affine.rotation(45, (100, 100)),
-                                               BACKGROUND)), COLOURS[0])
+    boxes, keep = affine.warp_boxes(
+        np.float32([[0, 0, 40, 100], [0, 0, 4, 4]]), affine.rotation(45, (100, 100)), (100, 100)
+    )
+    seen = find(
+        np.asarray(affine.warp_image(paint(100, 100, [[0, 0, 40, 100]]), affine.rotation(45, (100, 100)), BACKGROUND)),
+        COLOURS[0],
+    )
     assert keep.tolist() == [True, False]
     np.testing.assert_allclose(boxes[0], seen, atol=1.5)
     empty, none = affine.warp_boxes(np.zeros((0, 4), np.float32), affine.shear_x(0.2), (10, 10))
@@ -221,8 +252,11 @@ class Painted:
         return paint(width, height, [box], [COLOURS[k]]), target
 
 
-@given(st.lists(st.tuples(st.integers(24, 200), st.integers(24, 200)), min_size=4, max_size=4),
-       st.tuples(st.integers(64, 160), st.integers(64, 160)), st.integers(0, 10**6))
+@given(
+    st.lists(st.tuples(st.integers(24, 200), st.integers(24, 200)), min_size=4, max_size=4),
+    st.tuples(st.integers(64, 160), st.integers(64, 160)),
+    st.integers(0, 10**6),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_mosaic_boxes_are_where_the_pixels_are(sizes, out_hw, seed):
     data = Painted([(w, h, [h // 5, w // 5, h - h // 6, w - w // 7]) for w, h in sizes])
@@ -273,12 +307,19 @@ def root(tmp_path_factory):
         noise(width, height, k).save(folder / f"{k}.png")
         images.append({"id": k + 1, "file_name": f"{k}.png", "width": width, "height": height})
         for n in range(k % 4 + 2):
-            annotations.append({"id": len(annotations) + 1, "image_id": k + 1, "category_id": n % 2 + 1, "area": 600,
-                                "bbox": [5 * n, 4 * n, 30, 20], "iscrowd": int(n == 0),
-                                **({"segmentation": {"size": [height, width], "counts": [0]}} if n == 0 else {})})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": k + 1,
+                    "category_id": n % 2 + 1,
+                    "area": 600,
+                    "bbox": [5 * n, 4 * n, 30, 20],
+                    "iscrowd": int(n == 0),
+                    **({"segmentation": {"size": [height, width], "counts": [0]}} if n == 0 else {}),
+                }
+            )
     categories = [{"id": 1, "name": "ball"}, {"id": 2, "name": "box"}]
-    (folder / "a.json").write_text(json.dumps(
-        {"images": images, "annotations": annotations, "categories": categories}))
+    (folder / "a.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return folder
 
 
@@ -286,8 +327,17 @@ def loader_of(root, workers=0, sizes=(), subset=None, whole=None, **settings_giv
     dataset = open_coco(images=root, ann=root / "a.json", crowd="ignore")
     served = dataset if subset is None else torch.utils.data.Subset(dataset, subset)
     transform = whole or build_train_transform(served, DataConfig(**settings_given), INPUTS)
-    return create_loader(served, INPUTS["input_size"], 3, is_training=True, num_workers=workers, device="cpu", seed=5,
-                         transform_fn=transform, multi_scale=sizes)
+    return create_loader(
+        served,
+        INPUTS["input_size"],
+        3,
+        is_training=True,
+        num_workers=workers,
+        device="cpu",
+        seed=5,
+        transform_fn=transform,
+        multi_scale=sizes,
+    )
 
 
 def assert_same(left, right):
@@ -310,7 +360,8 @@ def test_defaults_are_the_recipe_as_before(root):
         assert np.array_equal(one[0], other[0]) and np.array_equal(one[1]["bbox"], other[1]["bbox"])
     assert describe_augmentation(DataConfig()) == "scale 0.1 to 2, flip 0.5"
     assert describe_augmentation(DataConfig(**EVERYTHING, multi_scale=[96, 128])).endswith(
-        "AutoAugment v1, colour jitter 0.4, mosaic 0.5, mixup 0.4, sizes 96, 128")
+        "AutoAugment v1, colour jitter 0.4, mosaic 0.5, mixup 0.4, sizes 96, 128"
+    )
 
 
 def test_with_everything_on_batches_depend_on_seed_and_epoch_alone(root):
@@ -350,8 +401,9 @@ def test_sizes_of_batches_are_the_same_on_every_rank():
     for rank in range(2):
         shared = list(MultiScaleSampler(range(64), rank, 2, 3, True, sizes, 4))
         assert [size for _, size in shared[::4]] == seen[::8]
-        assert [index for index, _ in shared] == [index for index, _ in MultiScaleSampler(
-            range(64), 0, 1, 3, True, sizes, 8)][rank::2]
+        assert [index for index, _ in shared] == [
+            index for index, _ in MultiScaleSampler(range(64), 0, 1, 3, True, sizes, 8)
+        ][rank::2]
     assert [size for _, size in alone] != seen, "another epoch, other sizes"
 
 
@@ -370,9 +422,17 @@ def test_sizes_have_the_shape_of_the_image_size():
 
 def small_network(size):
     torch.manual_seed(0)
-    plain = {"name": "pocket", "backbone_name": "mobilenetv3_small_050", "image_size": size, "fpn_channels": 16,
-             "fpn_cell_repeats": 2, "box_class_repeats": 1, "pad_type": "same", "num_classes": 3,
-             "backbone_args": {"pad_type": "same"}}
+    plain = {
+        "name": "pocket",
+        "backbone_name": "mobilenetv3_small_050",
+        "image_size": size,
+        "fpn_channels": 16,
+        "fpn_cell_repeats": 2,
+        "box_class_repeats": 1,
+        "pad_type": "same",
+        "num_classes": 3,
+        "backbone_args": {"pad_type": "same"},
+    }
     return EfficientDet(stored_model_spec(plain), pretrained_backbone=False)
 
 
@@ -403,8 +463,10 @@ def test_a_bench_labels_and_trains_at_each_size_like_one_built_for_it():
     bench = DetBenchTrain(small_network((128, 128)), ignore_regions=True, input_sizes=sizes)
     assert not any(key.startswith("_") for key in bench.state_dict())
     for size in [*sizes, *sizes]:
-        target = {"bbox": torch.tensor([[[5.0, 6, 60, 70], [10, 20, 90, 90], [0, 0, 50, 96]]]),
-                  "cls": torch.tensor([[1, 3, -2]])}
+        target = {
+            "bbox": torch.tensor([[[5.0, 6, 60, 70], [10, 20, 90, 90], [0, 0, 50, 96]]]),
+            "cls": torch.tensor([[1, 3, -2]]),
+        }
         target = {key: torch.cat([value, value.flip(1)]) for key, value in target.items()}
         images = torch.randn(2, 3, *size)
         torch.manual_seed(1)
@@ -463,9 +525,13 @@ def test_a_users_callable_runs_and_is_checked(own, root):
     for name, message in (("lost_label", "2 boxes and 1 labels"), ("no_tuple", "returned Image"), ("gray", "mode RGB")):
         with pytest.raises(ValueError, match=message):
             load_transform(own + name)(img, target)
-    for spec, message in ((own + "absent", "nothing called 'absent'"), (own + "number", "is 3; needed is a callable"),
-                          ("own.py:x", "there is no file"), ("no_such_module:x", "No module named 'no_such_module'"),
-                          ("mirror", "give FILE.py:NAME")):
+    for spec, message in (
+        (own + "absent", "nothing called 'absent'"),
+        (own + "number", "is 3; needed is a callable"),
+        ("own.py:x", "there is no file"),
+        ("no_such_module:x", "No module named 'no_such_module'"),
+        ("mirror", "give FILE.py:NAME"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_transform(spec)
     with pytest.raises(ValueError, match="2 boxes and 1 labels"):
@@ -478,6 +544,7 @@ def test_a_users_callable_runs_and_is_checked(own, root):
 def test_an_albumentations_pipeline(root, monkeypatch, tmp_path):
     monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
+
     params = A.BboxParams(format="pascal_voc", label_fields=["cls"])
     img, target = noise(60, 40), target_of([[1, 2, 8, 12], [0, 50, 40, 60]], [4, -2])
     out, flipped = UserTransform(A.Compose([A.HorizontalFlip(p=1.0)], bbox_params=params))(img, target)
@@ -485,8 +552,9 @@ def test_an_albumentations_pipeline(root, monkeypatch, tmp_path):
     np.testing.assert_allclose(flipped["bbox"], [[1, 48, 8, 58], [0, 0, 40, 10]], atol=1e-4)
     _, empty = UserTransform(A.Compose([A.HorizontalFlip(p=1.0)], bbox_params=params))(img, target_of([]))
     assert empty["bbox"].shape == (0, 4) and empty["cls"].shape == (0,)
-    pipeline = A.Compose([A.Rotate(limit=20, p=1.0, fill=BACKGROUND), A.RandomBrightnessContrast(0.05, 0.05)],
-                         bbox_params=params)
+    pipeline = A.Compose(
+        [A.Rotate(limit=20, p=1.0, fill=BACKGROUND), A.RandomBrightnessContrast(0.05, 0.05)], bbox_params=params
+    )
     boxes = [[10, 12, 45, 50], [20, 100, 60, 140], [70, 20, 110, 60], [75, 90, 110, 150]]
     for seed in range(5):
         random.seed(seed)
@@ -494,13 +562,17 @@ def test_an_albumentations_pipeline(root, monkeypatch, tmp_path):
         for label, box in zip(moved["cls"], moved["bbox"], strict=True):
             # Albumentations' boxes of turned ones hold an ellipse, not the corners.
             assert np.abs(find(np.asarray(out), COLOURS[label - 1]) - box).max() < 12
-    for bad in (A.Compose([A.HorizontalFlip()]), A.HorizontalFlip(),
-                A.Compose([], bbox_params=A.BboxParams(format="coco", label_fields=["cls"]))):
+    for bad in (
+        A.Compose([A.HorizontalFlip()]),
+        A.HorizontalFlip(),
+        A.Compose([], bbox_params=A.BboxParams(format="coco", label_fields=["cls"])),
+    ):
         with pytest.raises(ValueError, match="bbox_params=BboxParams"):
             UserTransform(bad)
     (tmp_path / "pipeline.py").write_text(
         "import albumentations as A\nmine = A.Compose([A.RandomRotate90(), A.GaussNoise(), A.Affine(rotate=(-9, 9))], "
-        "bbox_params=A.BboxParams(format='pascal_voc', label_fields=['cls']))\n")
+        "bbox_params=A.BboxParams(format='pascal_voc', label_fields=['cls']))\n"
+    )
     spec = f"{tmp_path / 'pipeline.py'}:mine"
     batches = list(loader_of(root, 0, transform=spec))
     assert_same(batches, list(loader_of(root, 2, transform=spec)))

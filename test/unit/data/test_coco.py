@@ -376,8 +376,25 @@ def test_the_image_table_gives_back_what_went_in():
     assert list(ImageTable(odd)) == odd
 
 
-ODD_VALUES = [None, True, 5, -1, 2**70, 1.0, "1", "", [], [1, 2, 3, 4], [1, 2, 3], [1, 2, 3, True], [1, 2, "3", 4],
-              [1, 2, 3, None], {}, [[1, 2, 3, 4]], [0.5, 2**80, -3, float("nan")]]
+ODD_VALUES = [
+    None,
+    True,
+    5,
+    -1,
+    2**70,
+    1.0,
+    "1",
+    "",
+    [],
+    [1, 2, 3, 4],
+    [1, 2, 3],
+    [1, 2, 3, True],
+    [1, 2, "3", 4],
+    [1, 2, 3, None],
+    {},
+    [[1, 2, 3, 4]],
+    [0.5, 2**80, -3, float("nan")],
+]
 
 
 @pytest.mark.parametrize("key", [None, "id", "image_id", "category_id", "bbox", "iscrowd"])
@@ -413,8 +430,16 @@ def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
     assert held == ["img_ids"], "which workers ask only for its length"
 
 
-UNUSED = [[[1.5, 2, 3e-2, -4]], [[1, 2], [3, 4]], [], {"counts": [1, 2], "size": [3, 4]},
-          {"counts": "a]}[", "size": [3, 4]}, None, 'text "bbox": [1]', float("nan")]
+UNUSED = [
+    [[1.5, 2, 3e-2, -4]],
+    [[1, 2], [3, 4]],
+    [],
+    {"counts": [1, 2], "size": [3, 4]},
+    {"counts": "a]}[", "size": [3, 4]},
+    None,
+    'text "bbox": [1]',
+    float("nan"),
+]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -434,11 +459,41 @@ def test_what_boxes_do_not_need_is_left_out_and_nothing_else(tmp_path, unused, l
     assert coco_json.read_json(write(tmp_path, raw.decode())) == expected
 
 
-@pytest.mark.parametrize("value", [
-    "1", "1.0", "1e2", "-0", "0.1e-400", "1e400", "-1e999", "NaN", "Infinity", "123456789012345678901234567890",
-    "18446744073709551616.5", "2.2250738585072011e-308", "123456789.123456789123", "true", "null", '"a"', '"\\u00e9"',
-    '"\\ud83d"', '"\\ud83d\\ude00"', '"\u00e9"', "[1, [2]]", '{"id": 1}', '1, "id": 2', "01", "1,", "[1,]", '"a\nb"',
-    "'a'", "", "[" * 3000 + "]" * 3000])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1",
+        "1.0",
+        "1e2",
+        "-0",
+        "0.1e-400",
+        "1e400",
+        "-1e999",
+        "NaN",
+        "Infinity",
+        "123456789012345678901234567890",
+        "18446744073709551616.5",
+        "2.2250738585072011e-308",
+        "123456789.123456789123",
+        "true",
+        "null",
+        '"a"',
+        '"\\u00e9"',
+        '"\\ud83d"',
+        '"\\ud83d\\ude00"',
+        '"\u00e9"',
+        "[1, [2]]",
+        '{"id": 1}',
+        '1, "id": 2',
+        "01",
+        "1,",
+        "[1,]",
+        '"a\nb"',
+        "'a'",
+        "",
+        "[" * 3000 + "]" * 3000,
+    ],
+)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_a_file_means_what_pythons_json_makes_of_it(tmp_path, value, encoding):
     """Where the fast decoder takes a file, it gives equal values of equal types; where not, the other one decides."""

@@ -1,4 +1,5 @@
 """Pascal VOC and Open Images as effdet's users have them on disk, and VOC's metric by hand."""
+
 from __future__ import annotations
 
 import math
@@ -19,8 +20,11 @@ from effdet.metrics.voc import score_voc
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin><ymin>{1}</ymin>
 <xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""
-IMAGES = {"000005": [("dog", (11, 21, 51, 61), 0), ("cat", (31, 11, 71, 51), 1)], "000007": [],
-            "000012": [("person", (2, 3, 42.5, 63), 0)]}
+IMAGES = {
+    "000005": [("dog", (11, 21, 51, 61), 0), ("cat", (31, 11, 71, 51), 1)],
+    "000007": [],
+    "000012": [("person", (2, 3, 42.5, 63), 0)],
+}
 
 
 def write_voc(root, year: str, splits: dict[str, list[str]]):
@@ -32,7 +36,8 @@ def write_voc(root, year: str, splits: dict[str, list[str]]):
         for name in names:
             items = "".join(OBJECT.format(*box, name=kind, difficult=hard) for kind, box, hard in IMAGES[name])
             (base / "Annotations" / f"{name}.xml").write_text(
-                f"<annotation><size><width>100</width><height>80</height></size>{items}</annotation>")
+                f"<annotation><size><width>100</width><height>80</height></size>{items}</annotation>"
+            )
             Image.new("RGB", (100, 80), (int(name), 0, 0)).save(base / "JPEGImages" / f"{name}.jpg")
     return root
 
@@ -63,17 +68,26 @@ def test_voc0712_joins_both_years_and_tests_on_2007(tmp_path):
 
 def test_difficult_objects_can_be_left_out_of_the_targets(tmp_path):
     base = write_voc(tmp_path, "2012", {"train": ["000005"]}) / "VOC2012"
-    cfg = VocParserCfg(base / "ImageSets/Main/train.txt", str(base / "Annotations/%s.xml"), keep_difficult=False,
-                       classes=["dog", "cat"])
+    cfg = VocParserCfg(
+        base / "ImageSets/Main/train.txt",
+        str(base / "Annotations/%s.xml"),
+        keep_difficult=False,
+        classes=["dog", "cat"],
+    )
     assert create_parser("voc", cfg=cfg).get_ann_info(0)["cls"].tolist() == [1]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("<annotation><size>", r"000005\.xml is no valid xml"),
-    ("<annotation><size><width>100</width></size></annotation>", "None as size/height where a number is needed"),
-    ("<annotation><size><width>9</width><height>9</height></size><object><name>dragon</name></object></annotation>",
-     "class 'dragon', which is none of aeroplane"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation><size>", r"000005\.xml is no valid xml"),
+        ("<annotation><size><width>100</width></size></annotation>", "None as size/height where a number is needed"),
+        (
+            "<annotation><size><width>9</width><height>9</height></size><object><name>dragon</name></object></annotation>",
+            "class 'dragon', which is none of aeroplane",
+        ),
+    ],
+)
 def test_broken_annotations_are_named(tmp_path, text, message):
     base = write_voc(tmp_path, "2012", {"train": ["000005"]}) / "VOC2012"
     (base / "Annotations/000005.xml").write_text(text)
@@ -100,7 +114,8 @@ def write_open_images(root):
         Image.new("RGB", (60, 40)).save(root / folder / "ac34.jpg")
         (root / f"annotations/{split}-info.csv").write_text("id,width,height\nac34,60,40\nab12,200,100\nzz,50,50\n")
         (root / f"annotations/{split}-annotations-bbox.csv").write_text(
-            boxes + "ab12,x,/m/2,1,0.1,0.5,0.2,0.8,0,0\nab12,x,/m/1,1,0.5,1,0,1,0,1\nac34,x,/m/1,1,0,0.5,0,0.5,0,0\n")
+            boxes + "ab12,x,/m/2,1,0.1,0.5,0.2,0.8,0,0\nab12,x,/m/1,1,0.5,1,0,1,0,1\nac34,x,/m/1,1,0,0.5,0,0.5,0,0\n"
+        )
     return root
 
 
@@ -131,15 +146,20 @@ def test_what_effdets_parsers_took_and_ours_do_not_is_refused():
 
 # ---- the metric ----
 
+
 def row(image, box, score, category=1):
     return {"image_id": image, "category_id": category, "bbox": list(box), "score": score}
 
 
 def truth(*objects):
     keys = ("image_id", "category_id", "bbox", "difficult", "iscrowd")
-    return index_ground_truth({
-        "images": [{"id": n} for n in range(3)], "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
-        "annotations": [dict(zip(keys, (*values, 0, 0)[:5], strict=True)) for values in objects]})
+    return index_ground_truth(
+        {
+            "images": [{"id": n} for n in range(3)],
+            "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+            "annotations": [dict(zip(keys, (*values, 0, 0)[:5], strict=True)) for values in objects],
+        }
+    )
 
 
 def test_average_precision_by_hand():

@@ -1,4 +1,5 @@
 """The check of a data set before training: what it counts, what it calls an error, and how fast it may be."""
+
 from __future__ import annotations
 
 import html.parser
@@ -34,6 +35,7 @@ def config_of(size: int = 128, scale: float | None = None):
 
 
 # ---- anchors ----
+
 
 def test_reached_boxes_are_those_of_a_full_search():
     rng = np.random.default_rng(0)
@@ -93,6 +95,7 @@ def test_ratios_are_those_in_the_middle_of_each_third():
 
 # ---- image files ----
 
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -107,9 +110,18 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("good.png", ""), ("other.jpg", ""), ("cut.jpg", "damaged"), ("empty.jpg", "empty"), ("text.jpg", "unknown"),
-    ("float.tiff", "float_pixels"), ("nowhere.jpg", "missing")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("good.png", ""),
+        ("other.jpg", ""),
+        ("cut.jpg", "damaged"),
+        ("empty.jpg", "empty"),
+        ("text.jpg", "unknown"),
+        ("float.tiff", "float_pixels"),
+        ("nowhere.jpg", "missing"),
+    ],
+)
 def test_kinds_of_broken_files(folder, name, kind):
     file_hash, pixel_hash, found, text = read_hashes((str(folder / name), 60, 40))
     assert found == kind
@@ -151,10 +163,12 @@ def test_a_image_that_ends_its_process_is_near_the_one_named(folder, monkeypatch
 
 def killed_by_other(job):
     import os
+
     return os._exit(9) if "other" in job[0] else read_hashes(job)
 
 
 # ---- the command ----
+
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
@@ -174,8 +188,16 @@ def edit(data: Path, split: str, change) -> None:
 
 
 def run(capsys, data: Path, *more: str, script=check.main) -> tuple[int, str]:
-    status = script([*(("--root", str(data), "--check") if script is train.main else (str(data),)), "-j", "0",
-                     "--image-size", "256", *(more or ("--anchor-scale", "2.5"))])
+    status = script(
+        [
+            *(("--root", str(data), "--check") if script is train.main else (str(data),)),
+            "-j",
+            "0",
+            "--image-size",
+            "256",
+            *(more or ("--anchor-scale", "2.5")),
+        ]
+    )
     return status, capsys.readouterr().out
 
 
@@ -218,7 +240,8 @@ def check_page(page: Path) -> None:
 
     Tags().feed(text)
     assert {tag: counts[tag] for tag in ("div", "table", "figure", "ul", "h2", "style")} == dict.fromkeys(
-        ("div", "table", "figure", "ul", "h2", "style"), 0)
+        ("div", "table", "figure", "ul", "h2", "style"), 0
+    )
 
 
 def test_broken_images_and_annotations_are_errors_by_kind(data, capsys):
@@ -232,14 +255,20 @@ def test_broken_images_and_annotations_are_errors_by_kind(data, capsys):
         coco["annotations"][0]["category_id"] = 999
         coco["annotations"][1]["bbox"] = [5, 5, 0, 10]
         coco["annotations"][2]["image_id"] = 10**9
+
     edit(data, "train", spoil)
     status, output = run(capsys, data)
     assert status == 4
     errors = "\n".join(found(output, "error"))
-    for words in ("train: 1 truncated or damaged images", "train: 1 empty files", images[1].name,
-                  "train: 1 images that are not in the image directory", images[2].name,
-                  'train: 1 annotations with a category_id that is not in "categories"',
-                  'train: 1 annotations of an image_id that is not in "images"'):
+    for words in (
+        "train: 1 truncated or damaged images",
+        "train: 1 empty files",
+        images[1].name,
+        "train: 1 images that are not in the image directory",
+        images[2].name,
+        'train: 1 annotations with a category_id that is not in "categories"',
+        'train: 1 annotations of an image_id that is not in "images"',
+    ):
         assert words in errors
     assert "train: 1 boxes with zero or negative width or height" in "\n".join(found(output, "warning"))
     assert "10 images" in output and "3 broken or missing" in output and "7 images decoded" not in output
@@ -255,12 +284,15 @@ def test_images_of_both_splits_are_a_warning(data, capsys):
         for image in coco["images"]:
             if image["file_name"] in (val[0].name, val[1].name):
                 image["width"], image["height"] = size
+
     edit(data, "val", resize)
     status, output = run(capsys, data)
     assert status == 3
     (leak,) = [text for text in found(output, "warning") if "train too" in text]
-    assert leak.startswith("2 of 5 val images are in train too (1 with equal files, 1 with equal pixels in another "
-                           f"file; train = val: {source.name} = {val[0].name}")
+    assert leak.startswith(
+        "2 of 5 val images are in train too (1 with equal files, 1 with equal pixels in another "
+        f"file; train = val: {source.name} = {val[0].name}"
+    )
     assert any("val: 1 images repeat an earlier one" in text for text in found(output, "note"))
 
 
@@ -269,6 +301,7 @@ def test_classes_of_one_split_only(data, capsys):
         coco["categories"][0]["name"] = "something else"
         for row in coco["annotations"]:
             row["category_id"] = coco["categories"][-1]["id"]
+
     edit(data, "train", rename)
     status, output = run(capsys, data)
     warnings = "\n".join(found(output, "warning"))
@@ -314,26 +347,37 @@ def test_wrong_calls_end_with_one_line(tmp_path, capsys):
 def test_crowded_val_images_need_a_larger_max_det(data, capsys):
     def crowd(coco):
         image = coco["images"][0]
-        rows = [dict(coco["annotations"][0], id=10**6 + k, image_id=image["id"], bbox=[5 + k, 5, 40, 40], iscrowd=0)
-                for k in range(130)]
+        rows = [
+            dict(coco["annotations"][0], id=10**6 + k, image_id=image["id"], bbox=[5 + k, 5, 40, 40], iscrowd=0)
+            for k in range(130)
+        ]
         coco["annotations"] = [row for row in coco["annotations"] if row["image_id"] != image["id"]] + rows
+
     edit(data, "val", crowd)
     _, output = run(capsys, data)
-    assert any("1 images have more than 100 boxes" in text and "--max-det 130" in text
-               for text in found(output, "warning"))
+    assert any(
+        "1 images have more than 100 boxes" in text and "--max-det 130" in text for text in found(output, "warning")
+    )
 
 
 def test_class_counts_are_those_of_a_loop():
     rng = np.random.default_rng(3)
     images = [{"id": k, "file_name": f"{k}.jpg", "width": 100, "height": 100} for k in range(20)]
-    rows = [{"id": k, "image_id": int(rng.integers(15)), "category_id": int(rng.choice([3, 90])), "bbox": [1, 1, 9, 9]}
-            for k in range(200)]
+    rows = [
+        {"id": k, "image_id": int(rng.integers(15)), "category_id": int(rng.choice([3, 90])), "bbox": [1, 1, 9, 9]}
+        for k in range(200)
+    ]
     categories = [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}, {"id": 90, "name": "c"}]
     coco = {"images": images, "annotations": rows, "categories": categories}
     arrays, report = check_coco(coco, "x", None, True, False)
     split = check.SplitStats("train", Path(), arrays, report, np.zeros(0), np.zeros(9), np.zeros(9))
-    want = {i: (sum(row["category_id"] == i for row in rows),
-                len({row["image_id"] for row in rows if row["category_id"] == i})) for i in (3, 90)}
+    want = {
+        i: (
+            sum(row["category_id"] == i for row in rows),
+            len({row["image_id"] for row in rows if row["category_id"] == i}),
+        )
+        for i in (3, 90)
+    }
     assert split.class_counts == want
 
 

@@ -1,4 +1,5 @@
 """What is right, mixed up, missed and alarmed for nothing, on boxes a reader can check by hand."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,9 +14,13 @@ A, B, C = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]  # xyxy, far apart
 
 
 def match(objects, classes, predicted, predicted_classes, crowds=None):
-    return match_image(np.array(objects, float).reshape(-1, 4), np.array(classes, int),
-                         np.array(predicted, float).reshape(-1, 4), np.array(predicted_classes, int),
-                         None if crowds is None else np.array(crowds, float))
+    return match_image(
+        np.array(objects, float).reshape(-1, 4),
+        np.array(classes, int),
+        np.array(predicted, float).reshape(-1, 4),
+        np.array(predicted_classes, int),
+        None if crowds is None else np.array(crowds, float),
+    )
 
 
 def test_each_kind_once():
@@ -57,6 +62,7 @@ boxes = st.lists(st.tuples(corner, corner, st.integers(1, 6), st.integers(1, 6),
 def test_both_sides_tell_the_same_story(objects, predicted):
     def split(rows):
         return [[x, y, x + w, y + h] for x, y, w, h, _ in rows], [k for *_, k in rows]
+
     matches = match(*split(objects), *split(predicted))
     taken = matches.object_of[matches.object_of >= 0]
     assert len(set(taken.tolist())) == len(taken), "an object is found once"
@@ -70,10 +76,18 @@ def test_both_sides_tell_the_same_story(objects, predicted):
 
 def truth_of(images: int) -> dict:
     """Every image has A of category 5 and B of category 9."""
-    annotations = [{"image_id": k, "category_id": c, "bbox": [box[0], box[1], 10, 10], "area": 100, "iscrowd": 0}
-                   for k in range(images) for c, box in ((5, A), (9, B))]
-    return index_ground_truth({"images": [{"id": k} for k in range(images)], "annotations": annotations,
-                               "categories": [{"id": 9, "name": "nine"}, {"id": 5, "name": "five"}]})
+    annotations = [
+        {"image_id": k, "category_id": c, "bbox": [box[0], box[1], 10, 10], "area": 100, "iscrowd": 0}
+        for k in range(images)
+        for c, box in ((5, A), (9, B))
+    ]
+    return index_ground_truth(
+        {
+            "images": [{"id": k} for k in range(images)],
+            "annotations": annotations,
+            "categories": [{"id": 9, "name": "nine"}, {"id": 5, "name": "five"}],
+        }
+    )
 
 
 def rows_of(*rows) -> np.ndarray:
@@ -82,10 +96,10 @@ def rows_of(*rows) -> np.ndarray:
 
 def test_confusion_counts_and_the_worst_images():
     predictions = {
-        0: rows_of((A, 0.9, 1), (B, 0.8, 2)),                   # all right
-        1: rows_of((B, 0.5, 1), (A, 0.9, 1)),                   # nine taken for five
-        2: rows_of((C, 0.9, 2), (A, 0.2, 1)),                   # both missed (one below the threshold), and an alarm
-        3: rows_of((A, 0.7, 1), (B, 0.6, 3)),                   # a label without a category does not count
+        0: rows_of((A, 0.9, 1), (B, 0.8, 2)),  # all right
+        1: rows_of((B, 0.5, 1), (A, 0.9, 1)),  # nine taken for five
+        2: rows_of((C, 0.9, 2), (A, 0.2, 1)),  # both missed (one below the threshold), and an alarm
+        3: rows_of((A, 0.7, 1), (B, 0.6, 3)),  # a label without a category does not count
     }
     found = analyse(truth_of(4), predictions, [0, 1, -1], threshold=0.3)
     assert found.confusion.tolist() == [[3, 0, 1], [1, 1, 2], [0, 1, 0]] and found.images == 4

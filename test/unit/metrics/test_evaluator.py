@@ -19,8 +19,20 @@ from effdet.checkpoint.io import write_json
 from effdet.evaluator import ClassMetrics, CocoEvaluator, Evaluator, create_evaluator
 from effdet.metrics import coco as coco_metrics
 
-NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-         "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
+NAMES = [
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+]
 PAIRS = ["coco_2299_ignore", "coco_val2014_100", "coco_val2014_100_nocrowd", "voc100"]
 
 
@@ -31,15 +43,19 @@ def make_truth(boxes, category_ids=(1, 2), image_ids=(1, 2), **fields) -> dict:
         "categories": [{"id": i, "name": f"kind {i}"} for i in category_ids],
         "annotations": [
             {"id": n, "image_id": i, "category_id": c, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0} | fields
-            for n, (i, c, x, y, w, h) in enumerate(boxes, start=1)],
+            for n, (i, c, x, y, w, h) in enumerate(boxes, start=1)
+        ],
     }
 
 
 def make_dataset(truth: dict, **attributes) -> SimpleNamespace:
     """Return what the evaluator needs of a data set; keyword arguments replace attributes of its parser."""
     ids = sorted(c["id"] for c in truth["categories"])
-    parser = {"img_ids": [i["id"] for i in truth["images"]], "coco_dict": lambda: truth,
-              "category_map": SimpleNamespace(idx_to_id=np.array(ids, dtype=np.int64))}
+    parser = {
+        "img_ids": [i["id"] for i in truth["images"]],
+        "coco_dict": lambda: truth,
+        "category_map": SimpleNamespace(idx_to_id=np.array(ids, dtype=np.int64)),
+    }
     return SimpleNamespace(parser=SimpleNamespace(**parser | attributes))
 
 
@@ -49,8 +65,9 @@ def xyxy(x, y, w, h, score, cls):
 
 def add(evaluator: Evaluator, image_index: int, *rows) -> None:
     """Add one image's rows with two rows of padding."""
-    evaluator.add_predictions(torch.tensor([*rows, *[[0.0] * 6] * 2]).reshape(1, -1, 6),
-                              {"img_idx": torch.tensor([image_index])})
+    evaluator.add_predictions(
+        torch.tensor([*rows, *[[0.0] * 6] * 2]).reshape(1, -1, 6), {"img_idx": torch.tensor([image_index])}
+    )
 
 
 TWO_BOXES = [(1, 1, 10, 10, 100, 100), (2, 2, 50, 60, 40, 30)]
@@ -61,8 +78,15 @@ def perfect(truth: dict, **options) -> CocoEvaluator:
     ids = sorted(c["id"] for c in truth["categories"])
     evaluator = CocoEvaluator(make_dataset(truth), **options)
     for index, image in enumerate(truth["images"]):
-        add(evaluator, index, *[xyxy(*a["bbox"], 0.9, ids.index(a["category_id"]) + 1)
-                                for a in truth["annotations"] if a["image_id"] == image["id"]])
+        add(
+            evaluator,
+            index,
+            *[
+                xyxy(*a["bbox"], 0.9, ids.index(a["category_id"]) + 1)
+                for a in truth["annotations"]
+                if a["image_id"] == image["id"]
+            ],
+        )
     return evaluator
 
 
@@ -81,7 +105,7 @@ def batches_of(pair, yxyx: bool, size: int = 16):
         out = torch.zeros(len(chosen), 50, 6)
         for b, index in enumerate(chosen.tolist()):
             rows = by_image.get(truth["images"][index]["id"], [])
-            out[b, :len(rows)] = torch.tensor(rows).reshape(-1, 6)
+            out[b, : len(rows)] = torch.tensor(rows).reshape(-1, 6)
         yield out[:, :, [1, 0, 3, 2, 4, 5]] if yxyx else out, {"img_idx": chosen}
 
 
@@ -102,20 +126,36 @@ def both_tables(truth: dict, rows: list, img_ids=None, max_det: int = 100):
 def random_case(seed: int) -> tuple[dict, list]:
     """Return a truth and result rows with crowd regions, areas unlike the boxes', equal scores and empty images."""
     rng = np.random.default_rng(seed)
-    truth = make_truth([], category_ids=(3, 90, 7), image_ids=(5, 1, 2 ** 33, 8, 2, 4))
+    truth = make_truth([], category_ids=(3, 90, 7), image_ids=(5, 1, 2**33, 8, 2, 4))
     rows = []
     for image in truth["images"]:
-        boxes = [[round(v, 2) for v in (*rng.uniform(0, 300, 2), *np.exp(rng.uniform(1, 5.5, 2)))]
-                 for _ in range(rng.integers(0, 12) if rng.random() < 0.8 else 0)]
+        boxes = [
+            [round(v, 2) for v in (*rng.uniform(0, 300, 2), *np.exp(rng.uniform(1, 5.5, 2)))]
+            for _ in range(rng.integers(0, 12) if rng.random() < 0.8 else 0)
+        ]
         truth["annotations"] += [
-            {"id": 0, "image_id": image["id"], "category_id": int(rng.choice([3, 90, 7])), "bbox": box,
-             "area": box[2] * box[3] * rng.choice([0.6, 1.0]), "iscrowd": int(rng.random() < 0.15)} for box in boxes]
+            {
+                "id": 0,
+                "image_id": image["id"],
+                "category_id": int(rng.choice([3, 90, 7])),
+                "bbox": box,
+                "area": box[2] * box[3] * rng.choice([0.6, 1.0]),
+                "iscrowd": int(rng.random() < 0.15),
+            }
+            for box in boxes
+        ]
         for _ in range(rng.integers(0, 150) if rng.random() < 0.8 else 0):
             near = boxes[rng.integers(len(boxes))] if boxes else [50, 60, 70, 80]
             box = [round(abs(v + e), 3) for v, e in zip(near, rng.normal(0, rng.choice([0, 3, 30]), 4), strict=True)]
             score = rng.choice([0.1, 0.5, 0.9]) if seed % 2 else np.float32(rng.random())
-            rows.append({"image_id": image["id"], "category_id": int(rng.choice([3, 90, 7])), "bbox": box,
-                         "score": float(score)})
+            rows.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice([3, 90, 7])),
+                    "bbox": box,
+                    "score": float(score),
+                }
+            )
     rows += [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in truth["annotations"][::4]]
     return truth, rows
 
@@ -124,7 +164,7 @@ def random_case(seed: int) -> tuple[dict, list]:
 def test_hotcoco_fills_the_tables_as_pycocotools_does(seed):
     pytest.importorskip("hotcoco")
     truth, rows = random_case(seed)
-    chosen = {5, 2 ** 33, 8, 4} if seed % 3 == 0 else None
+    chosen = {5, 2**33, 8, 4} if seed % 3 == 0 else None
     expected, got = both_tables(truth, rows, chosen, 200 if seed % 4 == 0 else 100)
     assert (expected.precision > 0).any()
     assert np.array_equal(expected.precision, got.precision) and np.array_equal(expected.recall, got.recall)
@@ -200,7 +240,7 @@ def test_by_hand():
     assert evaluator.stats["AP75"] == evaluator.stats["AP50"]
     assert evaluator.stats["AR1"] == 0.0 and evaluator.stats["AR10"] == pytest.approx(0.7 * 0.5)
     assert math.isnan(evaluator.stats["AP_small"])
-    line, = evaluator.per_class()
+    (line,) = evaluator.per_class()
     assert line == ClassMetrics(1, "kind 1", evaluator.stats["AP"], evaluator.stats["AP50"], 2)
 
 
@@ -253,8 +293,14 @@ def test_a_parser_written_for_effdet(tmp_path, source):
 def test_classes_without_a_category_are_dropped_and_counted(tmp_path, caplog):
     dataset = make_dataset(make_truth(TWO_BOXES), category_map=SimpleNamespace(idx_to_id=np.arange(1, 91)))
     evaluator = CocoEvaluator(dataset)
-    add(evaluator, 0, xyxy(10, 10, 100, 100, 0.9, 1), xyxy(10, 10, 100, 100, 0.95, 12), xyxy(1, 1, 5, 5, 0.5, 91),
-        xyxy(1, 1, 5, 5, 0.5, 0))
+    add(
+        evaluator,
+        0,
+        xyxy(10, 10, 100, 100, 0.9, 1),
+        xyxy(10, 10, 100, 100, 0.95, 12),
+        xyxy(1, 1, 5, 5, 0.5, 91),
+        xyxy(1, 1, 5, 5, 0.5, 0),
+    )
     add(evaluator, 1, xyxy(50, 60, 40, 30, 0.8, 2), xyxy(50, 60, 40, 30, 0.7, 12))
     assert evaluator.evaluate(tmp_path / "dt.json") == pytest.approx(1.0)
     assert {row["category_id"] for row in json.loads((tmp_path / "dt.json").read_text())} == {1, 2}
@@ -280,9 +326,16 @@ def test_no_predictions_are_ap_0_with_a_warning(tmp_path, caplog, fed):
 CROWD = make_truth(TWO_BOXES, iscrowd=1)
 
 
-@pytest.mark.parametrize("truth", [make_truth([]), CROWD, {"images": [{"id": 1}], "categories": [{"id": 1}]},
-                                   {"images": [], "categories": [{"id": 1}], "annotations": []}],
-                         ids=["no boxes", "only crowd", "no annotations key", "no images"])
+@pytest.mark.parametrize(
+    "truth",
+    [
+        make_truth([]),
+        CROWD,
+        {"images": [{"id": 1}], "categories": [{"id": 1}]},
+        {"images": [], "categories": [{"id": 1}], "annotations": []},
+    ],
+    ids=["no boxes", "only crowd", "no annotations key", "no images"],
+)
 def test_ground_truth_without_boxes_is_said_and_undefined(tmp_path, caplog, truth):
     evaluator = CocoEvaluator(make_dataset(truth))
     if truth["images"]:
@@ -378,8 +431,21 @@ class Recorder(torch.Tensor):
         return out.as_subclass(torch.Tensor) if func.__name__ == "cpu" else out
 
 
-SYNCS = {"cpu", "numpy", "item", "tolist", "nonzero", "unique", "masked_select",
-         "__bool__", "__int__", "__float__", "__index__", "__iter__", "__array__"}
+SYNCS = {
+    "cpu",
+    "numpy",
+    "item",
+    "tolist",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__iter__",
+    "__array__",
+}
 
 
 def test_one_copy_to_the_host_per_batch():
@@ -432,10 +498,16 @@ def test_scores_and_boxes_are_written_short(tmp_path):
     assert '"bbox": [0.1, 0.2, 10.2, 9.923], "score": 0.1}' in (tmp_path / "dt.json").read_text()
 
 
-@pytest.mark.parametrize("shape, indices, words", [
-    ((2, 5, 5), [0, 1], r"shape \[2, 5, 5\]"), ((5, 6), [0], r"shape \[5, 6\]"),
-    ((2, 5, 6), [0], "1 entries for 2 images"),
-    ((1, 5, 6), [2], "has 2, but the dataset's parser has 2 images"), ((1, 5, 6), [-1], "spans -1..-1")])
+@pytest.mark.parametrize(
+    "shape, indices, words",
+    [
+        ((2, 5, 5), [0, 1], r"shape \[2, 5, 5\]"),
+        ((5, 6), [0], r"shape \[5, 6\]"),
+        ((2, 5, 6), [0], "1 entries for 2 images"),
+        ((1, 5, 6), [2], "has 2, but the dataset's parser has 2 images"),
+        ((1, 5, 6), [-1], "spans -1..-1"),
+    ],
+)
 def test_batches_that_do_not_fit_are_refused(shape, indices, words):
     evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,5 @@
 """Folded batch norms: the same outputs from fewer layers."""
+
 from __future__ import annotations
 
 import pytest
@@ -28,8 +29,9 @@ def test_outputs_stay(name):
     with torch.no_grad():
         expected = model(images)
         total = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        in_heads = sum(isinstance(module, nn.BatchNorm2d) for head in (model.class_net, model.box_net)
-                       for module in head.modules())
+        in_heads = sum(
+            isinstance(module, nn.BatchNorm2d) for head in (model.class_net, model.box_net) for module in head.modules()
+        )
         folded = fold_batch_norm(model, torch.zeros(1, 3, 64, 64))
         found = model(images)
     assert folded == total - in_heads > 20
@@ -52,4 +54,5 @@ def test_a_norm_without_its_own_convolution_stays():
 
         def forward(self, x):
             return self.second(self.first(self.conv(x)) + self.conv(x))
+
     assert fold_batch_norm(Shared().eval(), torch.zeros(1, 3, 8, 8)) == 0

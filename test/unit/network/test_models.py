@@ -1,4 +1,5 @@
 """The table of models: configs, state-dict keys and shapes of all 47, and what building one refuses."""
+
 import gzip
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The network's parts against slow twins, the shapes it runs at, its heads, and the benches around it."""
+
 from __future__ import annotations
 
 import itertools
@@ -24,8 +25,15 @@ LAYOUTS = ["bifpn_fa", "bifpn_attn", "bifpn_sum", "pan_fa", "pan_sum", "qufpn_fa
 def build(size: tuple[int, int] = (64, 64), **changes: object) -> EfficientDet:
     """Build a small detector of 3 classes with drawn weights and batch norms that all differ."""
     config = get_efficientdet_config("tf_efficientdet_d0")
-    config.update(backbone_name="mobilenetv3_small_050", backbone_args=None, image_size=size, num_classes=3,
-                  fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=2)
+    config.update(
+        backbone_name="mobilenetv3_small_050",
+        backbone_args=None,
+        image_size=size,
+        num_classes=3,
+        fpn_channels=16,
+        fpn_cell_repeats=1,
+        box_class_repeats=2,
+    )
     config.update(changes)
     torch.manual_seed(0)
     model = EfficientDet(config, pretrained_backbone=False)
@@ -43,9 +51,12 @@ def make_images(size: tuple[int, int] = (64, 64), count: int = 2) -> Tensor:
 
 
 def make_target() -> dict[str, Tensor]:
-    return {"bbox": torch.tensor([[[4.0, 6, 40, 44], [30, 30, 60, 62]], [[0, 0, 64, 30], [0, 0, 0, 0]]]),
-            "cls": torch.tensor([[1, 3], [2, -1]]),
-            "img_scale": torch.tensor([2.0, 0.5]), "img_size": torch.tensor([[100.0, 128.0], [32.0, 20.0]])}
+    return {
+        "bbox": torch.tensor([[[4.0, 6, 40, 44], [30, 30, 60, 62]], [[0, 0, 64, 30], [0, 0, 0, 0]]]),
+        "cls": torch.tensor([[1, 3], [2, -1]]),
+        "img_scale": torch.tensor([2.0, 0.5]),
+        "img_size": torch.tensor([[100.0, 128.0], [32.0, 20.0]]),
+    }
 
 
 def assert_trains(model: EfficientDet, size: tuple[int, int]) -> None:
@@ -65,6 +76,7 @@ def assert_trains(model: EfficientDet, size: tuple[int, int]) -> None:
 
 # ---- layers and pyramid
 
+
 def pool_slowly(x: Tensor, kind: str, output_size: tuple[int, int], same: bool) -> Tensor:
     """Pool window by window; averages count padding as zeros, as torch's and timm's pools do."""
     spans = []
@@ -75,8 +87,12 @@ def pool_slowly(x: Tensor, kind: str, output_size: tuple[int, int], same: bool) 
         spans.append([range(index * stride - before, index * stride - before + kernel) for index in range(count)])
     out = torch.zeros(*x.shape[:2], *output_size)
     for row, column in itertools.product(range(output_size[0]), range(output_size[1])):
-        inside = [x[:, :, y, z] for y in spans[0][row] for z in spans[1][column]
-                  if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]]
+        inside = [
+            x[:, :, y, z]
+            for y in spans[0][row]
+            for z in spans[1][column]
+            if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]
+        ]
         window = torch.stack(inside)
         area = len(spans[0][row]) * len(spans[1][column])
         out[:, :, row, column] = window.amax(0) if kind == "max" else window.sum(0) / area
@@ -85,17 +101,28 @@ def pool_slowly(x: Tensor, kind: str, output_size: tuple[int, int], same: bool) 
 
 @pytest.mark.parametrize("pad_type", ["same", ""])
 @pytest.mark.parametrize("kind", ["max", "avg"])
-@pytest.mark.parametrize("input_size, output_size", [
-    ((8, 8), (4, 4)), ((5, 5), (3, 3)), ((3, 23), (2, 12)), ((1, 8), (1, 4)), ((4, 1), (2, 1)), ((1, 3), (1, 2)),
-    ((2, 1), (1, 1))])
+@pytest.mark.parametrize(
+    "input_size, output_size",
+    [
+        ((8, 8), (4, 4)),
+        ((5, 5), (3, 3)),
+        ((3, 23), (2, 12)),
+        ((1, 8), (1, 4)),
+        ((4, 1), (2, 1)),
+        ((1, 3), (1, 2)),
+        ((2, 1), (1, 1)),
+    ],
+)
 def test_downsampling_equals_the_loop_over_windows(input_size, output_size, kind, pad_type):
     x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(2))
     layer = ResampleFeatureMap(3, 3, input_size, output_size, pad_type, downsample=kind)
     torch.testing.assert_close(layer(x), pool_slowly(x, kind, output_size, pad_type == "same"))
 
 
-@pytest.mark.parametrize("input_size, output_size", [((2, 2), (4, 4)), ((3, 3), (5, 5)), ((1, 4), (1, 8)),
-                                                     ((2, 12), (3, 23)), ((3, 3), (3, 3))])
+@pytest.mark.parametrize(
+    "input_size, output_size",
+    [((2, 2), (4, 4)), ((3, 3), (5, 5)), ((1, 4), (1, 8)), ((2, 12), (3, 23)), ((3, 3), (3, 3))],
+)
 def test_upsampling_takes_the_nearest_cell(input_size, output_size):
     x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(3))
     out = ResampleFeatureMap(3, 3, input_size, output_size)(x)
@@ -114,8 +141,11 @@ def test_combine_by_hand(method):
         assert combine.edge_weights is None
     else:
         combine.edge_weights.data = torch.tensor([0.7, -0.3])
-        shares = ([0.7 / 0.7001, 0.0] if method == "fastattn"
-                  else [math.exp(value) / (math.exp(0.7) + math.exp(-0.3)) for value in (0.7, -0.3)])
+        shares = (
+            [0.7 / 0.7001, 0.0]
+            if method == "fastattn"
+            else [math.exp(value) / (math.exp(0.7) + math.exp(-0.3)) for value in (0.7, -0.3)]
+        )
     torch.testing.assert_close(combine(maps), maps[0] * shares[0] + maps[2] * shares[1])
     with pytest.raises(ValueError, match="choose attn, fastattn or sum"):
         FpnCombine(info, 4, (0, 2), (4, 4), weight_method="mean")
@@ -164,6 +194,7 @@ def test_fewer_levels():
 
 # ---- backbones
 
+
 def test_backbone_by_name():
     model = build(backbone_name="resnet18", backbone_indices=(2, 3, 4), pad_type="")
     assert any(isinstance(module, nn.MaxPool2d) for module in model.backbone.modules())
@@ -188,6 +219,7 @@ def test_drop_path_acts_in_training_only():
 
 
 # ---- heads
+
 
 @pytest.mark.parametrize("level_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
@@ -265,6 +297,7 @@ def test_class_head_replaced_by_the_user():
 
 
 # ---- benches
+
 
 def test_bench_in_training_and_in_eval_mode():
     bench = DetBenchTrain(build(max_det_per_image=20, max_detection_points=500))
@@ -344,10 +377,14 @@ def test_labels_made_before_equal_labels_made_in_the_bench():
     assert actual["detections"].shape == (2, 100, 6), "no img_scale in this target: boxes in input pixels"
 
 
-@pytest.mark.parametrize("labeler, keys, words", [
-    (True, ["bbox", "img_scale"], r"needs 'bbox' and 'cls'; it has \['bbox', 'img_scale'\]"),
-    (True, ["cls"], r"needs 'bbox' and 'cls'; it has \['cls'\]"),
-    (False, ["bbox", "cls"], r"no labels, only \['bbox', 'cls'\].*create_labeler=True.*anchor_labeler")])
+@pytest.mark.parametrize(
+    "labeler, keys, words",
+    [
+        (True, ["bbox", "img_scale"], r"needs 'bbox' and 'cls'; it has \['bbox', 'img_scale'\]"),
+        (True, ["cls"], r"needs 'bbox' and 'cls'; it has \['cls'\]"),
+        (False, ["bbox", "cls"], r"no labels, only \['bbox', 'cls'\].*create_labeler=True.*anchor_labeler"),
+    ],
+)
 def test_missing_targets_are_named(labeler, keys, words):
     bench = DetBenchTrain(build(), create_labeler=labeler)
     with pytest.raises(ValueError, match=words):
@@ -365,8 +402,10 @@ def test_normalising_over_ranks_changes_nothing_in_one_process(empty):
     assert (expected["box_loss"] == 0) == empty
 
 
-@pytest.mark.parametrize("soft, nms, words", [(False, "npu", "this run is on cpu"), (False, "fast", "Unknown NMS"),
-                                              (True, "npu", "exclude each other")])
+@pytest.mark.parametrize(
+    "soft, nms, words",
+    [(False, "npu", "this run is on cpu"), (False, "fast", "Unknown NMS"), (True, "npu", "exclude each other")],
+)
 def test_an_nms_that_is_not_to_be_had_is_refused_when_the_bench_is_built(soft, nms, words):
     with pytest.raises(ValueError, match=words):
         DetBenchPredict(build(soft_nms=soft), nms=nms)

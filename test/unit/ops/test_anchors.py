@@ -1,4 +1,5 @@
 """The anchor grid by hand and by numbers of the public reference; the labeler against a loop over everything."""
+
 from __future__ import annotations
 
 import math
@@ -21,21 +22,32 @@ ROOTS = [1.0, 2.0, 0.5]
 
 # ---- the grid
 
+
 def test_two_levels_by_hand():
     anchors = Anchors(3, 4, 1, [(1.0, 1.0)], 2.0, (16, 32))
     assert anchors.feat_sizes == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)] and anchors.level_sizes == [(2, 4), (1, 2)]
     assert anchors.boxes.dtype == torch.float32
     assert anchors.boxes.tolist() == [  # stride 8: squares of 16 around the cells' centres, row by row
-        [-4, -4, 12, 12], [-4, 4, 12, 20], [-4, 12, 12, 28], [-4, 20, 12, 36],
-        [4, -4, 20, 12], [4, 4, 20, 20], [4, 12, 20, 28], [4, 20, 20, 36],
-        [-8, -8, 24, 24], [-8, 8, 24, 40]]  # stride 16: squares of 32
+        [-4, -4, 12, 12],
+        [-4, 4, 12, 20],
+        [-4, 12, 12, 28],
+        [-4, 20, 12, 36],
+        [4, -4, 20, 12],
+        [4, 4, 20, 20],
+        [4, 12, 20, 28],
+        [4, 20, 20, 36],
+        [-8, -8, 24, 24],
+        [-8, 8, 24, 40],
+    ]  # stride 16: squares of 32
 
 
 def test_order_within_a_cell_is_scale_then_aspect():
     anchors = Anchors(3, 3, 2, [(1.0, 1.0), (2.0, 0.5)], 4.0, (8, 8))
     root = math.sqrt(2)
-    expected = [[4 - h / 2, 4 - w / 2, 4 + h / 2, 4 + w / 2]
-                for h, w in ((32, 32), (16, 64), (32 * root, 32 * root), (16 * root, 64 * root))]
+    expected = [
+        [4 - h / 2, 4 - w / 2, 4 + h / 2, 4 + w / 2]
+        for h, w in ((32, 32), (16, 64), (32 * root, 32 * root), (16 * root, 64 * root))
+    ]
     torch.testing.assert_close(anchors.boxes, torch.tensor(expected))
     assert anchors.get_anchors_per_location() == 4
 
@@ -64,24 +76,44 @@ def test_from_config_reads_every_field():
 # Per case: cells of levels 3..7, then over all coordinates of the public reference's anchors: sum of absolutes, sum
 # weighted by column 1..4, sum of y_min and of x_max weighted by row 1..N; the middle and the last anchor.
 REFERENCE = [
-    ((320, 320), ASPECTS, [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)],
-     (12512972.402685642, 33111123.029310465, 28159989853.46199, 36913773748.13639),
-     (196.0, 204.0, 228.0, 236.0), (-207.43711853027344, 29.614776611328125, 740.7704467773438, 503.71856689453125)),
-    ((448, 448), ASPECTS, [(56, 56), (28, 28), (14, 14), (7, 7), (4, 4)],
-     (34026912.08493519, 88948196.02076578, 162549300013.85162, 186946235153.23517),
-     (285.8888854980469, 119.77777099609375, 314.1111145019531, 176.22222900390625),
-     (-105.80896759033203, 143.09552001953125, 889.8089599609375, 640.9044799804688)),
-    ((96, 736), ASPECTS, [(12, 92), (6, 46), (3, 23), (2, 12), (1, 6)],
-     (11320456.180773318, 33608886.39909947, 1649170492.644206, 36770947303.667305),
-     (53.888885498046875, -0.22223152220249176, 82.11111450195312, 56.222232818603516),
-     (-378.6933898925781, 402.0570068359375, 474.6933898925781, 947.2763671875)),
-    ((32, 256), ROOTS, [(4, 32), (2, 16), (1, 8), (1, 4), (1, 2)],
-     (520956.8559114933, 1508885.649310112, -23211850.302476406, 223349403.91529465),
-     (4.0, 172.0, 36.0, 204.0), (-127.67514038085938, -95.35028076171875, 159.67514038085938, 479.35028076171875))]
+    (
+        (320, 320),
+        ASPECTS,
+        [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)],
+        (12512972.402685642, 33111123.029310465, 28159989853.46199, 36913773748.13639),
+        (196.0, 204.0, 228.0, 236.0),
+        (-207.43711853027344, 29.614776611328125, 740.7704467773438, 503.71856689453125),
+    ),
+    (
+        (448, 448),
+        ASPECTS,
+        [(56, 56), (28, 28), (14, 14), (7, 7), (4, 4)],
+        (34026912.08493519, 88948196.02076578, 162549300013.85162, 186946235153.23517),
+        (285.8888854980469, 119.77777099609375, 314.1111145019531, 176.22222900390625),
+        (-105.80896759033203, 143.09552001953125, 889.8089599609375, 640.9044799804688),
+    ),
+    (
+        (96, 736),
+        ASPECTS,
+        [(12, 92), (6, 46), (3, 23), (2, 12), (1, 6)],
+        (11320456.180773318, 33608886.39909947, 1649170492.644206, 36770947303.667305),
+        (53.888885498046875, -0.22223152220249176, 82.11111450195312, 56.222232818603516),
+        (-378.6933898925781, 402.0570068359375, 474.6933898925781, 947.2763671875),
+    ),
+    (
+        (32, 256),
+        ROOTS,
+        [(4, 32), (2, 16), (1, 8), (1, 4), (1, 2)],
+        (520956.8559114933, 1508885.649310112, -23211850.302476406, 223349403.91529465),
+        (4.0, 172.0, 36.0, 204.0),
+        (-127.67514038085938, -95.35028076171875, 159.67514038085938, 479.35028076171875),
+    ),
+]
 
 
-@pytest.mark.parametrize("size, aspects, cells, sums, middle, last", REFERENCE,
-                         ids=[f"{case[0][0]}x{case[0][1]}" for case in REFERENCE])
+@pytest.mark.parametrize(
+    "size, aspects, cells, sums, middle, last", REFERENCE, ids=[f"{case[0][0]}x{case[0][1]}" for case in REFERENCE]
+)
 def test_grid_equals_the_reference(size, aspects, cells, sums, middle, last):
     """Sizes whose stride at some level is not a power of two (320 / 3 cells, 736 / 6) or differs between the axes."""
     anchors = Anchors(3, 7, 3, aspects, 4.0, size)
@@ -105,14 +137,18 @@ def test_valid_sizes(size):
     assert checked == tuple(int(side) for side in size) and all(type(side) is int for side in checked)
 
 
-@pytest.mark.parametrize("size, words", [
-    ((500, 500), ("(500, 500)", "multiple of 32", "(480, 480)", "(512, 512)")),
-    ((512, 700), ("(512, 700)", "(512, 672)", "(512, 704)")),  # the good side stays
-    ((20, 64), ("(20, 64)", "(32, 64)")),  # never 0
-    ((0, 64), ("two positive numbers", "(0, 64)")),
-    ((-32, 64), ("two positive numbers", "(-32, 64)")),
-    ((512,), ("two positive numbers", "(512,)")),
-    ((3, 512, 512), ("two positive numbers", "(3, 512, 512)"))])
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        ((500, 500), ("(500, 500)", "multiple of 32", "(480, 480)", "(512, 512)")),
+        ((512, 700), ("(512, 700)", "(512, 672)", "(512, 704)")),  # the good side stays
+        ((20, 64), ("(20, 64)", "(32, 64)")),  # never 0
+        ((0, 64), ("two positive numbers", "(0, 64)")),
+        ((-32, 64), ("two positive numbers", "(-32, 64)")),
+        ((512,), ("two positive numbers", "(512,)")),
+        ((3, 512, 512), ("two positive numbers", "(3, 512, 512)")),
+    ],
+)
 def test_refused_sizes(size, words):
     with pytest.raises(ValueError) as error:
         check_image_size(size)
@@ -123,6 +159,7 @@ def test_refused_sizes(size, words):
 
 # ---- the labeler
 
+
 @pytest.fixture(autouse=True, scope="module", params=["CPU's way", "accelerator's way"])
 def way(request):
     with pytest.MonkeyPatch.context() as patch:
@@ -131,8 +168,14 @@ def way(request):
         yield
 
 
-def label_slowly(anchors: Anchors, boxes: Tensor, classes: Tensor, threshold: float = 0.5, filter_valid: bool = True,
-                 ignore_regions: bool = False) -> tuple[list, list, list]:
+def label_slowly(
+    anchors: Anchors,
+    boxes: Tensor,
+    classes: Tensor,
+    threshold: float = 0.5,
+    filter_valid: bool = True,
+    ignore_regions: bool = False,
+) -> tuple[list, list, list]:
     """Label each image, ground truth by ground truth and anchor by anchor, in float32 like the fast one.
 
     Returns:
@@ -175,15 +218,20 @@ def encode_slowly(box: np.ndarray, anchor: np.ndarray) -> list[float]:
     y_min, x_min, y_max, x_max = box.astype(np.float64)
     top, left, bottom, right = anchor.astype(np.float64)
     height, width = bottom - top, right - left
-    return [(y_min + y_max - top - bottom) / 2 / height, (x_min + x_max - left - right) / 2 / width,
-            math.log((y_max - y_min + 1e-7) / height), math.log((x_max - x_min + 1e-7) / width)]
+    return [
+        (y_min + y_max - top - bottom) / 2 / height,
+        (x_min + x_max - left - right) / 2 / width,
+        math.log((y_max - y_min + 1e-7) / height),
+        math.log((x_max - x_min + 1e-7) / width),
+    ]
 
 
 def assert_equals_slow(labeler: AnchorLabeler, boxes: Tensor, classes: Tensor, filter_valid: bool = True) -> Tensor:
     """Compare one call with the slow twin; return the class targets."""
     targets, deltas, num_positives = labeler.assign(boxes, classes, filter_valid)
     expected_targets, expected_codes, expected_counts = label_slowly(
-        labeler.anchors, boxes, classes, labeler.match_threshold, filter_valid, labeler.ignore_regions)
+        labeler.anchors, boxes, classes, labeler.match_threshold, filter_valid, labeler.ignore_regions
+    )
     assert targets.dtype == torch.int64 and targets.tolist() == expected_targets
     assert num_positives.dtype == torch.float32 and num_positives.tolist() == expected_counts
     rows = np.array([code or [0.0] * 4 for image in expected_codes for code in image])
@@ -203,7 +251,7 @@ def make_case(kind: str, seed: int, images: int = 2, slots: int = 6) -> tuple[Te
         boxes = np.round(boxes / 8) * 8
         boxes[..., 2:] += 8
     elif kind == "duplicated":
-        boxes[:, slots // 2:] = boxes[:, :slots - slots // 2]
+        boxes[:, slots // 2 :] = boxes[:, : slots - slots // 2]
     elif kind == "equal to anchors":
         boxes = GRID.boxes.numpy()[rng.integers(0, len(GRID.boxes), (images, slots))]
     elif kind == "tiny":
@@ -223,8 +271,18 @@ def make_case(kind: str, seed: int, images: int = 2, slots: int = 6) -> tuple[Te
     return torch.tensor(boxes, dtype=torch.float32), torch.tensor(classes)
 
 
-KINDS = ["random", "tied", "duplicated", "equal to anchors", "tiny", "points and lines", "outside", "padded",
-         "class 0 counts, as in the reference", "some images empty"]
+KINDS = [
+    "random",
+    "tied",
+    "duplicated",
+    "equal to anchors",
+    "tiny",
+    "points and lines",
+    "outside",
+    "padded",
+    "class 0 counts, as in the reference",
+    "some images empty",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,8 +349,9 @@ def test_padding_changes_nothing():
     more_boxes = torch.cat((boxes, torch.full((2, 7, 4), -1.0), torch.zeros(2, 2, 4)), 1)
     more_classes = torch.cat((classes, torch.full((2, 9), -1)), 1)
     for order in (torch.arange(15), torch.arange(15).roll(9)):  # padding behind and in front
-        for part, other in zip(AnchorLabeler(GRID, 5).assign(more_boxes[:, order], more_classes[:, order]), expected,
-                               strict=True):
+        for part, other in zip(
+            AnchorLabeler(GRID, 5).assign(more_boxes[:, order], more_classes[:, order]), expected, strict=True
+        ):
             assert torch.equal(part, other)
 
 

@@ -1,4 +1,5 @@
 """Box arithmetic against one-pair-at-a-time Python, and numbers a reader can check by hand."""
+
 from __future__ import annotations
 
 import math
@@ -42,7 +43,8 @@ def encode_slowly(box: list[float], anchor: list[float]) -> list[float]:
         ((box[0] + box[2]) / 2 - (anchor[0] + anchor[2]) / 2) / (anchor_height + ENCODE_EPSILON),
         ((box[1] + box[3]) / 2 - (anchor[1] + anchor[3]) / 2) / (anchor_width + ENCODE_EPSILON),
         math.log((height + ENCODE_EPSILON) / (anchor_height + ENCODE_EPSILON)),
-        math.log((width + ENCODE_EPSILON) / (anchor_width + ENCODE_EPSILON))]
+        math.log((width + ENCODE_EPSILON) / (anchor_width + ENCODE_EPSILON)),
+    ]
 
 
 def make_boxes(count: int, seed: int, largest: float = 60.0) -> Tensor:
@@ -75,15 +77,19 @@ def test_iou_of_batches_is_the_iou_of_each():
         assert torch.equal(iou[index], pairwise_iou(first[index], second[index]))
 
 
-@pytest.mark.parametrize("a, b, expected", [
-    ((0, 0, 4, 4), (0, 0, 4, 4), 1.0),
-    ((0, 0, 4, 4), (2, 2, 6, 6), 4 / 28),
-    ((0, 0, 4, 4), (1, 1, 3, 3), 4 / 16),  # one inside the other
-    ((0, 0, 4, 4), (0, 4, 4, 8), 0.0),  # they share an edge
-    ((0, 0, 4, 4), (9, 9, 12, 12), 0.0),
-    ((0, 0, 4, 4), (2, 2, 2, 2), 0.0),  # a point inside
-    ((2, 2, 2, 2), (2, 2, 2, 2), 0.0),  # 0 / 0 is no overlap
-    ((1, 1, 1, 5), (1, 1, 1, 5), 0.0)])
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((0, 0, 4, 4), (0, 0, 4, 4), 1.0),
+        ((0, 0, 4, 4), (2, 2, 6, 6), 4 / 28),
+        ((0, 0, 4, 4), (1, 1, 3, 3), 4 / 16),  # one inside the other
+        ((0, 0, 4, 4), (0, 4, 4, 8), 0.0),  # they share an edge
+        ((0, 0, 4, 4), (9, 9, 12, 12), 0.0),
+        ((0, 0, 4, 4), (2, 2, 2, 2), 0.0),  # a point inside
+        ((2, 2, 2, 2), (2, 2, 2, 2), 0.0),  # 0 / 0 is no overlap
+        ((1, 1, 1, 5), (1, 1, 1, 5), 0.0),
+    ],
+)
 def test_iou_by_hand(a, b, expected):
     for first, second in ((a, b), (b, a)):
         iou = pairwise_iou(torch.tensor([first], dtype=torch.float32), torch.tensor([second], dtype=torch.float32))
@@ -133,15 +139,19 @@ def test_encode_equals_the_loop():
     torch.testing.assert_close(deltas, expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("code, expected", [
-    ((0.0, 0.0, 0.0, 0.0), ANCHOR),
-    ((1.0, 0.0, 0.0, 0.0), (30.0, 20.0, 50.0, 100.0)),  # down by one anchor height
-    ((0.0, -0.5, 0.0, 0.0), (10.0, -20.0, 30.0, 60.0)),  # left by half an anchor width
-    ((0.0, 0.0, math.log(2), 0.0), (0.0, 20.0, 40.0, 100.0)),
-    ((0.0, 0.0, 0.0, math.log(0.5)), (10.0, 40.0, 30.0, 80.0)),
-    ((0.0, 0.0, -200.0, -200.0), (20.0, 60.0, 20.0, 60.0)),  # shrinks to its centre
-    ((0.0, 0.0, 1e4, 0.0), (20 - 625.0, 20.0, 20 + 625.0, 100.0)),  # 1000 / 16 times as high at most
-    ((0.0, 0.0, 0.0, math.inf), (10.0, 60 - 2500.0, 30.0, 60 + 2500.0))])
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ((0.0, 0.0, 0.0, 0.0), ANCHOR),
+        ((1.0, 0.0, 0.0, 0.0), (30.0, 20.0, 50.0, 100.0)),  # down by one anchor height
+        ((0.0, -0.5, 0.0, 0.0), (10.0, -20.0, 30.0, 60.0)),  # left by half an anchor width
+        ((0.0, 0.0, math.log(2), 0.0), (0.0, 20.0, 40.0, 100.0)),
+        ((0.0, 0.0, 0.0, math.log(0.5)), (10.0, 40.0, 30.0, 80.0)),
+        ((0.0, 0.0, -200.0, -200.0), (20.0, 60.0, 20.0, 60.0)),  # shrinks to its centre
+        ((0.0, 0.0, 1e4, 0.0), (20 - 625.0, 20.0, 20 + 625.0, 100.0)),  # 1000 / 16 times as high at most
+        ((0.0, 0.0, 0.0, math.inf), (10.0, 60 - 2500.0, 30.0, 60 + 2500.0)),
+    ],
+)
 def test_decode_by_hand(code, expected):
     box = decode_boxes(torch.tensor(code), torch.tensor(ANCHOR))
     torch.testing.assert_close(box, torch.tensor(expected), rtol=1e-5, atol=1e-4)

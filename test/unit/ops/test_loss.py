@@ -1,4 +1,5 @@
 """The loss against a dense one-hot twin in float64, and its closed-form gradient against finite differences."""
+
 from __future__ import annotations
 
 import itertools
@@ -34,8 +35,9 @@ def way(request, monkeypatch):
     monkeypatch.setattr(loss, "is_host", lambda device: request.param != "accelerator's way")
 
 
-def focal_slowly(logits: np.ndarray, one_hot_targets: np.ndarray, alpha: float, gamma: float, smoothing: float
-                 ) -> np.ndarray:
+def focal_slowly(
+    logits: np.ndarray, one_hot_targets: np.ndarray, alpha: float, gamma: float, smoothing: float
+) -> np.ndarray:
     """Compute the focal loss of each logit, float64, from the definition with a probability of the true answer."""
     positive = one_hot_targets == 1
     log_p = -np.logaddexp(0, -logits)  # log of sigmoid
@@ -43,11 +45,12 @@ def focal_slowly(logits: np.ndarray, one_hot_targets: np.ndarray, alpha: float, 
     soft = one_hot_targets * (1 - smoothing) + 0.5 * smoothing
     cross_entropy = -(soft * log_p + (1 - soft) * log_not_p)
     wrong = np.exp(np.where(positive, log_not_p, log_p))  # 1 - p_t
-    return np.where(positive, alpha, 1 - alpha) * wrong ** gamma * cross_entropy
+    return np.where(positive, alpha, 1 - alpha) * wrong**gamma * cross_entropy
 
 
-def class_loss_slowly(logits: np.ndarray, targets: np.ndarray, num_classes: int, alpha: float, gamma: float,
-                      smoothing: float) -> np.ndarray:
+def class_loss_slowly(
+    logits: np.ndarray, targets: np.ndarray, num_classes: int, alpha: float, gamma: float, smoothing: float
+) -> np.ndarray:
     """Return the loss of each logit [B, A * K, height, width] of one level; targets are [B, height, width, A]."""
     dense = np.zeros_like(logits)
     counted = np.ones_like(logits)
@@ -56,7 +59,7 @@ def class_loss_slowly(logits: np.ndarray, targets: np.ndarray, num_classes: int,
         if number >= 0:
             dense[image, anchor * num_classes + number, row, column] = 1
         if number == -2:
-            counted[image, anchor * num_classes:(anchor + 1) * num_classes, row, column] = 0
+            counted[image, anchor * num_classes : (anchor + 1) * num_classes, row, column] = 0
     return focal_slowly(logits, dense, alpha, gamma, smoothing) * counted
 
 
@@ -67,12 +70,13 @@ def box_loss_slowly(deltas: np.ndarray, targets: np.ndarray, delta: float) -> fl
         target = targets[image, row, column, channel]
         if target != 0:
             error = abs(deltas[image, channel, row, column] - target)
-            total += error ** 2 / 2 if error <= delta else delta * (error - delta / 2)
+            total += error**2 / 2 if error <= delta else delta * (error - delta / 2)
     return total
 
 
-def make_level(num_classes: int, size: tuple[int, int], seed: int, spread: float = 3.0
-               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_level(
+    num_classes: int, size: tuple[int, int], seed: int, spread: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw logits, class targets (a few positive, one anchor in five left out), deltas, code targets of one level."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, ANCHORS * num_classes, *size, generator=generator) * spread - 1
@@ -87,8 +91,9 @@ def make_level(num_classes: int, size: tuple[int, int], seed: int, spread: float
     return logits, targets, deltas, code_targets.flatten(3)
 
 
-def sum_and_gradient(logits: Tensor, targets: Tensor, num_classes: int, gamma: float, smoothing: float,
-                     factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def sum_and_gradient(
+    logits: Tensor, targets: Tensor, num_classes: int, gamma: float, smoothing: float, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
     total = focal_loss_sum(logits, targets.flatten(1), num_classes, 0.25, gamma, smoothing)
     (gradient,) = torch.autograd.grad(total * factor, logits)
@@ -108,8 +113,9 @@ def test_class_loss_and_gradient(num_classes, gamma, smoothing):
     arguments = (targets.numpy(), num_classes, 0.25, gamma, smoothing)
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(class_loss_slowly(logits.double().numpy(), *arguments).sum(), rel=1e-5)
-    np.testing.assert_allclose(gradient.numpy(), slow_gradient(logits.double().numpy(), *arguments),
-                               rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient.numpy(), slow_gradient(logits.double().numpy(), *arguments), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("num_classes, gamma, smoothing", list(itertools.product([1, 90], [1.5, 2.0], [0.0, 0.1])))
@@ -129,23 +135,42 @@ def test_whole_loss(legacy, smoothing, num_classes):
     levels = [make_level(num_classes, size, seed) for seed, size in enumerate(SIZES)]
     num_positives = torch.tensor([7.0, 4.0])
     logits, targets, deltas, code_targets = (list(part) for part in zip(*levels, strict=True))
-    total, class_loss, box_loss = loss_fn(logits, deltas, targets, code_targets, num_positives, num_classes, 0.3, 1.5,
-                                          0.2, 40.0, smoothing, legacy)
-    expected_class = sum(class_loss_slowly(level[0].double().numpy(), level[1].numpy(), num_classes, 0.3, 1.5,
-                                           0.0 if legacy else smoothing).sum() for level in levels) / 12
-    expected_box = sum(box_loss_slowly(level[2].double().numpy(), level[3].double().numpy(), 0.2)
-                       for level in levels) / 48
+    total, class_loss, box_loss = loss_fn(
+        logits, deltas, targets, code_targets, num_positives, num_classes, 0.3, 1.5, 0.2, 40.0, smoothing, legacy
+    )
+    expected_class = (
+        sum(
+            class_loss_slowly(
+                level[0].double().numpy(), level[1].numpy(), num_classes, 0.3, 1.5, 0.0 if legacy else smoothing
+            ).sum()
+            for level in levels
+        )
+        / 12
+    )
+    expected_box = (
+        sum(box_loss_slowly(level[2].double().numpy(), level[3].double().numpy(), 0.2) for level in levels) / 48
+    )
     assert expected_box > 0
     assert class_loss.item() == pytest.approx(expected_class, rel=1e-5)
     assert box_loss.item() == pytest.approx(expected_box, rel=1e-5)
     assert total.item() == pytest.approx(expected_class + 40 * expected_box, rel=1e-5)
-    config = SimpleNamespace(num_classes=num_classes, alpha=0.3, gamma=1.5, delta=0.2, box_loss_weight=40.0,
-                             label_smoothing=smoothing, legacy_focal=legacy)
-    flat = (torch.cat([level.flatten(1) for level in targets], 1),
-            torch.cat([level.reshape(2, -1, 4) for level in code_targets], 1))
+    config = SimpleNamespace(
+        num_classes=num_classes,
+        alpha=0.3,
+        gamma=1.5,
+        delta=0.2,
+        box_loss_weight=40.0,
+        label_smoothing=smoothing,
+        legacy_focal=legacy,
+    )
+    flat = (
+        torch.cat([level.flatten(1) for level in targets], 1),
+        torch.cat([level.reshape(2, -1, 4) for level in code_targets], 1),
+    )
     for given in ((targets, code_targets), flat):
-        for one, other in zip(DetectionLoss(config)(logits, deltas, *given, num_positives),
-                              (total, class_loss, box_loss), strict=True):
+        for one, other in zip(
+            DetectionLoss(config)(logits, deltas, *given, num_positives), (total, class_loss, box_loss), strict=True
+        ):
             assert torch.equal(one, other)
     dense = DetectionLoss(config, dense_targets=True)(logits, deltas, *flat, num_positives)
     torch.testing.assert_close(dense[1], class_loss, rtol=1e-5, atol=1e-6)
@@ -168,8 +193,9 @@ def test_only_background_is_finite():
     logits, _, deltas, code_targets = make_level(5, (4, 3), seed=3)
     logits.requires_grad_(), deltas.requires_grad_()
     targets = torch.full((2, 4, 3, ANCHORS), -1)
-    total, class_loss, box_loss = loss_fn([logits], [deltas], [targets], [torch.zeros_like(code_targets)],
-                                          torch.zeros(2), 5, 0.25, 1.5, 0.1, 50.0)
+    total, class_loss, box_loss = loss_fn(
+        [logits], [deltas], [targets], [torch.zeros_like(code_targets)], torch.zeros(2), 5, 0.25, 1.5, 0.1, 50.0
+    )
     total.backward()
     expected = class_loss_slowly(logits.detach().double().numpy(), targets.numpy(), 5, 0.25, 1.5, 0.0).sum()
     assert class_loss.item() == pytest.approx(expected, rel=1e-5) and box_loss.item() == 0.0
@@ -212,8 +238,9 @@ def test_half_precision_logits_inside_autocast(dtype, tolerance):
     logits, targets, deltas, code_targets = make_level(90, (4, 3), seed=5)
     logits, deltas = logits.to(dtype).requires_grad_(), deltas.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        total, class_loss, box_loss = loss_fn([logits], [deltas], [targets], [code_targets], torch.tensor([4.0, 3.0]),
-                                              90, 0.25, 1.5, 0.1, 50.0)
+        total, class_loss, box_loss = loss_fn(
+            [logits], [deltas], [targets], [code_targets], torch.tensor([4.0, 3.0]), 90, 0.25, 1.5, 0.1, 50.0
+        )
         total.backward()
     assert total.dtype == class_loss.dtype == box_loss.dtype == torch.float32
     arguments = (logits.detach().double().numpy(), targets.numpy(), 90, 0.25, 1.5, 0.0)
@@ -229,7 +256,7 @@ def test_loss_scale_saves_small_gradients_of_fp16():
     logits = torch.full((1, 1, 1, 1), -8.0, dtype=torch.float16)
     targets = torch.full((1, 1, 1, 1), -1)
     expected = slow_gradient(logits.double().numpy(), targets.numpy(), 1, 0.25, 1.5, 0.0).item()
-    assert 0 < expected < 2 ** -25, "rounds to 0 in fp16"
+    assert 0 < expected < 2**-25, "rounds to 0 in fp16"
     _, gradient = sum_and_gradient(logits, targets, 1, 1.5, 0.0, factor=65536.0)
     assert gradient.dtype == torch.float16 and gradient.item() == pytest.approx(65536 * expected, rel=2e-3)
 
@@ -246,8 +273,9 @@ def test_memory_layout_does_not_matter(num_classes):
     logits, targets, _, _ = make_level(num_classes, (4, 3), seed=7)
     kept = logits.clone()
     total, gradient = sum_and_gradient(logits, targets, num_classes, 1.5, 0.1)
-    other_total, other_gradient = sum_and_gradient(logits.contiguous(memory_format=torch.channels_last), targets,
-                                                   num_classes, 1.5, 0.1)
+    other_total, other_gradient = sum_and_gradient(
+        logits.contiguous(memory_format=torch.channels_last), targets, num_classes, 1.5, 0.1
+    )
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-7)
     assert other_total.item() == pytest.approx(total.item(), rel=1e-6)
     assert torch.equal(logits, kept), "the logits were changed"
@@ -265,8 +293,18 @@ def test_one_tensor_is_kept_for_the_backward_pass(dtype, bytes_per_logit):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_fn(logits, [level[2] for level in levels], [level[1] for level in levels], [level[3] for level in levels],
-                torch.tensor([4.0, 3.0]), 90, 0.25, 1.5, 0.1, 50.0)
+        loss_fn(
+            logits,
+            [level[2] for level in levels],
+            [level[1] for level in levels],
+            [level[3] for level in levels],
+            torch.tensor([4.0, 3.0]),
+            90,
+            0.25,
+            1.5,
+            0.1,
+            50.0,
+        )
     large = sorted(size for size in sizes if size > 64)
     assert large == sorted(level.numel() * bytes_per_logit for level in logits)
 
@@ -287,8 +325,9 @@ def test_dense_forms(gamma, smoothing):
     actual = new_focal_loss(logits, targets, 0.3, gamma, 6.0, smoothing)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-4, atol=1e-7)
     if not smoothing:
-        np.testing.assert_allclose(focal_loss_legacy(logits, targets, 0.3, gamma, torch.tensor(6.0)).numpy(), expected,
-                                   rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            focal_loss_legacy(logits, targets, 0.3, gamma, torch.tensor(6.0)).numpy(), expected, rtol=1e-4, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -300,7 +339,7 @@ def test_huber_and_smooth_l1(limit, weighted, average):
     huber, smooth = [], []
     for error, weight in zip((given - wanted).abs().flatten().tolist(), weights.flatten().tolist(), strict=True):
         weight = weight if weighted else 1.0
-        value = error ** 2 / 2 if error <= limit else limit * (error - limit / 2)
+        value = error**2 / 2 if error <= limit else limit * (error - limit / 2)
         huber.append(weight * value)
         smooth.append(weight * (value / limit if limit else error))
     count = len(huber) if average else 1

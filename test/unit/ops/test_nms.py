@@ -1,4 +1,5 @@
 """Candidate selection, NMS, soft-NMS and the detections made of them, against loops over single boxes."""
+
 from __future__ import annotations
 
 import math
@@ -50,8 +51,9 @@ def iou_slowly(a: np.ndarray, b: np.ndarray) -> np.float32:
     return intersection / union if intersection > 0 else ZERO
 
 
-def nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_det: int, threshold: float = 0.5
-               ) -> list[int]:
+def nms_slowly(
+    boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_det: int, threshold: float = 0.5
+) -> list[int]:
     """Go through the boxes by falling score and keep each that no kept one of its class overlaps too much."""
     kept: list[int] = []
     for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
@@ -61,9 +63,16 @@ def nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_d
     return kept
 
 
-def soft_nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, max_det: int, gaussian: bool = True,
-                    sigma: float = 0.5, minimum: float = 0.001, threshold: float = 0.5
-                    ) -> tuple[list[int], list[float]]:
+def soft_nms_slowly(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    classes: np.ndarray,
+    max_det: int,
+    gaussian: bool = True,
+    sigma: float = 0.5,
+    minimum: float = 0.001,
+    threshold: float = 0.5,
+) -> tuple[list[int], list[float]]:
     """Take the best box, lower the scores of its class's others, drop those that fall to `minimum`; repeat."""
     left = {index: float(score) for index, score in enumerate(scores)}
     kept, kept_scores = [], []
@@ -82,8 +91,9 @@ def soft_nms_slowly(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, 
     return kept, kept_scores
 
 
-def make_boxes(kind: str, seed: int, images: int = 2, count: int = 40, num_classes: int = 3
-               ) -> tuple[Tensor, Tensor, Tensor]:
+def make_boxes(
+    kind: str, seed: int, images: int = 2, count: int = 40, num_classes: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw crowded xyxy boxes inside 0..80, scores and classes."""
     rng = np.random.default_rng(seed)
     corners = rng.uniform(0, 40, (images, count, 2))
@@ -95,8 +105,8 @@ def make_boxes(kind: str, seed: int, images: int = 2, count: int = 40, num_class
         boxes[..., 2:] = np.maximum(boxes[..., 2:], boxes[..., :2] + 10)
         scores = np.round(scores * 8) / 8
     elif kind == "duplicates":
-        boxes[:, count // 2:] = boxes[:, :count // 2]
-        classes[:, count // 2:] = classes[:, :count // 2]
+        boxes[:, count // 2 :] = boxes[:, : count // 2]
+        classes[:, count // 2 :] = classes[:, : count // 2]
     elif kind == "equal scores":
         scores[:] = 0.25
     elif kind == "empty boxes":
@@ -139,8 +149,9 @@ def test_nms_equals_the_loop(kind, max_det):
 
 
 PLACE = st.integers(0, 12) | st.floats(0, 12, width=32)
-BOX = st.tuples(PLACE, PLACE, PLACE, PLACE, st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32),
-                st.integers(0, 1))
+BOX = st.tuples(
+    PLACE, PLACE, PLACE, PLACE, st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32), st.integers(0, 1)
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -161,8 +172,9 @@ def test_threshold_is_exclusive():
     assert index.tolist() == [[0, 1]], "another class never suppresses"
 
 
-def operator_slowly(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, per_class: int,
-                    total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operator_slowly(
+    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, per_class: int, total: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stand in for npu_batch_nms: [B, k, 1, 4], [B, k, K] -> boxes, scores, classes, counts; zeros as padding."""
     batch, _, num_classes = scores.shape
     out = [torch.zeros(batch, total, 4), torch.zeros(batch, total), torch.zeros(batch, total)]
@@ -205,7 +217,8 @@ def test_soft_nms_equals_the_loop(kind, gaussian, max_det):
         index, kept_scores = batched_soft_nms(boxes, scores, classes, max_det, method_gaussian=gaussian)
         for image in range(len(boxes)):
             expected, expected_scores = soft_nms_slowly(
-                boxes[image].numpy(), scores[image].numpy(), classes[image].numpy(), max_det, gaussian)
+                boxes[image].numpy(), scores[image].numpy(), classes[image].numpy(), max_det, gaussian
+            )
             count = len(expected)
             assert index[image, :count].tolist() == expected
             np.testing.assert_allclose(kept_scores[image, :count].numpy(), expected_scores, rtol=1e-4, atol=1e-7)
@@ -235,34 +248,40 @@ def test_soft_nms_by_hand():
 
 # ---- candidates
 
-def make_heads(num_classes: int, size: tuple[int, int], seed: int = 0, anchors: int = 9
-               ) -> tuple[list[Tensor], list[Tensor]]:
+
+def make_heads(
+    num_classes: int, size: tuple[int, int], seed: int = 0, anchors: int = 9
+) -> tuple[list[Tensor], list[Tensor]]:
     """Draw head outputs of levels 3..7: logits that never tie, and deltas."""
     generator = torch.Generator().manual_seed(seed)
-    cells = [(math.ceil(size[0] / 2 ** level), math.ceil(size[1] / 2 ** level)) for level in range(3, 8)]
+    cells = [(math.ceil(size[0] / 2**level), math.ceil(size[1] / 2**level)) for level in range(3, 8)]
     total = sum(2 * anchors * num_classes * height * width for height, width in cells)
     values = (torch.randperm(total, generator=generator).float() / total * 10 - 8).split(
-        [2 * anchors * num_classes * height * width for height, width in cells])
+        [2 * anchors * num_classes * height * width for height, width in cells]
+    )
     logits = [part.reshape(2, anchors * num_classes, *cell) for part, cell in zip(values, cells, strict=True)]
     return logits, [torch.randn(2, anchors * 4, *cell, generator=generator) * 0.3 for cell in cells]
 
 
-def candidates_slowly(logits: list[Tensor], deltas: list[Tensor], image: int, num_classes: int, limit: int
-                      ) -> list[tuple[float, list[float], int, int]]:
+def candidates_slowly(
+    logits: list[Tensor], deltas: list[Tensor], image: int, num_classes: int, limit: int
+) -> list[tuple[float, list[float], int, int]]:
     """List (logit, code, anchor, class) of every anchor and class by falling logit."""
     found, number = [], 0
     for level_logits, level_codes in zip(logits, deltas, strict=True):
         values, boxes = level_logits[image].numpy(), level_codes[image].numpy()
         for row, column, anchor in np.ndindex(*values.shape[1:], len(boxes) // 4):
-            code = boxes[anchor * 4:anchor * 4 + 4, row, column].tolist()
+            code = boxes[anchor * 4 : anchor * 4 + 4, row, column].tolist()
             for class_idx in range(num_classes):
                 found.append((values[anchor * num_classes + class_idx, row, column].item(), code, number, class_idx))
             number += 1
     return sorted(found, key=lambda entry: -entry[0])[:limit]
 
 
-@pytest.mark.parametrize("num_classes, size, limit, expected_count", [
-    (3, (32, 64), 50, 50), (3, (32, 64), 1, 1), (1, (128, 128), 5000, 3069), (7, (32, 64), 5000, 44 * 9 * 7)])
+@pytest.mark.parametrize(
+    "num_classes, size, limit, expected_count",
+    [(3, (32, 64), 50, 50), (3, (32, 64), 1, 1), (1, (128, 128), 5000, 3069), (7, (32, 64), 5000, 44 * 9 * 7)],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_candidates_equal_the_sorted_list(num_classes, size, limit, expected_count, layout):
     logits, deltas = make_heads(num_classes, size)
@@ -288,8 +307,16 @@ def make_candidates(num_classes: int = 3, limit: int = 60) -> tuple[Tensor, Tens
     return logits, deltas, GRID.boxes[indices], classes
 
 
-def detections_slowly(logits: Tensor, deltas: Tensor, anchors: Tensor, classes: Tensor, scale: Tensor | None,
-                      size: Tensor | None, max_det: int, soft: bool) -> np.ndarray:
+def detections_slowly(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    classes: Tensor,
+    scale: Tensor | None,
+    size: Tensor | None,
+    max_det: int,
+    soft: bool,
+) -> np.ndarray:
     """Make one image's rows from the definition."""
     factor = 1.0 if scale is None else scale.item()
     boxes = []
@@ -328,8 +355,13 @@ def test_detections_equal_the_loop(max_det, info, soft):
     rows = make_detections(*candidates, scale, size, max_det, soft)
     assert rows.shape == (2, max_det, 6) and rows.dtype == torch.float32
     for image in range(2):
-        expected = detections_slowly(*(part[image] for part in candidates), None if scale is None else scale[image],
-                                     None if size is None else size[image], max_det, soft)
+        expected = detections_slowly(
+            *(part[image] for part in candidates),
+            None if scale is None else scale[image],
+            None if size is None else size[image],
+            max_det,
+            soft,
+        )
         np.testing.assert_allclose(rows[image].numpy(), expected, rtol=2e-4, atol=1e-3)
         if max_det == 100:
             assert (rows[image, -30:] == 0).all() and rows[image, 0, 4] > 0.5
@@ -348,8 +380,9 @@ def test_a_batch_is_its_images(soft):
     candidates = make_candidates(limit=200)
     batch = make_detections(*candidates, SCALES, SIZES, 30, soft)
     for image in range(2):
-        one = make_detections(*(part[image:image + 1] for part in candidates), SCALES[image], SIZES[image:image + 1],
-                              30, soft)
+        one = make_detections(
+            *(part[image : image + 1] for part in candidates), SCALES[image], SIZES[image : image + 1], 30, soft
+        )
         torch.testing.assert_close(one[0], batch[image], rtol=1e-5, atol=1e-5)
 
 
@@ -370,24 +403,37 @@ def test_single_image_form(soft):
     expected = make_detections(logits, deltas, GRID.boxes[indices], classes, SCALES, SIZES, 50, soft)
     shuffled = torch.randperm(80, generator=torch.Generator().manual_seed(0))
     for order in (torch.arange(80), shuffled):
-        rows = generate_detections(logits[1, order].unsqueeze(1), deltas[1, order], GRID.boxes, indices[1, order],
-                                   classes[1, order], SCALES[1], SIZES[1], 50, soft)
+        rows = generate_detections(
+            logits[1, order].unsqueeze(1),
+            deltas[1, order],
+            GRID.boxes,
+            indices[1, order],
+            classes[1, order],
+            SCALES[1],
+            SIZES[1],
+            50,
+            soft,
+        )
         torch.testing.assert_close(rows, expected[1], rtol=1e-5, atol=1e-5)
-    plain = generate_detections(logits[1].unsqueeze(1), deltas[1], GRID.boxes, indices[1], classes[1], None, None,
-                                soft_nms=soft)
-    torch.testing.assert_close(plain, make_detections(logits, deltas, GRID.boxes[indices], classes, soft_nms=soft)[1],
-                               rtol=1e-5, atol=1e-4)
+    plain = generate_detections(
+        logits[1].unsqueeze(1), deltas[1], GRID.boxes, indices[1], classes[1], None, None, soft_nms=soft
+    )
+    torch.testing.assert_close(
+        plain, make_detections(logits, deltas, GRID.boxes[indices], classes, soft_nms=soft)[1], rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
 def test_no_candidates(soft):
     none = torch.zeros(0, dtype=torch.int64)
-    rows = generate_detections(torch.zeros(0, 1), torch.zeros(0, 4), GRID.boxes, none, none, SCALES[0], SIZES[0], 7,
-                               soft)
+    rows = generate_detections(
+        torch.zeros(0, 1), torch.zeros(0, 4), GRID.boxes, none, none, SCALES[0], SIZES[0], 7, soft
+    )
     assert rows.shape == (7, 6) and (rows == 0).all()
 
 
 # ---- fixed shapes, nothing read back
+
 
 @contextmanager
 def no_values() -> Iterator[None]:
@@ -396,8 +442,17 @@ def no_values() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("read", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item(),
-                                  lambda x: bool((x > 0).any()), lambda x: x.unique(), lambda x: x.tolist()])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.unique(),
+        lambda x: x.tolist(),
+    ],
+)
 def test_the_guard_sees_reads(read):
     with no_values(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         read(torch.ones(4))
@@ -418,7 +473,8 @@ def test_nothing_is_read_back(soft, monkeypatch):
         total, _, _ = loss_fn(logits, deltas, *targets, 3, 0.25, 1.5, 0.1, 50.0, 0.1)
         total.backward()
         top_logits, top_codes, indices, classes = select_candidates(logits, deltas, 3)
-        rows = make_detections(top_logits, top_codes, anchors.boxes[indices], classes, torch.ones(2),
-                               torch.ones(2, 2), 100, soft)
+        rows = make_detections(
+            top_logits, top_codes, anchors.boxes[indices], classes, torch.ones(2), torch.ones(2, 2), 100, soft
+        )
     assert total.shape == () and logits[0].grad.shape == logits[0].shape and deltas[0].grad.shape == deltas[0].shape
     assert targets[2].shape == (2,) and rows.shape == (2, 100, 6)

@@ -1,4 +1,5 @@
 """Images in, detections in their pixels out: against the steps done by hand, and on awkward images."""
+
 from __future__ import annotations
 
 import copy
@@ -25,8 +26,13 @@ NUM_CLASSES = 3
 def model() -> torch.nn.Module:
     """A D0 whose scores spread over 0..1, so that their order does not hang on the last bits."""
     torch.manual_seed(0)
-    network = create_model("tf_efficientdet_d0", num_classes=NUM_CLASSES, image_size=(HEIGHT, WIDTH),
-                           pretrained_backbone=False, max_det_per_image=20)
+    network = create_model(
+        "tf_efficientdet_d0",
+        num_classes=NUM_CLASSES,
+        image_size=(HEIGHT, WIDTH),
+        pretrained_backbone=False,
+        max_det_per_image=20,
+    )
     for module in network.modules():  # an initial network's norm layers let next to nothing through
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
@@ -53,7 +59,7 @@ def predict_by_hand(model: torch.nn.Module, image: Image.Image) -> np.ndarray:
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     canvas = np.empty((HEIGHT, WIDTH, 3), np.uint8)
     canvas[:] = np.rint(255 * mean)
-    canvas[:resized.height, :resized.width] = np.asarray(resized)
+    canvas[: resized.height, : resized.width] = np.asarray(resized)
     images = torch.from_numpy((canvas / 255 - mean) / std).float().permute(2, 0, 1)[None]
     info = {"img_scale": torch.tensor([1 / scale]), "img_size": torch.tensor([[image.width, image.height]])}
     with torch.no_grad():
@@ -166,20 +172,22 @@ def test_an_array_of_images_is_a_batch(predictor):
     assert [found.scores.tobytes() for found in results] == [found.scores.tobytes() for found in alone]
 
 
-@pytest.mark.parametrize(("image", "message"), [
-    (np.zeros((3, 40, 50), np.uint8), r"uint8 \[3, 40, 50\]: give uint8 \[height, width, 3\]"),
-    (np.zeros((40, 50, 3), np.float32), r"float32 \[40, 50, 3\]"),
-    (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"),
-    (torch.zeros(40, 50, 3), "an image is a Tensor: give a path"),
-    ("nothing.jpg", "nothing.jpg: no such file"),
-])
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((3, 40, 50), np.uint8), r"uint8 \[3, 40, 50\]: give uint8 \[height, width, 3\]"),
+        (np.zeros((40, 50, 3), np.float32), r"float32 \[40, 50, 3\]"),
+        (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"),
+        (torch.zeros(40, 50, 3), "an image is a Tensor: give a path"),
+        ("nothing.jpg", "nothing.jpg: no such file"),
+    ],
+)
 def test_what_is_no_image_is_refused(predictor, image, message):
     with pytest.raises((TypeError, ValueError), match=message):
         predictor.predict([image])
 
 
-def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_images, tmp_path,
-                                                            monkeypatch):
+def test_load_takes_other_settings_and_says_what_is_missing(small_checkpoint, synthetic_images, tmp_path, monkeypatch):
     few = effdet.load(small_checkpoint, device="cpu", max_det=5, image_size=(128, 256))
     assert few.bench.anchors.image_size == (128, 256) and len(few.predict(synthetic_images[0])[0]) == 5
     torch.save(torch.load(small_checkpoint, weights_only=True)["state_dict"], tmp_path / "weights.pth")

@@ -1,4 +1,5 @@
 """Test-time augmentation: views come back to the image's place, and fuse as worked out by hand."""
+
 from __future__ import annotations
 
 import numpy as np

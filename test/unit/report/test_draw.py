@@ -86,9 +86,10 @@ def test_scores_are_shown_and_long_labels_keep_them():
     long = draw_detections(plain(), [[20, 60, 180, 140]], ["w" * 500], [0.87], colors=[RED])
     longer = draw_detections(plain(), [[20, 60, 180, 140]], ["w" * 900], [0.87], colors=[RED])
     assert np.asarray(long).tobytes() == np.asarray(longer).tobytes()
-    assert np.asarray(long).tobytes() != np.asarray(
-        draw_detections(plain(), [[20, 60, 180, 140]], ["w" * 500], [0.17], colors=[RED])
-    ).tobytes()
+    assert (
+        np.asarray(long).tobytes()
+        != np.asarray(draw_detections(plain(), [[20, 60, 180, 140]], ["w" * 500], [0.17], colors=[RED])).tobytes()
+    )
 
 
 @pytest.mark.parametrize("label", ["貓", "Κύκλος", "naïve café", "🙂", "قطة", "line\nbreak", "\ud800", "", "\x00"])

@@ -1,4 +1,5 @@
 """report.html: its numbers against their sources, and the page in a real browser where there is one."""
+
 from __future__ import annotations
 
 import base64
@@ -48,8 +49,11 @@ def evaluate(dataset) -> CocoEvaluator:
     evaluator = CocoEvaluator(dataset)
     for index in range(len(dataset)):
         truth = dataset.parser.get_ann_info(index)
-        rows = [[*box[[1, 0, 3, 2]], 0.9 - 0.01 * n, label if n else label % 6 + 1]
-                for n, (box, label) in enumerate(zip(truth["bbox"], truth["cls"], strict=True)) if n % 2 == 0]
+        rows = [
+            [*box[[1, 0, 3, 2]], 0.9 - 0.01 * n, label if n else label % 6 + 1]
+            for n, (box, label) in enumerate(zip(truth["bbox"], truth["cls"], strict=True))
+            if n % 2 == 0
+        ]
         rows.append([0, 0, 9, 9, 0.5, 1])
         evaluator.add_predictions(torch.tensor(np.array(rows), dtype=torch.float32)[None], {"img_idx": [index]})
     evaluator.evaluate()
@@ -59,12 +63,33 @@ def evaluate(dataset) -> CocoEvaluator:
 def rows_of_a_run() -> list[dict]:
     rows = []
     for epoch in range(EPOCHS):
-        rows += [{"kind": "interval", "epoch": epoch, "step": step, "steps": 4, "loss": 3.0 / (4 * epoch + step),
-                  "class_loss": 1.0 / (4 * epoch + step), "box_loss": 0.04 / (4 * epoch + step), "lr": 1e-3,
-                  "img_per_s": 40.0 + step, "data_share": 0.05} for step in (2, 4)]
+        rows += [
+            {
+                "kind": "interval",
+                "epoch": epoch,
+                "step": step,
+                "steps": 4,
+                "loss": 3.0 / (4 * epoch + step),
+                "class_loss": 1.0 / (4 * epoch + step),
+                "box_loss": 0.04 / (4 * epoch + step),
+                "lr": 1e-3,
+                "img_per_s": 40.0 + step,
+                "data_share": 0.05,
+            }
+            for step in (2, 4)
+        ]
         rows.append({"kind": "epoch", "epoch": epoch, "skipped": epoch})
-        rows.append({"kind": "evaluation", "epoch": epoch, "AP": 0.1 * epoch, "AP50": 0.2 * epoch, "AP_small": None,
-                     "AP_medium": 0.1, "AP_large": 0.2})
+        rows.append(
+            {
+                "kind": "evaluation",
+                "epoch": epoch,
+                "AP": 0.1 * epoch,
+                "AP50": 0.2 * epoch,
+                "AP_small": None,
+                "AP_medium": 0.1,
+                "AP_large": 0.2,
+            }
+        )
     rows[0]["loss"] = None  # not finite
     return rows
 
@@ -81,8 +106,16 @@ def page(sets, tmp_path_factory) -> tuple[Path, CocoEvaluator]:
     draw_training_batch(images, target, names, mean, std).save(folder / BATCH_NAME)
     evaluator = evaluate(val_set)
     cfg = parse_train_args(["--root", "data", "--lr", "0.08"])
-    made = Report(folder / report.NAME, "a run", cfg, get_efficientdet_config("tf_efficientdet_d0"), val_set,
-                  train_set, "cpu", [("ms an image", "12.3")])
+    made = Report(
+        folder / report.NAME,
+        "a run",
+        cfg,
+        get_efficientdet_config("tf_efficientdet_d0"),
+        val_set,
+        train_set,
+        "cpu",
+        [("ms an image", "12.3")],
+    )
     made.write(evaluator, rows_of_a_run())
     assert [path.name for path in folder.iterdir() if path.name != BATCH_NAME] == [report.NAME], "nothing half-written"
     return folder / report.NAME, evaluator
@@ -102,7 +135,8 @@ def test_numbers_are_those_of_the_evaluation(page, sets):
         assert row["AP"] == pytest.approx(line.AP, rel=1e-5) and row["AP50"] == pytest.approx(line.AP50, rel=1e-5)
     in_training = sets[0].parser.box_table()["category_id"]
     assert [row["train"] for row in data["classes"]] == [
-        int((in_training == row["category_id"]).sum()) for row in data["classes"]]
+        int((in_training == row["category_id"]).sum()) for row in data["classes"]
+    ]
     at_50 = np.array(data["precision"]["all"][0])
     assert at_50.mean() == pytest.approx(evaluator.stats["AP50"], abs=2e-3), "AP is the area below the curve"
     of = data["precision"]["of"]["0"]
@@ -159,15 +193,24 @@ def test_the_page_loads_nothing(page):
 
 def test_settings_that_differ_from_the_defaults():
     cfg = parse_train_args(["--root", "data", "--lr", "0.08", "--no-model-ema", "--device-list", "0,1"])
-    assert changed_settings(cfg) == [("data.root", "data", "none"), ("optim.lr", "0.08", "0.32"),
-                                     ("ema.enabled", "off", "on"), ("dist.device_list", "0, 1", "none")]
+    assert changed_settings(cfg) == [
+        ("data.root", "data", "none"),
+        ("optim.lr", "0.08", "0.32"),
+        ("ema.enabled", "off", "on"),
+        ("dist.device_list", "0, 1", "none"),
+    ]
 
 
 def test_a_failure_is_said_once_and_ends_nothing(sets, page, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     (tmp_path / "file").write_text("")
-    made = Report(tmp_path / "file" / "report.html", "a", parse_train_args(["--root", "x"]),
-                  get_efficientdet_config("tf_efficientdet_d0"), sets[1])
+    made = Report(
+        tmp_path / "file" / "report.html",
+        "a",
+        parse_train_args(["--root", "x"]),
+        get_efficientdet_config("tf_efficientdet_d0"),
+        sets[1],
+    )
     made.write(page[1])
     made.write(page[1])
     assert len([r for r in caplog.records if "report.html could not be written" in r.getMessage()]) == 1
@@ -176,8 +219,13 @@ def test_a_failure_is_said_once_and_ends_nothing(sets, page, tmp_path, caplog):
 def test_an_evaluation_without_anything_makes_a_page(sets, tmp_path):
     evaluator = CocoEvaluator(sets[1])
     evaluator.evaluate()
-    Report(tmp_path / "report.html", "empty", parse_train_args(["--root", "x"]),
-           get_efficientdet_config("tf_efficientdet_d0"), sets[1]).write(evaluator)
+    Report(
+        tmp_path / "report.html",
+        "empty",
+        parse_train_args(["--root", "x"]),
+        get_efficientdet_config("tf_efficientdet_d0"),
+        sets[1],
+    ).write(evaluator)
     data = data_of(tmp_path / "report.html")
     assert data["stats"]["AP"] == 0 and data["worst"] == [] and data["confusion"] is None and data["batch"] is None
 
@@ -201,13 +249,25 @@ def test_the_package_ships_the_page():
     text = (REPO / "pyproject.toml").read_text()
     assert 'effdet = ["report/page/*"]' in text
     assert {path.name for path in (REPO / "effdet" / "report" / "page").iterdir()} == {
-        "page.html", "style.css", "charts.js", "page.js"}
+        "page.html",
+        "style.css",
+        "charts.js",
+        "page.js",
+    }
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 OVERLAPS = """
 const clash = [];
 for (const svg of document.querySelectorAll("figure svg")) {
@@ -230,6 +290,7 @@ def browser(tmp_path_factory):
     if importlib.util.find_spec("selenium") is None:
         pytest.skip("needs selenium (requirements-dev.txt)")
     from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}", "--window-size=1280,900"):
@@ -241,14 +302,20 @@ def browser(tmp_path_factory):
 
 
 def show(browser, path: Path, width: int, dark: bool = False) -> None:
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
-        {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]},
+    )
     browser.get(path.as_uri())
     from selenium.webdriver.support.ui import WebDriverWait
-    WebDriverWait(browser, 30).until(lambda b: b.execute_script(
-        "return document.querySelectorAll('figure svg path').length") >= 10)
+
+    WebDriverWait(browser, 30).until(
+        lambda b: b.execute_script("return document.querySelectorAll('figure svg path').length") >= 10
+    )
 
 
 @pytest.mark.slow
@@ -256,19 +323,39 @@ def show(browser, path: Path, width: int, dark: bool = False) -> None:
 def test_every_section_renders(browser, page, width):
     show(browser, page[0], width)
     assert browser.execute_script("return [...document.querySelectorAll('section')].map((s) => s.id)") == [
-        "progress", "accuracy", "classes", "confusion", "worst", "batch", "data", "settings"]
+        "progress",
+        "accuracy",
+        "classes",
+        "confusion",
+        "worst",
+        "batch",
+        "data",
+        "settings",
+    ]
     titles = browser.execute_script("return [...document.querySelectorAll('figure strong')].map((s) => s.textContent)")
-    assert titles == ["Loss", "Average precision", "Learning rate", "Throughput", "Waiting for data", "Skipped steps",
-                      "Precision over recall", "AP by object size, over the run", "Object size as the network sees it",
-                      "Objects in an image"]
+    assert titles == [
+        "Loss",
+        "Average precision",
+        "Learning rate",
+        "Throughput",
+        "Waiting for data",
+        "Skipped steps",
+        "Precision over recall",
+        "AP by object size, over the run",
+        "Object size as the network sees it",
+        "Objects in an image",
+    ]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "no sideways scrolling"
     assert browser.execute_script(OVERLAPS) == []
-    assert browser.execute_script("return document.querySelectorAll('#main b, #main script').length === "
-                                  "document.querySelectorAll('.readout b, .bars b, p b').length"), "names stay text"
+    assert browser.execute_script(
+        "return document.querySelectorAll('#main b, #main script').length === "
+        "document.querySelectorAll('.readout b, .bars b, p b').length"
+    ), "names stay text"
     assert ODD_NAME in browser.execute_script("return document.querySelector('#classes').textContent")
     loaded = browser.execute_script(
         "const all = [...document.images].filter((i) => i.src); all.forEach((i) => { i.loading = 'eager'; });"
-        "return Promise.all(all.map((i) => i.decode())).then(() => all.map((i) => i.naturalWidth));")
+        "return Promise.all(all.map((i) => i.decode())).then(() => all.map((i) => i.naturalWidth));"
+    )
     assert len(loaded) == 2 * len(data_of(page[0])["worst"]) + 1 and min(loaded) > 0
     assert browser.get_log("browser") == []
 
@@ -281,7 +368,9 @@ def test_sorting_and_hovering(browser, page):
 
     def column(number: int) -> list[str]:
         return browser.execute_script(
-            f"return [...document.querySelectorAll('#classes tbody tr')].map((r) => r.cells[{number}].textContent)")
+            f"return [...document.querySelectorAll('#classes tbody tr')].map((r) => r.cells[{number}].textContent)"
+        )
+
     classes = data_of(page[0])["classes"]
     columns = len(browser.find_elements(By.CSS_SELECTOR, "#classes th"))
     for key, number in (("AP50", 2), ("name", 0), ("count", columns - 2)):
@@ -303,16 +392,30 @@ def test_sorting_and_hovering(browser, page):
     figure = browser.find_element(By.CSS_SELECTOR, "#progress figure")
     assert figure.find_element(By.CSS_SELECTOR, ".where").text == "epoch 1.5"
     assert figure.find_element(By.CSS_SELECTOR, ".readout").text.split() == [
-        "total", "0.5", "class", "0.167", "box", "×", "50", "0.333"]
+        "total",
+        "0.5",
+        "class",
+        "0.167",
+        "box",
+        "×",
+        "50",
+        "0.333",
+    ]
     choice = browser.find_element(By.CSS_SELECTOR, "#accuracy select")
     before = browser.execute_script("return document.querySelector('#accuracy path').getAttribute('d')")
     browser.execute_script("arguments[0].value = '0'; arguments[0].dispatchEvent(new Event('change'))", choice)
     from selenium.webdriver.support.ui import WebDriverWait
-    WebDriverWait(browser, 10).until(lambda b: b.execute_script(
-        "const p = document.querySelector('#accuracy path'); return p && p.getAttribute('d')") not in (None, before))
+
+    WebDriverWait(browser, 10).until(
+        lambda b: (
+            b.execute_script("const p = document.querySelector('#accuracy path'); return p && p.getAttribute('d')")
+            not in (None, before)
+        )
+    )
     browser.find_element(By.CSS_SELECTOR, "#worst img").click()
-    assert browser.execute_script("return document.querySelector('dialog').open && "
-                                  "document.querySelector('dialog img').src.startsWith('data:')")
+    assert browser.execute_script(
+        "return document.querySelector('dialog').open && document.querySelector('dialog img').src.startsWith('data:')"
+    )
     assert browser.get_log("browser") == []
 
 

@@ -1,4 +1,5 @@
 """What a terminal shows, character by character, and that files and pipes see none of it."""
+
 from __future__ import annotations
 
 import io
@@ -13,8 +14,18 @@ from effdet.report import progress as live_line
 from effdet.report.log import setup_logging
 from effdet.report.progress import ended, format_live_line, progress
 
-VALUES = {"epoch": 3, "step": 310, "steps": 7393, "loss": 1.2534, "class_loss": 0.7512, "box_loss": 0.01003,
-          "img_per_s": 46.375, "data_share": 0.034, "memory_mib": 12600, "eta": "2:03:05"}
+VALUES = {
+    "epoch": 3,
+    "step": 310,
+    "steps": 7393,
+    "loss": 1.2534,
+    "class_loss": 0.7512,
+    "box_loss": 0.01003,
+    "img_per_s": 46.375,
+    "data_share": 0.034,
+    "memory_mib": 12600,
+    "eta": "2:03:05",
+}
 ON_LINE = {"on_live_line": True}  # for a log record
 
 
@@ -41,8 +52,15 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch, tmp_path):
     """A session that logs to a terminal of 100 columns; also to files in tmp_path."""
-    saved = {name: (logging.getLogger(name), logging.getLogger(name).handlers[:], logging.getLogger(name).propagate,
-                    logging.getLogger(name).level) for name in ("effdet", "timm_patches")}
+    saved = {
+        name: (
+            logging.getLogger(name),
+            logging.getLogger(name).handlers[:],
+            logging.getLogger(name).propagate,
+            logging.getLogger(name).level,
+        )
+        for name in ("effdet", "timm_patches")
+    }
     screen = Terminal()
     monkeypatch.setattr(log.sys, "stdout", screen)
     monkeypatch.setattr(live_line.shutil, "get_terminal_size", lambda *_: os.terminal_size((100, 24)))
@@ -56,10 +74,16 @@ def terminal(monkeypatch, tmp_path):
         logger.setLevel(level)
 
 
-@pytest.mark.parametrize(("width", "fields"), [
-    (160, "loss 1.253  class 0.751 box 0.01  46.4 img/s  data 3%  12.3 GiB  ETA 2:03:05"),
-    (80, "loss 1.253  46.4 img/s  data 3%  ETA 2:03:05"), (66, "loss 1.253  46.4 img/s  ETA 2:03:05"),
-    (45, "ETA 2:03:05"), (28, "")])
+@pytest.mark.parametrize(
+    ("width", "fields"),
+    [
+        (160, "loss 1.253  class 0.751 box 0.01  46.4 img/s  data 3%  12.3 GiB  ETA 2:03:05"),
+        (80, "loss 1.253  46.4 img/s  data 3%  ETA 2:03:05"),
+        (66, "loss 1.253  46.4 img/s  ETA 2:03:05"),
+        (45, "ETA 2:03:05"),
+        (28, ""),
+    ],
+)
 def test_the_least_important_fields_go_first(width, fields):
     line = format_live_line(VALUES, width)
     head, bar, count, rest = re.fullmatch(r"(Epoch 3  )([━─]+)(  310/7393)(.*)", line).groups()

@@ -1,4 +1,5 @@
 """The one screen at a run's start and the commands at its end, and how fast a detector is."""
+
 from __future__ import annotations
 
 import re
@@ -30,8 +31,13 @@ def test_multiply_adds_are_those_of_the_paper(name, published):
 
 
 def test_multiply_adds_by_hand():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, stride=2), torch.nn.BatchNorm2d(8),
-                                torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 5))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1, stride=2),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Conv2d(8, 8, 3, groups=8),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 6 * 6, 5),
+    )
     assert count_macs(model, (16, 16)) == 8 * 8 * 8 * 27 + 6 * 6 * 8 * 9 + 288 * 5
     assert model.training, "the network itself is not touched"
 
@@ -47,48 +53,115 @@ def set_of(count: int, boxes: int):
 
         def __len__(self):
             return count
+
     return Set()
 
 
 def test_start_says_what_a_user_checks():
-    cfg = parse_train_args(["--root", "x", "-b", "64", "--grad-accum", "4", "--lr", "0.32", "--epochs", "20",
-                            "--max-steps", "900", "--val-interval", "2", "--no-model-ema"])
+    cfg = parse_train_args(
+        [
+            "--root",
+            "x",
+            "-b",
+            "64",
+            "--grad-accum",
+            "4",
+            "--lr",
+            "0.32",
+            "--epochs",
+            "20",
+            "--max-steps",
+            "900",
+            "--val-interval",
+            "2",
+            "--no-model-ema",
+        ]
+    )
     model = create_model("tf_efficientdet_d0", pretrained_backbone=False, num_classes=10, image_size=(128, 256))
     model.backbone.requires_grad_(False)
-    lines = describe_start(cfg, model, set_of(1000, 5000), set_of(50, 300), "cuda:0, a card", 8, True, 30, 15,
-                           "float32", Path("out") / "run")
+    lines = describe_start(
+        cfg,
+        model,
+        set_of(1000, 5000),
+        set_of(50, 300),
+        "cuda:0, a card",
+        8,
+        True,
+        30,
+        15,
+        "float32",
+        Path("out") / "run",
+    )
     text = {line.split()[0]: line.strip().split(None, 1)[1] for line in lines}
     frozen = sum(p.numel() for p in model.backbone.parameters()) / 1e6
     free = sum(p.numel() for p in model.parameters()) / 1e6 - frozen
     for key, values in {
-            "model": ("tf_efficientdet_d0", "128x256 px", f"{free:.2f} M", f"{frozen:.2f} M frozen",
-                      f"{count_macs(model, (128, 256)) / 1e9:.2f} GMACs"),
-            "train": ("1000 ", "5000 boxes"), "val": ("50 ", "300 boxes"),
-            "classes": ("10: class0, ", "class7", "2 more"),
-            "device": ("cuda:0", "a card", "8 process", "float32", "channels-last"), "batch": ("64 x 4 ", "15 steps"),
-            "length": ("30 epochs", "900 steps", "every 2"), "lr": ("0.32 for 256 ", "0.00125", "cosine"),
-            "optimizer": ("no EMA", "clip norm 10")}.items():
+        "model": (
+            "tf_efficientdet_d0",
+            "128x256 px",
+            f"{free:.2f} M",
+            f"{frozen:.2f} M frozen",
+            f"{count_macs(model, (128, 256)) / 1e9:.2f} GMACs",
+        ),
+        "train": ("1000 ", "5000 boxes"),
+        "val": ("50 ", "300 boxes"),
+        "classes": ("10: class0, ", "class7", "2 more"),
+        "device": ("cuda:0", "a card", "8 process", "float32", "channels-last"),
+        "batch": ("64 x 4 ", "15 steps"),
+        "length": ("30 epochs", "900 steps", "every 2"),
+        "lr": ("0.32 for 256 ", "0.00125", "cosine"),
+        "optimizer": ("no EMA", "clip norm 10"),
+    }.items():
         assert all(value in text[key] for value in values), text[key]
     assert "class8" not in text["classes"] and all(line.isascii() for line in lines)
 
 
-@pytest.mark.parametrize(("given", "longer"), [
-    (["--root", "my data", "--epochs", "7"], ("epochs", 14)),
-    (["--val-images", "v", "--val-ann", "v.json", "--train-images", "t", "--train-ann", "t.json", "--max-steps", "90",
-      "--amp", "--amp-dtype", "bfloat16", "--device", "cpu", "-j", "0"], ("max_steps", 180))])
+@pytest.mark.parametrize(
+    ("given", "longer"),
+    [
+        (["--root", "my data", "--epochs", "7"], ("epochs", 14)),
+        (
+            [
+                "--val-images",
+                "v",
+                "--val-ann",
+                "v.json",
+                "--train-images",
+                "t",
+                "--train-ann",
+                "t.json",
+                "--max-steps",
+                "90",
+                "--amp",
+                "--amp-dtype",
+                "bfloat16",
+                "--device",
+                "cpu",
+                "-j",
+                "0",
+            ],
+            ("max_steps", 180),
+        ),
+    ],
+)
 def test_the_next_commands_are_understood(given, longer, tmp_path):
     from effdet.config.load import dump_yaml
+
     cfg = parse_train_args([*given, "-b", "16"])
     folder = tmp_path / "a run"
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_yaml(cfg))
-    validate, demo, resume = [shlex.split(line)[1:] for line in
-                              next_commands(cfg, folder, folder / "model_best.pth.tar", Path("v/a b.jpg"))]
+    validate, demo, resume = [
+        shlex.split(line)[1:] for line in next_commands(cfg, folder, folder / "model_best.pth.tar", Path("v/a b.jpg"))
+    ]
     assert [validate[0], demo[0], resume[0]] == ["validate.py", "demo.py", "train.py"]
     asked = parse_validate_args(validate[1:])
     assert (asked.run.checkpoint, asked.run.batch_size) == (str(folder / "model_best.pth.tar"), 16)
-    assert (asked.data.root, asked.data.val_ann, asked.data.workers) == (cfg.data.root, cfg.data.val_ann,
-                                                                         cfg.data.workers)
+    assert (asked.data.root, asked.data.val_ann, asked.data.workers) == (
+        cfg.data.root,
+        cfg.data.val_ann,
+        cfg.data.workers,
+    )
     assert (asked.amp.enabled, asked.amp.dtype, asked.run.device) == (cfg.amp.enabled, cfg.amp.dtype, cfg.run.device)
     assert parse_demo_args(demo[1:]).run.images == ["v/a b.jpg"]
     again = parse_train_args(resume[1:])
@@ -125,7 +198,11 @@ def test_speed_counts_after_the_warm_up_and_for_a_image(monkeypatch):
 def test_speed_of_a_real_detector():
     model = create_model("tf_efficientdet_d0", pretrained_backbone=False, image_size=(128, 128))
     bench = DetBenchPredict(model).eval()
-    measured = speed.measure_speed(bench, torch.zeros(1, 3, 128, 128), {"img_scale": torch.ones(1),
-                                                                        "img_size": torch.full((1, 2), 128.0)},
-                                   warmup=1, batches=2)
+    measured = speed.measure_speed(
+        bench,
+        torch.zeros(1, 3, 128, 128),
+        {"img_scale": torch.ones(1), "img_size": torch.full((1, 2), 128.0)},
+        warmup=1,
+        batches=2,
+    )
     assert measured.model_ms > measured.post_ms > 0 and measured.batches == 2

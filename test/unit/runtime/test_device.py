@@ -1,4 +1,5 @@
 """The device layer on a machine without accelerators: names, errors, moves, seeds."""
+
 import importlib.util
 import random
 from types import SimpleNamespace
@@ -59,6 +60,7 @@ def test_seeding_repeats_all_generators():
     def draw() -> tuple:
         seeding.seed_everything(7)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
+
     first = draw()
     assert draw() == first and len(set(first)) == 3
 
@@ -74,9 +76,14 @@ def test_cpu_memory_is_the_process_peak():
     assert memory.peak_memory_bytes(CPU) >= max(before, block.numel() * 4)
 
 
-@pytest.mark.parametrize(("name", "strict", "words"), [
-    ("cpu", True, "the same bits on this machine with the same number of threads"),
-    ("cuda", False, "as far as cuda has such algorithms"), ("npu", False, "as far as npu has such algorithms")])
+@pytest.mark.parametrize(
+    ("name", "strict", "words"),
+    [
+        ("cpu", True, "the same bits on this machine with the same number of threads"),
+        ("cuda", False, "as far as cuda has such algorithms"),
+        ("npu", False, "as far as npu has such algorithms"),
+    ],
+)
 def test_what_deterministic_promises_and_what_not_is_said(monkeypatch, name, strict, words):
     calls: list[tuple] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, *, warn_only: calls.append((on, warn_only)))

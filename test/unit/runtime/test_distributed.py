@@ -74,9 +74,15 @@ def test_collectives_of_one_process_return_their_input():
         d.run_on_primary(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("given, summed", [
-    (torch.float64, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32),
-    (torch.int64, torch.int64)])
+@pytest.mark.parametrize(
+    "given, summed",
+    [
+        (torch.float64, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.int64, torch.int64),
+    ],
+)
 def test_reductions_return_a_new_tensor_of_a_type_every_device_has(given, summed):
     value = torch.tensor([1, 2], dtype=given)
     total, mean = d.all_reduce_sum(value), d.all_reduce_mean(value)

@@ -1,4 +1,5 @@
 """Ranks that watch each other: threads over one store stand for processes; one of them hangs or falls silent."""
+
 from __future__ import annotations
 
 import queue
@@ -17,8 +18,11 @@ def watch(places: list[list], silent: int | None = None) -> list[Heartbeat]:
     if silent is not None:
         store.set(f"beat{silent}", f'[1, {places[silent][0]}, 0, "{places[silent][2]}"]')
     found: queue.Queue = queue.Queue()
-    beats = [Heartbeat(store, rank, len(places), LIMIT_S, found.put, lambda rank=rank: places[rank])
-             for rank in range(len(places)) if rank != silent]
+    beats = [
+        Heartbeat(store, rank, len(places), LIMIT_S, found.put, lambda rank=rank: places[rank])
+        for rank in range(len(places))
+        if rank != silent
+    ]
     for beat in beats:
         beat.found = found
         beat.start()

@@ -1,4 +1,5 @@
 """Where processes meet what is around them: the folder of a run, loader processes that die, a launcher that is gone."""
+
 from __future__ import annotations
 
 import os
@@ -38,8 +39,9 @@ sys.stdin.read()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs locks of POSIX")
 def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / LOCK_NAME], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / LOCK_NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=rf"{tmp_path} is in use: process 7 on earth trains there.*--experiment"):
@@ -65,8 +67,14 @@ def collate(items: list[torch.Tensor]) -> tuple[torch.Tensor, dict]:
 
 
 def make_loader() -> PrefetchLoader:
-    loader = DataLoader(Numbers(), 2, num_workers=2, persistent_workers=True, collate_fn=collate,
-                        worker_init_fn=stopping.ignore_in_worker)
+    loader = DataLoader(
+        Numbers(),
+        2,
+        num_workers=2,
+        persistent_workers=True,
+        collate_fn=collate,
+        worker_init_fn=stopping.ignore_in_worker,
+    )
     return PrefetchLoader(loader, device="cpu")
 
 

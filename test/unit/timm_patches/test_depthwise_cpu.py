@@ -1,4 +1,5 @@
 """Depthwise convolutions on CPUs against torch's in float64."""
+
 from __future__ import annotations
 
 import copy
@@ -45,10 +46,25 @@ def run(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("images", [1, 2, 8])
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [
-    (5, 1, 2, (9, 8)), (5, 1, 2, (2, 1)), (5, 1, 0, (6, 9)), (5, 2, 2, (8, 7)), (7, 1, 3, (5, 9)), (9, 3, 4, (12, 7)),
-    (5, 2, None, (8, 8)), (5, 2, None, (9, 7)), (5, 2, None, (1, 1)), (3, 2, None, (8, 8)), (3, 2, None, (7, 8)),
-    (3, 3, None, (8, 7)), (7, 2, None, (2, 6)), (5, 1, None, (4, 5))])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [
+        (5, 1, 2, (9, 8)),
+        (5, 1, 2, (2, 1)),
+        (5, 1, 0, (6, 9)),
+        (5, 2, 2, (8, 7)),
+        (7, 1, 3, (5, 9)),
+        (9, 3, 4, (12, 7)),
+        (5, 2, None, (8, 8)),
+        (5, 2, None, (9, 7)),
+        (5, 2, None, (1, 1)),
+        (3, 2, None, (8, 8)),
+        (3, 2, None, (7, 8)),
+        (3, 3, None, (8, 7)),
+        (7, 2, None, (2, 6)),
+        (5, 1, None, (4, 5)),
+    ],
+)
 def test_equals_float64(kernel, stride, padding, size, images, monkeypatch):
     monkeypatch.setattr(depthwise_cpu, "PIECE", images * CHANNELS * size[0] * size[1])  # of 3: pieces of 1, 2 + 1, 3
     layer, fused = make_layers(kernel, stride, padding)
@@ -93,9 +109,15 @@ class WeightGradients(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "expected"), [
-    (5, 1, 2, [(5, 3), (5, 2)]), (5, 2, None, [(5, 3), (5, 2)]), (3, 2, None, [(3, 3)]),
-    (7, 1, 3, [(7, 3), (7, 3), (7, 1)])])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "expected"),
+    [
+        (5, 1, 2, [(5, 3), (5, 2)]),
+        (5, 2, None, [(5, 3), (5, 2)]),
+        (3, 2, None, [(3, 3)]),
+        (7, 1, 3, [(7, 3), (7, 3), (7, 1)]),
+    ],
+)
 def test_no_convolution_has_more_columns_than_onednn_takes_and_no_input_is_padded(kernel, stride, padding, expected):
     _, fused = make_layers(kernel, stride, padding)
     with WeightGradients() as seen:
@@ -131,11 +153,15 @@ def test_short_layers_of_few_columns_go_timms_way(monkeypatch):
 
 def test_only_depthwise_layers_of_many_columns_are_changed_and_can_be_changed_back():
     layers = nn.Sequential(
-        nn.Conv2d(8, 8, 5, groups=8, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False),
+        nn.Conv2d(8, 8, 5, groups=8, bias=False),
+        nn.Conv2d(8, 8, 3, groups=8, bias=False),
         nn.Conv2d(8, 8, 5, bias=False),
-        nn.Conv2d(8, 8, 5, groups=8), nn.Conv2d(8, 16, 5, groups=8, bias=False),
-        nn.Conv2d(8, 8, 5, groups=8, bias=False, dilation=2), nn.Conv2d(8, 8, 5, groups=8, bias=False, padding="same"),
-        nn.Conv2d(8, 8, 5, groups=8, bias=False, padding=2, padding_mode="reflect"))
+        nn.Conv2d(8, 8, 5, groups=8),
+        nn.Conv2d(8, 16, 5, groups=8, bias=False),
+        nn.Conv2d(8, 8, 5, groups=8, bias=False, dilation=2),
+        nn.Conv2d(8, 8, 5, groups=8, bias=False, padding="same"),
+        nn.Conv2d(8, 8, 5, groups=8, bias=False, padding=2, padding_mode="reflect"),
+    )
     assert convert_fused_layers(layers) == 1 and type(layers[0]) is FusedConv2d
     assert {type(layer) for layer in layers[1:]} == {nn.Conv2d}
     assert convert_fused_layers(layers, fused=False) == 1 and type(layers[0]) is nn.Conv2d

@@ -1,4 +1,5 @@
 """Layers computed in pieces against timm's."""
+
 from __future__ import annotations
 
 import copy
@@ -111,8 +112,12 @@ class LargeResults(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if (isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= 4 * self.smallest
-                    and tensor.numel() >= self.smallest and not any(is_same(tensor, value) for value in args)):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().nbytes() >= 4 * self.smallest
+                and tensor.numel() >= self.smallest
+                and not any(is_same(tensor, value) for value in args)
+            ):
                 self.names.append(str(function))
         return result
 

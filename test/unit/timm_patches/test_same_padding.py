@@ -1,4 +1,5 @@
 """SAME padding without a pad operator: the plans against brute force, the layers against timm's own."""
+
 from __future__ import annotations
 
 import copy
@@ -73,7 +74,7 @@ def test_a_convolutions_plan_reads_the_same_cells(axis):
     computed = (size + 2 * plan.padding - dilation * (cells - 1) - 1) // stride + 1
     assert computed >= plan.length == same_length(size, stride)
     assert computed == plan.length or dilation > stride
-    found = [window[plan.lead:] for window in windows(plan.length, cells, stride, dilation, -plan.padding)]
+    found = [window[plan.lead :] for window in windows(plan.length, cells, stride, dilation, -plan.padding)]
     assert found == windows(plan.length, kernel, stride, dilation, -same_padding(*axis)[0])
 
 
@@ -87,7 +88,7 @@ def test_a_max_pools_plan_reads_the_same_cells(axis):
     if plan.ceil_mode and (computed - 1) * stride >= size + plan.padding:
         computed -= 1  # torch drops a window that starts behind the input
     expected = windows(same_length(size, stride), kernel, stride, 1, -same_padding(size, kernel, stride)[0])
-    assert windows(computed, kernel, stride, 1, -plan.padding)[plan.skip:] == expected
+    assert windows(computed, kernel, stride, 1, -plan.padding)[plan.skip :] == expected
     assert all(window[0] < size and window[-1] >= 0 for window in expected)  # none sees padding only
 
 
@@ -189,8 +190,11 @@ def test_one_image_without_a_batch_axis(layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layer", [Conv2dSame(4, 4, 3, 2), Conv2dSame(4, 4, 5, 2, groups=4), MaxPool2dSame(3, 2),
-                                   AvgPool2dSame(3, 2)], ids=repr)
+@pytest.mark.parametrize(
+    "layer",
+    [Conv2dSame(4, 4, 3, 2), Conv2dSame(4, 4, 5, 2, groups=4), MaxPool2dSame(3, 2), AvgPool2dSame(3, 2)],
+    ids=repr,
+)
 def test_autocast_and_low_precision_inputs(layer, dtype):
     tolerance = 8 * torch.finfo(dtype).eps
     with torch.autocast("cpu", dtype):
@@ -198,8 +202,11 @@ def test_autocast_and_low_precision_inputs(layer, dtype):
             assert_equal_layers(layer, x, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("layer", [Conv2dSame(16, 16, 3, 2), Conv2dSame(16, 16, 5, 2, groups=16), MaxPool2dSame(3, 2),
-                                   AvgPool2dSame(3, 2)], ids=repr)
+@pytest.mark.parametrize(
+    "layer",
+    [Conv2dSame(16, 16, 3, 2), Conv2dSame(16, 16, 5, 2, groups=16), MaxPool2dSame(3, 2), AvgPool2dSame(3, 2)],
+    ids=repr,
+)
 def test_channels_last_is_kept(layer):
     layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     x = random_input(16, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
 """The switch of SAME padding: what it exchanges and puts back, and whole models that no longer pad an activation."""
+
 from __future__ import annotations
 
 import copy
@@ -25,9 +26,14 @@ def random_input(channels: int, *size: int) -> torch.Tensor:
 
 def small_network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Conv2dSame(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1),
-                         MixedConv2d(8, 8, [3, 5], stride=2, padding="same", depthwise=True),
-                         MaxPool2dSame(3, 2), AvgPool2dSame((3, 1), (2, 1)))
+    return nn.Sequential(
+        Conv2dSame(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1),
+        MixedConv2d(8, 8, [3, 5], stride=2, padding="same", depthwise=True),
+        MaxPool2dSame(3, 2),
+        AvgPool2dSame((3, 1), (2, 1)),
+    )
 
 
 def test_the_report_counts_each_kind_and_a_second_call_finds_nothing():
@@ -83,11 +89,18 @@ def test_layers_with_a_forward_of_their_own_are_left_and_named():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    network = nn.ModuleDict({
-        "subclass": Scaled(4, 4, 3, 2), "standardised": ScaledStdConv2dSame(4, 4, 3, 2),
-        "static": ScaledStdConv2dSame(4, 4, 3, 1), "conditional": CondConv2d(4, 4, 3, 2, padding="same", num_experts=2),
-        "dilated": MaxPool2dSame(3, 2, dilation=2),
-        "blur": BlurPool2d(4), "plain": nn.Conv2d(4, 4, 3), "same": Conv2dSame(4, 4, 3, 2)})
+    network = nn.ModuleDict(
+        {
+            "subclass": Scaled(4, 4, 3, 2),
+            "standardised": ScaledStdConv2dSame(4, 4, 3, 2),
+            "static": ScaledStdConv2dSame(4, 4, 3, 1),
+            "conditional": CondConv2d(4, 4, 3, 2, padding="same", num_experts=2),
+            "dilated": MaxPool2dSame(3, 2, dilation=2),
+            "blur": BlurPool2d(4),
+            "plain": nn.Conv2d(4, 4, 3),
+            "same": Conv2dSame(4, 4, 3, 2),
+        }
+    )
     x = random_input(4, 8, 8)
     expected = network["subclass"](x), network["standardised"](x)
     report = convert_same_padding(network)
@@ -122,8 +135,11 @@ def pads_of_activations(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
     with PadRecorder() as recorder:
         loss = sum(level.square().mean() for level in itertools.chain(*model(x)))
         loss.backward()
-    assert {"aten::convolution", "aten::convolution_backward", "aten::max_pool2d_with_indices_backward"} \
-        <= recorder.names
+    assert {
+        "aten::convolution",
+        "aten::convolution_backward",
+        "aten::max_pool2d_with_indices_backward",
+    } <= recorder.names
     of_weights, extended = [], set()
     for address, before, after in recorder.padded:
         is_weight = address in weights
@@ -137,8 +153,9 @@ def build(name: str, size: tuple[int, int], pad_type: str | None = None, downsam
     config = get_efficientdet_config(name)
     config.downsample_type = downsample
     torch.manual_seed(0)
-    return create_model_from_config(config, pretrained_backbone=False, image_size=size, num_classes=3,
-                                    pad_type=pad_type).eval()
+    return create_model_from_config(
+        config, pretrained_backbone=False, image_size=size, num_classes=3, pad_type=pad_type
+    ).eval()
 
 
 MODELS = [  # the FPN's pools: two below the backbone's last level, four in each of three cells

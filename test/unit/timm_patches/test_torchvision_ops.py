@@ -1,4 +1,5 @@
 """The torchvision work-around, in fresh processes, beside the installed torchvision and beside every shape of one."""
+
 from __future__ import annotations
 
 import json
@@ -133,8 +134,12 @@ FORKS = """
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +161,21 @@ def shapes(tmp_path_factory) -> dict[str, tuple[int, dict]]:
     base = tmp_path_factory.mktemp("shapes")
     (base / "library.c").write_text(textwrap.dedent(LIBRARY))
     for kind, flags in {"good": [], "bad": ["-DOF_ANOTHER_TORCH"], "empty": ["-DEMPTY"]}.items():
-        subprocess.run([compiler, "-shared", "-fPIC", *flags, str(base / "library.c"), "-o", str(base / f"{kind}.so"),
-                        "-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"], check=True)
+        subprocess.run(
+            [
+                compiler,
+                "-shared",
+                "-fPIC",
+                *flags,
+                str(base / "library.c"),
+                "-o",
+                str(base / f"{kind}.so"),
+                "-L",
+                str(Path(torch.__file__).parent / "lib"),
+                "-ltorch_cpu",
+            ],
+            check=True,
+        )
     folders = {}
     for number, (shape, (loaded, libraries)) in enumerate(SHAPES.items()):
         folder = base / str(number)
@@ -204,18 +222,21 @@ def test_the_symptom_still_exists(outcomes):
 THEIRS, OURS = "the library", "torchvision_ops.py"
 
 
-@pytest.mark.parametrize("shape, owners", [
-    ("_C loads", [THEIRS, THEIRS]),
-    ("_C cannot load", [OURS, OURS]),
-    ("_C_stable loads", [THEIRS, THEIRS]),
-    ("_C_stable cannot load", [OURS, OURS]),
-    ("a new name loads", [THEIRS, THEIRS]),
-    ("a new name cannot load", [OURS, OURS]),
-    ("no library", [OURS, OURS]),
-    ("both, the old one cannot load", [THEIRS, THEIRS]),
-    ("both, the new one cannot load", [OURS, OURS]),
-    ("both load", [THEIRS, THEIRS]),
-])
+@pytest.mark.parametrize(
+    "shape, owners",
+    [
+        ("_C loads", [THEIRS, THEIRS]),
+        ("_C cannot load", [OURS, OURS]),
+        ("_C_stable loads", [THEIRS, THEIRS]),
+        ("_C_stable cannot load", [OURS, OURS]),
+        ("a new name loads", [THEIRS, THEIRS]),
+        ("a new name cannot load", [OURS, OURS]),
+        ("no library", [OURS, OURS]),
+        ("both, the old one cannot load", [THEIRS, THEIRS]),
+        ("both, the new one cannot load", [OURS, OURS]),
+        ("both load", [THEIRS, THEIRS]),
+    ],
+)
 def test_each_operator_is_declared_once_and_by_the_library_where_it_loads(shapes, shape, owners):
     assert shapes[shape] == (0, {"early": [None, None], "owners": owners, "error": None})
 

@@ -1,4 +1,5 @@
 """Number formats: dtypes of what is stored, overflow, clipping, masters, and agreement with float32 training."""
+
 from __future__ import annotations
 
 import copy
@@ -48,8 +49,14 @@ def start(precision: Precision, net: nn.Module, opt: str = "fusedmomentum", lr: 
     return build_optimizer(net, opt, lr=lr, masters=precision.master_parameters(net))
 
 
-def train_step(precision: Precision, net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor,
-               clip: tuple[float, str] | None = (10.0, "norm"), factor: float = 1.0) -> float:
+def train_step(
+    precision: Precision,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    clip: tuple[float, str] | None = (10.0, "norm"),
+    factor: float = 1.0,
+) -> float:
     optimizer.zero_grad()
     with precision.autocast():
         output = net(images)
@@ -59,8 +66,9 @@ def train_step(precision: Precision, net: nn.Module, optimizer: torch.optim.Opti
     return loss.item()
 
 
-def one_weight(precision: Precision, opt: str = "fusedmomentum",
-               lr: float = 0.5) -> tuple[nn.Conv2d, torch.optim.Optimizer]:
+def one_weight(
+    precision: Precision, opt: str = "fusedmomentum", lr: float = 0.5
+) -> tuple[nn.Conv2d, torch.optim.Optimizer]:
     """A single weight of 1.0 with the gradient that `push` chooses: arithmetic that can be checked by hand."""
     net = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.ones_(net.weight)
@@ -75,6 +83,7 @@ def push(precision: Precision, net: nn.Conv2d, optimizer: torch.optim.Optimizer,
 
 
 # -- what is stored in which dtype -----------------------------------------------------------------------------------
+
 
 def test_o2_halves_convolutions_only() -> None:
     net = make_net()
@@ -106,6 +115,7 @@ def test_other_levels_leave_the_model_alone(enabled: bool, level: str) -> None:
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(("level", "dtype"), HALVES)
 @pytest.mark.parametrize("opt", ["fusedmomentum", "adamw"])
 def test_half_precision_follows_the_float32_trace(level: str, dtype: torch.dtype, opt: str) -> None:
@@ -123,9 +133,17 @@ def test_half_precision_follows_the_float32_trace(level: str, dtype: torch.dtype
 def test_float32_is_plain_training() -> None:
     precision = Precision(CPU, enabled=False)
     net, twin = make_net(), make_net()
-    optimizer, plain = start(precision, net), torch.optim.SGD(
-        [{"params": [twin.conv.weight, twin.head.weight], "weight_decay": 4e-5},
-         {"params": [*twin.norm.parameters(), twin.edge_weights, twin.head.bias]}], lr=0.05, momentum=0.9)
+    optimizer, plain = (
+        start(precision, net),
+        torch.optim.SGD(
+            [
+                {"params": [twin.conv.weight, twin.head.weight], "weight_decay": 4e-5},
+                {"params": [*twin.norm.parameters(), twin.edge_weights, twin.head.bias]},
+            ],
+            lr=0.05,
+            momentum=0.9,
+        ),
+    )
     for images in make_batches(5):
         train_step(precision, net, optimizer, images, clip=(0.1, "norm"))
         plain.zero_grad()
@@ -178,13 +196,23 @@ def test_a_step_without_gradients_is_an_error() -> None:
 
 # -- overflow ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("opt", ["fusedmomentum", "adamw", "lamb", "lookahead_sgd"])
-@pytest.mark.parametrize(("level", "dtype", "scale"), [
-    ("O0", torch.float16, "dynamic"), ("O1", torch.bfloat16, "dynamic"), ("O1", torch.float16, "dynamic"),
-    ("O1", torch.float16, 256.0), ("O2", torch.float16, "dynamic"), ("O2", torch.float16, 256.0),
-    ("O2", torch.bfloat16, "dynamic")])
-def test_overflow_changes_nothing_but_a_dynamic_scale(level: str, dtype: torch.dtype, scale: float | str,
-                                                      opt: str) -> None:
+@pytest.mark.parametrize(
+    ("level", "dtype", "scale"),
+    [
+        ("O0", torch.float16, "dynamic"),
+        ("O1", torch.bfloat16, "dynamic"),
+        ("O1", torch.float16, "dynamic"),
+        ("O1", torch.float16, 256.0),
+        ("O2", torch.float16, "dynamic"),
+        ("O2", torch.float16, 256.0),
+        ("O2", torch.bfloat16, "dynamic"),
+    ],
+)
+def test_overflow_changes_nothing_but_a_dynamic_scale(
+    level: str, dtype: torch.dtype, scale: float | str, opt: str
+) -> None:
     precision = Precision(CPU, opt_level=level, dtype=dtype, loss_scale=scale, init_scale=512.0)
     net = make_net()
     optimizer = start(precision, net, opt)
@@ -253,13 +281,18 @@ class CountHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket._qualified_op_name in {
-            "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+            "aten::_local_scalar_dense",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::nonzero",
+        }
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("opt", "reads"), [("fusedmomentum", 0), ("sgd", 0), ("adamw", 0), ("lookahead_sgd", 1)])
-@pytest.mark.parametrize("keys", [{"enabled": False}, {"dtype": "bfloat16"}, {}, {"loss_scale": 128},
-                                  {"opt_level": "O2"}])
+@pytest.mark.parametrize(
+    "keys", [{"enabled": False}, {"dtype": "bfloat16"}, {}, {"loss_scale": 128}, {"opt_level": "O2"}]
+)
 @pytest.mark.parametrize("clip", [(1.0, "norm"), (1.0, "value"), (0.1, "agc"), None])
 def test_fused_optimizers_never_make_the_host_wait(opt: str, reads: int, keys: dict, clip: tuple | None) -> None:
     precision = Precision(CPU, **keys)
@@ -295,8 +328,15 @@ def overflow_on_rank_1(rank: int, folder: str) -> None:
         same = torch.equal(precision.float_state_dict(net)["conv.weight"], before)
         train_step(precision, wrapped, optimizer, images)
         after = precision.float_state_dict(net)["conv.weight"]
-        results.append({"same": same, "moved_later": not torch.equal(after, before), "weight": after,
-                        "skipped": precision.skipped(), "scale": precision.loss_scale()})
+        results.append(
+            {
+                "same": same,
+                "moved_later": not torch.equal(after, before),
+                "weight": after,
+                "skipped": precision.skipped(),
+                "scale": precision.loss_scale(),
+            }
+        )
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -312,6 +352,7 @@ def test_all_ranks_skip_when_one_overflows(tmp_path: Path) -> None:
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("level", ["O1", "O2"])
 @pytest.mark.parametrize("prepared_first", [True, False])
 def test_a_resumed_run_continues_bit_for_bit(level: str, prepared_first: bool, tmp_path: Path) -> None:
@@ -321,8 +362,14 @@ def test_a_resumed_run_continues_bit_for_bit(level: str, prepared_first: bool, t
     train_step(precision, net, optimizer, batches[0], factor=math.inf)
     for images in batches[:3]:
         train_step(precision, net, optimizer, images)
-    torch.save({"model": precision.float_state_dict(net), "optimizer": optimizer.state_dict(),
-                "precision": precision.state_dict()}, tmp_path / "last.pt")
+    torch.save(
+        {
+            "model": precision.float_state_dict(net),
+            "optimizer": optimizer.state_dict(),
+            "precision": precision.state_dict(),
+        },
+        tmp_path / "last.pt",
+    )
     expected = [train_step(precision, net, optimizer, images) for images in batches[3:]]
 
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -348,25 +395,33 @@ def test_the_scale_of_the_new_run_wins_over_the_saved_one() -> None:
         push(precision, net, optimizer, math.inf)
         states[name] = precision.state_dict()
     states["none"] = Precision(CPU, dtype="bfloat16").state_dict()
-    for name, scale, expected in (("static", 128.0, 128.0), ("dynamic", 128.0, 128.0), ("static", "dynamic", 1024.0),
-                                  ("none", "dynamic", 1024.0), ("dynamic", "dynamic", 256.0)):
+    for name, scale, expected in (
+        ("static", 128.0, 128.0),
+        ("dynamic", 128.0, 128.0),
+        ("static", "dynamic", 1024.0),
+        ("none", "dynamic", 1024.0),
+        ("dynamic", "dynamic", 256.0),
+    ):
         precision = Precision(CPU, loss_scale=scale, init_scale=1024.0)
         precision.load_state_dict(states[name])
         assert precision.loss_scale() == expected
     assert states["static"] == {"skipped": 1}
 
 
-@pytest.mark.parametrize(("keys", "text"), [
-    ({"opt_level": "O3"}, "Unknown opt level 'O3'"),
-    ({"dtype": "float8"}, "float16 or bfloat16"),
-    ({"dtype": torch.float64}, "float16 or bfloat16"),
-    ({"loss_scale": 0}, "number above 0"),
-    ({"loss_scale": "big"}, "number above 0, got 'big'"),
-    ({"loss_scale": math.inf}, "number above 0"),
-    ({"loss_scale": 128, "dtype": "bfloat16"}, "128 would have no effect: bfloat16"),
-    ({"loss_scale": 16, "enabled": False}, "16 would have no effect: float32"),
-    ({"loss_scale": 16, "opt_level": "O0"}, "16 would have no effect: float32"),
-])
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"opt_level": "O3"}, "Unknown opt level 'O3'"),
+        ({"dtype": "float8"}, "float16 or bfloat16"),
+        ({"dtype": torch.float64}, "float16 or bfloat16"),
+        ({"loss_scale": 0}, "number above 0"),
+        ({"loss_scale": "big"}, "number above 0, got 'big'"),
+        ({"loss_scale": math.inf}, "number above 0"),
+        ({"loss_scale": 128, "dtype": "bfloat16"}, "128 would have no effect: bfloat16"),
+        ({"loss_scale": 16, "enabled": False}, "16 would have no effect: float32"),
+        ({"loss_scale": 16, "opt_level": "O0"}, "16 would have no effect: float32"),
+    ],
+)
 def test_settings_without_meaning_are_refused(keys: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Precision(CPU, **keys)

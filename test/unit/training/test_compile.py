@@ -1,4 +1,5 @@
 """Training with torch.compile: one graph for each input size, compiled once, with the numbers of the usual way."""
+
 from __future__ import annotations
 
 import copy
@@ -22,8 +23,15 @@ def network() -> EfficientDet:
     counters.clear()
     torch.manual_seed(0)
     config = get_efficientdet_config("tf_efficientdet_d0")
-    config.update(backbone_name="test_efficientnet", backbone_args=None, image_size=SIZES[0], num_classes=3,
-                  fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1)
+    config.update(
+        backbone_name="test_efficientnet",
+        backbone_args=None,
+        image_size=SIZES[0],
+        num_classes=3,
+        fpn_channels=16,
+        fpn_cell_repeats=1,
+        box_class_repeats=1,
+    )
     return EfficientDet(config, pretrained_backbone=False)
 
 
@@ -82,8 +90,10 @@ def test_eval_mode_is_not_compiled(network):
     assert not counters["stats"]
 
 
-@pytest.mark.parametrize(("kind", "words"), [("npu", "Leave it out on an NPU"), ("cpu", "there is no no-such-compiler"),
-                                             ("cuda", "needs the package triton")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("npu", "Leave it out on an NPU"), ("cpu", "there is no no-such-compiler"), ("cuda", "needs the package triton")],
+)
 def test_what_it_needs_is_checked_at_the_start(kind, words, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(device_layer.importlib.util, "find_spec", lambda name: None)

@@ -1,4 +1,5 @@
 """The weight average against a slow loop, its warm-up and its counters."""
+
 from __future__ import annotations
 
 import copy

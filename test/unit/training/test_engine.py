@@ -1,4 +1,5 @@
 """The two loops against slow twins, and the promise that nothing reads the device between two log lines."""
+
 from __future__ import annotations
 
 import copy
@@ -56,23 +57,53 @@ class Batches(list):
 
 def make_batches(count: int = NUM_BATCHES, factors: dict[int, float] | None = None) -> Batches:
     generator = torch.Generator().manual_seed(2)
-    return Batches([
-        (torch.randn(2, 3, 2, 2, generator=generator),
-         {"goal": torch.randn(2, 1, generator=generator), "factor": torch.tensor((factors or {}).get(index, 1.0))})
-        for index in range(count)])
+    return Batches(
+        [
+            (
+                torch.randn(2, 3, 2, 2, generator=generator),
+                {
+                    "goal": torch.randn(2, 1, generator=generator),
+                    "factor": torch.tensor((factors or {}).get(index, 1.0)),
+                },
+            )
+            for index in range(count)
+        ]
+    )
 
 
-def make_training(bench: nn.Module, opt: str = "fusedmomentum", sched: str = "constant", ema: bool = False,
-                  updates_per_epoch: int = NUM_BATCHES, epochs: int = 3, **options) -> Training:
+def make_training(
+    bench: nn.Module,
+    opt: str = "fusedmomentum",
+    sched: str = "constant",
+    ema: bool = False,
+    updates_per_epoch: int = NUM_BATCHES,
+    epochs: int = 3,
+    **options,
+) -> Training:
     optimizer = build_optimizer(bench.model, opt, lr=0.05)
-    schedule, _ = build_schedule(optimizer, sched, epochs, warmup_epochs=0, min_lr=0.001, cooldown_epochs=0,
-                                 updates_per_epoch=updates_per_epoch)
-    return Training(bench, bench.model, optimizer, schedule, Precision(CPU, enabled=False), CPU,
-                    ModelEma(bench.model, decay=0.8, warmup=False) if ema else None, **options)
+    schedule, _ = build_schedule(
+        optimizer, sched, epochs, warmup_epochs=0, min_lr=0.001, cooldown_epochs=0, updates_per_epoch=updates_per_epoch
+    )
+    return Training(
+        bench,
+        bench.model,
+        optimizer,
+        schedule,
+        Precision(CPU, enabled=False),
+        CPU,
+        ModelEma(bench.model, decay=0.8, warmup=False) if ema else None,
+        **options,
+    )
 
 
-def train_slowly(batches: list, groups: list[list[int]], lr: float = 0.05, momentum: float = 0.9,
-                 weight_decay: float = 4e-5, ema_decay: float = 0.8) -> tuple[nn.Module, nn.Module, list[float]]:
+def train_slowly(
+    batches: list,
+    groups: list[list[int]],
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 4e-5,
+    ema_decay: float = 0.8,
+) -> tuple[nn.Module, nn.Module, list[float]]:
     """Train a Regression with one update for each group of batches, on the mean of the group's losses.
 
     Returns the bench, one with the average of its weights, and the batches' losses.
@@ -133,11 +164,14 @@ class Recorded:
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("grad_accum", "groups"), [
-    (1, [[0], [1], [2], [3], [4], [5], [6]]),
-    (3, [[0, 1, 2], [3, 4, 5], [6]]),
-    (10, [[0, 1, 2, 3, 4, 5, 6]]),
-])
+@pytest.mark.parametrize(
+    ("grad_accum", "groups"),
+    [
+        (1, [[0], [1], [2], [3], [4], [5], [6]]),
+        (3, [[0, 1, 2], [3, 4, 5], [6]]),
+        (10, [[0, 1, 2, 3, 4, 5, 6]]),
+    ],
+)
 def test_an_update_is_the_mean_over_its_group_also_in_the_short_last_one(grad_accum, groups):
     batches = make_batches()
     run = make_training(Regression(), grad_accum=grad_accum, ema=True)
@@ -263,6 +297,7 @@ def test_accumulation_exchanges_gradients_once_for_each_update():
             done: torch.futures.Future = torch.futures.Future()
             done.set_result(bucket.buffer())
             return done
+
         run.bench.register_comm_hook(None, count)
         batches = make_batches()
         train_one_epoch(run, batches, epoch=0)
@@ -289,7 +324,7 @@ def test_a_record_comes_at_each_interval_and_at_the_end():
         assert (stats.global_step, stats.steps, stats.lr) == (first + step, NUM_BATCHES, 0.05)
         assert stats.loss == pytest.approx(losses[first + step - 1], rel=1e-5)
         assert (stats.class_loss, stats.box_loss) == pytest.approx((0.75 * stats.loss, 0.25 * stats.loss), rel=1e-6)
-        assert stats.loss_average == pytest.approx(sum(losses[first:first + step]) / step, rel=1e-5)
+        assert stats.loss_average == pytest.approx(sum(losses[first : first + step]) / step, rel=1e-5)
         assert stats.memory_mib > 0
     assert recorder.intervals[-1].eta_s == 0
 
@@ -361,6 +396,7 @@ def reads_by_step(run: Training, monkeypatch: pytest.MonkeyPatch) -> Iterator[Co
         def wrapper(self, *args, **kwargs):
             reads[run.steps] += 1
             return original(self, *args, **kwargs)
+
         monkeypatch.setattr(torch.Tensor, name, wrapper)
 
     with monkeypatch.context() as patches:
@@ -380,8 +416,12 @@ def detector() -> DetBenchTrain:
 
 def make_images(count: int) -> Batches:
     generator = torch.Generator().manual_seed(3)
-    target = {"bbox": torch.tensor([[[8.0, 8.0, 40.0, 50.0], [0, 0, 0, 0]], [[20.0, 4.0, 60.0, 30.0], [2, 2, 30, 30]]]),
-              "cls": torch.tensor([[1, -1], [3, 2]]), "img_scale": torch.ones(2), "img_size": torch.full((2, 2), 64.0)}
+    target = {
+        "bbox": torch.tensor([[[8.0, 8.0, 40.0, 50.0], [0, 0, 0, 0]], [[20.0, 4.0, 60.0, 30.0], [2, 2, 30, 30]]]),
+        "cls": torch.tensor([[1, -1], [3, 2]]),
+        "img_scale": torch.ones(2),
+        "img_size": torch.full((2, 2), 64.0),
+    }
     return Batches([(torch.randn(2, 3, 64, 64, generator=generator), target) for _ in range(count)])
 
 
@@ -404,6 +444,7 @@ def test_the_guard_above_sees_a_read(monkeypatch):
             output = super().forward(images, target)
             assert not output["loss"] > 1e9  # asks for the value
             return output
+
     run = make_training(Curious(), log_interval=100)
     with reads_by_step(run, monkeypatch) as reads:
         train_one_epoch(run, make_batches(4), epoch=0)
@@ -438,8 +479,10 @@ class Detecting(nn.Module):
 
 
 def test_evaluation_scores_every_batch_and_means_the_loss():
-    batches = [(torch.full((2, 3, 4, 4), 0.25), {"img_idx": torch.tensor([0, 1])}),
-               (torch.full((1, 3, 4, 4), 0.75), {"img_idx": torch.tensor([2])})]
+    batches = [
+        (torch.full((2, 3, 4, 4), 0.25), {"img_idx": torch.tensor([0, 1])}),
+        (torch.full((1, 3, 4, 4), 0.75), {"img_idx": torch.tensor([2])}),
+    ]
     evaluator = Collected()
     done: list[int] = []
     stats = evaluate(Detecting(True).train(), batches, evaluator, on_batch=done.append)

@@ -1,4 +1,5 @@
 """Parameter groups, the optimizers behind the names, gradient clipping and freezing."""
+
 from __future__ import annotations
 
 import copy
@@ -53,7 +54,13 @@ def test_only_matrices_are_decayed() -> None:
     assert decayed["weight_decay"] == 0.25 and plain["weight_decay"] == 0.0
     assert names_of(model, decayed["params"]) == {"backbone.0.weight", "head.weight"}
     assert names_of(model, plain["params"]) == {
-        "backbone.1.weight", "backbone.1.bias", "fpn.edge_weights", "norm.weight", "norm.bias", "head.bias"}
+        "backbone.1.weight",
+        "backbone.1.bias",
+        "fpn.edge_weights",
+        "norm.weight",
+        "norm.bias",
+        "head.bias",
+    }
     assert len(decayed["params"]) + len(plain["params"]) == 8
 
 
@@ -91,8 +98,9 @@ def test_nothing_to_train_and_bad_numbers_are_refused() -> None:
         build_optimizer(make_model(), "sgd", lr=0.1, weight_decay=-1.0)
 
 
-@pytest.mark.parametrize(("opt", "nesterov"), [("fusedmomentum", False), ("fusedsgd", True), ("momentum", False),
-                                               ("sgd", True)])
+@pytest.mark.parametrize(
+    ("opt", "nesterov"), [("fusedmomentum", False), ("fusedsgd", True), ("momentum", False), ("sgd", True)]
+)
 def test_sgd_follows_the_formula(opt: str, nesterov: bool) -> None:
     start = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
     parameter = nn.Parameter(start.clone())
@@ -218,16 +226,19 @@ def test_eps_and_betas_arrive() -> None:
     assert group["eps"] == 1e-3 and group["betas"] == (0.5, 0.6)
 
 
-@pytest.mark.parametrize(("opt", "extra", "text"), [
-    ("fusedmomentu", {}, "fusedmomentum"),
-    ("adamww", {}, "adamw"),
-    ("lookaheed_adamw", {}, "Unknown optimizer 'lookaheed_adamw'"),
-    ("lookahead_adamww", {}, "adamw"),
-    ("fusedmomentum", {"eps": 1e-3}, "does not take eps"),
-    ("sgd", {"betas": (0.9, 0.9)}, "does not take betas"),
-    ("adahessian", {}, "second derivatives"),
-    ("fusedadam", {}, "cannot be built here"),
-])
+@pytest.mark.parametrize(
+    ("opt", "extra", "text"),
+    [
+        ("fusedmomentu", {}, "fusedmomentum"),
+        ("adamww", {}, "adamw"),
+        ("lookaheed_adamw", {}, "Unknown optimizer 'lookaheed_adamw'"),
+        ("lookahead_adamww", {}, "adamw"),
+        ("fusedmomentum", {"eps": 1e-3}, "does not take eps"),
+        ("sgd", {"betas": (0.9, 0.9)}, "does not take betas"),
+        ("adahessian", {}, "second derivatives"),
+        ("fusedadam", {}, "cannot be built here"),
+    ],
+)
 def test_what_cannot_be_built_says_why(opt: str, extra: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         create_optimizer([nn.Parameter(torch.ones(2))], opt, lr=0.1, **extra)
@@ -242,8 +253,9 @@ def parameters_with_grads(scale: float = 1.0) -> list[nn.Parameter]:
 
 
 def true_norm(parameters: list[nn.Parameter]) -> float:
-    return math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in parameters
-                         if parameter.grad is not None))
+    return math.sqrt(
+        sum(parameter.grad.double().square().sum().item() for parameter in parameters if parameter.grad is not None)
+    )
 
 
 @pytest.mark.parametrize(("limit", "scale"), [(1.0, 10.0), (1e6, 10.0)])
@@ -373,7 +385,7 @@ def test_gradients_in_flat_memory_are_clipped_alike(mode: str) -> None:
     memory = torch.cat([parameter.grad.flatten() for parameter in flat[:2]])
     start = 0
     for parameter in flat[:2]:
-        parameter.grad = memory[start:start + parameter.numel()].view_as(parameter)
+        parameter.grad = memory[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
     norm = clip_gradients(flat, 0.5, mode, flat_gradients=[memory])
     torch.testing.assert_close(norm, clip_gradients(apart, 0.5, mode))

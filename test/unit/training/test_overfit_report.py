@@ -1,4 +1,5 @@
 """--overfit N: which images, without augmentation, and what is concluded from what was measured."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,35 +19,65 @@ from effdet.evaluator import CocoEvaluator
 from effdet.factory import resolve_model_config
 from effdet.training.overfit import OverfitStats, choose_images, count_boxes, diagnose
 
-LEARNT = OverfitStats(ap=0.97, ap50=1.0, losses=[2.0, 0.8, 0.2, 0.05], eval_loss=0.06, steps=200, skipped=0, lr=0.005,
-                      boxes=40, unreached=0, missed=0, missed_unreached=0, wrong_class=0, conflicts=0, beyond_limit=0,
-                      max_det=100)
+LEARNT = OverfitStats(
+    ap=0.97,
+    ap50=1.0,
+    losses=[2.0, 0.8, 0.2, 0.05],
+    eval_loss=0.06,
+    steps=200,
+    skipped=0,
+    lr=0.005,
+    boxes=40,
+    unreached=0,
+    missed=0,
+    missed_unreached=0,
+    wrong_class=0,
+    conflicts=0,
+    beyond_limit=0,
+    max_det=100,
+)
 
 
 def causes(**changes) -> list[str]:
     return diagnose(dataclasses.replace(LEARNT, **{"ap": 0.4, "ap50": 0.6, **changes}))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"skipped": 60}, "60 of 200 updates were skipped for inf or NaN in the gradients: lower --lr (0.005)"),
-    ({"losses": [2.0, float("nan")]}, "0 of 200 updates were skipped for inf or NaN"),
-    ({"losses": [2.0, 1.9, 1.8, 1.7]}, "from 2 to 1.7 (least 1.7) in 200 steps, slowly but steadily: --lr 0.005 is "
-     "likely too small, try 0.05"),
-    ({"losses": [2.0, 0.9, 2.5, 1.5]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
-    ({"losses": [2.0, 90.0, 9.0, 3.0]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
-    ({"losses": [702.0, 549.0, 57.0], "eval_loss": 1e21}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
-    ({"eval_loss": 2.5}, "the loss is 0.05 in training but 2.5 in evaluation, on the same images: the running batch"),
-    ({"eval_loss": 2.5, "ema_share": 0.4}, "the averaged (EMA) weights are still 40 % initial weights"),
-    ({"wrong_class": 10, "confused": ["cat as dog (10)"]}, "10 of 40 boxes are found with another class (cat as dog "
-     "(10)): look at the labels"),
-    ({"wrong_class": 10, "conflicts": 3}, "look at the labels; 3 pairs of nearly equal boxes in one image have"),
-    ({"unreached": 9, "missed": 8, "missed_unreached": 7}, "9 of 40 boxes overlap no anchor with IoU 0.5, and 7 of"),
-    ({"missed": 8}, "8 of 40 boxes are missed although an anchor reaches them"),
-    ({"beyond_limit": 20}, "20 boxes are beyond the 100 that are predicted in an image"),
-    ({"frozen": ["--freeze-backbone"]}, "--freeze-backbone keep the network from learning"),
-    ({"ap50": 0.99}, "the objects are found (AP50 0.99), their boxes are not tight yet"),
-    ({}, "nothing that was measured explains it (the loss went from 2 to 0.05)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"skipped": 60}, "60 of 200 updates were skipped for inf or NaN in the gradients: lower --lr (0.005)"),
+        ({"losses": [2.0, float("nan")]}, "0 of 200 updates were skipped for inf or NaN"),
+        (
+            {"losses": [2.0, 1.9, 1.8, 1.7]},
+            "from 2 to 1.7 (least 1.7) in 200 steps, slowly but steadily: --lr 0.005 is likely too small, try 0.05",
+        ),
+        ({"losses": [2.0, 0.9, 2.5, 1.5]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
+        ({"losses": [2.0, 90.0, 9.0, 3.0]}, "up and down: --lr 0.005 is likely too large, try 0.0005"),
+        (
+            {"losses": [702.0, 549.0, 57.0], "eval_loss": 1e21},
+            "up and down: --lr 0.005 is likely too large, try 0.0005",
+        ),
+        (
+            {"eval_loss": 2.5},
+            "the loss is 0.05 in training but 2.5 in evaluation, on the same images: the running batch",
+        ),
+        ({"eval_loss": 2.5, "ema_share": 0.4}, "the averaged (EMA) weights are still 40 % initial weights"),
+        (
+            {"wrong_class": 10, "confused": ["cat as dog (10)"]},
+            "10 of 40 boxes are found with another class (cat as dog (10)): look at the labels",
+        ),
+        ({"wrong_class": 10, "conflicts": 3}, "look at the labels; 3 pairs of nearly equal boxes in one image have"),
+        (
+            {"unreached": 9, "missed": 8, "missed_unreached": 7},
+            "9 of 40 boxes overlap no anchor with IoU 0.5, and 7 of",
+        ),
+        ({"missed": 8}, "8 of 40 boxes are missed although an anchor reaches them"),
+        ({"beyond_limit": 20}, "20 boxes are beyond the 100 that are predicted in an image"),
+        ({"frozen": ["--freeze-backbone"]}, "--freeze-backbone keep the network from learning"),
+        ({"ap50": 0.99}, "the objects are found (AP50 0.99), their boxes are not tight yet"),
+        ({}, "nothing that was measured explains it (the loss went from 2 to 0.05)"),
+    ],
+)
 def test_each_fact_has_its_cause(changes, words):
     found = causes(**changes)
     assert len(found) == 1 + (changes.get("losses", [0])[-1] != changes.get("losses", [0])[-1])  # a NaN also is no fall
@@ -61,6 +92,7 @@ def test_what_was_learnt_has_no_cause_and_several_facts_have_several():
 
 
 # ---- the images ----
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -99,7 +131,7 @@ def test_the_evaluator_counts_these_images_only(data):
     _, val_set = choose_images(build_dataset(cfg.data, "train"), cfg)
     evaluator = CocoEvaluator(val_set)
     loader = build_eval_loader(val_set, cfg.data, resolve_model_config(cfg.model), 4, 0, torch.device("cpu"))
-    (images, target), = list(loader)
+    ((images, target),) = list(loader)
     rows = torch.zeros(3, 30, 6)
     for k, index in enumerate(target["img_idx"].tolist()):
         truth = val_set.parser.get_ann_info(index)
@@ -128,6 +160,7 @@ def test_boxes_are_counted_by_what_became_of_them(data):
 
 # ---- the settings ----
 
+
 def test_settings_come_over_files_and_below_flags(tmp_path):
     text = "optim: {lr: 0.3, momentum: 0.5}\nsched: {epochs: 7}\nmodel: {anchor_scale: 2.5}"
     (tmp_path / "preset.yaml").write_text(text)
@@ -146,19 +179,44 @@ def test_contradictions_are_refused(line, capsys):
 
 # ---- a run ----
 
+
 def test_a_rate_that_is_too_small_is_told(data, tmp_path, capsys, monkeypatch):
     batches = []
     from effdet.bench import DetBenchTrain
+
     original = DetBenchTrain.forward
 
     def spy(self, x, target):
         batches.append((self.training, [x.sum(dtype=torch.float64).item(), len(x)]))
         return original(self, x, target)
+
     monkeypatch.setattr(DetBenchTrain, "forward", spy)
     try:
-        status = train.main(["--root", str(data), "--overfit", "2", "--image-size", "64", "-b", "2", "-j", "0",
-                             "--device", "cpu", "--epochs", "2", "--lr", "1e-6", "model.freeze_bn_epochs=0",
-                             "--output", str(tmp_path), "--experiment", "run"])
+        status = train.main(
+            [
+                "--root",
+                str(data),
+                "--overfit",
+                "2",
+                "--image-size",
+                "64",
+                "-b",
+                "2",
+                "-j",
+                "0",
+                "--device",
+                "cpu",
+                "--epochs",
+                "2",
+                "--lr",
+                "1e-6",
+                "model.freeze_bn_epochs=0",
+                "--output",
+                str(tmp_path),
+                "--experiment",
+                "run",
+            ]
+        )
     finally:
         for handler in logging.getLogger("effdet").handlers[:]:
             logging.getLogger("effdet").removeHandler(handler)
@@ -166,9 +224,11 @@ def test_a_rate_that_is_too_small_is_told(data, tmp_path, capsys, monkeypatch):
         logging.getLogger("effdet").propagate = True
     lines = capsys.readouterr().out.splitlines()
     assert status == 3
-    assert re.match(r"overfit: AP 0\.\d+ on the training images, expected 0.9 or more: the training loss went from "
-                    r".* in 20 steps, slowly but steadily: --lr 1e-06 is likely too small, try 1e-05, .*; status 3$",
-                    lines[-1])
+    assert re.match(
+        r"overfit: AP 0\.\d+ on the training images, expected 0.9 or more: the training loss went from "
+        r".* in 20 steps, slowly but steadily: --lr 1e-06 is likely too small, try 1e-05, .*; status 3$",
+        lines[-1],
+    )
     assert any(re.match(r"overfit: \d+ boxes: 0 found, 0 with another class only, \d+ missed", line) for line in lines)
     trained = {round(total, 3) for training, (total, count) in batches if training and count == 2}
     evaluated = {round(total, 3) for training, (total, count) in batches if not training and count == 2}

@@ -1,4 +1,5 @@
 """What a run writes, by its readers, across restarts of the run and on full disks."""
+
 from __future__ import annotations
 
 import csv
@@ -27,11 +28,28 @@ from effdet.training.recorder import (
     steady_rates,
 )
 
-STEP = {"epoch": 3, "global_step": 22229, "step": 50, "steps": 7393, "loss": 1.25, "loss_average": 1.5,
-        "class_loss": 0.75, "box_loss": 0.01, "lr": 0.16, "step_s": 0.345, "step_average_s": 0.35, "img_per_s": 46.375,
-        "img_per_s_average": 45.714, "data_s": 0.012, "data_average_s": 0.013, "eta_s": 7384.6, "memory_mib": 2048.0}
-has_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
-                                     reason="tensorboard is not installed")
+STEP = {
+    "epoch": 3,
+    "global_step": 22229,
+    "step": 50,
+    "steps": 7393,
+    "loss": 1.25,
+    "loss_average": 1.5,
+    "class_loss": 0.75,
+    "box_loss": 0.01,
+    "lr": 0.16,
+    "step_s": 0.345,
+    "step_average_s": 0.35,
+    "img_per_s": 46.375,
+    "img_per_s_average": 45.714,
+    "data_s": 0.012,
+    "data_average_s": 0.013,
+    "eta_s": 7384.6,
+    "memory_mib": 2048.0,
+}
+has_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +72,11 @@ def make_recorder(folder: Path, steps: int = 0, tensorboard: bool = False) -> Ru
     cfg = RunConfig(run=RunSectionConfig(tensorboard=tensorboard))
     training = SimpleNamespace(device=torch.device("cpu"), model=SimpleNamespace(config=None), steps=steps)
     categories = SimpleNamespace(class_names=("ball", "box"))
-    loader = SimpleNamespace(dataset=SimpleNamespace(parser=SimpleNamespace(category_map=categories)),
-                             mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1))
+    loader = SimpleNamespace(
+        dataset=SimpleNamespace(parser=SimpleNamespace(category_map=categories)),
+        mean=torch.zeros(1, 3, 1, 1),
+        std=torch.ones(1, 3, 1, 1),
+    )
     recorder = RunRecorder(cfg, folder, training, loader, None, None)
     recorder.report = SimpleNamespace(write=lambda evaluator, rows: None)
     return recorder
@@ -66,22 +87,36 @@ def train(recorder: RunRecorder, epochs: range, start: int = 0) -> None:
     for epoch in epochs:
         for step in (2, 4):
             if epoch > epochs.start or step > start:
-                recorder.on_interval(StepStats(**STEP | {
-                    "epoch": epoch, "global_step": 4 * epoch + step, "step": step, "steps": 4,
-                    "loss": float(4 * epoch + step), "step_s": 0.5, "data_s": 0.05}))
+                recorder.on_interval(
+                    StepStats(
+                        **STEP
+                        | {
+                            "epoch": epoch,
+                            "global_step": 4 * epoch + step,
+                            "step": step,
+                            "steps": 4,
+                            "loss": float(4 * epoch + step),
+                            "step_s": 0.5,
+                            "data_s": 0.05,
+                        }
+                    )
+                )
         stats = EpochStats(epoch, 4 * epoch + 4, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
         evaluation = EvalStats(epoch / 10, None, 1.0, {"AP": epoch / 10, "AP50": math.nan})
         recorder.add_summary(stats, evaluation if epoch else None)
         recorder.add_epoch(stats, evaluation if epoch else None)
 
 
-@pytest.mark.parametrize(("rates", "expected"), [
-    ([], []), ([7], [7]), ([1, 9], [9]), ([1, 10, 90], [10]), ([1, 10, 20, 30, 500], [10, 20, 30])])
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [([], []), ([7], [7]), ([1, 9], [9]), ([1, 10, 90], [10]), ([1, 10, 20, 30, 500], [10, 20, 30])],
+)
 def test_throughput_leaves_out_the_start_and_the_end(rates: list[int], expected: list[int]) -> None:
     assert steady_rates(rates) == expected
 
 
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.CRITICAL])
 def test_a_row_for_each_interval_epoch_and_evaluation_whatever_is_logged(tmp_path, capsys, level):
@@ -90,16 +125,48 @@ def test_a_row_for_each_interval_epoch_and_evaluation_whatever_is_logged(tmp_pat
     recorder.begin(0, 0)
     train(recorder, range(2))
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / METRICS_LOG_NAME).open()]
-    assert rows == [row for epoch in range(2) for row in [
-        *({"kind": "interval", "epoch": epoch, "global_step": 4 * epoch + step, "step": step, "steps": 4,
-           "loss": 4.0 * epoch + step, "class_loss": 0.75, "box_loss": 0.01, "lr": 0.16, "img_per_s": 46.375,
-           "data_share": 0.1, "memory_mib": 2048.0} for step in (2, 4)),
-        {"kind": "epoch", "epoch": epoch, "global_step": 4 * epoch + 4, "loss": 0.5, "class_loss": 0.25,
-         "box_loss": 0.01, "lr": 0.16, "img_per_s": 46.0, "memory_mib": 2048.0, "skipped": 0},
-        *([{"kind": "evaluation", "epoch": 1, "global_step": 8, "AP": 0.1, "AP50": None}] if epoch else [])]]
+    assert rows == [
+        row
+        for epoch in range(2)
+        for row in [
+            *(
+                {
+                    "kind": "interval",
+                    "epoch": epoch,
+                    "global_step": 4 * epoch + step,
+                    "step": step,
+                    "steps": 4,
+                    "loss": 4.0 * epoch + step,
+                    "class_loss": 0.75,
+                    "box_loss": 0.01,
+                    "lr": 0.16,
+                    "img_per_s": 46.375,
+                    "data_share": 0.1,
+                    "memory_mib": 2048.0,
+                }
+                for step in (2, 4)
+            ),
+            {
+                "kind": "epoch",
+                "epoch": epoch,
+                "global_step": 4 * epoch + 4,
+                "loss": 0.5,
+                "class_loss": 0.25,
+                "box_loss": 0.01,
+                "lr": 0.16,
+                "img_per_s": 46.0,
+                "memory_mib": 2048.0,
+                "skipped": 0,
+            },
+            *([{"kind": "evaluation", "epoch": 1, "global_step": 8, "AP": 0.1, "AP50": None}] if epoch else []),
+        ]
+    ]
     assert read_rows(tmp_path / METRICS_LOG_NAME) == rows
-    assert capsys.readouterr().out.count("Train: ") == (tmp_path / "log.txt").read_text().count("Train: ") == (
-        4 if level == logging.INFO else 0)
+    assert (
+        capsys.readouterr().out.count("Train: ")
+        == (tmp_path / "log.txt").read_text().count("Train: ")
+        == (4 if level == logging.INFO else 0)
+    )
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (1, 0), (1, 2), (2, 0)])
@@ -156,6 +223,7 @@ def test_files_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, ca
 @has_tensorboard
 def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     recorder = make_recorder(tmp_path, tensorboard=True)
     recorder.begin(0, 0)
     train(recorder, range(2))
@@ -168,8 +236,9 @@ def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(k, k) for k in range(2, 13, 2)]
     assert [event.step for event in events.Scalars("val/AP")] == [8, 12]
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("epoch/")}
-    assert tags == {f"epoch/{name}" for name in ("loss", "class_loss", "box_loss", "lr", "img_per_s", "memory_mib",
-                                                 "skipped")}
+    assert tags == {
+        f"epoch/{name}" for name in ("loss", "class_loss", "box_loss", "lr", "img_per_s", "memory_mib", "skipped")
+    }
 
 
 def test_tensorboard_asked_for_and_missing_is_said(monkeypatch):
@@ -181,12 +250,22 @@ def test_tensorboard_asked_for_and_missing_is_said(monkeypatch):
 
 # ---- summary.csv -----------------------------------------------------------------------------------------------------
 
+
 def test_summary_has_a_row_for_each_epoch(tmp_path):
     train(make_recorder(tmp_path), range(2))
     with (tmp_path / "summary.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
-    assert first == {"epoch": "0", "train_loss": "0.5", "train_class_loss": "0.25", "train_box_loss": "0.01",
-                     "lr": "0.16", "img_per_s": "46.0", "skipped": "0", "AP": "", "AP50": ""}
+    assert first == {
+        "epoch": "0",
+        "train_loss": "0.5",
+        "train_class_loss": "0.25",
+        "train_box_loss": "0.01",
+        "lr": "0.16",
+        "img_per_s": "46.0",
+        "skipped": "0",
+        "AP": "",
+        "AP50": "",
+    }
     assert (second["epoch"], second["AP"], second["AP50"]) == ("1", "0.1", "nan")
 
 
@@ -232,6 +311,7 @@ def test_a_resumed_run_drops_the_csv_rows_it_will_write_anew(tmp_path) -> None:
 
 
 # ---- the first batch -------------------------------------------------------------------------------------------------
+
 
 def test_the_first_batch_is_drawn_once_in_the_life_of_a_run(tmp_path):
     """The image is grey but for what is drawn on it."""

@@ -1,4 +1,5 @@
 """Where a run goes on: the position within an epoch under other settings, the newest folder, what does not fit."""
+
 from __future__ import annotations
 
 import os
@@ -18,8 +19,12 @@ CPU = torch.device("cpu")
 
 def broken_off(batches: int = 6, trained: bool = False, ranks: int = 1) -> dict:
     """A recovery checkpoint of epoch 3, at global batch size 8 with accumulation over 2."""
-    return {"epoch": 2, "step": 100, "ranks": [{"totals": [12.0 + rank, 6.0, 3.0]} for rank in range(ranks)],
-            "progress": {"batches": batches, "batch_size": 8, "grad_accum": 2, "images": 80, "trained": trained}}
+    return {
+        "epoch": 2,
+        "step": 100,
+        "ranks": [{"totals": [12.0 + rank, 6.0, 3.0]} for rank in range(ranks)],
+        "progress": {"batches": batches, "batch_size": 8, "grad_accum": 2, "images": 80, "trained": trained},
+    }
 
 
 def test_a_complete_epoch_leads_to_the_next():
@@ -33,8 +38,9 @@ def test_the_same_settings_give_the_same_place():
     assert run_state.read_position(broken_off(10, trained=True), 16, 80, 1).batches == 10, "only an evaluation is left"
 
 
-@pytest.mark.parametrize(("batch_size", "grad_accum", "batches"),
-                         [(16, 1, 3), (4, 1, 12), (4, 5, 10), (32, 1, 1), (80, 1, 0)])
+@pytest.mark.parametrize(
+    ("batch_size", "grad_accum", "batches"), [(16, 1, 3), (4, 1, 12), (4, 5, 10), (32, 1, 1), (80, 1, 0)]
+)
 def test_other_batches_go_on_before_the_images_already_seen(batch_size, grad_accum, batches, caplog):
     position = run_state.read_position(broken_off(6), batch_size, 80, grad_accum)
     assert (position.epoch, position.batches) == (3, batches)

@@ -14,8 +14,19 @@ from npu_sim import build, runtime
 from npu_sim.build import missing
 from npu_sim.meters import Meters, count_waits, meters, strict
 
-__all__ = ["SOCS", "Meters", "count_waits", "from_environment", "install", "load", "load_libraries", "loaded", "meters",
-           "missing", "strict"]
+__all__ = [
+    "SOCS",
+    "Meters",
+    "count_waits",
+    "from_environment",
+    "install",
+    "load",
+    "load_libraries",
+    "loaded",
+    "meters",
+    "missing",
+    "strict",
+]
 
 SOCS = ("Ascend910A", "Ascend910B1", "Ascend910_9391", "Ascend950")  # one of each of torch_npu's code paths
 MOST_DEVICES = 16  # ranks of a communicator, see cann/hccl.c
@@ -63,15 +74,19 @@ def load_libraries(devices: int = 1, soc: str = "Ascend910B1") -> None:
         raise RuntimeError(f"Unknown chip {soc!r}: the simulated NPU knows {', '.join(SOCS)} (NPU_SIM_SOC).")
     if _settings is not None:
         if _settings != (devices, soc):
-            raise RuntimeError(f"The simulated NPU is loaded as {_settings[0]} x {_settings[1]} in this process; "
-                               f"{devices} x {soc} needs a process of its own.")
+            raise RuntimeError(
+                f"The simulated NPU is loaded as {_settings[0]} x {_settings[1]} in this process; "
+                f"{devices} x {soc} needs a process of its own."
+            )
         return
     if missing():
         raise RuntimeError(missing())
     os.environ.update(
         TASK_QUEUE_ENABLE="0",  # kernels run on the calling thread, so that their waits and errors have an owner
         TORCH_NPU_FALLBACK_CPU_DISABLE="1",  # an operator without NPU kernel raises instead of running on the CPU
-        NPU_SIM_DEVICES=str(devices), NPU_SIM_SOC=soc)
+        NPU_SIM_DEVICES=str(devices),
+        NPU_SIM_SOC=soc,
+    )
     runtime.connect(build.load_libraries()["ascendcl"])
     _settings = devices, soc
 

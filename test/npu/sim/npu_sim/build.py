@@ -80,8 +80,10 @@ def build() -> Path:
 
 def _build_in(work: Path, sources: dict[str, str], torch_npu: Path) -> None:
     wheel = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
-    sources = sources | {"operators.c": sources["operators.c"] + _empty_operators(wheel, sources["operators.c"]),
-                         "empty.c": ""}
+    sources = sources | {
+        "operators.c": sources["operators.c"] + _empty_operators(wheel, sources["operators.c"]),
+        "empty.c": "",
+    }
     for name, text in sources.items():
         (work / name).write_text(text)
     headers = f"-I{torch_npu}/include/third_party/acl/inc"
@@ -95,13 +97,16 @@ def _build_in(work: Path, sources: dict[str, str], torch_npu: Path) -> None:
 
 def _empty_operators(wheel: bytes, written: str) -> str:
     """Return C code for every aclnn operator the wheel asks for by name and `written` does not define."""
-    names = {name.decode().removesuffix("GetWorkspaceSize")
-             for name in re.findall(rb"(?<=\0)aclnn[A-Za-z0-9_]+(?=\0)", wheel)}
+    names = {
+        name.decode().removesuffix("GetWorkspaceSize")
+        for name in re.findall(rb"(?<=\0)aclnn[A-Za-z0-9_]+(?=\0)", wheel)
+    }
     lines = []
     for name in sorted(names):
         if f"int {name}(" not in written:
-            lines.append(f'int {name}(void *w, uint64_t s, void *e, void *t) '
-                         f'{{ sim_log("aclnn", "{name}"); return 0; }}')
+            lines.append(
+                f'int {name}(void *w, uint64_t s, void *e, void *t) {{ sim_log("aclnn", "{name}"); return 0; }}'
+            )
             lines.append(f"int {name}GetWorkspaceSize(void) {{ return 0; }}")
     return "\n" + "\n".join(lines) + "\n"
 

@@ -29,15 +29,30 @@ from npu_sim.meters import charge, note_call, note_mismatch
 # Kernels that do their whole work on the fake device, and are left alone: they allocate (and leave memory unwritten,
 # which should show), pin, describe or exchange memory, or ask the flag that the fake CANN keeps.
 REAL = {
-    "aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty_strided", "aten::resize_",
-    "aten::is_pinned", "aten::_pin_memory", "aten::is_set_to", "npu::npu_change_data_ptr", "npu::get_npu_format",
-    "npu::get_storage_size", "npu::npu_get_float_status", "npu::npu_clear_float_status",
+    "aten::empty.memory_format",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::new_empty_strided",
+    "aten::resize_",
+    "aten::is_pinned",
+    "aten::_pin_memory",
+    "aten::is_set_to",
+    "npu::npu_change_data_ptr",
+    "npu::get_npu_format",
+    "npu::get_storage_size",
+    "npu::npu_get_float_status",
+    "npu::npu_clear_float_status",
 }
 # Results whose shape may differ without being a mismatch. Where it depends on values, the real kernel returns the
 # largest possible one; log_sigmoid's second result is a buffer for the CPU's backward that the NPU leaves empty.
 SHAPE_MAY_DIFFER = {
-    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-    "aten::index.Tensor", "aten::log_sigmoid_forward",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::index.Tensor",
+    "aten::log_sigmoid_forward",
 }
 # Their kernels take the result's size from values that helpers inside them should have computed: refused.
 REFUSED = {"aten::bincount", "aten::repeat_interleave.self_Tensor"}
@@ -47,7 +62,15 @@ PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
 # afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
 # precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
 PRODUCTS = {
-    "convolution", "_convolution", "convolution_backward", "matmul", "matmul_backward", "mm", "addmm", "bmm", "baddbmm",
+    "convolution",
+    "_convolution",
+    "convolution_backward",
+    "matmul",
+    "matmul_backward",
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
 }
 
 _libraries: dict[str, torch.library.Library] = {}  # a Library takes its kernels back when it is collected
@@ -71,11 +94,13 @@ class Wrapper:
             self.reference = getattr(getattr(getattr(torch.ops, namespace), base), schema.overload_name or "default")
         self.is_product = base in PRODUCTS
         arguments = schema.arguments
-        self.written = {i for i, argument in enumerate(arguments)
-                        if argument.alias_info and argument.alias_info.is_write}
+        self.written = {
+            i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
+        }
         self.written_names = {arguments[i].name for i in self.written}
-        self.tensor_positions = {i for i, argument in enumerate(arguments)
-                                 if str(argument.type) in ("Tensor", "Optional[Tensor]")}
+        self.tensor_positions = {
+            i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]")
+        }
         self.fresh = [result.alias_info is None for result in schema.returns]  # not one of the arguments
 
     def __call__(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +108,10 @@ class Wrapper:
         if inside and (self.is_product or self.reference is None):
             return self.kernel.call_boxed(keyset, *args, **kwargs)
         if self.name in REFUSED:
-            raise NotImplementedError(f"the simulated NPU cannot run {self.name}: the size of its result depends on "
-                                      "values. It would make the host wait; better do without it.")
+            raise NotImplementedError(
+                f"the simulated NPU cannot run {self.name}: the size of its result depends on "
+                "values. It would make the host wait; better do without it."
+            )
         tensors = npu_tensors((args, kwargs))
         if not inside:
             note_call(self.name, tensors)
@@ -123,8 +150,12 @@ class Wrapper:
     def _call_real(self, keyset: torch.DispatchKeySet, args: tuple, kwargs: dict[str, Any]) -> Any:
         # A number in a tensor's place (x + 1.5) reaches a Python kernel as a plain number; a C++ kernel wants a tensor.
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        args = [torch.tensor(arg, dtype=torch.result_type(first, arg))
-                if i in self.tensor_positions and isinstance(arg, (int, float)) else arg for i, arg in enumerate(args)]
+        args = [
+            torch.tensor(arg, dtype=torch.result_type(first, arg))
+            if i in self.tensor_positions and isinstance(arg, (int, float))
+            else arg
+            for i, arg in enumerate(args)
+        ]
         _thread.depth = getattr(_thread, "depth", 0) + 1
         try:
             return self.kernel.call_boxed(keyset, *args, **kwargs)
@@ -147,8 +178,10 @@ class Wrapper:
             return self._fill_one(result, values) if self.fresh[0] else result
         if not self.fresh:
             return None
-        return tuple(self._fill_one(one, value) if fresh and (self.name, i) not in PRIVATE_RESULTS else one
-                     for i, (one, value, fresh) in enumerate(zip(result, values, self.fresh, strict=True)))
+        return tuple(
+            self._fill_one(one, value) if fresh and (self.name, i) not in PRIVATE_RESULTS else one
+            for i, (one, value, fresh) in enumerate(zip(result, values, self.fresh, strict=True))
+        )
 
     def _fill_one(self, result: Any, value: Any) -> Any:
         if isinstance(result, (list, tuple)):
@@ -181,8 +214,9 @@ def install() -> int:
         for key in ("PrivateUse1", "AutogradPrivateUse1") if _replaced_at_autograd(name) else ("PrivateUse1",):
             namespace, _, rest = name.partition("::")
             library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
-            library.impl(rest, Wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True,
-                         allow_override=True)
+            library.impl(
+                rest, Wrapper(schema, torch.library.get_kernel(name, key)), key, with_keyset=True, allow_override=True
+            )
             count += 1
     return count
 

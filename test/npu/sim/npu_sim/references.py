@@ -28,9 +28,11 @@ REFERENCES: dict[str, Callable] = dict(BATCH_NORM)
 
 def reference(*names: str) -> Callable[[Callable], Callable]:
     """Register the function under these full operator names."""
+
     def register(function: Callable) -> Callable:
         REFERENCES.update(dict.fromkeys(names, function))
         return function
+
     return register
 
 
@@ -71,8 +73,18 @@ def in_float32(operator: Callable, args: list, kwargs: dict[str, Any]) -> Any:
 # ---- dtype and layout
 
 # c10::ScalarType, as far as the device has it: some operators of torch_npu take a dtype by its number
-_DTYPES = {0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16,
-           6: torch.float32, 7: torch.float64, 11: torch.bool, 15: torch.bfloat16}
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
 
 
 @reference("npu::npu_dtype_cast", "npu::_npu_dtype_cast", "npu::npu_dtype_cast_backward")
@@ -104,8 +116,16 @@ def silu_backward(gradient: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 @reference("aten::max_pool2d_with_indices_backward")
-def max_pool_backward(gradient: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int],
-                      dilation: list[int], ceil_mode: bool, mask: Tensor) -> Tensor:
+def max_pool_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    mask: Tensor,
+) -> Tensor:
     # The forward's second result is a mask in torch_npu's own layout, so the positions are found anew.
     positions = aten.max_pool2d_with_indices(x.float(), kernel, stride, padding, dilation, ceil_mode)[1]
     return aten.max_pool2d_with_indices_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, positions)
@@ -139,10 +159,12 @@ def l1_loss_backward(gradient: Tensor, x: Tensor, target: Tensor, reduction: int
 
 
 @reference("npu::npu_binary_cross_entropy_with_logits_backward")
-def binary_cross_entropy_backward(gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None,
-                                  positive_weight: Tensor | None, reduction: int) -> Tensor:
-    return gradients(lambda x: aten.binary_cross_entropy_with_logits(x, target, weight, positive_weight, reduction),
-                     [x], gradient)[0]
+def binary_cross_entropy_backward(
+    gradient: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None, reduction: int
+) -> Tensor:
+    return gradients(
+        lambda x: aten.binary_cross_entropy_with_logits(x, target, weight, positive_weight, reduction), [x], gradient
+    )[0]
 
 
 @reference("npu::repeat_interleave_backward_int")
@@ -162,9 +184,16 @@ def one_hot(x: Tensor, axis: int = -1, depth: int = 1, on: float = 1, off: float
 
 
 @reference("npu::npu_batch_nms")
-def batch_nms(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_per_class: int,
-              max_total: int, change_coordinate_frame: bool = False,
-              transpose_box: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    max_per_class: int,
+    max_total: int,
+    change_coordinate_frame: bool = False,
+    transpose_box: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each class, keep boxes from the best score down that overlap no kept one; then the best over all classes.
 
     A score must be above its threshold, an IoU at most its own. Boxes without area are dropped.
@@ -187,16 +216,25 @@ def batch_nms(boxes: Tensor, scores: Tensor, score_threshold: float, iou_thresho
     return out_boxes, out_scores, out_classes, counts
 
 
-def _check_batch_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_per_class: int, max_total: int,
-                     change_coordinate_frame: bool, transpose_box: bool) -> None:
+def _check_batch_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_per_class: int,
+    max_total: int,
+    change_coordinate_frame: bool,
+    transpose_box: bool,
+) -> None:
     shapes = f"boxes {tuple(boxes.shape)} {boxes.dtype}, scores {tuple(scores.shape)} {scores.dtype}"
     if boxes.dim() != 4 or scores.dim() != 3 or boxes.shape[2] not in (1, scores.shape[2]):
         raise RuntimeError(f"npu_batch_nms takes boxes [B, N, 1 or C, 4] and scores [B, N, C], got {shapes}")
     if boxes.dtype != scores.dtype or boxes.dtype not in (torch.float16, torch.float32):
         raise RuntimeError(f"npu_batch_nms takes float16 or float32, the same for both, got {shapes}")
     if not (1 <= max_per_class <= 1000 and 1 <= max_total <= 1000 and 0 <= iou_threshold <= 1):
-        raise RuntimeError("npu_batch_nms takes 1 to 1000 boxes per class and in total and an IoU threshold in [0, 1], "
-                           f"got {max_per_class}, {max_total} and {iou_threshold}")
+        raise RuntimeError(
+            "npu_batch_nms takes 1 to 1000 boxes per class and in total and an IoU threshold in [0, 1], "
+            f"got {max_per_class}, {max_total} and {iou_threshold}"
+        )
     if change_coordinate_frame or transpose_box:
         raise NotImplementedError("the simulated npu_batch_nms knows neither change_coordinate_frame nor transpose_box")
 
@@ -230,13 +268,13 @@ _BIT_WEIGHTS = 2 ** torch.arange(8)
 def dropout(x: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
     kept = torch.rand(x.shape) >= p if train else torch.ones(x.shape, dtype=torch.bool)
     bits = torch.zeros((x.numel() + 127) // 128 * 128, dtype=torch.int64)
-    bits[:x.numel()] = kept.flatten()
+    bits[: x.numel()] = kept.flatten()
     return x * kept / (1 - p if train and p < 1 else 1), (bits.view(-1, 8) * _BIT_WEIGHTS).sum(1).to(torch.uint8)
 
 
 @reference("aten::native_dropout_backward")
 def dropout_backward(gradient: Tensor, mask: Tensor, scale: float) -> Tensor:
-    kept = (mask.long()[:, None] // _BIT_WEIGHTS % 2).flatten()[:gradient.numel()].view(gradient.shape)
+    kept = (mask.long()[:, None] // _BIT_WEIGHTS % 2).flatten()[: gradient.numel()].view(gradient.shape)
     return gradient * kept * scale
 
 

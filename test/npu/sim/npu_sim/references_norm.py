@@ -16,6 +16,7 @@ def _reference(name: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         BATCH_NORM[name] = function
         return function
+
     return register
 
 
@@ -39,20 +40,29 @@ def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @_reference("aten::batch_norm_gather_stats_with_counts")
-def gather_stats(x: Tensor, mean: Tensor, invstd: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-                 momentum: float, eps: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+def gather_stats(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
     """mean, invstd: [ranks, channels]; counts: [ranks]."""
     share, total = counts.view(-1, 1) / counts.sum(), counts.sum()
     all_mean = (mean * share).sum(0)
-    var = ((invstd ** -2 - eps + (mean - all_mean) ** 2) * share).sum(0)
+    var = ((invstd**-2 - eps + (mean - all_mean) ** 2) * share).sum(0)
     _update_running(running_mean, all_mean, momentum)
     _update_running(running_var, var * total / (total - 1), momentum)
     return all_mean, (var + eps).rsqrt()
 
 
 @_reference("aten::batch_norm_elemt")
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor,
-              eps: float) -> Tensor:
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
+) -> Tensor:
     y = (x.float() - _per_channel(mean, x)) * _per_channel(invstd, x)
     if weight is not None:
         y = y * _per_channel(weight, x) + _per_channel(bias, x)
@@ -60,8 +70,16 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 
 
 @_reference("aten::batch_norm_backward_reduce")
-def backward_sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, for_input: bool,
-                  for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_sums(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    for_input: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient = gradient.float()
     sum_dy = gradient.sum(_all_but_channel(x))
     sum_dy_xmu = (gradient * (x.float() - _per_channel(mean, x))).sum(_all_but_channel(x))
@@ -69,10 +87,18 @@ def backward_sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, wei
 
 
 @_reference("aten::batch_norm_backward_elemt")
-def backward(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sum_dy: Tensor,
-             sum_dy_xmu: Tensor, counts: Tensor) -> Tensor:
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    counts: Tensor,
+) -> Tensor:
     total = counts.sum()
-    slope = invstd ** 2 * sum_dy_xmu / total
+    slope = invstd**2 * sum_dy_xmu / total
     result = gradient.float() - _per_channel(sum_dy / total, x)
     result = (result - (x.float() - _per_channel(mean, x)) * _per_channel(slope, x)) * _per_channel(invstd, x)
     return (result if weight is None else result * _per_channel(weight, x)).to(x.dtype)
