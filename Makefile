@@ -58,8 +58,9 @@ bench: $(INSTALLED) $(INSTALLED_PEER)  ## measure against effdet 0.4.1; flags su
 	failed=; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(BENCH_ARGS) || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
-lint: $(INSTALLED_DEV)  ## check style and imports with ruff
+lint: $(INSTALLED_DEV)  ## check style, form and imports with ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 environments: $(INSTALLED_DEV) $(INSTALLED_NPU)  ## install what lint and all tests need; `make -j2` does it side by side
 

@@ -49,6 +49,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
     from effdet.runtime.launch import launch, needs_launch, start
     from effdet.training.auto_batch import AUTO
+    from effdet.training.postmortem import DivergedError
     from effdet.training.resume import newest_checkpoint
     from effdet.training.run_dir import make_run_folder
     from effdet.training.trainer import fit, prepare
@@ -73,7 +74,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
             progress.ended(),
             contextlib.closing(prepared),
             dead_workers_in_one_line("train.py"),
-            one_line_errors("train.py", (BadImagesError,)),
+            one_line_errors("train.py", (BadImagesError, DivergedError)),
         ):
             status = fit(prepared)
         if watch is not None:

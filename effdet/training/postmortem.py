@@ -12,8 +12,23 @@ from effdet.checkpoint.manager import save_checkpoint
 from effdet.runtime import distributed
 
 from .ema import unwrap_model
+from .engine import NonFiniteError, Training
 
 _DEPTH = 3  # of the module names that gradient norms are given for, such as backbone.blocks.4
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on; the text says why, where the batch is written down, and what to try."""
+
+
+def explain_divergence(error: NonFiniteError, training: Training, train_set: Any, folder: Path) -> DivergedError:
+    """Write the batch behind an error down, in the run's folder, and return the error that ends the run."""
+    ids = [train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
+    path = write_postmortem(folder, training, error.images, error.target, ids)
+    return DivergedError(
+        f"{error}. Step {training.steps}, images {ids}; losses and gradient norms by module are in {path}. If they are "
+        "finite there, lower --loss-scale; else lower --lr, or look at these images."
+    )
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

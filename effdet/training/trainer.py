@@ -31,7 +31,7 @@ from . import auto_batch, overfit, resume
 from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
-from .postmortem import write_postmortem
+from .postmortem import explain_divergence
 from .recorder import RunRecorder, check_tensorboard
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
 
@@ -206,6 +206,7 @@ def fit(run: Run) -> int:
     Raises:
         StopRequested: on all ranks, when a signal came; the state is saved then.
         BadImagesError: on all ranks, when too many images cannot be read.
+        DivergedError: gradients stay inf or NaN; the batch is written down.
     """
     if distributed.is_primary():
         (run.output_dir / "config.yaml").write_text(dump_yaml(run.cfg), encoding="utf-8")
@@ -239,7 +240,7 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
     try:
         stats = train_one_epoch(training, run.loaders.train, epoch, state.progress, state.after_update, run.recorder)
     except NonFiniteError as error:
-        raise explain(run, error) from None
+        raise explain_divergence(error, training, run.data.train_set, run.output_dir) from None
     if not start.trained:
         share_batch_norm(run)
     is_last = epoch + 1 == run.epochs or training.is_finished
@@ -311,17 +312,6 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
         "EMA" if ema else "trained",
     )
     return found
-
-
-def explain(run: Run, error: NonFiniteError) -> SystemExit:
-    """Write the batch behind an error down and return the error that ends the run."""
-    ids = [run.data.train_set.parser.img_ids[index] for index in error.target["img_idx"].tolist()]
-    path = write_postmortem(run.output_dir, run.training, error.images, error.target, ids)
-    return SystemExit(
-        f"train.py: error: {error}. Step {run.training.steps}, images {ids}; losses and gradient norms "
-        f"by module are in {path}. If they are finite there, lower --loss-scale; else lower --lr, or "
-        "look at these images."
-    )
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------

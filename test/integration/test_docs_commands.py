@@ -57,7 +57,9 @@ SMALLER = {
 
 # A pattern of whole commands, and why they are not run here. Flags of our scripts are parsed all the same.
 NOT_RUN = {
-    r"make (check|test|test-slow|test-npu|test-npu-slow|lint|bench|environments)": "runs this test, or minutes; targets are compared",
+    r"make (check|test|test-slow|test-npu|test-npu-slow|lint|bench|environments)": (
+        "runs this test, or minutes; targets are compared"
+    ),
     r"make|make train.*": "makes an environment by downloads; what it would run is run: test_make_train",
     r"python3 -m venv .*|source .*|pip install .*": "downloads packages; needs torch_npu's environment",
     r"TORCH_DEVICE_BACKEND_AUTOLOAD=0 python .*": "needs an NPU",
