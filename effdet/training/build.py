@@ -89,6 +89,8 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
     Raises:
         ValueError: the data contradict the config, or each other.
     """
+    if cfg.run.overfit and distributed.world_size() > 1:
+        raise ValueError("--overfit trains on one device: start one process.")
     train_set = build_dataset(cfg.data, "train", cfg.model.num_classes, stored, cfg.data.crowd, cfg.run.seed)
     bad_images = BadImageWatch(train_set, "training")
     categories = train_set.parser.category_map

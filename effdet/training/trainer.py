@@ -111,8 +111,6 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         )
     if cfg.run.batch_size != auto_batch.AUTO:
         split_over_devices(cfg.run.batch_size, world)  # refused before the data are opened
-    if cfg.run.overfit and world > 1:
-        raise ValueError("--overfit trains on one device: start one process.")
     place = Placement(
         device,
         world,
