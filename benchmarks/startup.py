@@ -2,7 +2,9 @@
 """The time of `from effdet import create_model` in new processes, interpreter included; `import torch` is the floor.
 
 A plain `import effdet` would compare two different things: the peer's loads torch and timm, ours waits until a name is
-asked for that needs them. `create_model` needs both on both sides. Compared: both packages define the names that the peer's __init__ exports.
+asked for that needs them. `create_model` needs both on both sides.
+
+Compared: both packages define the names that the peer's __init__ exports.
 """
 
 from __future__ import annotations
