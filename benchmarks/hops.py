@@ -59,13 +59,14 @@ def count(root: Path, work: Callable[[], Any], until: str = "", holds: Callable[
         until: name of the function after which the path ends; empty: when `work` returns.
         holds: counts only functions with a local variable for which this is true.
     """
+    ours = tuple(f"{root}/{name}" for name in ("effdet/", "timm_patches/", "train.py", "validate.py", "demo.py"))
     files: set[str] = set()
     hops: Counter[tuple[str, str]] = Counter()  # calls by (caller, callee)
 
     def is_ours(frame: FrameType) -> bool:
         name = frame.f_code.co_filename
         is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # not the body of a module or a class
-        return bool(is_function) and name.startswith(f"{root}/") and "/benchmarks/" not in name
+        return bool(is_function) and name.startswith(ours)
 
     def callers(frame: FrameType) -> Iterator[FrameType]:
         while frame := frame.f_back:

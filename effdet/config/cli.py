@@ -23,7 +23,7 @@ _LAUNCH = "use --device-list 0,1,..., or start the script with torchrun, which p
 _NEVER = "the option never had an effect; drop it"
 REFUSED: dict[str, str] = {
     "--torchscript": "TorchScript is not used any more: post-processing is plain tensor code; drop it",
-    "--torchcompile": "the model runs uncompiled; drop it",
+    "--torchcompile": "use --compile of train.py",
     "--jit-loss": "the loss is plain tensor code; drop it",
     "--no-jit-loss": "the loss is plain tensor code; drop it",
     "--apex-amp": _AMP,

@@ -65,7 +65,7 @@ class DetectionDatset(data.Dataset):
         seed: makes random transforms repeat (module docstring); None leaves the global generators alone, as effdet did.
 
     Attributes:
-        bad_images: what becomes of images that cannot be read (bad_images.py); None, the default: their item
+        bad_images: what becomes of images that cannot be read (corrupt.py); None, the default: their item
             raises ImageError.
 
     Raises:
@@ -109,7 +109,7 @@ class DetectionDatset(data.Dataset):
         return item
 
     def read(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """Return an item as it is on disk, without transform; one that cannot be read is replaced (bad_images.py).
+        """Return an item as it is on disk, without transform; one that cannot be read is replaced (corrupt.py).
 
         Raises:
             ImageError: it cannot be read, and nothing says what to do then.

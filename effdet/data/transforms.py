@@ -17,7 +17,7 @@ from PIL import Image
 
 from effdet.ops.sizes import letterbox_scale, scaled_hw
 
-from .resize import pillow_resize_crop, resize_crop
+from .images import pillow_resize_crop, resize_crop
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
@@ -167,7 +167,7 @@ class RandomResizePad:
 class RandomResizePadToNumpy(RandomResizePad):
     """RandomResizePad that gives uint8 numpy [3, H, W] at once, a view without a copy into that order.
 
-    The same draws and boxes; pixels as `fast_resize.py` says.
+    The same draws and boxes; pixels as `images.resize_crop` says.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

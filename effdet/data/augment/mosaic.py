@@ -17,7 +17,7 @@ from PIL import Image
 
 from effdet.ops.sizes import letterbox_scale, scaled_hw
 
-from ..resize import resize_crop
+from ..images import resize_crop
 from ..transforms import Compose, RandomResizePadToNumpy, Target, move_boxes
 
 _MIXUP_ALPHA = 32.0  # Beta(32, 32): mostly between 0.4 and 0.6, so that both images can be seen

@@ -1,6 +1,6 @@
 """Read the json of an annotation file of COCO's size in little time.
 
-Only about bytes and objects: what the json has to hold is `coco_check.py`'s business.
+Only about bytes and objects: what the json has to hold is `check.py`'s business.
 """
 
 import contextlib

@@ -14,9 +14,8 @@ from PIL import Image
 from effdet.data import CategoryMap, DatasetError, create_dataset, create_parser, open_coco, resolve_category_map
 from effdet.data.coco import annotations as coco
 from effdet.data.coco import read as coco_json
-from effdet.data.coco.annotations import CocoParser, CocoParserCfg, coco_paths
+from effdet.data.coco.annotations import CocoParser, CocoParserCfg, ImageTable, coco_paths
 from effdet.data.coco.check import _all_sound, _sound_rows, check_coco
-from effdet.data.coco.image_table import ImageTable
 from effdet.data.coco.report import DROPPED, ERRORS, NOTED, DatasetReport
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

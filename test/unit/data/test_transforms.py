@@ -25,7 +25,7 @@ from effdet.data import (
     transforms_coco_eval,
     transforms_coco_train,
 )
-from effdet.data import resize as fast_resize
+from effdet.data import images as image_reading
 from effdet.data.transforms import _size_tuple
 
 FILL = (0, 0, 0)
@@ -104,11 +104,11 @@ def test_the_training_recipe_equals_effdet_draw_for_draw(seed):
 @pytest.mark.parametrize("method", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.HAMMING])
 def test_resize_crop_equals_a_whole_resize_cut_to_the_part(method, by_torch, monkeypatch):
     """Both ways, whatever this machine would choose; each against Pillow's resize of the whole image."""
-    monkeypatch.setattr(fast_resize, "torch_is_faster", lambda: by_torch)
+    monkeypatch.setattr(image_reading, "torch_is_faster", lambda: by_torch)
     img = gradient(160, 120).resize((40, 30)).resize((160, 120), Image.Resampling.BICUBIC)
     for (w, h), crop in (((200, 150), (31, 17, 131, 117)), ((50, 37), (0, 0, 50, 37)), ((311, 1), (300, 0, 311, 1))):
         whole = np.asarray(img.resize((w, h), method))[crop[1] : crop[3], crop[0] : crop[2]].astype(int)
-        part = fast_resize.resize_crop(img, (w, h), crop, method)
+        part = image_reading.resize_crop(img, (w, h), crop, method)
         assert part.dtype == np.uint8 and part.shape == whole.shape
         assert np.abs(part - whole).max() <= 2 and (part != whole).mean() < 0.1
 
