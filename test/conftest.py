@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault(name, str(repository / ".pytest_cache" / name.lower()))
     tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="effdet-test-")
     os.chmod(tempfile.tempdir, 0o755)  # tests that give up root's rights read there too
-    config.add_cleanup(lambda: shutil.rmtree(tempfile.gettempdir(), ignore_errors=True))
+    # After multiprocessing has removed its own folder in there, which it does with priority -100.
+    Finalize(None, shutil.rmtree, [tempfile.tempdir], {"ignore_errors": True}, exitpriority=-200)
 
 
 @pytest.fixture(scope="session")

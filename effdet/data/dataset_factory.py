@@ -66,6 +66,7 @@ def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str) -> CocoParserCfg
         crowd=crowd,
         has_labels=split not in UNLABELED_SPLITS,
         min_img_size=32 if split == "train" else 0,
+        keep_json=split != "train",
     )
 
 

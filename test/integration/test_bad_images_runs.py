@@ -105,6 +105,8 @@ def test_a_run_goes_on_with_bad_images_and_validate_refuses_them(root, tmp_path,
         "cpu",
         "--metrics",
         str(tmp_path / "metrics.json"),
+        "--output",
+        "",
     ]
     code, printed = call(validate, arguments, capsys)
     assert code == 1 and not (tmp_path / "metrics.json").exists()

@@ -85,6 +85,7 @@ class CocoParserCfg:
         crowd: 'drop' leaves crowd regions out of the targets, 'ignore' adds them as rows with cls -2.
         img_dir: where the images are: checks that they exist and reads sizes the json does not give.
         category_map: the map to label with; None makes a dense one from the json.
+        keep_json: keep what was read for the first `coco_dict`, as an evaluation will ask for it.
     """
 
     ann_filename: str
@@ -97,6 +98,7 @@ class CocoParserCfg:
     crowd: str = "drop"
     img_dir: str | Path | None = None
     category_map: CategoryMap | None = None
+    keep_json: bool = False
 
 
 class CocoParser(Parser):
@@ -129,9 +131,11 @@ class CocoParser(Parser):
         if img_dir is not None and not img_dir.is_dir():
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
         with collector_paused():
-            arrays, self.report = check_coco(self._read(), str(self.ann_path), img_dir, cfg.has_labels, keep_crowd)
+            read = self._read()
+            arrays, self.report = check_coco(read, str(self.ann_path), img_dir, cfg.has_labels, keep_crowd)
             self.report.raise_if_errors()
             self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
+        self._kept = read if cfg.keep_json else None
         self._files_checked = img_dir is not None
         self._coco = None
         self._category_map = None
@@ -247,7 +251,7 @@ class CocoParser(Parser):
             self._files_checked = True
 
     def coco_dict(self) -> dict[str, Any]:
-        """Read the json again, for the evaluator, in a form pycocotools takes.
+        """Return the json, read again unless it was kept, for the evaluator, in a form pycocotools takes.
 
         Annotations without a finite box go; `iscrowd` becomes 0 or 1 and an `area` that is no number the box's; when
         annotation ids are repeated, missing or 0 (which pycocotools takes for "unmatched") all are renumbered from 1.
@@ -260,7 +264,7 @@ class CocoParser(Parser):
             return self._coco_dict()
 
     def _coco_dict(self) -> dict[str, Any]:
-        data = self._read()
+        data, self._kept = self._kept or self._read(), None
         listed = data.get("annotations")
         rows = [
             a
@@ -298,4 +302,4 @@ class CocoParser(Parser):
         return self._coco
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _coco=None)
+        return dict(self.__dict__, _coco=None, _kept=None)

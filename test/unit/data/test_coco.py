@@ -526,6 +526,20 @@ def test_the_garbage_collector_rests_while_a_file_is_read(tmp_path, monkeypatch)
 # For the evaluator
 
 
+def test_the_json_of_an_evaluation_is_read_once(tmp_path, monkeypatch):
+    path = write(tmp_path, base_json())
+    (tmp_path / "images").mkdir()
+    for info in base_json()["images"]:
+        Image.new("RGB", (info["width"], info["height"])).save(tmp_path / "images" / info["file_name"])
+    reads = []
+    monkeypatch.setattr(coco, "read_json", lambda source: reads.append(source) or coco_json.read_json(source))
+    parser = open_coco(split="val", images=tmp_path / "images", ann=path).parser
+    assert pickle.loads(pickle.dumps(parser))._kept is None, "a loader process does not carry it"
+    first = parser.coco_dict()
+    assert reads == [path] and first == parser.coco_dict(), "the second is read again, as the first may be changed"
+    assert reads == [path, path]
+
+
 def test_coco_dict_of_a_clean_file_is_the_file_without_polygons(tmp_path):
     data = base_json()
     data["info"] = {"year": 2017}
