@@ -58,14 +58,15 @@ bench: $(INSTALLED) $(INSTALLED_PEER)  ## measure against effdet 0.4.1; flags su
 	failed=; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(BENCH_ARGS) || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
-lint: $(INSTALLED_DEV)  ## check style, form and imports with ruff
+lint: $(INSTALLED_DEV)  ## check style, form and imports with ruff, types with mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 environments: $(INSTALLED_DEV) $(INSTALLED_NPU)  ## install what lint and all tests need; `make -j2` does it side by side
 
 clean:  ## remove the environment and caches; data/, runs/ and output/ stay
-	rm -rf $(VENV) $(VENV_NPU) $(VENV_PEER) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_PEER) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a machine with a local build of the pinned version uses that one. torchvision is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import model_entrypoint
@@ -25,6 +25,8 @@ from .efficientdet import EfficientDet, HeadNet  # noqa: F401  (effdet has HeadN
 from .helpers import load_checkpoint, load_pretrained
 
 _logger = logging.getLogger(__name__)
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 PAD_TYPES = ("same", "symmetric")
 
@@ -123,6 +125,22 @@ def create_model_from_config(
     """
     if bench_task not in ("", "train", "predict", None):
         raise ValueError(f"bench_task '{bench_task}' is none of 'train', 'predict', ''.")
+    bench_labeler = kwargs.pop("bench_labeler", False)
+    model = build_network(config, num_classes, pretrained, checkpoint_path, checkpoint_ema, **kwargs)
+    if bench_task == "train":
+        return DetBenchTrain(model, create_labeler=bench_labeler)
+    return DetBenchPredict(model) if bench_task == "predict" else model
+
+
+def build_network(
+    config: Any,
+    num_classes: int | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    checkpoint_path: str | os.PathLike[str] = "",
+    checkpoint_ema: bool = False,
+    **kwargs: Any,
+) -> EfficientDet:
+    """Build the bare network of a config; arguments and errors are those of `create_model_from_config`."""
     pretrained_backbone = kwargs.pop("pretrained_backbone", True) and not (pretrained or checkpoint_path)
     changes = {key: value for key in _OVERRIDES if (value := kwargs.pop(key, None)) is not None}
     if "image_size" in changes:
@@ -131,7 +149,6 @@ def create_model_from_config(
     pad_type = kwargs.pop("pad_type", None)
     if pad_type is not None:
         config = set_pad_type(config, pad_type)
-    bench_labeler = kwargs.pop("bench_labeler", False)
 
     model = EfficientDet(config, pretrained_backbone=pretrained_backbone, **kwargs)
     from_path = isinstance(pretrained, (str, os.PathLike))
@@ -143,10 +160,7 @@ def create_model_from_config(
         load_pretrained(model, pretrained, strict=False)
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path, use_ema=checkpoint_ema)
-
-    if bench_task == "train":
-        return DetBenchTrain(model, create_labeler=bench_labeler)
-    return DetBenchPredict(model) if bench_task == "predict" else model
+    return model
 
 
 # ---- from the settings of a run ----
@@ -181,7 +195,7 @@ def resolve_model_config(model: Any, loss: LossConfig | None = None) -> ModelSpe
     return apply_settings(find_model_spec(model.name), model, loss)
 
 
-def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Module:
+def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> EfficientDet:
     """Build the network of a training run with the weights it starts from.
 
     Args:
@@ -196,7 +210,7 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
         ValueError: a setting or a weight file does not fit the model.
     """
     config = resolve_model_config(model, loss)
-    network = create_model_from_config(
+    network = build_network(
         config,
         num_classes=num_classes,
         pretrained=True if model.pretrained == "url" else model.pretrained,
@@ -215,8 +229,8 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> nn.Mo
 
 
 def place_model(
-    model: nn.Module, device: torch.device, same_padding: str = "auto", channels_last: bool = False
-) -> nn.Module:
+    model: _ModuleT, device: torch.device, same_padding: str = "auto", channels_last: bool = False
+) -> _ModuleT:
     """Move a network to a device and have it pad in the way that suits the device; both keep its numbers.
 
     Args:

@@ -139,18 +139,18 @@ class CheckpointManager:
             TypeError, OSError: as `save_checkpoint`; the record of the best is then as before.
         """
         metric = None if metric is None else float(metric)
-        ranked = metric is not None and math.isfinite(metric)
-        if metric is not None and not ranked:
+        ranked = None if metric is None or not math.isfinite(metric) else (metric, epoch)
+        if metric is not None and ranked is None:
             _logger.warning("epoch %d has the metric %s: saved, but not ranked among the best", epoch, metric)
 
         ranking = [(m, e) for m, e in self._ranking if e != epoch and self.path_of(e).exists()]
-        if ranked:
-            ranking.append((metric, epoch))
+        if ranked is not None:
+            ranking.append(ranked)
             # A stable sort with the newest last: of two equal epochs the earlier stays ahead.
             ranking.sort(key=lambda entry: -entry[0] if self.higher_is_better else entry[0])
         ranking, dropped = ranking[: self.keep_best], ranking[self.keep_best :]
-        is_best = ranked and (self._best is None or self._is_better(metric, self._best[0]))
-        best = (metric, epoch) if is_best else self._best
+        is_best = ranked is not None and (self._best is None or self._is_better(ranked[0], self._best[0]))
+        best = ranked if is_best else self._best
         keep = self._is_regular(epoch) or any(e == epoch for _, e in ranking)
 
         record = self._record(best, ranking)
@@ -317,10 +317,17 @@ def rng_state() -> dict[str, Any]:
         The keys `python`, `numpy` and `torch`, for `restore_rng_state`.
     """
     version, words, gauss = random.getstate()
-    name, key, position, has_gauss, cached = np.random.get_state()
+    global_numpy = np.random.get_state(legacy=False)
+    twister = global_numpy["state"]
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, key.tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            global_numpy["bit_generator"],
+            twister["key"].tolist(),
+            int(twister["pos"]),
+            int(global_numpy["has_gauss"]),
+            float(global_numpy["gauss"]),
+        ],
         "torch": torch.get_rng_state(),
     }
 

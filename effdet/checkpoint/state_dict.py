@@ -26,7 +26,8 @@ def _is_weights(value: Any) -> bool:
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Strip the prefixes of wrappers and drop a bench's own buffers; also return the prefixes, outermost first."""
-    state, prefixes = dict(state_dict), []
+    state = dict(state_dict)
+    prefixes: list[str] = []
     while True:
         state = {key: value for key, value in state.items() if not key.startswith(_BENCH_PREFIXES)}
         prefix = next((p for p in _WRAPPER_PREFIXES if state and all(key.startswith(p) for key in state)), None)

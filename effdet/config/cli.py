@@ -16,7 +16,7 @@ from .load import load_config
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
 
-_ConfigT = TypeVar("_ConfigT")
+_ConfigT = TypeVar("_ConfigT", bound=RunConfig | ValidateConfig | DemoConfig)
 
 _AMP = "use --amp with --opt-level O1 or O2, and --amp-dtype"
 _LAUNCH = "use --device-list 0,1,..., or start the script with torchrun, which passes ranks in the environment"
@@ -127,7 +127,7 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             groups[section] = parser.add_argument_group(section, textwrap.fill(section_type.__doc__, 76))
         flags = option.spellings
         if positional and key == "run.images":
-            parser.description += "\n" + textwrap.fill(f"The arguments: {option.text}.", 78)
+            parser.description = f"{parser.description}\n" + textwrap.fill(f"The arguments: {option.text}.", 78)
             continue
         if not flags:
             plain.setdefault(section, []).append(f"{key}: {_help_text(option)}")

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .options import ConfigError, Option, list_options, nearest
-from .schema import RunConfig
+from .schema import DemoConfig, RunConfig, ValidateConfig
 
-_ConfigT = TypeVar("_ConfigT")
+_ConfigT = TypeVar("_ConfigT", bound=RunConfig | ValidateConfig | DemoConfig)
 
 OVERFIT: dict[str, Any] = {
     "model.bn_momentum": 0.1,
@@ -118,7 +118,7 @@ def _apply_tree(node: Any, options: dict[str, Option], tree: dict[str, Any], sou
 
 
 def load_config(
-    root: type[_ConfigT] = RunConfig,
+    root: type[_ConfigT],
     files: Sequence[str | Path] = (),
     flags: dict[str, tuple[str, Any]] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
@@ -152,13 +152,13 @@ def load_config(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        keep_text = option is not None and not option.is_list and str in option.kinds
-        if keep_text and not (value is None and option.optional):
-            value = text
+        if option is not None and not option.is_list and str in option.kinds:
+            value = None if value is None and option.optional else text
         _apply(node, options, key, value, f"{key}={text}")
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
-    return check_config(OmegaConf.to_object(node))
+    cfg: Any = OmegaConf.to_object(node)  # a `root`, as the tree was made of one
+    return check_config(cfg)
 
 
 def replace_settings(cfg: _ConfigT, **sections: dict[str, Any]) -> _ConfigT:
@@ -320,15 +320,16 @@ def to_plain(cfg: Any) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(cfg)
 
 
-def from_plain(plain: dict[str, Any], root: type[_ConfigT] = RunConfig) -> _ConfigT:
-    """Make a config from what `to_plain` returned; fields that are missing get their default.
+def from_plain(plain: dict[str, Any]) -> RunConfig:
+    """Make a config of train.py from what `to_plain` returned; fields that are missing get their default.
 
     Raises:
         ConfigError: an unknown setting, a wrong type or a value out of range.
     """
-    node = _new_tree(root)
-    _apply_tree(node, list_options(root), plain, "saved config")
-    return check_config(OmegaConf.to_object(node))
+    node = _new_tree(RunConfig)
+    _apply_tree(node, list_options(RunConfig), plain, "saved config")
+    cfg: Any = OmegaConf.to_object(node)
+    return check_config(cfg)
 
 
 def dump_yaml(cfg: Any) -> str:

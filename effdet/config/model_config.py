@@ -102,15 +102,15 @@ def _entry(
 def _table() -> dict[str, dict[str, Any]]:
     """Return all models by name."""
     square_roots = [1.0, 2.0, 0.5]
-    symmetric = {"pad_type": "", "redundant_bias": False}
+    symmetric: dict[str, Any] = {"pad_type": "", "redundant_bias": False}
     level_first = {**symmetric, "head_bn_level_first": True}
     sqrt_level_first = {**level_first, "aspect_ratios": square_roots}
     dense = {**sqrt_level_first, "separable_conv": False}
     leaky = {**dense, "act_type": "leaky_relu"}
-    bilinear = {"downsample_type": "bilinear", "upsample_type": "bilinear"}
-    quad = {"fpn_name": "qufpn_fa"}
-    plain_sum = {"fpn_name": "bifpn_sum"}
-    inception = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    bilinear: dict[str, Any] = {"downsample_type": "bilinear", "upsample_type": "bilinear"}
+    quad: dict[str, Any] = {"fpn_name": "qufpn_fa"}
+    plain_sum: dict[str, Any] = {"fpn_name": "bifpn_sum"}
+    inception: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     adversarial = {**inception, "fill_color": 0}
     lite = tf_efficientdet_lite_common
     effnet, tf_effnet, tf_lite = "efficientnet_b{}", "tf_efficientnet_b{}", "tf_efficientnet_lite{}"

@@ -73,6 +73,8 @@ class DetectionDatset(data.Dataset):
         DatasetError: images of the json that are not in `data_dir`.
     """
 
+    img_ids: list[Any]  # set where these are fewer than the parser's json has; the evaluator asks for them
+
     def __init__(
         self,
         data_dir: str | Path,

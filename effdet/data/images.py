@@ -20,7 +20,7 @@ class ImageError(ValueError):
     """An image file that cannot be used. The text names the file."""
 
 
-def read_image(path: str | Path, width: int | None = None, height: int | None = None) -> Image.Image:
+def read_image(path: str | os.PathLike[str], width: int | None = None, height: int | None = None) -> Image.Image:
     """Read an image as RGB, in the orientation the annotations were made in.
 
     The camera's EXIF rotation is applied only when the stored pixels do not have the expected size and the rotated
@@ -67,7 +67,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
         raise ImageError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | os.PathLike[str]) -> Image.Image:
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise OSError("a pipe, socket or device, which may block or never end")

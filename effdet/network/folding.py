@@ -29,18 +29,18 @@ def fold_batch_norm(model: nn.Module, images: torch.Tensor) -> int:
     if model.training:
         raise ValueError("Batch norms of a model in training mode cannot be folded: call eval() first.")
     calls: dict[nn.Module, int] = {}
-    made_by: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # holds the tensors, or an id could come twice
-    pairs: list[tuple[nn.Conv2d, nn.Module]] = []
+    made_by: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # holds the tensors, or an id could come twice
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
-    def after_conv(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+    def after_conv(module: nn.Conv2d, _: Any, output: torch.Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         made_by[id(output)] = module, output
 
-    def before_norm(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def before_norm(module: nn.BatchNorm2d, arguments: tuple[torch.Tensor, ...]) -> None:
         calls[module] = calls.get(module, 0) + 1
-        conv, output = made_by.get(id(arguments[0]), (None, None))
-        if output is arguments[0]:
-            pairs.append((conv, module))
+        made = made_by.get(id(arguments[0]))
+        if made is not None and made[1] is arguments[0]:
+            pairs.append((made[0], module))
 
     hooks = []
     for module in model.modules():
@@ -65,6 +65,7 @@ def fold_batch_norm(model: nn.Module, images: torch.Tensor) -> int:
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Multiply the weights by the norm's scale and add its shift to the bias, computed in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None  # norms without statistics got no hook
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

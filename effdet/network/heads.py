@@ -50,9 +50,10 @@ class HeadNet(nn.Module):
     def toggle_bn_level_first(self) -> None:
         """Change the state dict's order of batch norms to the other one; the function computed stays the same."""
         flipped = nn.ModuleList()
-        for second in range(len(self.bn_rep[0])):
-            column = [row[second] for row in self.bn_rep]
-            flipped.append(nn.ModuleList(_named_bn(bn) if self.bn_level_first else bn.bn for bn in column))
+        for column in zip(*(row.children() for row in self.bn_rep), strict=True):
+            flipped.append(
+                nn.ModuleList(_named_bn(bn) if self.bn_level_first else bn.get_submodule("bn") for bn in column)
+            )
         self.bn_level_first = not self.bn_level_first
         self.bn_rep = flipped
 
@@ -62,8 +63,10 @@ class HeadNet(nn.Module):
         for level in range(self.num_levels):
             features = x[level]
             for repeat, conv in enumerate(self.conv_rep):
-                bn = self.bn_rep[level][repeat] if self.bn_level_first else self.bn_rep[repeat][level]
-                features = self.act(bn(conv(features)))
+                first, second = (level, repeat) if self.bn_level_first else (repeat, level)
+                row = self.bn_rep[first]
+                assert isinstance(row, nn.ModuleList)
+                features = self.act(row[second](conv(features)))
             outputs.append(self.predict(features))
         return outputs
 

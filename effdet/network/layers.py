@@ -113,7 +113,7 @@ class Interpolate2d(nn.Module):
 
     def __init__(
         self,
-        size: int | tuple[int, int] | None = None,
+        size: int | tuple[int, ...] | None = None,
         scale_factor: float | tuple[float, float] | None = None,
         mode: str = "nearest",
         align_corners: bool = False,
@@ -135,12 +135,11 @@ def _make_pool(kind: str, input_size: tuple[int, int], output_size: tuple[int, i
     if strides[0] == strides[1]:
         return create_pool2d(kind, kernel_size=strides[0] + 1, stride=strides[0], padding=pad_type)
     # An axis that is down to one cell stays as it is.
-    kernels = tuple(stride + 1 if stride > 1 else 1 for stride in strides)
+    height, width = (stride + 1 if stride > 1 else 1 for stride in strides)
+    kernel, stride_hw = (height, width), (strides[0], strides[1])
     if pad_type == "same":
-        pool = MaxPool2dSame if kind == "max" else AvgPool2dSame
-        return pool(kernels, tuple(strides))
-    pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
-    return pool(kernels, tuple(strides), tuple(kernel // 2 for kernel in kernels))
+        return (MaxPool2dSame if kind == "max" else AvgPool2dSame)(kernel, stride_hw)
+    return (nn.MaxPool2d if kind == "max" else nn.AvgPool2d)(kernel, stride_hw, (height // 2, width // 2))
 
 
 class ResampleFeatureMap(nn.Sequential):

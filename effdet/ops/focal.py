@@ -51,6 +51,7 @@ def background_terms(
 def foreground_terms(logits: Tensor, gamma: float, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return loss and gradient of each logit for target 1, without the factor alpha: the mirror of the background's."""
     loss, gradient = background_terms(-logits, gamma, smoothing, with_gradient=True)
+    assert gradient is not None  # it was asked for
     return loss, -gradient
 
 
@@ -85,7 +86,7 @@ def focal_loss_and_gradient(
     x = x.masked_fill(targets == IGNORE, IGNORED_LOGIT)
     loss, gradient = background_terms(x, gamma, smoothing, with_gradient)
     if gamma == 0 and smoothing:  # p**0 is 1 even for p = 0, so the smoothing term is left of an ignored logit
-        for terms in (loss, gradient) if with_gradient else (loss,):
+        for terms in (loss,) if gradient is None else (loss, gradient):
             terms.masked_fill_(targets == IGNORE, 0)
     total = loss.sum() * (1 - alpha)
 

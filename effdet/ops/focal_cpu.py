@@ -110,7 +110,7 @@ def _background_piece(x: Tensor, gamma: float, smoothing: float, p: Tensor, ce: 
         torch.div(modulator, p, out=p)
     else:
         torch.sigmoid(x, out=p)
-        torch._C._nn.softplus(x, out=ce)
+        torch._C._nn.softplus(x, out=ce)  # type: ignore[call-arg]  # its stub lacks `out`
     if smoothing:
         ce.sub_(x, alpha=0.5 * smoothing)
     if gamma == 1.5:

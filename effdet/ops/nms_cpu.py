@@ -28,11 +28,11 @@ def select_candidates(
     batch = cls_outputs[0].shape[0]
     levels = [_Level(level, num_classes) for level in cls_outputs]
     deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in box_outputs], 1)
-    maxima = [level.maxima() for level in levels]
+    level_maxima = [level.maxima() for level in levels]
     starts = [0]
-    for level in maxima:
-        starts.append(starts[-1] + level.shape[1])
-    maxima = torch.cat(maxima, 1)
+    for of_level in level_maxima:
+        starts.append(starts[-1] + of_level.shape[1])
+    maxima = torch.cat(level_maxima, 1)
     count = min(max_detection_points, starts[-1] * num_classes)
     found = []
     for image in range(batch):

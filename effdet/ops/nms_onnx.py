@@ -25,12 +25,13 @@ def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float 
 
     The new output is float [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import NodeProto, TensorProto, helper, numpy_helper
 
     graph = model.graph
     batch = graph.output[0].type.tensor_type.shape.dim[0]
     batch_size = batch.dim_param or batch.dim_value
-    nodes, constants = [], []
+    nodes: list[NodeProto] = []
+    constants: list[TensorProto] = []
 
     def constant(name: str, value: Any, dtype: type = np.int64) -> str:
         constants.append(numpy_helper.from_array(np.array(value, dtype=dtype), f"nms_{name}"))

@@ -14,7 +14,7 @@ IMAGE_STRIDE = 32  # the coarsest feature map of the backbones
 
 def to_height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width); one number, as in older code for effdet, is a square."""
-    sides = [image_size, image_size] if isinstance(image_size, Integral) else list(image_size)
+    sides = [image_size, image_size] if isinstance(image_size, (int, Integral)) else list(image_size)
     if len(sides) != 2 or min(sides) <= 0:
         raise ValueError(
             "image_size must be (height, width), two positive numbers of pixels, or one for a square; got "
@@ -53,9 +53,10 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sides
 
 
-def nearest_image_size(image_size: Sequence[int], scale: float) -> tuple[int, ...]:
+def nearest_image_size(image_size: Sequence[int], scale: float) -> tuple[int, int]:
     """Return the valid input size nearest to `scale` times the given one, both (height, width) in pixels."""
-    return tuple(max(IMAGE_STRIDE, round(side * scale / IMAGE_STRIDE) * IMAGE_STRIDE) for side in image_size)
+    height, width = (max(IMAGE_STRIDE, round(side * scale / IMAGE_STRIDE) * IMAGE_STRIDE) for side in image_size)
+    return height, width
 
 
 def letterbox_scale(image_hw: tuple[Any, Any], input_hw: Sequence[float]) -> Any:

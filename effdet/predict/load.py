@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
 from effdet.config.model_config import find_model_spec, published_model_name, stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.categories import CategoryMap
-from effdet.factory import apply_settings, create_model_from_config, place_model, set_pad_type
+from effdet.efficientdet import EfficientDet
+from effdet.factory import apply_settings, build_network, place_model, set_pad_type
 from effdet.network.folding import fold_batch_norm
-from effdet.ops.sizes import nearest_image_size
+from effdet.ops.sizes import nearest_image_size, to_height_width
 from effdet.runtime import device as device_layer
 
 from .predictor import Predictor
@@ -28,7 +28,7 @@ from .tta import TtaBench, build_network_of_size
 class Detector:
     """A network with weights, and what its checkpoint says about it."""
 
-    model: nn.Module
+    model: EfficientDet
     category_map: CategoryMap | None  # None for files that hold weights only
     source: str  # one line for the log
 
@@ -71,7 +71,7 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     config = apply_settings(config, model)
     if getattr(model, "pad_type", None) is not None:
         config = set_pad_type(config, model.pad_type)
-    network = create_model_from_config(config, pretrained_backbone=False)
+    network = build_network(config, pretrained_backbone=False)
     load_state_dict_report(network, state, strict=True)
     stored = payload.get("category_map")
     averaged = use_ema is not False and "state_dict_ema" in payload
@@ -102,7 +102,7 @@ def load_published(model: Any) -> Detector:
         model: the model section; `pretrained` is 'url' or a path.
     """
     spec = apply_settings(find_model_spec(model.name or "tf_efficientdet_d0"), model)
-    network = create_model_from_config(
+    network = build_network(
         spec,
         num_classes=model.num_classes,
         pad_type=model.pad_type,
@@ -113,7 +113,7 @@ def load_published(model: Any) -> Detector:
 
 
 def build_predict_bench(
-    model: nn.Module,
+    model: EfficientDet,
     device: torch.device,
     same_padding: str = "auto",
     flip: bool = False,
@@ -136,7 +136,7 @@ def build_predict_bench(
     bench = DetBenchPredict(model, nms=nms).to(device).eval()
     if not flip and not scales:
         return bench
-    sizes = [tuple(model.config.image_size)]
+    sizes = [to_height_width(model.config.image_size)]
     benches = [bench]
     for scale in scales:
         size = nearest_image_size(sizes[0], scale)

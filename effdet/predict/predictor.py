@@ -68,8 +68,11 @@ class Predictor:
         self.batch_size = batch_size
         self.category_map = category_map
         self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
-        self.bench = (DetBenchPredict(model) if bench is None else bench).to(device, memory_format=self._layout).eval()
-        inputs = resolve_input_config({"interpolation": interpolation}, model.config)
+        bench = DetBenchPredict(model) if bench is None else bench
+        bench.to(device, memory_format=self._layout)  # type: ignore[call-overload]  # torch's overloads lack the layout
+        self.bench = bench.eval()
+        config: Any = model.config
+        inputs = resolve_input_config({"interpolation": interpolation}, config)
         self._resize = ResizePad(
             inputs["input_size"][1:], inputs["interpolation"], resolve_fill_color(inputs["fill_color"], inputs["mean"])
         )
@@ -118,7 +121,8 @@ class Predictor:
         """
         results = []
         for batch in self._batches(images):
-            arrays, info = [], {"img_scale": [], "img_size": []}
+            arrays: list[torch.Tensor] = []
+            info: dict[str, list[Any]] = {"img_scale": [], "img_size": []}
             for image in batch:
                 target: dict[str, Any] = {}
                 resized, target = self._resize(image, target)
@@ -136,7 +140,7 @@ class Predictor:
 
     def _batches(self, images: ImageInput | Sequence[ImageInput]) -> Iterator[list[Image.Image]]:
         single = isinstance(images, (str, PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3)
-        listed = [images] if single else images
+        listed: Any = [images] if single else images
         for start in range(0, len(listed), self.batch_size):
             yield [_to_rgb_image(image) for image in listed[start : start + self.batch_size]]
 

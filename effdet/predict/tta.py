@@ -47,20 +47,20 @@ class TtaBench(nn.Module):
         """
         super().__init__()
         self.benches = nn.ModuleList(benches)
+        self._sizes = [bench.anchors.image_size for bench in benches]
         self.flip = flip
 
     @property
     def anchors(self) -> nn.Module:
         """The anchors of the original input size."""
-        return self.benches[0].anchors
+        return self.benches[0].get_submodule("anchors")
 
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
         """Detect objects; arguments and result are those of DetBenchPredict.forward."""
         info = img_info or {}
         height, width = x.shape[-2:]
         views = []
-        for bench in self.benches:
-            sides = bench.anchors.image_size
+        for bench, sides in zip(self.benches, self._sizes, strict=True):
             resized = x if sides == (height, width) else F.interpolate(x, sides, mode="bilinear", align_corners=False)
             factor = x.new_tensor([width / sides[1], height / sides[0]] * 2, dtype=torch.float32)
             for mirrored in (False, True) if self.flip else (False,):

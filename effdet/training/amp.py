@@ -68,21 +68,20 @@ class Precision:
                 f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
                 "with float32 masters."
             )
-        dtype = _HALF_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-        if dtype not in _HALF_DTYPES.values():
+        half_dtype = _HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if half_dtype is None or half_dtype not in _HALF_DTYPES.values():
             raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
         self.device = device
         self.level = opt_level if enabled else "O0"
-        self.dtype = torch.float32 if self.level == "O0" else dtype
+        self.dtype = torch.float32 if self.level == "O0" else half_dtype
         device_layer.check_dtype(device, self.dtype)
-        self._half_dtype = dtype
+        self._half_dtype = half_dtype
         static_scale = _read_loss_scale(loss_scale, self.dtype)
         self._scale_moves = static_scale is None
         self._scale: Tensor | None = None  # both on the device, where they are updated without the host
-        self._clean_steps: Tensor | None = None  # since the scale last changed
+        self._clean_steps = torch.zeros((), device=device)  # since the scale last changed
         if self.dtype == torch.float16:
             self._scale = torch.full((), init_scale if static_scale is None else static_scale, device=device)
-            self._clean_steps = torch.zeros((), device=device)
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
         self._skipped: Tensor | None = None  # on the device; read by skipped()
         self._skipped_before = 0
@@ -173,17 +172,17 @@ class Precision:
         _step_unless(optimizer, found_inf)
         self._in_step = False
         if self._scale_moves and self._scale is not None:
-            self._move_scale(found_inf)
+            self._move_scale(self._scale, found_inf)
         if self._masters:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
         return norm
 
-    def _move_scale(self, found_inf: Tensor) -> None:
+    def _move_scale(self, scale: Tensor, found_inf: Tensor) -> None:
         """Halve a dynamic scale after an overflow, double it after many steps without one, as torch's GradScaler."""
         fine = 1 - found_inf
         clean_steps = (self._clean_steps + 1) * fine
         grows = (clean_steps >= _GROWTH_INTERVAL).float()
-        self._scale.mul_(0.5 * found_inf + fine * (1 + grows)).clamp_(*_SCALE_RANGE)
+        scale.mul_(0.5 * found_inf + fine * (1 + grows)).clamp_(*_SCALE_RANGE)
         self._clean_steps.copy_(clean_steps * (1 - grows))
 
     def _move_gradients_to_masters(self) -> None:
@@ -268,10 +267,11 @@ def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | Non
 def _step_unless(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     """Take a step where `found_inf` is 0; where it is 1 leave weights and state as they are."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, found_inf  # torch's contract between scaler and optimizer
+        fused: Any = optimizer  # torch's contract between scaler and optimizer, which is not in its classes
+        fused.grad_scale, fused.found_inf = None, found_inf
         try:
             optimizer.step()
         finally:
-            del optimizer.grad_scale, optimizer.found_inf
+            del fused.grad_scale, fused.found_inf
     elif not bool(found_inf):
         optimizer.step()

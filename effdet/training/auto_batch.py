@@ -206,6 +206,7 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
 def set_batch_size(cfg: RunConfig, batch_size: int) -> RunConfig:
     """Return a config with a batch size, and a rate lowered in proportion if that is less than the rate is for."""
     meant, lr = cfg.optim.lr_batch, cfg.optim.lr
+    assert meant is not None  # load_config fills it in for -b auto
     rule = lr * batch_size / meant
     used = rule if batch_size < meant else lr
     if batch_size < meant:

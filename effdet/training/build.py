@@ -18,6 +18,7 @@ from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.corrupt import BadImageWatch
+from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
 from effdet.runtime import distributed, signals
@@ -58,7 +59,7 @@ class Data:
 class Step:
     """What one training step needs."""
 
-    model: nn.Module
+    model: EfficientDet
     ema: ModelEma | None
     precision: Precision
     optimizer: torch.optim.Optimizer
@@ -72,6 +73,7 @@ class Loaders:
     train: Any
     val: Any
     evaluator: CocoEvaluator
+    batch_size: int  # images a step of this process
 
     def close(self) -> None:
         """End the loader processes."""
@@ -125,7 +127,7 @@ def build_step(
     device, is_group = place.device, place.world > 1
     model = build_model(cfg.model, cfg.loss, num_classes)
     if cfg.dist.sync_bn and is_group:
-        model = distributed.convert_sync_batchnorm(model)
+        distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:
         _logger.info("backbone frozen: %s", freeze_backbone(model))
     if cfg.model.freeze_bn:
@@ -186,7 +188,7 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
     for loader in (train, val):
         loader.loader.worker_init_fn = signals.ignore_in_worker
     evaluator = CocoEvaluator(val.dataset, distributed=True, max_det=max(100, model_config.max_det_per_image))
-    return Loaders(train, val, evaluator)
+    return Loaders(train, val, evaluator, batch_size)
 
 
 def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch: int) -> tuple[Training, int]:

@@ -21,7 +21,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):  # torch.compile's wrapper
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 

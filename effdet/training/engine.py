@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from effdet.efficientdet import EfficientDet
 from effdet.evaluator import Evaluator
 from effdet.report.log import EpochStats, EvalStats, StepStats
 from effdet.runtime import heartbeat
@@ -40,7 +41,7 @@ class Training:
     """Everything one training run consists of, and how far it has come."""
 
     bench: nn.Module  # DetBenchTrain, wrapped in DistributedDataParallel where there are several processes
-    model: nn.Module  # the network inside it
+    model: EfficientDet  # the network inside it
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     precision: Precision
@@ -121,10 +122,10 @@ def train_one_epoch(
         loader.sampler.set_epoch(epoch)
     run.bench.train()
     start = start or Progress()
-    if run.guard is None:
-        run.guard = StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
-    run.guard.keep_or_restore(damaged=False)
-    clock = _Clock(run, len(loader), epoch, start, recorder)
+    guard = run.guard or StatisticsGuard(run.model, *([run.ema.module] if run.ema else []))
+    run.guard = guard
+    guard.keep_or_restore(damaged=False)
+    clock = _Clock(run, guard, len(loader), epoch, start, recorder)
     run.optimizer.zero_grad()
     num_batches = len(loader)
     if run.max_steps > 0:
@@ -195,8 +196,16 @@ def _read_means(values: dict[str, Tensor]) -> dict[str, float]:
 class _Clock:
     """Sums losses on the device, and times; reads the device only when a record is due."""
 
-    def __init__(self, run: Training, num_batches: int, epoch: int, start: Progress, recorder: Recorder | None) -> None:
-        self.run, self.num_batches, self.epoch, self.recorder = run, num_batches, epoch, recorder
+    def __init__(
+        self,
+        run: Training,
+        guard: StatisticsGuard,
+        num_batches: int,
+        epoch: int,
+        start: Progress,
+        recorder: Recorder | None,
+    ) -> None:
+        self.run, self.guard, self.num_batches, self.epoch, self.recorder = run, guard, num_batches, epoch, recorder
         self.batches = self.batches_before = start.batches
         self.images = 0
         self.totals = start.totals
@@ -224,18 +233,22 @@ class _Clock:
             self._finish_interval(losses)
         self.waiting_since = time.perf_counter()
 
+    def _averages(self) -> dict[str, Tensor]:
+        assert self.totals is not None  # a batch is done
+        return _by_name(self.totals / self.batches)
+
     def _finish_interval(self, losses: Tensor) -> None:
         run = self.run
         values = _read_means(
             {
                 **_by_name(losses),
-                "loss_average": _by_name(self.totals / self.batches)["loss"],
+                "loss_average": self._averages()["loss"],
                 "skipped_in_a_row": run.precision.skipped_in_a_row(),
-                "damage": run.guard.damage(losses.device),
+                "damage": self.guard.damage(losses.device),
             }
         )
         self.skipped_in_a_row, damaged = round(values.pop("skipped_in_a_row")), values.pop("damage") > 0
-        run.guard.keep_or_restore(damaged)
+        self.guard.keep_or_restore(damaged)
         if damaged:
             _logger.warning("batch-norm statistics were inf or NaN: those of the last log line were put back")
         now = time.perf_counter()
@@ -269,7 +282,7 @@ class _Clock:
         run = self.run
         synchronize(run.device)
         elapsed_s = time.perf_counter() - self.started
-        means = _read_means(_by_name(self.totals / self.batches))
+        means = _read_means(self._averages())
         return EpochStats(
             self.epoch,
             run.steps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Te
         if isinstance(module, _NORM_LAYERS)
         for parameter in module.parameters(recurse=False)
     }
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -133,8 +134,8 @@ def clip_gradients(
         raise ValueError(f"Unknown clip mode '{mode}': choose from {', '.join(CLIP_MODES)}.")
     if value is not None and not value > 0:
         raise ValueError(f"The clip value must be above 0, got {value}; leave it out to clip nothing.")
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = flat_gradients or [parameter.grad for parameter in parameters]
+    parameters = list(parameters)
+    gradients = flat_gradients or [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if not gradients:
         return norm
@@ -157,10 +158,13 @@ def clip_gradients(
 def _clip_adaptively(parameters: list[Tensor], factor: float, smallest_weight_norm: float = 1e-3) -> None:
     """Scale each output unit's gradient down to `factor` times the norm of its weights."""
     for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
         dims = tuple(range(1, parameter.ndim)) or None  # a unit is one output channel; a vector is one unit
         limit = torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).clamp_(min=smallest_weight_norm) * factor
-        norm = torch.linalg.vector_norm(parameter.grad, dim=dims, keepdim=True).clamp_(min=1e-6)
-        parameter.grad.mul_((limit / norm).clamp_(max=1.0))
+        norm = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True).clamp_(min=1e-6)
+        gradient.mul_((limit / norm).clamp_(max=1.0))
 
 
 class Frozen(NamedTuple):
@@ -170,10 +174,13 @@ class Frozen(NamedTuple):
     norm_layers: int
 
 
-class _StaysInEval:
+_FrozenT = TypeVar("_FrozenT", bound="_StaysInEval")
+
+
+class _StaysInEval(nn.Module):
     """Goes before a frozen module's own class: `train()` on it or on any parent leaves it in eval mode."""
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self: _FrozenT, mode: bool = True) -> _FrozenT:
         return super().train(False)
 
 
@@ -197,7 +204,7 @@ def freeze_backbone(model: nn.Module) -> Frozen:
         ValueError: there is no backbone.
     """
     if not hasattr(model, "backbone") and hasattr(model, "model"):
-        return freeze_backbone(model.model)
+        return freeze_backbone(model.get_submodule("model"))
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise ValueError(f"{type(model).__name__} has no `backbone` to freeze; pass the detection model or its bench.")
@@ -260,7 +267,10 @@ def _keep_in_eval(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     layers = set(layers)
     for layer in layers:
         layer.eval()
-    exchange_layers(
-        model,
-        lambda layer: _frozen_class(type(layer)) if layer in layers and not isinstance(layer, _StaysInEval) else None,
-    )
+
+    def choose(layer: nn.Module) -> type[nn.Module] | None:
+        if layer not in layers or isinstance(layer, _StaysInEval):
+            return None
+        return _frozen_class(type(layer))  # type: ignore[arg-type]  # mypy takes Module.__hash__ for the class's own
+
+    exchange_layers(model, choose)

@@ -72,6 +72,7 @@ def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDa
         ValueError: there are fewer images with boxes.
     """
     count, batch, parser = cfg.run.overfit, cfg.run.batch_size, dataset.parser
+    assert isinstance(batch, int)  # check_config refuses --overfit with -b auto
     full = [k for k in range(len(dataset)) if (parser.get_ann_info(k)["cls"] > 0).any()]
     if len(full) < count:
         raise ValueError(f"--overfit {count} needs as many images with boxes, but the training split has {len(full)}")
@@ -80,7 +81,7 @@ def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDa
     batches = max(_BATCHES_PER_EPOCH, -(-_PASSES_PER_EPOCH * count // batch))
     order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[: batches * batch]
     val = DetectionDatset(dataset.data_dir, parser.subset(chosen), seed=dataset.seed)
-    val.img_ids = val.parser.img_ids  # the evaluator asks for them; its json has more
+    val.img_ids = val.parser.img_ids
     _logger.info(
         "overfit: %d images, %d steps an epoch, no augmentation: %s",
         count,

@@ -15,8 +15,8 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows has no such locks
 
 from effdet.config.schema import RunConfig
 from effdet.runtime import distributed

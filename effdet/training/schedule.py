@@ -239,7 +239,7 @@ def build_schedule(
         optimizer,
         sched=_SHAPES[sched],
         num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
+        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # timm says int and computes with any number
         warmup_lr=warmup_lr,
         min_lr=min_lr,
         cooldown_epochs=cooldown_epochs,

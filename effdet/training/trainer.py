@@ -109,7 +109,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         cfg = replace_settings(
             cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None}, run={"batch_size": stored["run"]["batch_size"]}
         )
-    if cfg.run.batch_size != auto_batch.AUTO:
+    if isinstance(cfg.run.batch_size, int):
         split_over_devices(cfg.run.batch_size, world)  # refused before the data are opened
     place = Placement(
         device,
@@ -123,9 +123,11 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     data = open_data(cfg, payload.get("category_map"))
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
+    batch_size = cfg.run.batch_size
+    assert isinstance(batch_size, int)  # 'auto' has been answered
     step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
     eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms).to(device)
-    loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(cfg.run.batch_size, world))
+    loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
     training, epochs = build_training(cfg, place, step, len(loaders.train))
     seeding.seed_everything(cfg.run.seed + distributed.rank())
 
@@ -135,7 +137,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     if payload:
         resume.restore(payload, start.source, training, manager, uneven_models(cfg, place, training), cfg)
         if cfg.sched.start_epoch is None:
-            position = resume.read_position(payload, cfg.run.batch_size, len(data.train_set), cfg.optim.grad_accum)
+            position = resume.read_position(payload, batch_size, len(data.train_set), cfg.optim.grad_accum)
         within = f", batch {position.batches}" if position.batches else ""
         _logger.info("resumed %s: continuing with epoch %d%s", start.source, position.epoch, within)
     recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator)
@@ -179,7 +181,7 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
     for line in inert_settings(cfg):
         _logger.warning("setting: %s", line)
     size = cfg.run.batch_size
-    each = size if size == auto_batch.AUTO else size // place.world
+    each = size // place.world if isinstance(size, int) else size
     _logger.info(
         "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
         cfg.model.name,
@@ -232,7 +234,7 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
     state = EpochState(run, epoch, Progress(start.batches, totals))
     run.data.train_set.set_epoch(epoch)
     if start.batches < len(run.loaders.train):
-        run.loaders.train.sampler.start = start.batches * (run.cfg.run.batch_size // run.place.world)
+        run.loaders.train.sampler.start = start.batches * run.loaders.batch_size
     if epoch == max(run.epochs - run.cfg.model.freeze_bn_epochs, run.position.epoch):
         freeze_statistics(training)
     try:
@@ -249,7 +251,7 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
         except (signals.StopRequested, BadImagesError):
             save_recovery(run, epoch, state.progress, trained=True)
             raise
-    training.schedule.step(epoch + 1, evaluation and evaluation.metric)
+    training.schedule.step(epoch + 1, None if evaluation is None else evaluation.metric)
     finish_epoch(run, stats, evaluation)
     return is_last, stats.loss
 
@@ -334,7 +336,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
     """Write recovery.pth.tar: all that is needed to go on within an epoch."""
     cfg = run.cfg
     models = uneven_models(cfg, run.place, run.training)
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device, done.totals, models))
+    ranks = distributed.gather_object(resume.capture_rank(run.place.device, done.totals, models)) or []
 
     def write() -> None:
         position = {
@@ -353,7 +355,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
 
 def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
     """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
-    bad, metric = run.data.bad_images.exchange(), evaluation and evaluation.metric
+    bad, metric = run.data.bad_images.exchange(), None if evaluation is None else evaluation.metric
     _logger.info(
         "epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s",
         stats.epoch,
@@ -363,7 +365,7 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
         stats.skipped,
         f", {bad} unreadable image(s)" if bad else "",
     )
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device))
+    ranks = distributed.gather_object(resume.capture_rank(run.place.device)) or []
 
     def write() -> None:
         run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one

@@ -79,7 +79,7 @@ def test_defaults_are_the_historic_ones():
     assert (sched.lr_noise_pct, sched.lr_noise_std) == (0.67, 1.0)
     assert (cfg.ema.decay, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.loss_scale) == (0.9999, False, "O1", "dynamic")
     assert (cfg.data.scale_min, cfg.data.scale_max, cfg.data.crowd) == (0.1, 2.0, "drop")
-    assert cfg == RunConfig() == load_config()
+    assert cfg == RunConfig() == load_config(RunConfig)
 
 
 def test_each_level_of_precedence_beats_the_one_before(tmp_path):
