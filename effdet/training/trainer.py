@@ -111,12 +111,8 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         )
     if isinstance(cfg.run.batch_size, int):
         split_over_devices(cfg.run.batch_size, world)  # refused before the data are opened
-    place = Placement(
-        device,
-        world,
-        workers_per_device(cfg.data.workers, world),
-        device_layer.use_channels_last(device, cfg.run.channels_last),
-    )
+    channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
+    place = Placement(device, world, workers_per_device(cfg.data.workers, world), channels_last)
     log_start(cfg, place, start.output_dir)
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
