@@ -84,7 +84,7 @@ endef
 $(INSTALLED): requirements.txt
 	$(call make_environment,$(VENV))
 	$(PY) $(PIP_INSTALL) -r requirements.txt
-	$(PY) -c 'import train, validate, demo'
+	$(PY) -c 'import effdet.training.trainer, effdet.commands.evaluation, effdet.commands.drawing'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
@@ -94,7 +94,7 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 $(INSTALLED_NPU): requirements.txt requirements-npu.txt requirements-dev.txt
 	$(call make_environment,$(VENV_NPU))
 	$(VENV_NPU)/bin/python $(PIP_INSTALL) -r requirements-npu.txt $$(grep -E '^pytest' requirements-dev.txt)
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_NPU)/bin/python -c 'import train, validate, demo'
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_NPU)/bin/python -c 'import effdet.training.trainer, effdet.commands.evaluation, effdet.commands.drawing'
 	@touch $@
 
 $(INSTALLED_PEER): requirements.txt benchmarks/requirements-peer.txt
