@@ -27,8 +27,9 @@ _LOSSES = ("loss", "class_loss", "box_loss")
 class _DetBench(nn.Module):
     """A model and its anchors; what the two benches share."""
 
-    def __init__(self, model: nn.Module, nms: str) -> None:
+    def __init__(self, model: nn.Module, nms: str, drop_empty: bool = False) -> None:
         super().__init__()
+        self.drop_empty = drop_empty
         self.model = model
         config = model.config
         self.config = config
@@ -113,25 +114,27 @@ class _DetBench(nn.Module):
                 self.max_det_per_image,
                 self.soft_nms,
                 suppress,
+                self.drop_empty,
             )
 
 
 class DetBenchPredict(_DetBench):
     """Model and post-processing: images to detections."""
 
-    def __init__(self, model: nn.Module, *, nms: str = "exact") -> None:
+    def __init__(self, model: nn.Module, *, nms: str = "exact", drop_empty: bool = False) -> None:
         """Wrap a model.
 
         Args:
             model: an EfficientDet.
             nms: how overlapping boxes are suppressed: 'exact' everywhere, or the name of an operator of the device's
                 own, which device.py knows; the model must be on that device already.
+            drop_empty: see `nms.make_detections`; effdet keeps such boxes.
 
         Raises:
             ValueError: the config's image_size was changed after the network was built, or the model's device has no
                 such operator, or the operator does not take this model's settings.
         """
-        super().__init__(model, nms)
+        super().__init__(model, nms, drop_empty)
 
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor] | None = None) -> Tensor:
         """Detect objects.

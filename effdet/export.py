@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.config.schema import DemoModelConfig
 from effdet.data import resolve_input_config
 from effdet.ops.boxes import decode_boxes
@@ -250,9 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = args.image_size and (args.image_size * 2)[:2]
     with one_line_errors("effdet.export"):
         section = DemoModelConfig(name=args.model, image_size=size, max_det=args.max_det, soft_nms=args.soft_nms)
-        detector = load_detector(args.checkpoint, section, args.ema)
         name = Path(args.checkpoint).name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")
         path = Path(args.out) if args.out else Path(args.checkpoint).with_name(name + FORMATS[args.format])
+        detector = load_detector(args.checkpoint, section, args.ema)
+        ensure_writable(path, "--out")
         facts = export(detector, path, args.format, args.outputs, args.batch, args.opset)
     _logger.info("%s", detector.source)
     _logger.info(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
+import tempfile
 import time
 import zipfile
 import zlib
@@ -63,6 +65,54 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def ensure_writable(path: str | os.PathLike[str], flag: str) -> None:
+    """Find out before the work whether a file can be written at its end; its folder is made.
+
+    Args:
+        path: the file; one that is there stays as it is.
+        flag: what the user gives to have another.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}): name another with {flag}, or change the permissions"
+        ) from error
+
+
+class JsonList:
+    """Write a list to a json file item by item; the file is complete after each `add`, whatever happens then.
+
+    Args:
+        path: the file, begun anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # closed by `close`
+        self._file.write("[]")
+        self._file.flush()
+        self._end = 1  # where the next item goes
+
+    def add(self, items: list[Any]) -> None:
+        """Append items."""
+        text = "".join(("," if self._end > 1 or k else "") + "\n" + json.dumps(item) for k, item in enumerate(items))
+        self._file.seek(self._end)
+        self._file.write(text + "\n]")
+        self._file.flush()
+        self._end += len(text)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

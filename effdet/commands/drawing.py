@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
-from effdet.checkpoint.io import write_json
+from effdet.checkpoint.io import JsonList, ensure_writable
 from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.schema import DemoConfig
-from effdet.data.images import read_image
+from effdet.data.corrupt import BadImagesError
+from effdet.data.images import ImageError, image_suffixes, read_image
 from effdet.predict.load import build_predictor, load_detector
 from effdet.predict.predictor import Detections
 from effdet.report.draw import draw_detections, make_class_colors
+from effdet.runtime import signals
 
 _logger = logging.getLogger("effdet.demo")
 
 DEFAULT_DATA = Path("data/synthetic")
 DEFAULT_IMAGES = 12
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+RESULTS_NAME = "detections.json"
+SOME_BAD_STATUS = 3
 
 
-def detect_and_draw(cfg: DemoConfig) -> None:
-    """Detect objects in the images that the config names, draw them, and write them to detections.json."""
+def detect_and_draw(cfg: DemoConfig) -> int:
+    """Detect objects in the images that the config names, draw them, and write them to detections.json as they come.
+
+    Returns:
+        The exit status: 0, or 3 where images could not be read and were passed over.
+
+    Raises:
+        BadImagesError: more than are allowed cannot be read. StopRequested: a signal came. Both leave what was found
+            until then.
+    """
+    if cfg.run.max_image_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = -(-cfg.run.max_image_pixels // 2)  # Pillow refuses from twice this on
+    output_dir = Path(cfg.run.output)
     checkpoint = find_checkpoint(cfg)
-    paths = find_images(cfg.run.images)
+    ensure_writable(output_dir / RESULTS_NAME, "--output")
+    paths = find_images(cfg.run.images, cfg.run.recursive)
+    targets = name_drawings(paths, output_dir)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
     predictor = build_predictor(
         detector, cfg.model, cfg.run.device, cfg.run.batch_size, cfg.run.tta_flip, cfg.run.tta_scales
     )
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
-    output_dir = Path(cfg.run.output)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    targets = name_drawings(paths, output_dir)
     _logger.info("%s", detector.source)
-    results = []
-    for start in range(0, len(paths), cfg.run.batch_size):
-        batch = paths[start : start + cfg.run.batch_size]
-        images = [read_image(path) for path in batch]
-        found = predictor.predict(images, cfg.run.score_thr)
-        for path, image, objects in zip(batch, images, found, strict=True):
-            results.append(write_image(path, image, objects, colors, targets[len(results)]))
-    write_json(output_dir / "detections.json", results)
-    _logger.info("%d image(s) drawn into %s, numbers in %s", len(results), output_dir, output_dir / "detections.json")
+    bad = drawn = 0
+    with contextlib.closing(JsonList(output_dir / RESULTS_NAME)) as results:
+        for start in range(0, len(paths), cfg.run.batch_size):
+            if signals.requested():
+                _logger.info("%d of %d image(s) done, see %s", drawn, len(paths), output_dir)
+                raise signals.StopRequested(signals.requested())
+            part = slice(start, start + cfg.run.batch_size)
+            images = [(path, target, _read(path)) for path, target in zip(paths[part], targets[part], strict=True)]
+            batch = [(path, target, image) for path, target, image in images if image is not None]
+            bad += len(images) - len(batch)
+            if cfg.run.max_bad_images is not None and bad > cfg.run.max_bad_images:
+                raise BadImagesError(
+                    f"{bad} image(s) cannot be read, {cfg.run.max_bad_images} are allowed (--max-bad-images). {drawn} "
+                    f"of {len(paths)} are done, see {output_dir}."
+                )
+            found = predictor.predict([image for *_, image in batch], cfg.run.score_thr)
+            results.add(
+                [
+                    write_image(path, image, objects, colors, target)
+                    for (path, target, image), objects in zip(batch, found, strict=True)
+                ]
+            )
+            drawn += len(batch)
+    _logger.info("%d image(s) drawn into %s, numbers in %s", drawn, output_dir, output_dir / RESULTS_NAME)
+    if bad:
+        _logger.warning("%d of %d image(s) could not be read, see above", bad, len(paths))
+    return SOME_BAD_STATUS if bad else 0
 
 
-def find_images(names: list[str]) -> list[Path]:
-    """Return the image files that the arguments name: files, folders (searched, not deeply) and glob patterns."""
+def _read(path: Path) -> Image.Image | None:
+    """Read an image upright; log why it cannot be read and return None."""
+    try:
+        return read_image(path, upright=True)
+    except ImageError as error:
+        _logger.warning("passed over: %s", error)
+        return None
+
+
+def find_images(names: list[str], recursive: bool = False) -> list[Path]:
+    """Return the image files that the arguments name: files, folders and glob patterns.
+
+    Args:
+        names: the arguments; none stands for images of the embedded data set.
+        recursive: search folders within folders.
+
+    Raises:
+        FileNotFoundError: an argument names no image.
+    """
     if not names:
         from effdet.data.synthetic.dataset import make_synthetic_dataset
 
@@ -58,18 +108,33 @@ def find_images(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+            inside = images_in(path, recursive)
         elif path.is_file():
             inside = [path]
         else:
             inside = [Path(match) for match in sorted(glob.glob(name)) if Path(match).is_file()]
         if not inside:
             raise FileNotFoundError(
-                f"no image found for '{name}': give an existing file, a folder with images "
-                f"({', '.join(sorted(SUFFIXES))}) or a glob pattern in quotes"
+                f"no image found for '{name}': {_images_below(path)}give an existing file, a folder with images "
+                f"({', '.join(sorted(image_suffixes()))}) or a glob pattern in quotes"
             )
         found += inside
     return list(dict.fromkeys(found))
+
+
+def images_in(folder: Path, recursive: bool) -> list[Path]:
+    """Return the images of a folder, by name."""
+    entries = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(entry for entry in entries if entry.suffix.lower() in image_suffixes() and entry.is_file())
+
+
+def _images_below(folder: Path) -> str:
+    """Return in words how many images are in which folders below one; empty where there are none."""
+    counts = Counter(path.parent for path in images_in(folder, True)) if folder.is_dir() else Counter()
+    if not counts:
+        return ""
+    places = ", ".join(f"{count} in {place}" for place, count in counts.most_common(3))
+    return f"there are {counts.total()} images further down ({places}), which --recursive takes; else "
 
 
 def find_checkpoint(cfg: DemoConfig) -> str:

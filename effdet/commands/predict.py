@@ -22,14 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     cfg = parse_demo_args(argv, __doc__)
     from effdet.report.log import setup_logging  # torch comes with these
+    from effdet.runtime import signals
     from effdet.runtime.console import one_line_errors
 
     from .drawing import detect_and_draw
 
     setup_logging(None)
-    with one_line_errors("demo.py"):
-        detect_and_draw(cfg)
-    return 0
+    try:
+        with signals.listening(), one_line_errors("demo.py"):
+            return detect_and_draw(cfg)
+    except signals.StopRequested as stop:
+        print(f"demo.py: {stop}; status {stop.exit_code}", file=sys.stderr)
+        return stop.exit_code
 
 
 if __name__ == "__main__":

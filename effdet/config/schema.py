@@ -345,6 +345,13 @@ class DemoRunSectionConfig(_PredictRunConfig):
     """Say what is shown, where, and what is written."""
 
     batch_size: int = setting(1, "images per step", flags="-b --batch-size", low=1)
+    recursive: bool = setting(False, "take the images of folders within the folders, too")
+    max_bad_images: int | None = setting(
+        None, "unreadable images allowed; each is named and passed over", low=0, none="any number"
+    )
+    max_image_pixels: int | None = setting(
+        None, "largest image read, in pixels; larger ones may be made to fill the memory", low=1, none="Pillow's limit"
+    )
     images: list[str] = setting([], "images, folders or glob patterns; none: images of the default data set", flags="")
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)

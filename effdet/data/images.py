@@ -14,23 +14,34 @@ import torch
 from PIL import Image, ImageOps
 
 _EXIF_ORIENTATION = 0x0112
+# Formats that images come in; Pillow reads many more, whose suffixes also belong to documents and icons.
+_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters and with their dot, that files with images have."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
 
 
 class ImageError(ValueError):
     """An image file that cannot be used. The text names the file."""
 
 
-def read_image(path: str | os.PathLike[str], width: int | None = None, height: int | None = None) -> Image.Image:
-    """Read an image as RGB, in the orientation the annotations were made in.
+def read_image(
+    path: str | os.PathLike[str], width: int | None = None, height: int | None = None, upright: bool = False
+) -> Image.Image:
+    """Read an image as RGB, in the orientation the annotations were made in, or as a viewer shows it.
 
-    The camera's EXIF rotation is applied only when the stored pixels do not have the expected size and the rotated
-    ones do: annotation tools disagree about EXIF, and the json's size is what tells which of the two the boxes belong
-    to. Transparency is dropped, not blended.
+    Where annotations are, the camera's EXIF rotation is applied only when the stored pixels do not have the expected
+    size and the rotated ones do: annotation tools disagree about EXIF, and the json's size is what tells which of the
+    two the boxes belong to. Transparency is dropped, not blended.
 
     Args:
         path: the file.
         width: in pixels, as the json says; None skips the check.
         height: the same.
+        upright: apply the rotation in any case; for images without annotations.
 
     Returns:
         A loaded Pillow image in mode RGB.
@@ -42,9 +53,10 @@ def read_image(path: str | os.PathLike[str], width: int | None = None, height: i
         with _open(path) as img:
             if None not in (width, height) and sorted(img.size) != sorted((width, height)):
                 raise _wrong_size(img, width, height)  # before any pixel: a bomb of another size costs nothing
+            if None in (width, height):  # else the json says that it is as large as that
+                _check_pixels(img)
             img.load()
-            img = _orient(img, width, height)
-            rgb = _to_rgb(img)
+            rgb = to_rgb(img, upright) if upright else to_rgb(_orient(img, width, height))
     except FileNotFoundError as e:
         raise ImageError(f"{path}: no such file") from e
     except ImageError as e:
@@ -68,10 +80,25 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
+    """Open an image of any size: whether it is too large is decided where more is known than in Pillow."""
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise OSError("a pipe, socket or device, which may block or never end")
-    return Image.open(path)
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_pixels(img: Image.Image) -> None:
+    """Refuse what may be a decompression bomb, from the size on at which Pillow does."""
+    pixels, limit = img.width * img.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > 2 * limit:
+        raise ImageError(
+            f"is {img.width}x{img.height} = {pixels} pixels, more than {2 * limit}: cut it into tiles, or allow it by "
+            f"--max-image-pixels {pixels} of demo.py, in Python PIL.Image.MAX_IMAGE_PIXELS = {pixels}"
+        )
 
 
 def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Image:
@@ -89,7 +116,18 @@ def _wrong_size(img: Image.Image, width: int, height: int) -> ImageError:
     )
 
 
-def _to_rgb(img: Image.Image) -> Image.Image:
+def to_rgb(img: Image.Image, upright: bool = False) -> Image.Image:
+    """Return an opened image as RGB, whatever its pixels are; the same image where it is RGB.
+
+    Args:
+        img: any Pillow image.
+        upright: turn it as its EXIF orientation says.
+
+    Raises:
+        ImageError: pixels without a known 8-bit meaning.
+    """
+    if upright and img.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        img = ImageOps.exif_transpose(img)
     if img.mode == "RGB":
         return img
     if img.mode.startswith("I"):

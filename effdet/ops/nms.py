@@ -192,6 +192,7 @@ def make_detections(
     max_det: int = 100,
     soft_nms: bool = False,
     suppress: Suppress | None = None,
+    drop_empty: bool = False,
 ) -> Tensor:
     """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
 
@@ -206,6 +207,8 @@ def make_detections(
         soft_nms: use soft-NMS.
         suppress: instead of both, maps boxes, scores, classes and `max_det` to the boxes, scores and classes to keep,
             as `npu_nms` does.
+        drop_empty: leave out boxes that clipping left without width or height: those beyond the image's edge, where the
+            input is padding. They would take the places of others.
 
     Returns:
         float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
@@ -218,6 +221,8 @@ def make_detections(
         if img_size is not None:
             boxes = clip_boxes_xyxy(boxes, img_size.to(device=boxes.device, dtype=boxes.dtype) / img_scale)
     scores = logits.float().sigmoid()
+    if drop_empty:
+        boxes, scores, classes = _empty_last(boxes, scores, classes)
     if suppress is not None:
         boxes, scores, classes = suppress(boxes, scores, classes, max_det)
     else:
@@ -230,6 +235,16 @@ def make_detections(
     rows = torch.where(scores.unsqueeze(-1) >= 0, rows, torch.zeros_like(rows))
     missing = max_det - rows.shape[1]
     return torch.cat((rows, rows.new_zeros((rows.shape[0], missing, 6))), 1) if missing > 0 else rows
+
+
+def _empty_last(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move boxes without width or height behind all others, which keep their order, and give them the score -1."""
+    empty = (boxes[..., 2:] <= boxes[..., :2]).any(-1)
+    if not bool(empty.any()):
+        return boxes, scores, classes
+    order = empty.to(torch.int32).argsort(dim=1, stable=True)
+    scores = scores.masked_fill(empty, -1.0).gather(1, order)
+    return boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), scores, classes.gather(1, order)
 
 
 def generate_detections(

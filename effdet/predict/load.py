@@ -133,7 +133,7 @@ def build_predict_bench(
     Raises:
         ValueError: a scale that gives a size which is there already, or an NMS that is not to be had here.
     """
-    bench = DetBenchPredict(model, nms=nms).to(device).eval()
+    bench = DetBenchPredict(model, nms=nms, drop_empty=True).to(device).eval()
     if not flip and not scales:
         return bench
     sizes = [to_height_width(model.config.image_size)]
@@ -147,7 +147,7 @@ def build_predict_bench(
             )
         sizes.append(size)
         network = place_model(build_network_of_size(model, size), device, same_padding)
-        benches.append(DetBenchPredict(network, nms=nms).to(device).eval())
+        benches.append(DetBenchPredict(network, nms=nms, drop_empty=True).to(device).eval())
     return TtaBench(benches, flip)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from effdet.bench import DetBenchPredict
 from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
 from effdet.data.coco.categories import CategoryMap
-from effdet.data.images import read_image
+from effdet.data.images import read_image, to_rgb
 from effdet.runtime.device import use_channels_last
 from effdet.runtime.memory import to_device
 
@@ -53,6 +53,7 @@ class Predictor:
         batch_size: int = 1,
         interpolation: str = "bilinear",
         bench: nn.Module | None = None,
+        upright: bool = True,
     ) -> None:
         """Prepare a network for prediction.
 
@@ -63,12 +64,15 @@ class Predictor:
             batch_size: images predicted together.
             interpolation: of the resize, 'bilinear' or 'bicubic'.
             bench: what runs the network, a DetBenchPredict or a stand-in for one; None makes one.
+            upright: turn photographs as their EXIF orientation says, so that boxes are in the coordinates that a viewer
+                shows; False takes the pixels as they are stored.
         """
         self.device = device
         self.batch_size = batch_size
+        self.upright = upright
         self.category_map = category_map
         self._layout = torch.channels_last if use_channels_last(device) else torch.contiguous_format
-        bench = DetBenchPredict(model) if bench is None else bench
+        bench = DetBenchPredict(model, drop_empty=True) if bench is None else bench
         bench.to(device, memory_format=self._layout)  # type: ignore[call-overload]  # torch's overloads lack the layout
         self.bench = bench.eval()
         config: Any = model.config
@@ -92,7 +96,8 @@ class Predictor:
 
         Args:
             images: one image or a sequence of them, of any size: a path, a Pillow image, or uint8 pixels
-                [height, width, 3] in RGB or [height, width] in gray. Paths are read batch by batch.
+                [height, width, 3] in RGB or [height, width] in gray. Paths are read batch by batch; a Pillow image
+                gives what its file does.
             score_threshold: detections below are left out.
 
         Returns:
@@ -142,14 +147,14 @@ class Predictor:
         single = isinstance(images, (str, PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3)
         listed: Any = [images] if single else images
         for start in range(0, len(listed), self.batch_size):
-            yield [_to_rgb_image(image) for image in listed[start : start + self.batch_size]]
+            yield [_to_rgb_image(image, self.upright) for image in listed[start : start + self.batch_size]]
 
 
-def _to_rgb_image(image: ImageInput) -> Image.Image:
+def _to_rgb_image(image: ImageInput, upright: bool) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image, upright)
     if isinstance(image, (str, PathLike)):
-        return read_image(image)
+        return read_image(image, upright=upright)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image is a {type(image).__name__}: give a path, a Pillow image or a numpy array")
     if image.dtype != np.uint8 or image.size == 0 or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3):

@@ -122,7 +122,9 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
     step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
-    eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms).to(device)
+    eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms, drop_empty=True).to(
+        device
+    )
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
     training, epochs = build_training(cfg, place, step, len(loaders.train))
     seeding.seed_everything(cfg.run.seed + distributed.rank())

@@ -1005,8 +1005,11 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
     "demo finds no image": (demo, lambda p: [p.tmp / "*.jpg", "--checkpoint", p.last], ["*.jpg", "no image found"]),
     "demo of a broken image": (
         demo,
-        lambda p: [p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"), "--checkpoint", p.last, "--output", p.tmp],
-        ["broken.jpg", "cannot be read"],
+        lambda p: [
+            p.write("broken.jpg", b"\xff\xd8\xff\xe0 no more"),
+            *("--checkpoint", p.last, "--output", p.tmp, "--max-bad-images", 0),
+        ],
+        ["cannot be read", "--max-bad-images"],
     ),
     "demo would draw over its input": (
         demo,
