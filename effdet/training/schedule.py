@@ -9,7 +9,6 @@ Source: timm.scheduler, whose formulas, noise and meaning of the arguments are k
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler as TimmScheduler
+
+from effdet.config.options import nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -288,10 +289,8 @@ def _check(
 ) -> None:
     """Refuse what would train with a rate nobody meant."""
     if sched not in _SHAPES:
-        near = difflib.get_close_matches(sched, SCHEDULES, n=1)
         raise ValueError(
-            f"Unknown schedule '{sched}'{f', did you mean {near[0]}' if near else ''}? "
-            f"Choose from {', '.join(SCHEDULES)}."
+            f"Unknown schedule '{sched}'{nearest(sched, SCHEDULES) or '.'} Choose from {', '.join(SCHEDULES)}."
         )
     if epochs < 1 or updates_per_epoch < 1:
         raise ValueError(
