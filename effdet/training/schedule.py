@@ -117,7 +117,7 @@ class Schedule:
         self.optimizer = optimizer
         self.updates = 0
         self._shape = shape
-        self._updates_per_epoch = updates_per_epoch
+        self.updates_per_epoch = updates_per_epoch
         self._warmup_epochs = warmup_epochs
         self._noise = noise
         self._plateau = plateau
@@ -137,7 +137,7 @@ class Schedule:
         """
         self.updates = num_updates
         self._shape.step_update(num_updates)
-        factor = 1.0 + self._noise_now(num_updates // self._updates_per_epoch)
+        factor = 1.0 + self._noise_now(num_updates // self.updates_per_epoch)
         if self._plateau is None and factor == 1.0:
             return
         for group in self.optimizer.param_groups:
@@ -163,6 +163,11 @@ class Schedule:
         if self._noise_of_epoch[0] != epoch:
             self._noise_of_epoch = (epoch, self._noise.at(epoch))
         return self._noise_of_epoch[1]
+
+    def skip_to(self, epoch: int) -> int:
+        """Set the rate of an epoch's first update, and return the number of updates before it."""
+        self.step_update(epoch * self.updates_per_epoch)
+        return self.updates
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters; the shape is the configuration's and is not stored."""
