@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effdet.ops.labels import IGNORE
+
 
 class Match:
     """A row (ground-truth box) for each column (anchor).
@@ -29,7 +31,7 @@ class Match:
 
     def ignored_column_indicator(self) -> Tensor:
         """Return which columns are to be ignored: bool [N]."""
-        return self.match_results == -2
+        return self.match_results == IGNORE
 
     def matched_column_indices(self) -> Tensor:
         """Return the columns that have a row, ascending: int64 [n]."""
