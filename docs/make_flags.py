@@ -11,7 +11,8 @@ from pathlib import Path
 PAGE = Path(__file__).with_name("flags.md")
 sys.path.insert(0, str(PAGE.parents[1]))
 
-from effdet.config.cli import REFUSED, default_text, value_text  # noqa: E402
+from effdet.config.cli import default_text, value_text  # noqa: E402
+from effdet.config.effdet_flags import MOOT, OTHER_MEANING, REFUSED, RENAMED  # noqa: E402
 from effdet.config.options import Option, list_options  # noqa: E402
 from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig  # noqa: E402
 
@@ -24,6 +25,23 @@ Each row is one setting. `--flag value` and `section.field=value` set the same t
 order, flags, `section.field=value`. A switch is turned off by `--no-...`. Lists are written `0,1,2`.
 """
 _OTHERS = (("validate.py", ValidateConfig), ("demo.py", DemoConfig))
+_OTHER = """## Same flag, other meaning
+
+A command line of effdet 0.4.1's train.py (its folder has no flag, and it has no word that only this train.py knows) is
+not run, as its flags and defaults would train another way: the error has the whole line that trains the same. One of
+its validate.py runs, and the log has the line as it was read. `-c` takes the args.yaml that its train.py leaves beside
+its checkpoints, with the meaning it had there.
+
+| flag | in effdet 0.4.1 | here | for effdet's |
+|---|---|---|---|
+"""
+_MOOT = """## Flags without effect
+
+Accepted in any line, with one line in the log, where the value asks for what happens anyway.
+
+| flag | values | what happens |
+|---|---|---|
+"""
 _GONE = """## Flags that are gone
 
 Flags of effdet 0.4.1's scripts and of the original Ascend port that are refused. The scripts give the same hints.
@@ -51,7 +69,7 @@ def _table(rows: list[str]) -> str:
 
 
 def flags_page() -> str:
-    """Return the page as Markdown: train.py's settings by section, the other scripts', and the flags that are gone."""
+    """Return the page as Markdown: train.py's settings by section, the other scripts', and those of effdet 0.4.1."""
     parts = [_HEAD, "## train.py\n"]
     options = list_options(RunConfig)
     for section, section_type in typing.get_type_hints(RunConfig).items():
@@ -59,6 +77,10 @@ def flags_page() -> str:
         parts += [f"### {section}\n\n{section_type.__doc__}\n", _table(rows)]
     for heading, root in _OTHERS:
         parts += [f"## {heading}\n", _table([_row(key, option) for key, option in list_options(root).items()])]
+    parts.append(_OTHER + "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in OTHER_MEANING) + "\n")
+    rows = [(flag, ", ".join(values) or "(switch)", why) for flag, (values, why) in MOOT.items()]
+    rows += [(flag, "(switch)", f"what {name} does") for flag, name in RENAMED.items()]
+    parts.append(_MOOT + "\n".join(f"| `{flag}` | {values} | {why} |" for flag, values, why in rows) + "\n")
     parts.append(_GONE + "\n".join(f"| `{flag}` | {_cell(hint)} |" for flag, hint in REFUSED.items()) + "\n")
     return "\n".join(parts)
 

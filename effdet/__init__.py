@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import timm_patches  # noqa: F401  (before anything imports timm: timm_patches/torchvision_ops.py says why)
 
+from .runtime.installation import check_installation
 from .version import __version__
+
+_IS_EFFDET_ASCEND = True  # what the package of effdet 0.4.1 does not say
+check_installation()
 
 if TYPE_CHECKING:
     from effdet.config import default_detection_model_configs, get_efficientdet_config

@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_eval_loader
+from effdet.data.coco.truth import category_ids, find_parser
 from effdet.data.corrupt import BadImagesError
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import place_model
+from effdet.metrics.coco import make_result_rows
 from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
 from effdet.predict.speed import Speed, measure_speed
 from effdet.report import html, progress
@@ -74,10 +79,44 @@ def find_detector(cfg: ValidateConfig) -> Detector:
 
 
 def open_dataset(cfg: ValidateConfig, detector: Detector):
-    """Open the validation split with the class numbers of the detector, or check that its class count fits."""
+    """Open the validation split with the class numbers of the detector, or check that its class count fits.
+
+    Raises:
+        ValueError: also for images without annotations, where nothing would be written or no class has a category.
+    """
     if detector.category_map is not None:
-        return build_dataset(cfg.data, "val", stored=detector.category_map.to_dict())
-    return build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes)
+        dataset = build_dataset(cfg.data, "val", stored=detector.category_map.to_dict(), unlabeled=True)
+    else:
+        dataset = build_dataset(cfg.data, "val", num_classes=detector.model.config.num_classes, unlabeled=True)
+    parser = dataset.parser
+    if parser.has_labels:
+        return dataset
+    if not cfg.run.results:
+        raise ValueError(
+            f"{parser.ann_path} lists images without annotations, so there is nothing to score: give --results FILE to "
+            "write the predictions, or name a file with annotations"
+        )
+    if parser.category_map is None:
+        if detector.category_map is None:
+            raise ValueError(
+                f'neither {parser.ann_path} nor the weights name the classes: add the list "categories" to the file'
+            )
+        parser.category_map = detector.category_map
+    return dataset
+
+
+class Unscored(CocoEvaluator):
+    """Collect the predictions of images without annotations; `save` writes them, and there is no metric."""
+
+    def evaluate(self, output_result_file: str | os.PathLike[str] = "") -> float:
+        """Return NaN; the predictions stay for `save`."""
+        if self._watch is not None:
+            self._watch.exchange(together=self._spread)
+        return math.nan
+
+    def _result_rows(self, images: Mapping[Any, np.ndarray]) -> list[dict[str, Any]]:
+        ids = category_ids(self._parser)
+        return make_result_rows(images, ids, self._ground_truth().getCatIds() or ids)
 
 
 def run(
@@ -87,9 +126,9 @@ def run(
     _logger.info("%s, on %s, %d images", detector.source, device_layer.describe(device), len(loader.dataset))
     if len(loader.dataset) == 0:
         _logger.warning("the validation split has no images: there is nothing to evaluate")
-    evaluator = CocoEvaluator(
-        loader.dataset, distributed=True, max_det=max(100, detector.model.config.max_det_per_image)
-    )
+    labeled = find_parser(loader.dataset).has_labels
+    kind = CocoEvaluator if labeled else Unscored
+    evaluator = kind(loader.dataset, distributed=True, max_det=max(100, detector.model.config.max_det_per_image))
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
     with progress.progress("Evaluating", len(loader)) as on_batch:
@@ -109,6 +148,9 @@ def run(
     if cfg.run.results:
         evaluator.save(cfg.run.results)
         _logger.info("results: %s", cfg.run.results)
+    if not labeled:
+        _logger.info("the images have no annotations: there is no metric, and neither metrics nor a report are written")
+        return
     for row in evaluator.per_class():
         ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)

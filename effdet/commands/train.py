@@ -20,7 +20,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from effdet.config.cli import parse_train_args
+from effdet.config.cli import in_our_words, parse_train_args
 from effdet.config.load import split_over_devices
 from effdet.config.schema import RunConfig
 
@@ -32,8 +32,8 @@ _logger = logging.getLogger("effdet.train")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status."""
     prepare_environment()
-    cfg = parse_train_args(argv, __doc__)
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = in_our_words("train.py", argv)
+    cfg = parse_train_args(arguments, __doc__)
     if cfg.run.check:
         from effdet.datacheck.check import main as check  # torch comes with it, as with what run() imports
 

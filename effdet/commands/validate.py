@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from effdet.config.cli import parse_validate_args
+from effdet.config.cli import in_our_words, parse_validate_args
 from effdet.config.load import split_over_devices
 
 from .environment import prepare_environment
@@ -24,7 +24,8 @@ from .environment import prepare_environment
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate, and return the exit status."""
     prepare_environment()
-    cfg = parse_validate_args(argv, __doc__)
+    arguments = in_our_words("validate.py", argv)
+    cfg = parse_validate_args(arguments, __doc__)
     from effdet.runtime import distributed  # torch comes with it
     from effdet.runtime.console import one_line_errors
     from effdet.runtime.launch import launch, needs_launch, start
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")
         if needs_launch(cfg.dist.device_list):
             split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            command = ["-m", "effdet.commands.validate", *(sys.argv[1:] if argv is None else argv)]
+            command = ["-m", "effdet.commands.validate", *arguments]
             return launch(command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port)
         device = start(cfg.run.device, cfg.dist.device_list)
     try:

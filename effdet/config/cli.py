@@ -1,10 +1,12 @@
 """The command lines of the scripts.
 
-The parser is generated from schema.py, so every flag sets exactly one field. Flags of older scripts that are gone are
-in REFUSED, each with what to do instead.
+The parser is generated from schema.py, so every flag sets exactly one field. What becomes of older scripts' flags and
+lines is in effdet_flags.py and effdet_line.py.
 """
 
 import argparse
+import logging
+import os
 import re
 import sys
 import textwrap
@@ -12,49 +14,15 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .load import load_config
+from . import effdet_line
+from .effdet_flags import REFUSED
+from .load import load_config, read_yaml
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
 
-_ConfigT = TypeVar("_ConfigT", bound=RunConfig | ValidateConfig | DemoConfig)
+_logger = logging.getLogger(__name__)
 
-_AMP = "use --amp with --opt-level O1 or O2, and --amp-dtype"
-_LAUNCH = "use --device-list 0,1,..., or start the script with torchrun, which passes ranks in the environment"
-_NEVER = "the option never had an effect; drop it"
-REFUSED: dict[str, str] = {
-    "--torchscript": "TorchScript is not used any more: post-processing is plain tensor code; drop it",
-    "--torchcompile": "use --compile of train.py",
-    "--jit-loss": "the loss is plain tensor code; drop it",
-    "--no-jit-loss": "the loss is plain tensor code; drop it",
-    "--apex-amp": _AMP,
-    "--native-amp": _AMP,
-    "--pin-mem": "host memory is pinned whenever the device gains from it; drop it",
-    "--no-prefetcher": "images always travel as uint8 and are normalised on the device; drop it",
-    "--bench-labeler": "targets are labelled on the device in every run; drop it",
-    "--no-bench-labeler": "targets are labelled on the device in every run; drop it",
-    "--no-resume-opt": "use --initial-checkpoint FILE, which takes the weights and nothing else",
-    "--mean": "mean and standard deviation come from the model table; drop it",
-    "--std": "mean and standard deviation come from the model table; drop it",
-    "--dataset": "data is read in COCO format: name it with --root DIR, or --val-images and --val-ann",
-    "--split": "name the images to evaluate with --val-images and --val-ann",
-    "--tta": "use --tta-flip and --tta-scales of validate.py and demo.py",
-    "--mixup-off-epoch": _NEVER,
-    "--eval-metric": "checkpoints are ranked by COCO AP; drop it",
-    "--save-images": "draw predictions with demo.py",
-    "--local_rank": _LAUNCH,
-    "--local-rank": _LAUNCH,
-    "--rank": _LAUNCH,
-    "--world-size": _LAUNCH,
-    "--num-gpu": _LAUNCH,
-    "--multiprocessing-distributed": _LAUNCH,
-    "--gpu": "use --device NAME and --device-list N",
-    "--dist-url": "use --addr HOST and --master-port PORT",
-    "--dist-backend": "the backend follows from --device; drop it",
-    "--dist-group-size": "--sync-bn spans all processes; drop it",
-    "--data_path": "the scripts under test/ take it; here use --root DIR",
-    "--pth_path": "the scripts under test/ take it; here use --resume, --initial-checkpoint or --checkpoint FILE",
-}
-"""Flags of effdet's and the original Ascend port's scripts that are gone, with what to do instead."""
+_ConfigT = TypeVar("_ConfigT", bound=RunConfig | ValidateConfig | DemoConfig)
 
 
 class _Record(argparse.Action):
@@ -202,14 +170,38 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
         known = [spelling for action in parser._actions for spelling in action.option_strings]
-        raise ConfigError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), known)}")
+        raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}")
+
+
+def in_our_words(prog: str, argv: Sequence[str] | None = None) -> list[str]:
+    """Return a command line with what is effdet 0.4.1's put into our words, and say in the log what became of it.
+
+    Args:
+        prog: the script's name, as train.py.
+        argv: the arguments without it; None: those of the process.
+
+    Returns:
+        The arguments to parse, and to pass on to other processes; those given where nothing is effdet's.
+
+    Raises:
+        SystemExit: status 2 after one line on standard error, from the first of several processes.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        line = effdet_line.translate(prog, sys.argv[1:] if argv is None else argv, read_yaml)
+    except ConfigError as error:
+        parser = _Parser(prog=prog)
+        parser.error(str(error)) if is_first else parser.exit(2)
+    for note in line.notes if is_first else ():
+        _logger.warning("%s: %s", prog, note)
+    return line.words
 
 
 def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
     options = list_options(root)
     parser = _build_parser(root, prog, about, "\n               [IMAGE ...]" if images else "")
-    namespace, extras = parser.parse_known_args(_prepare_argv(sys.argv[1:] if argv is None else argv, options))
+    namespace, extras = parser.parse_known_args(_prepare_argv(in_our_words(prog, argv), options))
     try:
         _refuse_unknown(extras, parser)
         overrides = [_split_override(token, options) for token in extras]
@@ -217,6 +209,9 @@ def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | No
         flags = _flag_values(namespace, options)
         if images and stray:
             flags["run.images"] = ("IMAGE", stray)
+        elif len(stray) == 1 and "=" not in stray[0] and "data.root" not in flags:
+            flags["data.root"] = ("DIR", stray[0])
+            _logger.warning("%s: %s is taken for the data folder, as if --root came before it", prog, stray[0])
         elif stray:
             key, equals, _ = stray[0].partition("=")
             hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"

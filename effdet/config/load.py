@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from .effdet_line import is_saved_args, saved_args_to_tree
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
 
@@ -91,7 +92,7 @@ def _apply(node: Any, options: dict[str, Option], key: str, value: Any, source: 
         raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
-def _read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path) -> Any:
     """Read a YAML file into plain types; an empty file gives an empty dict."""
     try:
         node = OmegaConf.load(path)
@@ -139,7 +140,10 @@ def load_config(
     """
     options, node = list_options(root), _new_tree(root)
     for path in files:
-        _apply_tree(node, options, _read_yaml(path), str(path))
+        tree = read_yaml(path)
+        if root is RunConfig and is_saved_args(tree):
+            tree = saved_args_to_tree(tree, str(path))
+        _apply_tree(node, options, tree, str(path))
     if "run.overfit" in {*(flags or {}), *(key for key, _ in overrides)}:
         for key, value in OVERFIT.items():
             _apply(node, options, key, value, "--overfit")

@@ -5,12 +5,12 @@ models); the release page of rwightman/efficientdet-pytorch (weights, and the mo
 """
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from .model_spec import ModelSpec
+from .options import similar_names
 
 _RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1/"
 
@@ -217,7 +217,7 @@ def find_model_spec(model_name: str) -> ModelSpec:
         ValueError: the table has no such model; the nearest names are given.
     """
     if model_name not in efficientdet_model_param_dict:
-        nearest = get_close_matches(model_name, efficientdet_model_param_dict, n=3, cutoff=0.3)
+        nearest = similar_names(model_name, efficientdet_model_param_dict)[:3]
         raise ValueError(
             f"Unknown model '{model_name}'. Nearest: {', '.join(nearest) or 'none'}. All names: "
             "effdet.config.model_config.efficientdet_model_param_dict."

@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -161,14 +161,28 @@ def list_options(root: type) -> dict[str, Option]:
     return options
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ', did you mean ...?' with the nearest known name; empty when none is near.
+def similar_names(word: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that `word` is likely a slip of, the likeliest first; none where none is near.
 
-    A dotted name is also looked up by its last part, so that `lr` finds `optim.lr`.
+    What counts is the last part of a dotted name, so that `lr` finds `optim.lr`, and no leading dashes, which all flags
+    have in common. A whole word of a name finds it too: `batch` is near `batch-size`. The same section comes first.
     """
-    tails = {name.rpartition(".")[2]: name for name in known}
-    found = difflib.get_close_matches(word, known, 1)
-    if not found or word.rpartition(".")[2] in tails:
-        near = difflib.get_close_matches(word.rpartition(".")[2], tails, 1)
-        found = [tails[near[0]]] if near else found
-    return f", did you mean {found[0]}?" if found else ""
+    tail = _tail(word)
+    near = []
+    for name in known:
+        likeness = difflib.SequenceMatcher(None, _tail(name), tail).ratio()
+        if likeness >= _LIKENESS or tail in _tail(name).split("_"):
+            near.append((name.rpartition(".")[0] == word.rpartition(".")[0], likeness, name))
+    return [name for _, _, name in sorted(near, key=lambda found: found[:2], reverse=True)]
+
+
+_LIKENESS = 0.75  # difflib's ratio: one letter wrong in four is a slip, more is another word
+
+
+def _tail(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ', did you mean ...?' with the nearest known name; empty when none is near (`similar_names`)."""
+    return "".join(f", did you mean {name}?" for name in similar_names(word, known)[:1])

@@ -21,7 +21,7 @@ class DemoModelConfig:
     """Choose the network to show, its input size and what becomes of its outputs."""
 
     name: str | None = setting(
-        None, "model name, for weight files that do not carry one", flags="--model", none="from the checkpoint"
+        None, "model name, for weight files that do not carry one", flags="--model -m", none="from the checkpoint"
     )
     image_size: list[int] | None = setting(
         None,
@@ -46,7 +46,9 @@ class DemoModelConfig:
 class EvalModelConfig(DemoModelConfig):
     """Choose the network to evaluate."""
 
-    name: str | None = setting(None, "model name", flags="--model", none="from the checkpoint, else tf_efficientdet_d0")
+    name: str | None = setting(
+        None, "model name", flags="--model -m", none="from the checkpoint, else tf_efficientdet_d0"
+    )
     num_classes: int | None = setting(
         None, "object classes; must agree with the annotation file", low=1, none="from the checkpoint or that file"
     )
@@ -63,7 +65,7 @@ class EvalModelConfig(DemoModelConfig):
 class ModelConfig(EvalModelConfig):
     """Choose the network and the weights it starts from."""
 
-    name: str = setting("tf_efficientdet_d0", "model name", flags="--model")
+    name: str = setting("tf_efficientdet_d0", "model name", flags="--model -m")
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
     anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
     aspect_ratios: list[float] | None = setting(

@@ -31,6 +31,7 @@ def build_dataset(
     stored: Mapping[str, Any] | None = None,
     crowd: str = "drop",
     seed: int | None = None,
+    unlabeled: bool = False,
 ) -> Any:
     """Open the training or the validation split that the config names; its unreadable images are put up with.
 
@@ -41,13 +42,22 @@ def build_dataset(
         stored: category map of a checkpoint, checked against the json.
         crowd: 'drop' or 'ignore'.
         seed: of the augmentations.
+        unlabeled: take a json without annotations too, for predictions alone.
 
     Raises:
         ValueError: the config names no data, or the data contradict it; FileNotFoundError: something is absent.
     """
     images, ann = split_paths(data, split)
     dataset = open_coco(
-        None, split, images=images, ann=ann, num_classes=num_classes, stored=stored, crowd=crowd, seed=seed
+        None,
+        split,
+        images=images,
+        ann=ann,
+        num_classes=num_classes,
+        stored=stored,
+        crowd=crowd,
+        seed=seed,
+        unlabeled=unlabeled,
     )
     report = dataset.parser.report
     if split == "train" and len(dataset) and not report.num_boxes:

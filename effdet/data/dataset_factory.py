@@ -55,8 +55,8 @@ _VOC = {"voc2007": Voc2007Cfg, "voc2012": Voc2012Cfg, "voc0712": Voc0712Cfg}
 _OPEN_IMAGES = {"openimages": OpenImagesObjV5Cfg, "openimages-challenge2019": OpenImagesObjChallenge2019Cfg}
 
 
-def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str) -> CocoParserCfg:
-    """Make the parser's settings for one split of a COCO data set.
+def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str, unlabeled: bool = False) -> CocoParserCfg:
+    """Make the parser's settings for one split of a COCO data set, `unlabeled`: also of a json without annotations.
 
     Small images are left out of training, as in effdet; evaluation keeps all, or it would score another data set.
     """
@@ -64,7 +64,7 @@ def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str) -> CocoParserCfg
         ann_filename=str(ann_path),
         img_dir=img_dir,
         crowd=crowd,
-        has_labels=split not in UNLABELED_SPLITS,
+        has_labels=None if unlabeled else split not in UNLABELED_SPLITS,
         min_img_size=32 if split == "train" else 0,
         keep_json=split != "train",
     )
@@ -80,6 +80,7 @@ def open_coco(
     stored: CategoryMap | dict[str, Any] | None = None,
     crowd: str = "drop",
     seed: int | None = None,
+    unlabeled: bool = False,
 ) -> DetectionDatset:
     """Open one split of a COCO-format data set and log what the check found.
 
@@ -92,6 +93,7 @@ def open_coco(
         stored: the category map of a checkpoint, see `resolve_category_map`.
         crowd: 'drop' or 'ignore', see `CocoParserCfg`.
         seed: see `DetectionDatset`.
+        unlabeled: take a json without annotations too.
 
     Returns:
         The data set, labelled by the resolved category map (`dataset.parser.category_map`).
@@ -107,7 +109,7 @@ def open_coco(
             f"got root={root}, images={images}, ann={ann}"
         )
     img_dir, ann_path = coco_paths(root, split) if images is None else (Path(images), Path(ann))
-    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd))
+    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd, unlabeled))
     if parser.categories:
         parser.category_map = resolve_category_map(parser.categories, num_classes, stored)
     for line in parser.report.lines():

@@ -20,13 +20,14 @@ class PascalDetectionEvaluator:
 
         Args:
             categories: {'id', 'name'} of each class.
-            matching_iou_threshold: 0.5; a ValueError for another one.
+            matching_iou_threshold: from which a detection has found an object, above 0, at most 1; VOC's is 0.5.
+
+        Raises:
+            ValueError: the threshold is out of range.
         """
-        if matching_iou_threshold != MATCH_IOU:
-            raise ValueError(
-                f"matching_iou_threshold is {matching_iou_threshold}: VOC's metric is at {MATCH_IOU}; "
-                "CocoEvaluator has AP at .50:.95"
-            )
+        if not 0 < matching_iou_threshold <= 1:
+            raise ValueError(f"matching_iou_threshold is {matching_iou_threshold}: must be above 0 and at most 1")
+        self._match_iou = float(matching_iou_threshold)
         self._categories = [dict(category) for category in categories]
         self.clear()
 
@@ -60,16 +61,17 @@ class PascalDetectionEvaluator:
         """Compute the metric.
 
         Returns:
-            'PascalBoxes_Precision/mAP@0.5IOU': the mean over the classes that have objects; then the AP of each class
-            as 'PascalBoxes_PerformanceByCategory/AP@0.5IOU/NAME'. NaN without objects.
+            'PascalBoxes_Precision/mAP@0.5IOU', with the threshold in place of 0.5: the mean over the classes that have
+            objects; then the AP of each class as 'PascalBoxes_PerformanceByCategory/AP@0.5IOU/NAME'. NaN without
+            objects.
         """
         objects, found = ([row for rows in image.values() for row in rows] for image in (self._objects, self._found))
         truth = index_ground_truth({"annotations": objects, "categories": self._categories})
-        scores = score_voc(truth, found, self._objects.keys() | self._found.keys())
-        metrics = {f"PascalBoxes_Precision/mAP@{MATCH_IOU}IOU": scores.stats["AP50"]}
+        scores = score_voc(truth, found, self._objects.keys() | self._found.keys(), self._match_iou)
+        metrics = {f"PascalBoxes_Precision/mAP@{self._match_iou}IOU": scores.stats["AP50"]}
         for line in scores.per_class:
             name = unicodedata.normalize("NFKD", line.name)
-            metrics[f"PascalBoxes_PerformanceByCategory/AP@{MATCH_IOU}IOU/{name}"] = line.AP50
+            metrics[f"PascalBoxes_PerformanceByCategory/AP@{self._match_iou}IOU/{name}"] = line.AP50
         return metrics
 
 

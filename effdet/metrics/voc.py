@@ -21,12 +21,12 @@ from effdet.ops.boxes import iou_from_areas, pairwise_common
 
 from .coco import ClassMetrics, plain_number
 
-MATCH_IOU = 0.5  # from which a detection has found an object; also the share of it inside a group box
+MATCH_IOU = 0.5  # VOC's: from which a detection has found an object; also the share of it inside a group box
 
 
 @dataclass(frozen=True)
 class VocScores:
-    """The numbers of one evaluation; `per_class` has AP at IoU 0.5 in both of its columns.
+    """The numbers of one evaluation, at the IoU asked for; `per_class` has the AP in both of its columns.
 
     Args:
         stats: {'AP50': the mean over the classes that have objects}; NaN without any.
@@ -55,13 +55,16 @@ class VocScores:
         }
 
 
-def score_voc(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any]) -> VocScores:
+def score_voc(
+    truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], match_iou: float = MATCH_IOU
+) -> VocScores:
     """Compute VOC's numbers for result rows.
 
     Args:
         truth: from `index_ground_truth`; `difficult` objects are ignored, `iscrowd` ones are group boxes.
         rows: COCO results: image_id, category_id, bbox (xywh), score; may be empty.
         img_ids: the images that count; rows and ground truth of others do not.
+        match_iou: above 0, at most 1; VOC's own is the default.
     """
     found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -74,14 +77,16 @@ def score_voc(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collectio
     lines = []
     for category_id in sorted(truth.getCatIds()):
         counted = [a for image in objects[category_id].values() for a in image if not a["difficult"] | a["iscrowd"]]
-        ap = _average_precision(_match(found[category_id], objects[category_id]), len(counted))
+        ap = _average_precision(_match(found[category_id], objects[category_id], match_iou), len(counted))
         name = str(truth.cats[category_id].get("name", category_id))
         lines.append(ClassMetrics(category_id, name, ap, ap, len(counted)))
     defined = [line.AP50 for line in lines if line.count]
     return VocScores({"AP50": float(np.mean(defined)) if defined else math.nan}, lines, len(img_ids))
 
 
-def _match(rows: Sequence[Mapping[str, Any]], objects: Mapping[Any, Sequence[Mapping[str, Any]]]) -> np.ndarray:
+def _match(
+    rows: Sequence[Mapping[str, Any]], objects: Mapping[Any, Sequence[Mapping[str, Any]]], match_iou: float
+) -> np.ndarray:
     """Return whether each detection of a class is right, by falling score; ignored ones are left out.
 
     Each detection is compared with the object it overlaps most: the first to find an object is right, later ones are
@@ -99,12 +104,12 @@ def _match(rows: Sequence[Mapping[str, Any]], objects: Mapping[Any, Sequence[Map
         overlaps[:, is_group], shares[:, ~is_group] = 0.0, 0.0
         for at, overlap, share in zip(places, overlaps, shares, strict=True):
             best = int(overlap.argmax())
-            if overlap[best] >= MATCH_IOU:
+            if overlap[best] >= match_iou:
                 counts[at] = not present[best]["difficult"]
                 hits[at] = best not in taken
                 taken.add(best)
             else:
-                counts[at] = share.max() < MATCH_IOU
+                counts[at] = share.max() < match_iou
     return hits[counts]
 
 

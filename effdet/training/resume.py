@@ -45,6 +45,7 @@ from effdet.config.schema import RunConfig
 from effdet.data.coco.categories import CategoryMap
 from effdet.runtime import distributed, seeding
 
+from . import effdet_checkpoint
 from .engine import Training
 
 _logger = logging.getLogger(__name__)
@@ -162,6 +163,8 @@ def restore(
         ValueError: the checkpoint was written with another optimizer.
         CheckpointError: a state that a generator does not take.
     """
+    if effdet_checkpoint.is_effdets(payload):
+        payload = effdet_checkpoint.convert(payload, source, training, cfg.optim.opt)
     training.precision.load_float_state_dict(training.model, extract_state_dict(payload, use_ema=False))
     if "optimizer" in payload:
         stored = payload.get("config", {}).get("optim", {}).get("opt", cfg.optim.opt)
@@ -178,7 +181,9 @@ def restore(
                 "start anew with --initial-checkpoint, which takes the weights alone."
             ) from error
     if training.ema is not None and "state_dict_ema" in payload:
-        counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # other trainers' files have none
+        counters = payload.get(
+            "ema", {"updates": 0, "share_of_init": 0.0}
+        )  # averaged weights without a trainer's state
         training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})
     if "scaler" in payload:
         training.precision.load_state_dict(payload["scaler"])

@@ -9,7 +9,6 @@ Source: timm.scheduler, whose formulas, noise and meaning of the arguments are k
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler as TimmScheduler
+
+from effdet.config.options import nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Schedule:
         self.optimizer = optimizer
         self.updates = 0
         self._shape = shape
-        self._updates_per_epoch = updates_per_epoch
+        self.updates_per_epoch = updates_per_epoch
         self._warmup_epochs = warmup_epochs
         self._noise = noise
         self._plateau = plateau
@@ -136,7 +137,7 @@ class Schedule:
         """
         self.updates = num_updates
         self._shape.step_update(num_updates)
-        factor = 1.0 + self._noise_now(num_updates // self._updates_per_epoch)
+        factor = 1.0 + self._noise_now(num_updates // self.updates_per_epoch)
         if self._plateau is None and factor == 1.0:
             return
         for group in self.optimizer.param_groups:
@@ -162,6 +163,11 @@ class Schedule:
         if self._noise_of_epoch[0] != epoch:
             self._noise_of_epoch = (epoch, self._noise.at(epoch))
         return self._noise_of_epoch[1]
+
+    def skip_to(self, epoch: int) -> int:
+        """Set the rate of an epoch's first update, and return the number of updates before it."""
+        self.step_update(epoch * self.updates_per_epoch)
+        return self.updates
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters; the shape is the configuration's and is not stored."""
@@ -288,10 +294,8 @@ def _check(
 ) -> None:
     """Refuse what would train with a rate nobody meant."""
     if sched not in _SHAPES:
-        near = difflib.get_close_matches(sched, SCHEDULES, n=1)
         raise ValueError(
-            f"Unknown schedule '{sched}'{f', did you mean {near[0]}' if near else ''}? "
-            f"Choose from {', '.join(SCHEDULES)}."
+            f"Unknown schedule '{sched}'{nearest(sched, SCHEDULES) or '.'} Choose from {', '.join(SCHEDULES)}."
         )
     if epochs < 1 or updates_per_epoch < 1:
         raise ValueError(

@@ -104,7 +104,7 @@ def prepare(cfg: RunConfig, device: torch.device) -> Run:
 def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] | None = None) -> Run:
     """Build everything a run consists of, in the order of events."""
     started, payload, world = time.time(), start.payload, distributed.world_size()
-    if cfg.run.batch_size == auto_batch.AUTO and payload:  # a run goes on as it was
+    if cfg.run.batch_size == auto_batch.AUTO and "config" in payload:  # a run goes on as it was
         stored = payload["config"]
         cfg = replace_settings(
             cfg, optim={"lr": stored["optim"]["lr"], "lr_batch": None}, run={"batch_size": stored["run"]["batch_size"]}
@@ -138,6 +138,8 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
             position = resume.read_position(payload, batch_size, len(data.train_set), cfg.optim.grad_accum)
         within = f", batch {position.batches}" if position.batches else ""
         _logger.info("resumed %s: continuing with epoch %d%s", start.source, position.epoch, within)
+    if cfg.sched.start_epoch is not None:
+        training.updates = training.schedule.skip_to(cfg.sched.start_epoch)
     recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator)
     recorder.describe(epochs, place.channels_last)
     finished = training.is_finished and not position.batches  # else its evaluation is missing

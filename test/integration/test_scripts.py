@@ -894,7 +894,7 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
     ),
     "optimizer misspelled": (train, lambda p: p.train("--opt", "adamv"), ["adamv", "adam"]),
     "unknown flag": (train, lambda p: p.train("--epochz", 3), ["--epochz", "did you mean --epoch"]),
-    "flag of the past": (train, lambda p: p.train("--torchscript"), ["--torchscript is gone", "drop it"]),
+    "flag of the past": (train, lambda p: p.train("--save-images"), ["--save-images is gone", "demo.py"]),
     "batch not divisible": (
         train,
         lambda p: p.train("-b", 5, "--device-list", "0,1"),

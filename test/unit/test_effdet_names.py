@@ -247,6 +247,9 @@ def test_match_by_hand():
     match = Match(torch.tensor([3, -1, -2, 0]))
     assert match.matched_column_indices().tolist() == [0, 3] and match.matched_row_indices().tolist() == [3, 0]
     assert match.matched_column_indicator().tolist() == [True, False, False, True] and match.num_matched_columns() == 2
+    assert match.unmatched_column_indices().tolist() == [1] and match.num_unmatched_columns() == 1
+    assert match.ignored_column_indices().tolist() == [2] and match.num_ignored_columns() == 1
+    assert match.unmatched_or_ignored_column_indices().tolist() == [1, 2]
     assert match.unmatched_column_indicator().tolist() == [False, True, False, False]
     assert match.ignored_column_indicator().tolist() == [False, False, True, False]
     assert match.gather_based_on_match(torch.tensor([5.0, 6, 7, 8]), -1.0, -9.0).tolist() == [8, -1, -9, 5]
@@ -318,8 +321,9 @@ def test_pascal_detection_evaluator_by_hand():
     assert metrics == {"PascalBoxes_Precision/mAP@0.5IOU": pytest.approx(1 / 8)}
     evaluator.clear()
     assert math.isnan(evaluator.evaluate()["PascalBoxes_Precision/mAP@0.5IOU"])
-    with pytest.raises(ValueError):
-        PascalDetectionEvaluator([], matching_iou_threshold=0.7)
+    for wrong in (0.0, 1.1):
+        with pytest.raises(ValueError):
+            PascalDetectionEvaluator([], matching_iou_threshold=wrong)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class CocoParserCfg:
         ann_filename: path of the json.
         include_masks: not supported; anything but False is refused.
         include_bboxes_ignore: keep crowd regions as ignore regions; the same as crowd='ignore'.
-        has_labels: False for a file that lists images only.
+        has_labels: False for a file that lists images only; None: as the file has a list of annotations or not.
         bbox_yxyx: boxes as yxyx, which every transform here expects; False gives xyxy.
         min_img_size: leave out images with a side shorter than this, in pixels; 0 keeps all, which evaluation needs.
         ignore_empty_gt: leave out images without objects.
@@ -130,7 +130,7 @@ class CocoParserCfg:
     ann_filename: str
     include_masks: bool = False
     include_bboxes_ignore: bool = False
-    has_labels: bool = True
+    has_labels: bool | None = True
     bbox_yxyx: bool = True
     min_img_size: int = 32
     ignore_empty_gt: bool = False
@@ -149,7 +149,8 @@ class CocoParser(Parser):
         img_ids_invalid: ids of images left out (too small, or empty when that was asked for).
         categories: the json's categories as {'id', 'name'}, by ascending id.
         report: what the check found (`DatasetReport`).
-        has_labels, ann_path: as configured.
+        has_labels: the file has annotations, and they are read.
+        ann_path: as configured.
 
     Raises:
         FileNotFoundError: no such json or image directory.
@@ -163,7 +164,6 @@ class CocoParser(Parser):
         if cfg.crowd not in ("drop", "ignore"):
             raise ValueError(f"crowd {cfg.crowd!r} is unknown, choose 'drop' or 'ignore'")
         self.ann_path = Path(cfg.ann_filename)
-        self.has_labels = cfg.has_labels
         self.yxyx = cfg.bbox_yxyx
         keep_crowd = cfg.crowd == "ignore" or cfg.include_bboxes_ignore
         img_dir = None if cfg.img_dir is None else Path(cfg.img_dir)
@@ -171,9 +171,11 @@ class CocoParser(Parser):
             raise FileNotFoundError(f"image directory {img_dir} does not exist")
         with collector_paused():
             read = self._read()
-            arrays, self.report = check_coco(read, str(self.ann_path), img_dir, cfg.has_labels, keep_crowd)
+            listed = not (isinstance(read, dict) and "images" in read and "annotations" not in read)
+            self.has_labels = listed if cfg.has_labels is None else cfg.has_labels
+            arrays, self.report = check_coco(read, str(self.ann_path), img_dir, self.has_labels, keep_crowd)
             self.report.raise_if_errors()
-            self._load(arrays, cfg.min_img_size, cfg.has_labels and cfg.ignore_empty_gt)
+            self._load(arrays, cfg.min_img_size, self.has_labels and cfg.ignore_empty_gt)
         self._kept = read if cfg.keep_json else None
         self._files_checked = img_dir is not None
         self._coco = None

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet.config.cli import REFUSED, parse_demo_args, parse_train_args, parse_validate_args
+from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
+from effdet.config.effdet_flags import MOOT, REFUSED, RENAMED
 from effdet.config.load import (
     check_config,
     dump_yaml,
@@ -23,7 +24,7 @@ from effdet.config.load import (
     to_plain,
     workers_per_device,
 )
-from effdet.config.options import ConfigError, list_options
+from effdet.config.options import ConfigError, list_options, nearest
 from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -206,7 +207,7 @@ def test_flags_do_not_swallow_the_override_behind_them():
 def test_each_spelling_belongs_to_one_field(root):
     spellings = spellings_of(root)
     assert len(spellings) == len(set(spellings))
-    assert not set(spellings) & set(REFUSED)
+    assert not set(spellings) & {*REFUSED, *MOOT, *RENAMED}
 
 
 @pytest.mark.parametrize("root", list(PARSERS))
@@ -304,9 +305,9 @@ def test_historic_command_line(script):
 
 @pytest.mark.parametrize("flag", list(REFUSED))
 def test_gone_flags_say_what_to_do(flag, capsys):
-    line = refusal(capsys, f"{flag} 1")
-    assert line.startswith(f"train.py: error: {flag} is gone: {REFUSED[flag]}")
-    assert line == refusal(capsys, f"--amp {flag}=1 --lr 0.1")
+    words = f"is gone: {REFUSED[flag]}"
+    assert words in refusal(capsys, f"{flag} 7 --device cpu")
+    assert words in refusal(capsys, f"--device cpu {flag}=7 --lr 0.1")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
         if option.default is False
         for flag in option.spellings
     }
-    assert ("--" + name in accepted) != ("--" + name in REFUSED)
+    assert ("--" + name in accepted) != ("--" + name in {*REFUSED, *MOOT, *RENAMED})
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,8 @@ def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
         ("lr=0.1", "unknown setting lr, did you mean optim.lr?"),
         ("optim.lrr=0.1", "unknown setting optim.lrr, did you mean optim.lr?"),
         ("model.lr=0.1", "unknown setting model.lr, did you mean optim.lr?"),
-        ("/data/coco", "unexpected argument /data/coco. The data folder is given with --root DIR"),
+        ("/data/coco /data/other", "unexpected argument /data/coco. The data folder is given with --root DIR"),
+        ("/data/coco --root /data/other", "unexpected argument /data/coco. The data folder is given with --root DIR"),
         ("--lr abc", "argument --lr: got 'abc', must be a number"),
         ("--epochs 3.5", "argument --epochs: got '3.5', must be a whole number"),
         ("--lr-noise a", "argument --lr-noise: got 'a', must be a list of numbers or null"),
@@ -368,6 +370,21 @@ def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
 )
 def test_wrong_command_lines(line, words, capsys):
     assert words in refusal(capsys, line)
+
+
+@pytest.mark.parametrize(
+    "word", ["--foo", "--gpus", "--data", "--name", "--wd", "--half", "--project", "--fp16", "optim.foo", "zzz"]
+)
+def test_no_suggestion_without_likeness(word):
+    """Dashes and sections are what all names have in common, and are no likeness."""
+    assert nearest(word, spellings_of(RunConfig) if word.startswith("-") else list(list_options(RunConfig))) == ""
+
+
+def test_a_suggestion_from_the_same_section_comes_first():
+    keys = list(list_options(RunConfig))
+    assert nearest("run.batch", keys) == ", did you mean run.batch_size?"
+    assert nearest("batch_size", keys) == ", did you mean run.batch_size?"
+    assert nearest("optim.batch", keys) == ", did you mean optim.lr_batch?"
 
 
 @pytest.mark.parametrize(
@@ -577,7 +594,7 @@ def test_demo_keeps_commas_in_file_names():
 
 def test_demo_refusals(capsys):
     assert "run.score_thr (--score-thr): got 2.0" in refusal(capsys, "--score-thr 2", parse_demo_args)
-    assert "unknown flag --scores, did you mean" in refusal(capsys, "a.jpg --scores 1", parse_demo_args)
+    assert "unknown flag --score, did you mean --score-thr" in refusal(capsys, "a.jpg --score 1", parse_demo_args)
 
 
 # ---- to disk and back ----

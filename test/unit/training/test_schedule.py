@@ -256,6 +256,19 @@ def test_a_restored_schedule_goes_on_where_it_was(sched: str, tmp_path) -> None:
         assert longer.lr == pytest.approx(1e-5 + (0.1 - 1e-5) * (1 + math.cos(math.pi * 0.09)) / 2)
 
 
+@pytest.mark.parametrize("epoch", [0, 3, 7])
+def test_a_run_that_starts_later_has_the_rate_of_one_that_came_there(epoch: int) -> None:
+    def build():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        return build_schedule(optimizer, "cosine", epochs=10, warmup_epochs=2, updates_per_epoch=5)[0]
+
+    came, skipped = build(), build()
+    for update in range(epoch * 5 + 1):
+        came.step_update(update)
+    assert skipped.skip_to(epoch) == epoch * 5 == skipped.updates
+    assert skipped.lr == came.lr
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
