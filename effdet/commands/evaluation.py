@@ -13,7 +13,7 @@ import torch
 
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
-from effdet.data.build import build_dataset, build_eval_loader
+from effdet.data.build import build_dataset, build_loader
 from effdet.data.corrupt import BadImagesError
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import place_model
@@ -38,15 +38,15 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         dataset = open_dataset(cfg, detector)
         world = distributed.world_size()
         channels_last = device_layer.use_channels_last(device)
-        loader = build_eval_loader(
+        loader = build_loader(
             dataset,
             cfg.data,
             detector.model.config,
             split_over_devices(cfg.run.batch_size, world),
             workers_per_device(cfg.data.workers, world),
             device,
-            cfg.run.val_skip,
-            channels_last,
+            channels_last=channels_last,
+            val_skip=cfg.run.val_skip,
         )
         for line in device_layer.tune(device):
             _logger.info("setting: %s", line)
@@ -88,7 +88,11 @@ def run(
     if len(loader.dataset) == 0:
         _logger.warning("the validation split has no images: there is nothing to evaluate")
     evaluator = CocoEvaluator(
-        loader.dataset, distributed=True, max_det=max(100, detector.model.config.max_det_per_image)
+        loader.dataset,
+        distributed=True,
+        max_det=max(100, detector.model.config.max_det_per_image),
+        all_images=True,
+        min_score=0.0,
     )
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
