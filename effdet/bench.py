@@ -51,6 +51,19 @@ class _DetBench(nn.Module):
                 raise ValueError(f"Soft-NMS and the device's own NMS ('{nms}') exclude each other: choose one.")
             self.nms_operator = device_layer.nms_operator(nms, _device_of(model), self.max_det_per_image)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled state over; one of effdet 0.4.1, which has other attributes, is built anew."""
+        super().__setstate__(state)
+        if "input_sizes" in state:
+            return
+        if isinstance(self, DetBenchTrain):
+            DetBenchTrain.__init__(self, self.model, create_labeler=state["anchor_labeler"] is not None)
+        else:
+            DetBenchPredict.__init__(self, self.model)
+        for name in ("max_detection_points", "max_det_per_image", "soft_nms"):
+            setattr(self, name, state[name])
+        self.to(_device_of(self.model)).train(state["training"])
+
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Run the model.
 

@@ -133,7 +133,7 @@ def check_class_targets(cls_targets: Tensor | Sequence[Tensor], num_classes: int
     if highest >= num_classes:
         raise ValueError(
             f"a label is {highest + 1}, but the model has {num_classes} classes: labels go from 1 to num_classes. Make "
-            f"the model with num_classes={highest + 1} (a data set's is dataset.parser.max_label), or renumber the labels."
+            f"the model with num_classes={highest + 1} (a data set's is dataset.parser.max_label), or renumber them."
         )
 
 

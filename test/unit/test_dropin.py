@@ -539,7 +539,6 @@ def test_one_number_is_a_square_image():
     bench = create_model("tf_efficientdet_d0", "predict", pretrained_backbone=False, image_size=128)
     assert tuple(bench.config.image_size) == (128, 128) == bench.anchors.image_size
     config = small_config()
-    del config.image_size
     config.image_size = 128
     net = EfficientDet(config, pretrained_backbone=False)
     assert tuple(config.image_size) == (128, 128)
