@@ -30,6 +30,7 @@ LR = 0.0123456789  # a number that nothing else has
 # The modules that have had a name, the newest first.
 HOMES = {
     "build_dataset": ("effdet.data.build", "effdet.build"),
+    "build_loader": ("effdet.data.build",),
     "build_train_loader": ("effdet.data.build", "effdet.build"),
     "place_model": ("effdet.factory", "effdet.build"),
     "draw_detections": ("effdet.report.draw", "effdet.draw"),
@@ -132,7 +133,11 @@ def main(root: Path) -> None:
         bench = effdet.create_model(MODEL, bench_task="train", bench_labeler=True, **more).train()
         find("place_model")(bench.model, device)
         torch.save(bench.model.state_dict(), weights)
-        loader = find("build_train_loader")(dataset, cfg.data, bench.model.config, 4, 0, device, 42, False)
+        arguments = (dataset, cfg.data, bench.model.config, 4, 0, device, 42, False)
+        try:
+            loader = find("build_loader")(*arguments, is_training=True)
+        except ImportError:
+            loader = find("build_train_loader")(*arguments)
         images, target = next(iter(loader))
         image_file = next(Path(data, "val2017").iterdir())
 

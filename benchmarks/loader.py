@@ -99,7 +99,10 @@ def make_ours(case: Any, device: Any, labeler: Any, is_training: bool) -> Any:
         pin_mem=True,
         anchor_labeler=labeler,
         device=device,
+        drop_last=True,
+        persistent_workers=True,
         seed=0,
+        max_instances=None,
         channels_last=use_channels_last(device),
     )
 

@@ -313,10 +313,11 @@ class AnchorLabeler:
         Returns:
             As `batch_label_anchors`, without the batch dimension.
         """
-        classes, deltas, num_positives = self.batch_label_anchors(
-            gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid
+        classes, deltas, num_positives = self.assign(gt_boxes.unsqueeze(0), gt_classes.reshape(1, -1), filter_valid)
+        classes_by_level, deltas_by_level = (
+            [level[0] for level in self.split_levels(flat)] for flat in (classes, deltas)
         )
-        return [level[0] for level in classes], [level[0] for level in deltas], num_positives[0]
+        return classes_by_level, deltas_by_level, num_positives[0]
 
 
 def _pad_objects(gt_boxes: Sequence[Any], gt_classes: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor]:

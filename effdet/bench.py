@@ -19,7 +19,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum, world_size
 
 from .anchors import AnchorLabeler, Anchors
-from .loss import DetectionLoss
+from .loss import DetectionLoss, check_class_targets
 
 _LOSSES = ("loss", "class_loss", "box_loss")
 
@@ -51,6 +51,19 @@ class _DetBench(nn.Module):
             if self.soft_nms:
                 raise ValueError(f"Soft-NMS and the device's own NMS ('{nms}') exclude each other: choose one.")
             self.nms_operator = device_layer.nms_operator(nms, _device_of(model), self.max_det_per_image)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled state over; one of effdet 0.4.1, which has other attributes, is built anew."""
+        super().__setstate__(state)
+        if "input_sizes" in state:
+            return
+        if isinstance(self, DetBenchTrain):
+            DetBenchTrain.__init__(self, self.model, create_labeler=state["anchor_labeler"] is not None)
+        else:
+            DetBenchPredict.__init__(self, self.model)
+        for name in ("max_detection_points", "max_det_per_image", "soft_nms"):
+            setattr(self, name, state[name])
+        self.to(_device_of(self.model)).train(state["training"])
 
     def head_outputs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Run the model.
@@ -196,6 +209,7 @@ class DetBenchTrain(_DetBench):
         )
         self.loss_fn = DetectionLoss(model.config, dense_targets=dense_targets)
         self.normalize_over_ranks = normalize_over_ranks
+        self._labels_checked = False
         self._labelers: dict[tuple[int, int], AnchorLabeler] = {}  # of further input sizes
         for size in input_sizes:
             self._add_size(size)
@@ -229,9 +243,15 @@ class DetBenchTrain(_DetBench):
             'loss', 'class_loss', 'box_loss': scalars; in eval mode also 'detections' [B, max_det_per_image, 6].
 
         Raises:
-            ValueError: the target lacks what is needed, or the class head does not have the config's number of classes.
+            ValueError: the target lacks what is needed or has labels above num_classes, or the class head does not have
+                the config's number of classes.
         """
         class_targets, box_targets, num_positives = self._labels(target, tuple(x.shape[-2:]))
+        if (
+            not self._labels_checked
+        ):  # of the first batch, as an accelerator has to be waited for; on a host the loss looks
+            check_class_targets(class_targets, self.num_classes)
+            self._labels_checked = True
         if self.normalize_over_ranks:
             # The loss adds 1 to the sum; ranks average their gradients, so each divides by its share of (total + 1).
             total = all_reduce_sum(num_positives.sum(dtype=torch.float32).reshape(1))
@@ -254,19 +274,33 @@ class DetBenchTrain(_DetBench):
         if self.anchor_labeler is not None:
             if "bbox" not in target or "cls" not in target:
                 raise ValueError(f"The target needs 'bbox' and 'cls'; it has {sorted(target)}.")
+            labeler = self._labelers.get(size, self.anchor_labeler)
             with torch.no_grad():
-                return self._labelers.get(size, self.anchor_labeler).assign(target["bbox"], target["cls"])
+                if getattr(type(labeler), "batch_label_anchors", None) is AnchorLabeler.batch_label_anchors:
+                    return labeler.assign(target["bbox"], target["cls"])
+                return _join_levels(*labeler.batch_label_anchors(target["bbox"], target["cls"]))  # a user's own
         if "label_num_positives" not in target:
             raise ValueError(
                 f"This bench has no labeler and the target has no labels, only {sorted(target)}: build "
                 "the bench with create_labeler=True, or the loader with an anchor_labeler."
             )
         levels = range(self.num_levels)
-        return (
-            torch.cat([target[f"label_cls_{level}"].flatten(1) for level in levels], 1),
-            torch.cat([target[f"label_bbox_{level}"].flatten(1) for level in levels], 1).unflatten(1, (-1, 4)),
+        return _join_levels(
+            [target[f"label_cls_{level}"] for level in levels],
+            [target[f"label_bbox_{level}"] for level in levels],
             target["label_num_positives"],
         )
+
+
+def _join_levels(
+    class_targets: Sequence[Tensor], box_targets: Sequence[Tensor], num_positives: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the levels of `batch_label_anchors` as `AnchorLabeler.assign` has them."""
+    return (
+        torch.cat([level.flatten(1) for level in class_targets], 1),
+        torch.cat([level.flatten(1) for level in box_targets], 1).unflatten(1, (-1, 4)),
+        num_positives,
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:

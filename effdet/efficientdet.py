@@ -92,6 +92,19 @@ class EfficientDet(nn.Module):
         for part in ("fpn", "class_net", "box_net"):
             self._init_part(part, alternate_init)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled state over; one of effdet 0.4.1, with other attributes, is built anew with its weights."""
+        super().__setstate__(state)
+        if "input_size" in state:
+            return
+        training, weights, level_first = self.training, self.state_dict(), self.class_net.bn_level_first
+        EfficientDet.__init__(self, self.config, pretrained_backbone=False)
+        if self.class_net.bn_level_first != level_first:
+            self.toggle_head_bn_level_first()
+        self.load_state_dict(weights)
+        first = next(iter(weights.values()))
+        self.to(first.device, first.dtype).train(training)
+
     def _init_part(self, part: str, alternate_init: bool) -> None:
         init = init_weight_alt if alternate_init else init_weight
         for name, module in getattr(self, part).named_modules(prefix=part):
@@ -104,7 +117,7 @@ class EfficientDet(nn.Module):
         num_scales: int | None = None,
         alternate_init: bool = False,
     ) -> None:
-        """Replace heads by newly initialised ones.
+        """Replace heads by newly initialised ones, which are in training mode.
 
         Args:
             num_classes: a new class head with this many classes.
@@ -119,10 +132,10 @@ class EfficientDet(nn.Module):
         new_anchors = aspect_ratios is not None or num_scales is not None
         device = next(self.parameters()).device
         if num_classes is not None or new_anchors:
-            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device).train(self.training)
+            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device)
             self._init_part("class_net", alternate_init)
         if new_anchors:
-            self.box_net = HeadNet(self.config, num_outputs=4).to(device).train(self.training)
+            self.box_net = HeadNet(self.config, num_outputs=4).to(device)
             self._init_part("box_net", alternate_init)
 
     def toggle_head_bn_level_first(self) -> None:

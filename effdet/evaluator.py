@@ -2,6 +2,9 @@
 
 What lives here: what is kept of a batch, and who computes on which rank. What must not: the metrics themselves
 (metrics/), what a dataset knows of its ground truth (data/coco/truth.py), the model, reading of images.
+
+What counts is what counted in effdet 0.4.1: the images that were predicted, and of COCO's results those from a score of
+.001. train.py and validate.py ask for all images and all scores.
 """
 
 from __future__ import annotations
@@ -9,157 +12,44 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 
 from effdet.checkpoint.io import write_json
 from effdet.data.coco.truth import category_ids, covered_img_ids, find_parser, load_ground_truth, plain_id
 from effdet.data.corrupt import BadImageWatch, find_bad_images
+from effdet.evaluation.base import Evaluator
+from effdet.evaluation.detection_evaluator import PascalDetectionEvaluator
 from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
 from effdet.metrics.voc import VocScores, score_voc
-from effdet.runtime.distributed import gather_object, is_distributed, is_primary, run_on_primary
+from effdet.runtime.distributed import is_primary
 
 from .distributed import all_gather_container, is_main_process, synchronize  # noqa: F401  (effdet has them here)
 
-__all__ = ["ClassMetrics", "CocoEvaluator", "Evaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"]
+__all__ = [
+    "ClassMetrics",
+    "CocoEvaluator",
+    "Evaluator",
+    "OpenImagesEvaluator",
+    "PascalEvaluator",
+    "TfmEvaluator",
+    "create_evaluator",
+]
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
-# Image indices ride in the float32 tensor of the detections; above this a float32 skips integers.
-_MAX_EXACT_INDEX = 2**24
-
-
-class Evaluator:
-    """Collect predictions batch by batch, and gather them on rank 0.
-
-    `evaluate` and `save` of a distributed evaluator are collectives: call them on every rank.
-
-    Args:
-        distributed: whether the batches are spread over the ranks of the running process group. Ranks may hold
-            any number of images, also none; an image that several ranks predicted counts once.
-        pred_yxyx: whether predicted boxes are y_min, x_min, y_max, x_max instead of x first.
-    """
-
-    stats: Mapping[str, float] = {}  # what the last evaluation came to, by name
-    is_hopeless = False  # True: there are no numbers to be had any more, evaluate() will say why
-
-    def __init__(self, distributed: bool = False, pred_yxyx: bool = False) -> None:
-        self.distributed = distributed
-        self.pred_yxyx = pred_yxyx
-        self.img_indices: list[int] = []
-        self.predictions: list[np.ndarray] = []  # per image: float32 [n, 6] x_min, y_min, x_max, y_max, score, class
-
-    def reset(self) -> None:
-        """Forget the collected predictions; the numbers of the last evaluation stay readable."""
-        self.img_indices = []
-        self.predictions = []
-
-    def add_predictions(self, detections: torch.Tensor, target: Mapping[str, Any]) -> None:
-        """Add one batch, with one copy from the device to the host and no communication.
-
-        Args:
-            detections: [B, D, 6] rows of box (pixels of the original image), score, class (1-based); rows with a
-                score of 0 are padding and dropped here, rows that are not finite are dropped with a warning.
-            target: has 'img_idx', [B] integers: each image's place in `dataset.parser.img_ids`.
-
-        Raises:
-            ValueError: shapes that do not fit the above.
-        """
-        if detections.dim() != 3 or detections.size(2) != 6:
-            raise ValueError(
-                f"detections have shape {list(detections.shape)}: must be [batch, detections, 6] with "
-                "rows x_min, y_min, x_max, y_max, score, class"
-            )
-        indices = torch.as_tensor(target["img_idx"]).reshape(-1)
-        if len(indices) != len(detections):
-            raise ValueError(
-                f"target['img_idx'] has {len(indices)} entries for {len(detections)} images of "
-                "detections: must be one per image"
-            )
-        flat = detections.detach().flatten(1).to(torch.float32)
-        if indices.device == flat.device:
-            packed = torch.cat([flat, indices.to(torch.float32)[:, None]], dim=1).cpu().numpy()
-            flat, indices = packed[:, :-1], packed[:, -1].astype(np.int64)
-        else:  # one of the two is on the host already
-            flat, indices = flat.cpu().numpy(), indices.cpu().numpy()
-        self._check_indices(indices)
-        bad = 0
-        for index, rows in zip(indices.tolist(), flat.reshape(detections.shape), strict=True):
-            finite = np.isfinite(rows).all(axis=1)
-            bad += int(len(rows) - finite.sum())
-            rows = rows[finite & (rows[:, 4] > 0)]
-            if self._is_bad(index):
-                rows = rows[:0]
-            if self.pred_yxyx:
-                rows[:, :4] = rows[:, [1, 0, 3, 2]]
-            self.img_indices.append(index)
-            self.predictions.append(rows)
-        if bad:
-            _logger.warning("%d predicted rows are NaN or infinite and were dropped: check the weights", bad)
-
-    def evaluate(self, output_result_file: str | os.PathLike[str] = "") -> float:
-        """Compute the metric over all that was added since the last call."""
-        raise NotImplementedError(f"{type(self).__name__} must define evaluate")
-
-    def save(self, result_file: str | os.PathLike[str]) -> None:
-        """Write the collected predictions to a file."""
-        raise NotImplementedError(f"{type(self).__name__} must define save")
-
-    def _check_indices(self, indices: np.ndarray) -> None:
-        """Refuse image indices that no dataset can have; a subclass knows the dataset and checks more."""
-        if len(indices) and (indices.min() < 0 or indices.max() >= _MAX_EXACT_INDEX):
-            raise ValueError(
-                f"target['img_idx'] spans {indices.min()}..{indices.max()}: must be within 0..{_MAX_EXACT_INDEX - 1}"
-            )
-
-    def _image_id(self, index: int) -> Any:
-        """Return what tells one image from another; a subclass that knows the dataset returns its image id."""
-        return index
-
-    def _is_bad(self, index: int) -> bool:
-        """Tell whether an image could not be read, so that nothing counts as found in it."""
-        return False
-
-    def _gather(self) -> list[Any]:
-        """Collect (img_indices, predictions) of every rank on rank 0, in rank order; empty on the others."""
-        shard = (self.img_indices, self.predictions)
-        return (gather_object(shard) or []) if self._spread else [shard]
-
-    def _merge(self, shards: list[Any]) -> dict[Any, np.ndarray]:
-        """Return the predictions by image id, each image once."""
-        merged: dict[Any, np.ndarray] = {}
-        for indices, predictions in shards:
-            for index, rows in zip(indices, predictions, strict=True):
-                merged.setdefault(self._image_id(index), rows)
-        repeats = sum(len(indices) for indices, _ in shards) - len(merged)
-        if repeats:
-            _logger.info("%d images were predicted more than once; their first prediction counts", repeats)
-        return merged
-
-    @property
-    def _spread(self) -> bool:
-        return self.distributed and is_distributed()
-
-    def _on_primary(self, fn: Callable[[], _T], interruptible: bool = False) -> _T:
-        return run_on_primary(fn, interruptible) if self._spread or not is_distributed() else fn()
+MIN_SCORE = 0.001  # below it a detection is not in COCO's results. Source: effdet 0.4.1
 
 
 class CocoEvaluator(Evaluator):
     """Evaluate boxes by COCO's metric against the json of a dataset.
 
-    Which images count: all of the json's, so an image that was never predicted counts as missed objects. For a subset
-    of a dataset (anything with `.indices` over `.dataset`, such as SkipSubset, or with an `img_ids` of its own) only
-    the subset's.
-
-    Classes become category ids by `parser.category_map.idx_to_id`; a dataset of one's own without it needs
-    `parser.cat_ids`, taken in ascending order (or as the labels themselves, where the parser says
-    `cat_ids_as_labels`). A predicted class without a category in the json is dropped and counted in the log: weights
-    with 90 outputs for COCO's 80 classes have such.
+    Classes become category ids by `parser.category_map.idx_to_id`, or by turning round `parser.cat_id_to_label`; in a
+    dataset of one's own that has neither they are category ids. A predicted class without a category in the json is
+    dropped and counted in the log: weights with 90 outputs for COCO's 80 classes have such.
 
     An image that could not be read counts as one in which nothing was found, where the dataset puts up with such
     (`bad_images`, data/corrupt.py): its objects are missed, and the log names it.
@@ -173,13 +63,28 @@ class CocoEvaluator(Evaluator):
         distributed, pred_yxyx: see Evaluator.
         max_det: best detections per image and class that count. Above 100 it takes the place of COCO's 100 in all
             numbers, AR100 included, though that keeps its name; below, COCO's 100 stays.
+        all_images: count all images of the json, so that the objects of one that was never predicted are missed; of a
+            subset (anything with `.indices` over `.dataset`, such as SkipSubset, or with an `img_ids` of its own) all
+            of the subset's. False counts those that were predicted.
+        min_score: detections below this score do not count.
     """
 
     metric = "AP"  # the one of `stats` that `evaluate` returns
 
-    def __init__(self, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        distributed: bool = False,
+        pred_yxyx: bool = False,
+        max_det: int = 100,
+        *,
+        all_images: bool = False,
+        min_score: float = MIN_SCORE,
+    ) -> None:
         super().__init__(distributed, pred_yxyx)
         self.max_det = max_det
+        self.all_images = all_images
+        self.min_score = min_score
         self._parser = find_parser(dataset)
         self._covered = covered_img_ids(dataset, self._parser)
         found = find_bad_images(dataset)
@@ -209,6 +114,11 @@ class CocoEvaluator(Evaluator):
     @property
     def ground_truth(self) -> COCO:
         """The pycocotools index of the ground truth, made at first use; annotations are numbered anew from 1."""
+        return self._ground_truth()
+
+    @property
+    def coco_api(self) -> COCO:
+        """The ground truth: effdet's name."""
         return self._ground_truth()
 
     def evaluate(self, output_result_file: str | os.PathLike[str] = "") -> float:
@@ -289,6 +199,10 @@ class CocoEvaluator(Evaluator):
     def _is_bad(self, index: int) -> bool:
         return self._watch is not None and index in self._watch.bad
 
+    def _detections(self, index: int, rows: np.ndarray) -> np.ndarray:
+        kept = super()._detections(index, rows)
+        return kept[kept[:, 4] >= self.min_score]
+
     def _check_indices(self, indices: np.ndarray) -> None:
         super()._check_indices(indices)
         image_count = len(self._parser.img_ids)
@@ -303,9 +217,18 @@ class CocoEvaluator(Evaluator):
             self._truth = index_ground_truth(load_ground_truth(self._parser))
         return self._truth
 
+    def _coco_predictions(self) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Return COCO result rows and image ids of this process's predictions so far: effdet's name."""
+        images = {
+            self._image_id(k): self._detections(k, rows)
+            for k, rows in zip(self.img_indices, self.predictions, strict=True)
+        }
+        return self._result_rows(images), list(images)
+
     def _result_rows(self, images: Mapping[Any, np.ndarray]) -> list[dict[str, Any]]:
         """Turn predictions by image id into COCO result rows."""
-        return make_result_rows(images, category_ids(self._parser), self._ground_truth().getCatIds())
+        known_ids = self._ground_truth().getCatIds()
+        return make_result_rows(images, category_ids(self._parser, known_ids), known_ids)
 
     def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores | VocScores:
         """Compute all numbers from the gathered predictions; runs on rank 0 only."""
@@ -315,10 +238,14 @@ class CocoEvaluator(Evaluator):
         if output_result_file:
             write_json(output_result_file, rows)
         covered = set(truth.getImgIds())
-        if self._covered is not None:
+        if not self.all_images:
+            covered &= images.keys()
+        elif self._covered is not None:
             covered &= self._covered
         scores = self._compute(truth, rows, covered)
-        if not any(line.count for line in scores.per_class):
+        if not images and not self.all_images:
+            _logger.warning("no image was predicted: nothing can be scored; AP is reported as 0.0")
+        elif not any(line.count for line in scores.per_class):
             _logger.warning(
                 "the ground truth of these %d images has no boxes: nothing can be scored; AP is reported "
                 "as 0.0, and undefined (NaN) in the statistics",
@@ -342,50 +269,82 @@ class CocoEvaluator(Evaluator):
         return score_rows(truth, rows, covered, self.max_det)
 
 
-class PascalEvaluator(CocoEvaluator):
+class TfmEvaluator(CocoEvaluator):
     """Evaluate boxes by Pascal VOC's metric, mAP at IoU 0.5; everything but the numbers is CocoEvaluator's.
 
-    `evaluate` returns the mean over the classes that have objects, and `stats` holds it as AP50. Objects marked as
-    difficult count neither way. Group boxes (crowd regions) are never missed, and detections inside them are ignored.
+    `evaluate` returns the mean over the classes that have objects, and `stats` holds it as AP50. Group boxes (crowd
+    regions) are never missed, and detections inside them are ignored. All scores count.
+
+    Args:
+        dataset, distributed, pred_yxyx: see CocoEvaluator. A parser of one's own without a json needs `get_ann_info`,
+            with boxes as yxyx, and `cat_dicts`.
+        evaluator_cls: PascalDetectionEvaluator, the only one there is.
+        ignore_difficult: objects marked as difficult count neither way, as in VOC's development kit. False counts what
+            the parser gives for training: all of them, none where it leaves them out.
+        all_images: see CocoEvaluator.
     """
 
     metric = "AP50"
+
+    def __init__(
+        self,
+        dataset: Any,
+        distributed: bool = False,
+        pred_yxyx: bool = False,
+        evaluator_cls: type = PascalDetectionEvaluator,
+        *,
+        ignore_difficult: bool = False,
+        all_images: bool = False,
+    ) -> None:
+        if evaluator_cls is not PascalDetectionEvaluator:
+            raise ValueError(f"evaluator_cls is {evaluator_cls}: here it can only be PascalDetectionEvaluator")
+        super().__init__(dataset, distributed, pred_yxyx, all_images=all_images, min_score=0.0)
+        self.ignore_difficult = ignore_difficult
+
+    def _ground_truth(self) -> COCO:
+        if self._truth is None:
+            source = load_ground_truth(self._parser)
+            if not self.ignore_difficult:
+                source = {
+                    **source,
+                    "annotations": [a | {"difficult": 0} for a in source["annotations"] if _is_trained(a)],
+                }
+            self._truth = index_ground_truth(source)
+        return self._truth
 
     def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> VocScores:
         return score_voc(truth, rows, covered)
 
 
-class OpenImagesEvaluator(PascalEvaluator):
-    """Evaluate boxes on Open Images: PascalEvaluator's numbers. Image-level labels are not considered, as in effdet."""
+def _is_trained(annotation: Mapping[str, Any]) -> bool:
+    """Tell whether effdet trains on an object: one that is not marked to be left out, with sides from 1 px."""
+    return not annotation.get("ignore") and min((annotation.get("bbox") or [1] * 4)[2:]) >= 1
 
 
-_EVALUATORS = {
-    "coco": CocoEvaluator,
-    "openimages": OpenImagesEvaluator,
-    "voc": PascalEvaluator,
-    "pascal": PascalEvaluator,
-}
+class PascalEvaluator(TfmEvaluator):
+    """Evaluate boxes on Pascal VOC."""
+
+
+class OpenImagesEvaluator(TfmEvaluator):
+    """Evaluate boxes on Open Images. Image-level labels are not considered, as in effdet."""
 
 
 def create_evaluator(
-    name: str, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, max_det: int = 100
-) -> Evaluator:
+    name: str, dataset: Any, distributed: bool = False, pred_yxyx: bool = False, **options: Any
+) -> CocoEvaluator:
     """Build the evaluator that fits a dataset's name.
 
     Args:
-        name: name of the dataset, one that contains 'coco', 'voc', 'pascal' or 'openimages', as 'coco2017'.
+        name: name of the dataset: one with 'coco' in it gets CocoEvaluator, one with 'openimages' OpenImagesEvaluator,
+            any other PascalEvaluator.
         dataset: see CocoEvaluator, also for the next ones.
         distributed: gather the detections of all processes.
         pred_yxyx: boxes come as yxyx instead of xyxy.
-        max_det: detections counted per image.
+        options: further arguments of the class.
 
     Returns:
         A fresh evaluator.
-
-    Raises:
-        ValueError: there is no evaluator for the name.
     """
-    for key, evaluator in _EVALUATORS.items():
-        if key in name.lower():
-            return evaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx, max_det=max_det)
-    raise ValueError(f"no evaluator for {name!r}: available are names that contain {', '.join(_EVALUATORS)}")
+    name = name.lower()
+    cls = CocoEvaluator if "coco" in name else OpenImagesEvaluator if "openimages" in name else PascalEvaluator
+    return cls(dataset, distributed, pred_yxyx, **options)

@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 # Source: torch.hub's naming, NAME-HASH.EXT, where HASH is the start of the file's SHA-256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
+CHECK_HASH = "EFFDET_CHECK_HASH"  # environment variable; 0 takes files of the cache as they are
+
 StateDict = dict[str, torch.Tensor]
 
 
@@ -73,10 +75,13 @@ def load_checkpoint(
     use_ema: bool | None = None,
     device: torch.device | str = "cpu",
     strict: bool = True,
+    remap: bool = False,
+    filter_fn: Callable[[StateDict, nn.Module], StateDict] | None = None,
+    weights_only: bool = True,
 ) -> KeyReport:
     """Load a checkpoint's weights into a model.
 
-    Order of arguments and default are those of timm's function, which effdet exported under this name.
+    The arguments are those of timm's function, which effdet exported under this name.
 
     Args:
         model: the model, bare or wrapped; changed in place.
@@ -85,14 +90,31 @@ def load_checkpoint(
             trained ones.
         device: where the file's tensors go before they are copied into the model.
         strict: as in `load_pretrained`.
+        remap: take the file's tensors in their order, whatever their names, reshaped where only the shape differs.
+        filter_fn: maps state dict and model to the state dict to load; not asked with `remap`.
+        weights_only: True; a file is never read in a way that could run code.
 
     Returns:
-        What was loaded and what was not.
+        What was loaded and what was not; `missing_keys` and `unexpected_keys` too, and unpacked into these two.
 
     Raises:
         CheckpointError: unreadable, without the weights asked for, or not fitting.
+        ValueError: `weights_only` is False.
     """
-    return _load_into(model, Path(checkpoint_path), use_ema=use_ema, strict=strict, device=device)
+    if not weights_only:
+        raise ValueError("weights_only=False would run code from the file: save the state dict alone and load that")
+    convert = (lambda state: _rename_in_order(state, model)) if remap else filter_fn and (lambda s: filter_fn(s, model))
+    return _load_into(model, Path(checkpoint_path), use_ema, strict, convert, device)
+
+
+def _rename_in_order(state_dict: StateDict, model: nn.Module) -> StateDict:
+    own = model.state_dict()
+    if [tensor.numel() for tensor in state_dict.values()] != [tensor.numel() for tensor in own.values()]:
+        raise CheckpointError(
+            f"remap needs tensors of the same sizes in the same order; the file has {len(state_dict)} tensors, the "
+            f"model {len(own)}: load by name instead."
+        )
+    return {key: tensor.reshape(own[key].shape) for key, tensor in zip(own, state_dict.values(), strict=True)}
 
 
 def _load_into(
@@ -124,8 +146,14 @@ def _fetch(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     match = _HASH_IN_NAME.search(name)
     if path.is_file():
-        if match and not _sha256(path).startswith(match[1]):  # put there by hand, or an interrupted copy
-            raise CheckpointError(f"{path} does not have the SHA-256 its name promises; delete it and try again.")
+        if (
+            match and os.environ.get(CHECK_HASH) != "0" and not _sha256(path).startswith(match[1])
+        ):  # put there by hand, or an interrupted copy
+            raise CheckpointError(
+                f"{path} does not have the SHA-256 its name promises. Delete it and try again; or, if it is meant to "
+                f"be another file, give its path instead of pretrained=True, or set the environment variable "
+                f"{CHECK_HASH}=0."
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     _logger.info("downloading %s to %s", url, path)

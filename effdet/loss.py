@@ -122,6 +122,21 @@ def smooth_l1_loss(
     return loss.mean() if size_average else loss.sum()
 
 
+def check_class_targets(cls_targets: Tensor | Sequence[Tensor], num_classes: int) -> None:
+    """Refuse a class that the model does not have; reads the targets, so an accelerator has to be waited for.
+
+    Raises:
+        ValueError: a class target is num_classes or more.
+    """
+    levels = [cls_targets] if isinstance(cls_targets, Tensor) else cls_targets
+    highest = max((int(level.max()) for level in levels if level.numel()), default=-1)
+    if highest >= num_classes:
+        raise ValueError(
+            f"a label is {highest + 1}, but the model has {num_classes} classes: labels go from 1 to num_classes. Make "
+            f"the model with num_classes={highest + 1} (a data set's is dataset.parser.max_label), or renumber them."
+        )
+
+
 def loss_fn(
     cls_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
@@ -158,7 +173,12 @@ def loss_fn(
     Returns:
         total, class and box loss: float32 scalars, normalised by the batch's positive anchors + 1, so a batch of
         background only is finite.
+
+    Raises:
+        ValueError: a class target is num_classes or more; on accelerators it is not looked for.
     """
+    if is_host(cls_outputs[0].device) and not torch.compiler.is_compiling():
+        check_class_targets(cls_targets, num_classes)
     focal_sum = dense_focal_loss_sum if dense_targets else focal_loss_sum
     counts = [deltas[0].numel() // 4 for deltas in box_outputs]  # anchors of each level
     with torch.autocast(cls_outputs[0].device.type, enabled=False):

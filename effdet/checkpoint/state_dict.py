@@ -5,7 +5,7 @@ Lives here: state dicts in memory. Files are in `effdet/checkpoint/io.py`; makin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,20 @@ class KeyReport:
     def complete(self) -> bool:
         """Return True when file and model have the same tensors."""
         return not (self.missing or self.unexpected or self.mismatched)
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Torch's name of `missing`."""
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """Torch's name of `unexpected`."""
+        return self.unexpected
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """Unpack as torch's result of load_state_dict does: missing, unexpected."""
+        return iter((self.missing, self.unexpected))
 
     def differences(self, limit: int = 3) -> list[str]:
         """Word each kind of difference with its count and first `limit` names; empty when there is none."""

@@ -16,7 +16,7 @@ import torch
 
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
-from effdet.data.build import build_dataset, build_eval_loader
+from effdet.data.build import build_dataset, build_loader
 from effdet.data.coco.truth import category_ids, find_parser
 from effdet.data.corrupt import BadImagesError
 from effdet.evaluator import CocoEvaluator
@@ -43,15 +43,15 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         dataset = open_dataset(cfg, detector)
         world = distributed.world_size()
         channels_last = device_layer.use_channels_last(device)
-        loader = build_eval_loader(
+        loader = build_loader(
             dataset,
             cfg.data,
             detector.model.config,
             split_over_devices(cfg.run.batch_size, world),
             workers_per_device(cfg.data.workers, world),
             device,
-            cfg.run.val_skip,
-            channels_last,
+            channels_last=channels_last,
+            val_skip=cfg.run.val_skip,
         )
         for line in device_layer.tune(device):
             _logger.info("setting: %s", line)
@@ -115,8 +115,9 @@ class Unscored(CocoEvaluator):
         return math.nan
 
     def _result_rows(self, images: Mapping[Any, np.ndarray]) -> list[dict[str, Any]]:
-        ids = category_ids(self._parser)
-        return make_result_rows(images, ids, self._ground_truth().getCatIds() or ids)
+        known_ids = self._ground_truth().getCatIds()
+        ids = category_ids(self._parser, known_ids)
+        return make_result_rows(images, ids, known_ids or ids)
 
 
 def run(
@@ -128,7 +129,13 @@ def run(
         _logger.warning("the validation split has no images: there is nothing to evaluate")
     labeled = find_parser(loader.dataset).has_labels
     kind = CocoEvaluator if labeled else Unscored
-    evaluator = kind(loader.dataset, distributed=True, max_det=max(100, detector.model.config.max_det_per_image))
+    evaluator = kind(
+        loader.dataset,
+        distributed=True,
+        max_det=max(100, detector.model.config.max_det_per_image),
+        all_images=True,
+        min_score=0.0,
+    )
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
     with progress.progress("Evaluating", len(loader)) as on_batch:

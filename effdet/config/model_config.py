@@ -210,15 +210,22 @@ def _table() -> dict[str, dict[str, Any]]:
 efficientdet_model_param_dict: dict[str, dict[str, Any]] = _table()
 
 
+class UnknownModelError(KeyError, ValueError):
+    """A name that is not in the table of models; a KeyError as in effdet, and a ValueError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def find_model_spec(model_name: str) -> ModelSpec:
     """Return the fields of a model of the table.
 
     Raises:
-        ValueError: the table has no such model; the nearest names are given.
+        UnknownModelError: the table has no such model; the nearest names are given.
     """
     if model_name not in efficientdet_model_param_dict:
         nearest = similar_names(model_name, efficientdet_model_param_dict)[:3]
-        raise ValueError(
+        raise UnknownModelError(
             f"Unknown model '{model_name}'. Nearest: {', '.join(nearest) or 'none'}. All names: "
             "effdet.config.model_config.efficientdet_model_param_dict."
         )

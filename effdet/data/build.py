@@ -90,49 +90,65 @@ def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Pa
     return Path(images), Path(ann)
 
 
-def build_train_loader(
+def build_loader(
     dataset: Any,
-    data: DataConfig,
+    data: DataConfig | EvalDataConfig,
     model_config: Any,
     batch_size: int,
     num_workers: int,
     device: torch.device,
-    seed: int,
-    channels_last: bool,
+    seed: int = 0,
+    channels_last: bool = False,
+    *,
+    is_training: bool = False,
+    val_skip: int = 0,
 ) -> Any:
-    """Make the loader of the augmented training split.
+    """Make the loader of a split: augmented and shuffled in training, else letterboxed, in order and each image once.
 
     Args:
         dataset: of `build_dataset`; its transform is set.
-        data: the data section.
+        data: the data section, a DataConfig in training.
         model_config: gives input size, mean and std.
         batch_size: images a step of this process.
         num_workers: loading processes of this process.
         device: where batches go.
         seed: of shuffling and augmentation, the same on all ranks.
         channels_last: memory layout of the batches.
+        is_training: which of the two.
+        val_skip: without training, take every Nth image; 0 and 1: all.
     """
-    inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
-    transform = build_train_transform(dataset, data, inputs)
-    _logger.info("augmentation: %s", describe_augmentation(data))
+    asked = {"fill_color": _fill_color(data), "interpolation": None if is_training else data.interpolation}
+    inputs = resolve_input_config(asked, model_config)
+    options: dict[str, Any] = {"interpolation": inputs["interpolation"], "fill_color": inputs["fill_color"]}
+    if is_training:
+        assert isinstance(data, DataConfig)
+        options = {
+            "transform_fn": build_train_transform(dataset, data, inputs),
+            "re_prob": data.reprob,
+            "re_mode": data.remode,
+            "re_count": data.recount,
+            "drop_last": True,
+            "multi_scale": multi_scale_sizes(data, inputs["input_size"][1:]),
+        }
+        _logger.info("augmentation: %s", describe_augmentation(data))
+    elif val_skip > 1:
+        dataset = SkipSubset(dataset, val_skip)
     return create_loader(
         dataset,
         inputs["input_size"],
         batch_size,
-        is_training=True,
-        re_prob=data.reprob,
-        re_mode=data.remode,
-        re_count=data.recount,
+        is_training=is_training,
         mean=inputs["mean"],
         std=inputs["std"],
         num_workers=num_workers,
         distributed=True,
         pin_mem=True,
-        transform_fn=transform,
         device=device,
+        persistent_workers=True,
         seed=seed,
         channels_last=channels_last,
-        multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]),
+        max_instances=None,
+        **options,
     )
 
 
@@ -148,47 +164,6 @@ def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple
         except ValueError as error:
             raise ValueError(f"--multi-scale {longer}: {error}") from error
     return [nearest_image_size(image_size, longer / max(image_size)) for longer in data.multi_scale]
-
-
-def build_eval_loader(
-    dataset: Any,
-    data: EvalDataConfig,
-    model_config: Any,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    val_skip: int = 0,
-    channels_last: bool = False,
-) -> Any:
-    """Make the loader of the validation split: letterboxed, in order, every image once over all processes.
-
-    Args:
-        dataset: of `build_dataset`; its transform is set.
-        data: the data section.
-        model_config: gives input size, mean and std.
-        batch_size: images a step of this process.
-        num_workers: loading processes of this process.
-        device: where batches go.
-        val_skip: take every Nth image; 0 and 1: all.
-        channels_last: memory layout of the batches.
-    """
-    inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
-    if val_skip > 1:
-        dataset = SkipSubset(dataset, val_skip)
-    return create_loader(
-        dataset,
-        inputs["input_size"],
-        batch_size,
-        interpolation=inputs["interpolation"],
-        fill_color=inputs["fill_color"],
-        mean=inputs["mean"],
-        std=inputs["std"],
-        num_workers=num_workers,
-        distributed=True,
-        pin_mem=True,
-        device=device,
-        channels_last=channels_last,
-    )
 
 
 def _fill_color(data: EvalDataConfig) -> Any:

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from effdet.anchors import AnchorLabeler
 from effdet.ops.labels import PADDING
 
-MAX_NUM_INSTANCES = 100  # what effdet padded to; give it as max_instances for its shapes
+MAX_NUM_INSTANCES = 100  # the number of slots that effdet padded to
 
 _PAD_STEP = 128
 
@@ -24,17 +25,19 @@ def padded_instances(most: int) -> int:
 class DetectionFastCollate:
     """Put samples (image [3, H, W], target dict) together into a batch.
 
-    Per-box entries (`instance_keys`) are padded to M slots; others are stacked: numbers to [B], sequences to [B, n],
-    arrays as they are.
+    Per-box entries (`instance_keys`) are padded to M slots, float32; others are stacked: numbers to [B] (int64 or
+    float32), sequences to [B, n] (int32 or float32), arrays as they are.
 
     Args:
         instance_keys: names of per-box entries; default bbox, bbox_ignore, cls.
         instance_shapes: their shapes (M, ...); the default takes M from `max_instances` and the rest from the data.
         instance_fill: value of unused slots.
-        max_instances: M. None takes it from the batch in steps (`padded_instances`); no box is ever cut off.
+        max_instances: least M. A batch with an image of more boxes has more slots (`padded_instances`); no box is ever
+            cut off. None takes M from the batch alone.
         anchor_labeler: computes the anchor targets here, in the worker, with its `batch_label_anchors(gt_boxes [B, M,
-            4], gt_classes [B, M])`. They go into label_cls_L, label_bbox_L (L counts the levels from 0) and
-            label_num_positives; boxes and classes are left out.
+            4], gt_classes [B, M])`, or an image at a time with its `label_anchors` where a subclass has its own. They
+            go into label_cls_L, label_bbox_L (L counts the levels from 0) and label_num_positives; boxes and classes
+            are left out.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class DetectionFastCollate:
         instance_keys: set[str] | None = None,
         instance_shapes: dict[str, tuple[int, ...]] | None = None,
         instance_fill: float = PADDING,
-        max_instances: int | None = None,
+        max_instances: int | None = MAX_NUM_INSTANCES,
         anchor_labeler: Any = None,
     ) -> None:
         self.instance_keys = set(instance_keys or ("bbox", "bbox_ignore", "cls"))
@@ -57,33 +60,44 @@ class DetectionFastCollate:
         target = {}
         for key in batch[0][1]:
             values = [sample[1][key] for sample in batch]
-            target[key] = self._pad(key, values) if key in self.instance_keys else _stack(key, values)
+            if key not in self.instance_keys:
+                target[key] = _stack(key, values)
+            elif self.anchor_labeler is None:
+                target[key] = self._pad(key, values)
         if self.anchor_labeler is not None:
-            boxes, classes = target.pop("bbox"), target.pop("cls")
-            target.pop("bbox_ignore", None)
-            cls_targets, box_targets, num_positives = self.anchor_labeler.batch_label_anchors(boxes, classes)
-            for level, (cls_target, box_target) in enumerate(zip(cls_targets, box_targets, strict=True)):
-                target[f"label_cls_{level}"] = cls_target
-                target[f"label_bbox_{level}"] = box_target
-            target["label_num_positives"] = num_positives
+            target.update(self._make_labels([sample[1] for sample in batch]))
         return images, target
+
+    def _make_labels(self, targets: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        boxes, classes = (
+            [torch.as_tensor(target[key], dtype=torch.float32) for target in targets] for key in ("bbox", "cls")
+        )
+        cls_targets: Sequence[torch.Tensor]
+        box_targets: Sequence[torch.Tensor]
+        if getattr(type(self.anchor_labeler), "label_anchors", None) in (None, AnchorLabeler.label_anchors):
+            cls_targets, box_targets, num_positives = self.anchor_labeler.batch_label_anchors(boxes, classes)
+        else:  # effdet's collate calls this one
+            labels = [
+                self.anchor_labeler.label_anchors(*pair, filter_valid=False)
+                for pair in zip(boxes, classes, strict=True)
+            ]
+            cls_targets, box_targets = (
+                [torch.stack(level) for level in zip(*(image[part] for image in labels), strict=True)]
+                for part in (0, 1)
+            )
+            num_positives = torch.tensor([float(image[2]) for image in labels])
+        made = {f"label_cls_{level}": cls_target for level, cls_target in enumerate(cls_targets)}
+        made |= {f"label_bbox_{level}": box_target for level, box_target in enumerate(box_targets)}
+        return made | {"label_num_positives": num_positives}
 
     def _pad(self, key: str, values: list) -> torch.Tensor:
         rows = [torch.as_tensor(v) for v in values]
         most = max(len(r) for r in rows)
         shape = self.instance_shapes.get(key)
-        limit = shape[0] if shape else self.max_instances
-        if limit is not None and most > limit:
-            raise ValueError(
-                f"an image of the batch has {most} boxes, more than max_instances={limit}. "
-                "Raise it, or leave it out to pad to what each batch needs."
-            )
-        # Integer labels stay exact; everything else is float32, whatever the transform made of it.
-        dtype = torch.int64 if key == "cls" else torch.float32
+        least = shape[0] if shape else self.max_instances or 0
         tail = tuple(shape[1:]) if shape else tuple(rows[0].shape[1:])
-        padded = torch.full(
-            (len(rows), padded_instances(most) if limit is None else limit, *tail), self.instance_fill, dtype=dtype
-        )
+        slots = least if most <= least else padded_instances(most)
+        padded = torch.full((len(rows), slots, *tail), self.instance_fill, dtype=torch.float32)
         for slot, row in zip(padded, rows, strict=True):
             slot[: len(row)] = row
         return padded
@@ -110,6 +124,6 @@ def _stack(key: str, values: list) -> torch.Tensor:
             f"target entry {key!r} cannot be batched: numbers, sequences of numbers and arrays of one shape can. "
             "Name per-box entries in instance_keys."
         ) from e
-    if stacked.is_floating_point() or key == "img_size":
+    if stacked.is_floating_point():
         return stacked.float()
-    return stacked.long()
+    return stacked.to(torch.int32 if isinstance(values[0], (tuple, list)) else torch.int64)

@@ -55,17 +55,19 @@ _VOC = {"voc2007": Voc2007Cfg, "voc2012": Voc2012Cfg, "voc0712": Voc0712Cfg}
 _OPEN_IMAGES = {"openimages": OpenImagesObjV5Cfg, "openimages-challenge2019": OpenImagesObjChallenge2019Cfg}
 
 
-def _cfg(img_dir: Path, ann_path: Path, split: str, crowd: str, unlabeled: bool = False) -> CocoParserCfg:
-    """Make the parser's settings for one split of a COCO data set, `unlabeled`: also of a json without annotations.
+_SMALLEST = 32  # images with a shorter side, in pixels, are left out, as in effdet; our scripts evaluate on them
 
-    Small images are left out of training, as in effdet; evaluation keeps all, or it would score another data set.
-    """
+
+def _cfg(
+    img_dir: Path, ann_path: Path, split: str, crowd: str, smallest: int = _SMALLEST, unlabeled: bool = False
+) -> CocoParserCfg:
+    """Make the parser's settings for one split of a COCO data set, `unlabeled`: also of a json without annotations."""
     return CocoParserCfg(
         ann_filename=str(ann_path),
         img_dir=img_dir,
         crowd=crowd,
         has_labels=None if unlabeled else split not in UNLABELED_SPLITS,
-        min_img_size=32 if split == "train" else 0,
+        min_img_size=smallest,
         keep_json=split != "train",
     )
 
@@ -109,7 +111,8 @@ def open_coco(
             f"got root={root}, images={images}, ann={ann}"
         )
     img_dir, ann_path = coco_paths(root, split) if images is None else (Path(images), Path(ann))
-    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd, unlabeled))
+    smallest = _SMALLEST if split == "train" else 0
+    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd, smallest, unlabeled))
     if parser.categories:
         parser.category_map = resolve_category_map(parser.categories, num_classes, stored)
     for line in parser.report.lines():
@@ -120,7 +123,7 @@ def open_coco(
 def create_dataset(
     name: str, root: str | Path, splits: str | Sequence[str] = ("train", "val"), crowd: str = "drop"
 ) -> DetectionDatset | list[DetectionDatset]:
-    """Open splits of a data set by effdet's names. Category ids are numbered as `create_parser` says.
+    """Open splits of a data set by effdet's names. Labels are category ids, as in effdet (`effdet_category_map`).
 
     Args:
         name: 'coco', 'coco2017', 'coco2014', 'voc2007', 'voc2012', 'voc0712' (2007 and 2012 together, tested on 2007's
@@ -147,7 +150,6 @@ def create_dataset(
 
 
 def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, CocoParser]:
-    smallest = 32 if split == "train" else 0
     if name.startswith("coco"):
         img_dir, ann_path = coco_paths(root, split, "2014" if "coco2014" in name else "2017")
         return img_dir, create_parser("coco", cfg=_cfg(img_dir, ann_path, split, crowd))
@@ -163,7 +165,7 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
             [str(root / path) for path in lists],
             [str(root / path) for path in annotations],
             [f"{folder}/{layout.img_filename}" for folder in folders],
-            min_img_size=smallest,
+            min_img_size=_SMALLEST,
         )
         return root, create_parser("voc", cfg=cfg)
     if name.startswith("openimages"):
@@ -177,7 +179,7 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
             img_filename=layout.img_filename,
             prefix_levels=part["prefix_levels"],
             has_labels=part["has_labels"],
-            min_img_size=smallest,
+            min_img_size=_SMALLEST,
         )
         return root / part["img_dir"], create_parser("openimages", cfg=cfg)
     raise ValueError(

@@ -179,23 +179,23 @@ def create_loader(
     collate_fn: Callable | None = None,
     *,
     device: torch.device | str | None = None,
-    drop_last: bool | None = None,
-    persistent_workers: bool | None = None,
-    seed: int | None = 0,
+    drop_last: bool = False,
+    persistent_workers: bool = False,
+    seed: int | None = None,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     sampler: Any = None,
     rank: int | None = None,
     world_size: int | None = None,
-    max_instances: int | None = None,
+    max_instances: int | None = MAX_NUM_INSTANCES,
     multiprocessing_context: Any = None,
     multi_scale: Sequence[tuple[int, int]] = (),
 ) -> Any:
     """Make a loader that gives (images [B, 3, H, W], target).
 
-    Sets the data set's transform (behind a torch Subset, that of the whole set). Training shuffles; the sampler's
-    `set_epoch`, or else each pass, moves to the next epoch. Evaluation goes through the data set in order; over several
-    processes each image comes exactly once.
+    Sets the data set's transform (behind a torch Subset, that of the whole set). Training shuffles. Evaluation goes
+    through the data set in order; over several processes each image comes exactly once. Defaults are those of effdet
+    0.4.1; what train.py asks for is in build.py.
 
     Args:
         dataset: gives (image, target), as `DetectionDatset` does.
@@ -221,16 +221,17 @@ def create_loader(
             label_fields=['cls']).
         collate_fn: instead of `DetectionFastCollate`.
         device: for the prefetcher; default is the best there is.
-        drop_last: leave out an incomplete last batch; default in training, so that shapes are fixed.
-        persistent_workers: keep workers between passes; default when there are any.
-        seed: of the shuffling and of the augmentations, the same on all ranks; None leaves augmentations to the
-            global generators.
+        drop_last: leave out an incomplete last batch in training, so that shapes are fixed.
+        persistent_workers: keep workers between passes, where there are any.
+        seed: of the shuffling and of the augmentations, the same on all ranks; the sampler's `set_epoch`, or else each
+            pass, moves both to the next epoch. None leaves both to the global generators; over several processes the
+            order is then that of torch's DistributedSampler.
         channels_last: memory layout of the images, with the prefetcher.
         dtype: of the images, with the prefetcher.
         sampler: instead of ours; it alone then decides order and shares.
         rank: instead of the process group's.
         world_size: the same.
-        max_instances: fixed number of target slots, see `DetectionFastCollate`.
+        max_instances: least number of target slots, see `DetectionFastCollate`.
         multiprocessing_context: how workers start: 'fork', 'spawn', 'forkserver' or None for the default.
         multi_scale: in training, sizes (height, width) in pixels; each batch has one of them, see `multi_scale.py`.
 
@@ -238,7 +239,8 @@ def create_loader(
         A `PrefetchLoader`, or a torch DataLoader without the prefetcher.
 
     Raises:
-        ValueError: a training set smaller than one global batch, or arguments that contradict each other.
+        ValueError: a training set smaller than one global batch with `drop_last`, or arguments that contradict each
+            other.
     """
     if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
         raise ValueError(
@@ -260,14 +262,14 @@ def create_loader(
             std=std,
         )
     )
-    if hasattr(base, "seed"):
+    if seed is not None and hasattr(base, "seed"):
         base.seed = seed
-    drop_last = is_training if drop_last is None else drop_last
+    drop_last = drop_last and is_training
     if sampler is None:
         sampler = _make_sampler(
-            dataset, batch_size, is_training, drop_last, seed or 0, *_ranks(distributed, rank, world_size), multi_scale
+            dataset, batch_size, is_training, drop_last, seed, *_ranks(distributed, rank, world_size), multi_scale
         )
-    if collate_fn is not None and (anchor_labeler is not None or max_instances is not None):
+    if collate_fn is not None and (anchor_labeler is not None or max_instances not in (None, MAX_NUM_INSTANCES)):
         raise ValueError(
             "anchor_labeler and max_instances belong to the default collate; with a collate_fn of your own do it there"
         )
@@ -281,9 +283,9 @@ def create_loader(
         pin_memory=pin_mem and (not use_prefetcher or supports_pinning(device)),
         collate_fn=collate_fn or DetectionFastCollate(max_instances=max_instances, anchor_labeler=anchor_labeler),
         drop_last=drop_last,
-        persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
+        persistent_workers=persistent_workers and num_workers > 0,
         # A generator of its own: drawing the workers' seeds leaves the training's random numbers alone.
-        generator=torch.Generator().manual_seed(seed or 0),
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
     )
     if num_workers > 0:
@@ -301,11 +303,11 @@ def _make_sampler(
     batch_size: int,
     is_training: bool,
     drop_last: bool,
-    seed: int,
+    seed: int | None,
     rank: int,
     world_size: int,
     sizes: Sequence[tuple[int, int]],
-) -> TrainSampler | EvalSampler:
+) -> torch.utils.data.Sampler[int]:
     if not is_training:
         return EvalSampler(dataset, rank, world_size)
     if drop_last and len(dataset) < batch_size * world_size:
@@ -314,5 +316,9 @@ def _make_sampler(
             f"({world_size} x {batch_size}). Use a smaller batch, or more images."
         )
     if sizes:
-        return MultiScaleSampler(dataset, rank, world_size, seed, drop_last, sizes, batch_size)
+        return MultiScaleSampler(dataset, rank, world_size, seed or 0, drop_last, sizes, batch_size)
+    if seed is None and world_size == 1:
+        return torch.utils.data.RandomSampler(dataset)
+    if seed is None:
+        return torch.utils.data.DistributedSampler(dataset, world_size, rank, drop_last=drop_last)
     return TrainSampler(dataset, rank, world_size, seed, drop_last)

@@ -1,7 +1,8 @@
 """Image and target together: resize, pad, crop, flip, and to numpy.
 
 Every transform is a callable (Pillow image, target dict) -> (image, target dict). Boxes are `bbox` float32 [n, 4]
-yxyx in pixels with labels `cls` int64 [n]; both stay aligned and a target's arrays are replaced, never written into.
+yxyx in pixels with labels `cls` int64 [n]; both stay aligned. The dict that comes back is the one that was given, with
+new values, as in effdet, whose names the parameters have; its arrays are replaced, never written into.
 Random ones draw from the standard `random` module: the dataset seeds it per image (see `dataset.py`), which makes
 users' own transforms repeatable in the same way. Source: recipe and constants of rwightman/efficientdet-pytorch,
 itself after google/automl efficientdet's dataloader.
@@ -81,8 +82,8 @@ def resolve_fill_color(fill_color: Any, img_mean: Sequence[float] = IMAGENET_DEF
 
 
 def move_boxes(target: Target, scale: float, offset_yx: tuple[int, int], bound_hw: tuple[int, int]) -> Target:
-    """Scale, shift and clip the boxes; rows that clipping leaves without an area go, with their labels."""
-    target = dict(target, img_scale=1.0 / scale)
+    """Scale, shift and clip the boxes of the target given; rows left without an area go, with their labels."""
+    target["img_scale"] = 1.0 / scale
     if "bbox" in target:
         bbox = target["bbox"] * np.float32(scale)
         bbox -= np.array(offset_yx * 2, dtype=np.float32)
@@ -110,14 +111,14 @@ class ResizePad:
         self.fill_color = tuple(fill_color)
         _pil_interp(self.interpolation)
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+    def __call__(self, img: Image.Image, anno: Target) -> tuple[Image.Image, Target]:
         """Return the letterboxed image and its target, boxes moved."""
         width, height = img.size
         scale = letterbox_scale((height, width), self.target_size)
         scaled_h, scaled_w = scaled_hw((height, width), scale)
         out = Image.new("RGB", (self.target_size[1], self.target_size[0]), color=self.fill_color)
         out.paste(img.resize((scaled_w, scaled_h), _pil_interp(self.interpolation)), (0, 0))
-        return out, move_boxes(target, scale, (0, 0), (scaled_h, scaled_w))
+        return out, move_boxes(anno, scale, (0, 0), (scaled_h, scaled_w))
 
 
 class RandomResizePad:
@@ -149,7 +150,7 @@ class RandomResizePad:
         out.paste(pillow_resize_crop(img, size_wh, crop_xyxy, method), (0, 0))
         return out
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[Any, Target]:
+    def __call__(self, img: Image.Image, anno: Target) -> tuple[Any, Target]:
         """Return the image at a random size and its target, boxes moved and clipped."""
         width, height = img.size
         target_h, target_w = self.target_size
@@ -161,7 +162,7 @@ class RandomResizePad:
         bottom, right = min(scaled_h, top + target_h), min(scaled_w, left + target_w)
         interpolation = random.choice(self.interpolation) if len(self.interpolation) > 1 else self.interpolation[0]
         out = self._resize(img, (scaled_w, scaled_h), (left, top, right, bottom), interpolation)
-        return out, move_boxes(target, scale, (top, left), (bottom - top, right - left))
+        return out, move_boxes(anno, scale, (top, left), (bottom - top, right - left))
 
 
 class RandomResizePadToNumpy(RandomResizePad):
@@ -200,7 +201,7 @@ class RandomFlip:
         self.vertical = vertical
         self.prob = prob
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+    def __call__(self, img: Image.Image, annotations: Target) -> tuple[Image.Image, Target]:
         """Return the image and its target, both mirrored or neither."""
         flip_x = self.horizontal and random.random() < self.prob
         flip_y = self.vertical and random.random() < self.prob
@@ -209,25 +210,25 @@ class RandomFlip:
             img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if flip_y:
             img = img.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        if "bbox" in target and (flip_x or flip_y):
-            y0, x0, y1, x1 = target["bbox"].T
+        if "bbox" in annotations and (flip_x or flip_y):
+            y0, x0, y1, x1 = annotations["bbox"].T
             if flip_x:
                 x0, x1 = width - x1, width - x0
             if flip_y:
                 y0, y1 = height - y1, height - y0
-            target = dict(target, bbox=np.stack([y0, x0, y1, x1], axis=1))
-        return img, target
+            annotations["bbox"] = np.stack([y0, x0, y1, x1], axis=1)
+        return img, annotations
 
 
 class ImageToNumpy:
     """Turn the image into uint8 numpy [C, H, W]."""
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[np.ndarray, Target]:
+    def __call__(self, pil_img: Image.Image, annotations: Target) -> tuple[np.ndarray, Target]:
         """Return the pixels and the target as it is."""
-        pixels = np.array(img, dtype=np.uint8)
+        pixels = np.array(pil_img, dtype=np.uint8)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), target
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), annotations
 
 
 class ImageToTensor:
@@ -236,10 +237,10 @@ class ImageToTensor:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
-    def __call__(self, img: Image.Image, target: Target) -> tuple[torch.Tensor, Target]:
+    def __call__(self, pil_img: Image.Image, annotations: Target) -> tuple[torch.Tensor, Target]:
         """Return the pixels and the target as it is."""
-        pixels, target = ImageToNumpy()(img, target)
-        return torch.from_numpy(pixels).to(self.dtype), target
+        pixels, annotations = ImageToNumpy()(pil_img, annotations)
+        return torch.from_numpy(pixels).to(self.dtype), annotations
 
 
 class Normalize:
@@ -288,11 +289,11 @@ class Compose:
             if hasattr(transform, "set_size"):
                 transform.set_size(size_hw)
 
-    def __call__(self, img: Any, target: Target) -> tuple[Any, Target]:
+    def __call__(self, img: Any, annotations: Target) -> tuple[Any, Target]:
         """Return what the last transform makes of image and target."""
         for transform in self.transforms:
-            img, target = transform(img, target)
-        return img, target
+            img, annotations = transform(img, annotations)
+        return img, annotations
 
 
 def _to_output(use_prefetcher: bool, mean: Sequence[float], std: Sequence[float]) -> list[Callable]:

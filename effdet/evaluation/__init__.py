@@ -1,1 +1,1 @@
-"""Pascal VOC's metric on plain arrays, under effdet's names; `evaluator.PascalEvaluator` evaluates a data set."""
+"""Collected predictions (base.py), and Pascal VOC's metric on plain arrays under effdet's names."""

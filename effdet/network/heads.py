@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -56,6 +56,13 @@ class HeadNet(nn.Module):
             )
         self.bn_level_first = not self.bn_level_first
         self.bn_rep = flipped
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say what to do instead of torch.jit.script, which asks this of each part of a model."""
+        raise RuntimeError(
+            "torch.jit.script does not take this network: trace it (torch.jit.trace), or have "
+            "`python -m effdet.export --format torchscript` write network and post-processing as TorchScript."
+        )
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         """Map [B, C, H, W] of each level to [B, A * num_outputs, H, W] of each level."""

@@ -101,7 +101,7 @@ def draw_training_batch(
         One image, a sheet in up to four columns.
     """
     pixels = (images[:num_images].float().cpu() * std.cpu() + mean.cpu()).round().clamp(0, 255).to(torch.uint8)
-    boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().numpy()
+    boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().long().numpy()
     colors = make_class_colors(class_names) | {"ignore": (128, 128, 128)}
     height, width = images.shape[-2:]
     size_wh = cell_px, round(cell_px * height / width)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet.bench import DetBenchTrain
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
 from effdet.config.schema import RunConfig
-from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
+from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
@@ -174,20 +174,19 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
     """
     device, workers = place.device, place.workers
     check_shared_memory(distributed.local_world_size(), workers, batch_size, model_config.image_size)
-    if cfg.run.overfit:  # no augmentation: images as the evaluation sees them
-        train = build_eval_loader(
-            data.train_set, cfg.data, model_config, batch_size, workers, device, channels_last=place.channels_last
-        )
-    else:
-        train = build_train_loader(
-            data.train_set, cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last
-        )
-    val = build_eval_loader(
-        data.val_set, cfg.data, model_config, batch_size, workers, device, cfg.run.val_skip, place.channels_last
-    )
+    shared = (cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last)
+    # With --overfit there is no augmentation: images as the evaluation sees them.
+    train = build_loader(data.train_set, *shared, is_training=not cfg.run.overfit)
+    val = build_loader(data.val_set, *shared, val_skip=cfg.run.val_skip)
     for loader in (train, val):
         loader.loader.worker_init_fn = signals.ignore_in_worker
-    evaluator = CocoEvaluator(val.dataset, distributed=True, max_det=max(100, model_config.max_det_per_image))
+    evaluator = CocoEvaluator(
+        val.dataset,
+        distributed=True,
+        max_det=max(100, model_config.max_det_per_image),
+        all_images=True,
+        min_score=0.0,
+    )
     return Loaders(train, val, evaluator, batch_size)
 
 

@@ -53,7 +53,6 @@ GONE_MODULES = {
     for name in ("fields", "np_box_list", "np_mask_list", "object_detection_evaluation", "per_image_evaluation")
 }
 GONE_NAMES = {
-    "effdet.evaluator": {"TfmEvaluator"},
     "effdet.evaluation.detection_evaluator": {
         "DetectionEvaluator",
         "DetectionResultFields",

@@ -18,7 +18,7 @@ import numpy as np
 from effdet.ops.labels import IGNORE
 
 from ..dataset_config import Coco2014Cfg, Coco2017Cfg
-from .categories import CategoryMap, resolve_category_map
+from .categories import CategoryMap, effdet_category_map, resolve_category_map
 from .check import CocoArrays, check_coco, check_files, four_numbers
 from .parser import Parser
 from .read import collector_paused, read_json
@@ -123,7 +123,7 @@ class CocoParserCfg:
         ignore_empty_gt: leave out images without objects.
         crowd: 'drop' leaves crowd regions out of the targets, 'ignore' adds them as rows with cls -2.
         img_dir: where the images are: checks that they exist and reads sizes the json does not give.
-        category_map: the map to label with; None makes a dense one from the json.
+        category_map: the map to label with; None labels by category id, see `effdet_category_map`.
         keep_json: keep what was read for the first `coco_dict`, as an evaluation will ask for it.
     """
 
@@ -183,7 +183,7 @@ class CocoParser(Parser):
         if cfg.category_map is not None:
             self.category_map = cfg.category_map
         elif self.categories:
-            self.category_map = CategoryMap.from_categories(self.categories)
+            self.category_map = effdet_category_map(self.categories)
 
     def _read(self) -> Any:
         """Give the parsed json; parsers of other formats give what they convert to."""

@@ -120,6 +120,18 @@ class CategoryMap:
         return f"{self.num_classes} classes, {kind}, category ids {_short(self.ids)}"
 
 
+def effdet_category_map(categories: Iterable[Mapping[str, Any]]) -> CategoryMap:
+    """Number classes as effdet 0.4.1 does: the label is the category id.
+
+    An id below 1 makes the map dense, as effdet trained such a class as background; so does one that no float32, which
+    carries classes through post-processing, holds exactly.
+    """
+    dense = CategoryMap.from_categories(categories)
+    if dense.ids[0] < 1 or dense.ids[-1] > 2**24 or dense.ids[-1] == dense.num_classes:
+        return dense
+    return CategoryMap(dense.ids, dense.names, dense.ids[-1], id_indexed=True)
+
+
 def resolve_category_map(
     categories: Iterable[Mapping[str, Any]],
     num_classes: int | None = None,

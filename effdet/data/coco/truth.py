@@ -6,7 +6,7 @@ Datasets of one's own are read too: attributes are looked for, classes are not.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,10 @@ def plain_id(value: Any) -> Any:
 
 
 def load_ground_truth(parser: Any) -> Mapping[str, Any]:
-    """Return the parsed COCO json behind a parser, from whichever of its attributes has it."""
+    """Return the parsed COCO json behind a parser, from whichever of its attributes has it.
+
+    The targets of a parser without one, as of another format than COCO's, are put into that form.
+    """
     if callable(getattr(parser, "coco_dict", None)):
         return parser.coco_dict()
     if getattr(parser, "coco", None) is not None:
@@ -53,23 +56,49 @@ def load_ground_truth(parser: Any) -> Mapping[str, Any]:
     if getattr(parser, "ann_path", None):
         with open(parser.ann_path, encoding="utf-8") as file:
             return json.load(file)
+    if hasattr(parser, "get_ann_info") and hasattr(parser, "cat_dicts"):
+        return _read_targets(parser)
     raise ValueError(
         f"{type(parser).__name__} has no ground truth: give it `coco_dict()` (the parsed COCO json), `coco` "
-        "(a pycocotools COCO object) or `ann_path` (path of the json)"
+        "(a pycocotools COCO object), `ann_path` (path of the json), or `get_ann_info(idx)` and `cat_dicts`"
     )
 
 
-def category_ids(parser: Any) -> np.ndarray:
-    """Return the category id of each class_idx as an integer array."""
+def _read_targets(parser: Any) -> dict[str, Any]:
+    ids = category_ids(parser, [row["id"] for row in parser.cat_dicts]).tolist()
+    annotations = []
+    for index, image_id in enumerate(parser.img_ids):
+        target = parser.get_ann_info(index)
+        boxes = np.asarray(target["bbox"], dtype=np.float64).reshape(-1, 4)
+        if getattr(parser, "yxyx", True):
+            boxes = boxes[:, [1, 0, 3, 2]]
+        boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        annotations += [
+            {"image_id": plain_id(image_id), "category_id": ids[int(label) - 1], "bbox": box}
+            for label, box in zip(target["cls"], boxes_xywh.tolist(), strict=True)
+            if label > 0
+        ]
+    categories = [{"id": ids[row["id"] - 1], "name": row["name"]} for row in parser.cat_dicts]
+    images = [{"id": plain_id(image_id)} for image_id in parser.img_ids]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def category_ids(parser: Any, known_ids: Collection[int]) -> np.ndarray:
+    """Return the category id of each class_idx as an integer array.
+
+    By the parser's `category_map`, else by turning round its `cat_id_to_label`, where the ids are numbers; a parser
+    with neither has category ids as labels, as effdet has.
+
+    Args:
+        parser: see `find_parser`.
+        known_ids: category ids of the ground truth.
+    """
     category_map = getattr(parser, "category_map", None)
     if category_map is not None:
         return np.asarray(category_map.idx_to_id)
-    cat_ids = getattr(parser, "cat_ids", None)
-    if cat_ids is None:
-        raise ValueError(
-            f"{type(parser).__name__} has neither `category_map` nor `cat_ids`: the evaluator cannot tell "
-            "the category ids of the predicted classes"
-        )
-    if getattr(parser, "cat_ids_as_labels", False):
-        return np.arange(1, max(cat_ids, default=0) + 1)
-    return np.array(sorted(cat_ids), dtype=np.int64)
+    label_of = getattr(parser, "cat_id_to_label", None) or {}
+    if not label_of or not all(isinstance(category_id, (int, np.integer)) for category_id in label_of):
+        return np.arange(1, max(label_of.values() or known_ids, default=0) + 1)
+    ids = np.full(max(label_of.values()), -1, dtype=np.int64)
+    ids[np.array(list(label_of.values())) - 1] = list(label_of)
+    return ids

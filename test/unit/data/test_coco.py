@@ -127,11 +127,11 @@ def test_parser_serves_boxes_by_dataset_index(tmp_path):
     parser = parse(tmp_path, data)
     assert parser.img_ids == [1, 2, 3]
     assert parser.img_infos[1] == {"id": 2, "file_name": "2.png", "width": 100, "height": 80}
-    assert parser.cat_ids == [5, 1000] and parser.cat_names == ["c5", "c1000"] and parser.max_label == 2
-    assert parser.cat_id_to_label == {5: 1, 1000: 2} and parser.has_labels
+    assert parser.cat_ids == [5, 1000] and parser.cat_names == ["c5", "c1000"] and parser.max_label == 1000
+    assert parser.cat_id_to_label == {5: 5, 1000: 1000} and parser.has_labels
     first = parser.get_ann_info(0)
     assert first["bbox"].dtype == np.float32 and first["cls"].dtype == np.int64
-    assert first["bbox"].tolist() == [[20, 10, 60, 40], [2, 1, 6, 4]] and first["cls"].tolist() == [1, 2]
+    assert first["bbox"].tolist() == [[20, 10, 60, 40], [2, 1, 6, 4]] and first["cls"].tolist() == [5, 1000]
     assert parser.get_ann_info(1)["bbox"].shape == (0, 4) and parser.get_ann_info(1)["cls"].shape == (0,)
     first["bbox"][:] = 0
     assert parser.get_ann_info(0)["bbox"].sum() > 0, "an item must not be a view of the store"
@@ -140,8 +140,8 @@ def test_parser_serves_boxes_by_dataset_index(tmp_path):
 
 def test_setting_another_map_relabels(tmp_path):
     parser = parse(tmp_path, base_json())
-    parser.category_map = resolve_category_map(parser.categories, 1000)
-    assert parser.get_ann_info(0)["cls"].tolist() == [5, 1000] and parser.max_label == 1000
+    parser.category_map = resolve_category_map(parser.categories)
+    assert parser.get_ann_info(0)["cls"].tolist() == [1, 2] and parser.max_label == 2
     with pytest.raises(ValueError, match=r"\[1000\].*does not know"):
         parser.category_map = CategoryMap.from_categories(categories(5))
 
@@ -154,7 +154,7 @@ def test_small_and_empty_images_are_left_out_only_on_request(tmp_path):
     assert parser.get_ann_info(1)["cls"].tolist() == []
     assert parse(tmp_path, data, min_img_size=0).img_ids == [1, 2, 3]
     skipping = parse(tmp_path, data, min_img_size=0, ignore_empty_gt=True)
-    assert skipping.img_ids == [1, 3] and skipping.get_ann_info(1)["cls"].tolist() == [2]
+    assert skipping.img_ids == [1, 3] and skipping.get_ann_info(1)["cls"].tolist() == [1000]
     assert skipping.report.dropped["empty_image"] == 1
 
 
@@ -178,7 +178,7 @@ def test_parser_pickles_small_and_without_the_json(tmp_path):
     parser = parse(tmp_path, data)
     assert len(parser.coco.anns[1]["segmentation"][0]) == 5000
     assert len(pickle.dumps(parser)) < 5000
-    assert pickle.loads(pickle.dumps(parser)).get_ann_info(0)["cls"].tolist() == [1, 2]
+    assert pickle.loads(pickle.dumps(parser)).get_ann_info(0)["cls"].tolist() == [5, 1000]
 
 
 def test_unlabelled_file(tmp_path):

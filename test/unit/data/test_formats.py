@@ -195,7 +195,7 @@ def test_difficult_objects_and_group_boxes_count_neither_way():
 def test_the_evaluator_scores_a_perfect_detector_of_a_voc_data_set(tmp_path):
     dataset = create_dataset("voc2007", write_voc(tmp_path, "2007", {"val": ["000005", "000012"]}), "val")
     loader = create_loader(dataset, (3, 128, 128), 2, use_prefetcher=False, num_workers=0)
-    evaluator = create_evaluator("voc2007", loader.dataset)
+    evaluator = create_evaluator("voc2007", loader.dataset, ignore_difficult=True)
     assert type(evaluator) is PascalEvaluator
     for _, target in loader:
         rows = torch.zeros(*target["cls"].shape, 6)

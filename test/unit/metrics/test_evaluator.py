@@ -16,7 +16,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from effdet.checkpoint.io import write_json
-from effdet.evaluator import ClassMetrics, CocoEvaluator, Evaluator, create_evaluator
+from effdet.evaluator import (
+    ClassMetrics,
+    CocoEvaluator,
+    Evaluator,
+    PascalEvaluator,
+    TfmEvaluator,
+    create_evaluator,
+)
 from effdet.metrics import coco as coco_metrics
 
 NAMES = [
@@ -63,6 +70,11 @@ def xyxy(x, y, w, h, score, cls):
     return [x, y, x + w, y + h, score, cls]
 
 
+def strict_evaluator(dataset, **options) -> CocoEvaluator:
+    """Return an evaluator as validate.py makes it."""
+    return CocoEvaluator(dataset, all_images=True, min_score=0.0, **options)
+
+
 def add(evaluator: Evaluator, image_index: int, *rows) -> None:
     """Add one image's rows with two rows of padding."""
     evaluator.add_predictions(
@@ -76,7 +88,7 @@ TWO_BOXES = [(1, 1, 10, 10, 100, 100), (2, 2, 50, 60, 40, 30)]
 def perfect(truth: dict, **options) -> CocoEvaluator:
     """Return an evaluator that was given every annotation of the json as a prediction."""
     ids = sorted(c["id"] for c in truth["categories"])
-    evaluator = CocoEvaluator(make_dataset(truth), **options)
+    evaluator = strict_evaluator(make_dataset(truth), **options)
     for index, image in enumerate(truth["images"]):
         add(
             evaluator,
@@ -208,7 +220,7 @@ def test_published_numbers(pair, yxyx):
 
 def test_saved_results_are_plain_coco_results(pair, tmp_path):
     """pycocotools by itself, given the saved file, finds the very number that we report."""
-    evaluator = CocoEvaluator(make_dataset(pair.truth))
+    evaluator = strict_evaluator(make_dataset(pair.truth))
     for output, target in batches_of((pair.truth, pair.detections), False):
         evaluator.add_predictions(output, target)
     ap = evaluator.evaluate(tmp_path / "results" / "dt.json")
@@ -231,7 +243,7 @@ def test_saved_results_are_plain_coco_results(pair, tmp_path):
 
 def test_by_hand():
     """Two objects; a false positive scores highest: precision 1/2 for the 51 recall levels 0 to .50, then 0."""
-    evaluator = CocoEvaluator(make_dataset(make_truth([(1, 1, 0, 0, 100, 100), (2, 1, 0, 0, 100, 100)], (1,))))
+    evaluator = strict_evaluator(make_dataset(make_truth([(1, 1, 0, 0, 100, 100), (2, 1, 0, 0, 100, 100)], (1,))))
     add(evaluator, 0, xyxy(300, 300, 50, 50, 0.9, 1), xyxy(0, 0, 100, 80, 0.8, 1))  # IoU .80
     add(evaluator, 1)
     # .80 counts at the seven thresholds .50, .55, ... .80
@@ -272,27 +284,27 @@ def test_annotation_id_0_and_repeated_ids_count(tmp_path):
 
 @pytest.mark.parametrize("source", ["coco", "ann_path"])
 def test_a_parser_written_for_effdet(tmp_path, source):
-    """It has img_ids and cat_ids only, and the ground truth as a COCO object or a path."""
+    """It has img_ids and perhaps cat_ids only, and the ground truth as a COCO object or a path."""
     truth = make_truth([(1, 9, 10, 10, 50, 50), (2, 4, 5, 5, 20, 20)], (9, 4))
     path = tmp_path / "gt.json"
     path.write_text(json.dumps(truth))
     with contextlib.redirect_stdout(io.StringIO()):
         attribute = {"coco": COCO(path)} if source == "coco" else {"ann_path": path}
-    dataset = SimpleNamespace(parser=SimpleNamespace(img_ids=[1, 2], cat_ids=[9, 4], **attribute))
-    evaluator = CocoEvaluator(dataset)
-    add(evaluator, 0, xyxy(10, 10, 50, 50, 0.9, 2))
-    add(evaluator, 1, xyxy(5, 5, 20, 20, 0.9, 1))
-    assert evaluator.evaluate() == pytest.approx(1.0)
-    dataset.parser.cat_ids_as_labels = True  # effdet's own: the label is the category id
-    evaluator = CocoEvaluator(dataset)
-    add(evaluator, 0, xyxy(10, 10, 50, 50, 0.9, 9))
-    add(evaluator, 1, xyxy(5, 5, 20, 20, 0.9, 4))
-    assert evaluator.evaluate() == pytest.approx(1.0)
+    for fields, labels in (
+        ({}, (9, 4)),  # effdet's rule: the label is the category id
+        ({"cat_ids": [9, 4]}, (9, 4)),
+        ({"cat_ids": [9, 4], "cat_id_to_label": {}}, (9, 4)),
+        ({"cat_ids": [9, 4], "cat_id_to_label": {9: 1, 4: 2}}, (1, 2)),
+    ):
+        evaluator = strict_evaluator(SimpleNamespace(parser=SimpleNamespace(img_ids=[1, 2], **fields, **attribute)))
+        add(evaluator, 0, xyxy(10, 10, 50, 50, 0.9, labels[0]))
+        add(evaluator, 1, xyxy(5, 5, 20, 20, 0.9, labels[1]))
+        assert evaluator.evaluate() == pytest.approx(1.0)
 
 
 def test_classes_without_a_category_are_dropped_and_counted(tmp_path, caplog):
     dataset = make_dataset(make_truth(TWO_BOXES), category_map=SimpleNamespace(idx_to_id=np.arange(1, 91)))
-    evaluator = CocoEvaluator(dataset)
+    evaluator = strict_evaluator(dataset)
     add(
         evaluator,
         0,
@@ -313,7 +325,7 @@ def test_classes_without_a_category_are_dropped_and_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize("fed", ["nothing", "padding only"])
 def test_no_predictions_are_ap_0_with_a_warning(tmp_path, caplog, fed):
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     if fed == "padding only":
         add(evaluator, 0)
     assert evaluator.evaluate(tmp_path / "dt.json") == 0.0
@@ -337,7 +349,7 @@ CROWD = make_truth(TWO_BOXES, iscrowd=1)
     ids=["no boxes", "only crowd", "no annotations key", "no images"],
 )
 def test_ground_truth_without_boxes_is_said_and_undefined(tmp_path, caplog, truth):
-    evaluator = CocoEvaluator(make_dataset(truth))
+    evaluator = strict_evaluator(make_dataset(truth))
     if truth["images"]:
         add(evaluator, 0, xyxy(10, 10, 100, 100, 0.9, 1))
     assert evaluator.evaluate() == 0.0
@@ -355,7 +367,7 @@ def test_unusable_ground_truth_is_left_out_and_named(caplog):
     no_box = {"id": 77, "image_id": 1, "category_id": 1}
     truth["annotations"] += [no_box, no_box | {"id": 78, "bbox": []}]
     del truth["annotations"][0]["area"], truth["annotations"][0]["iscrowd"]
-    evaluator = CocoEvaluator(make_dataset(truth))
+    evaluator = strict_evaluator(make_dataset(truth))
     add(evaluator, 0, xyxy(10, 10, 100, 100, 0.9, 1))
     add(evaluator, 1, xyxy(50, 60, 40, 30, 0.8, 2))
     assert evaluator.evaluate() == pytest.approx(1.0)
@@ -366,7 +378,7 @@ def test_unusable_ground_truth_is_left_out_and_named(caplog):
 
 
 def test_images_never_predicted_count_as_missed(caplog):
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     add(evaluator, 0, xyxy(10, 10, 100, 100, 0.9, 1))
     assert evaluator.evaluate() == pytest.approx(0.5)  # category 1 found, category 2 missed
     assert "1 of 2 images were not predicted" in caplog.text
@@ -379,7 +391,7 @@ def test_a_subset_is_evaluated_on_its_own_images(caplog):
     nested = torch.utils.data.Subset(skip, [2, 0])  # images 5 and 1, by indices into the whole dataset; has no parser
     named = SimpleNamespace(parser=whole.parser, img_ids=[3])
     for dataset, indices in ((skip, [0, 2, 4]), (nested, [4, 0]), (named, [2])):
-        evaluator = CocoEvaluator(dataset)
+        evaluator = strict_evaluator(dataset)
         for index in indices:
             add(evaluator, index, xyxy(10, 10, 50, 50, 0.9, 1))
         assert evaluator.evaluate() == pytest.approx(1.0)
@@ -392,7 +404,7 @@ def test_a_subset_is_evaluated_on_its_own_images(caplog):
 
 
 def test_an_image_predicted_twice_counts_once():
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     for _ in range(2):
         add(evaluator, 0, xyxy(10, 10, 100, 100, 0.9, 1))
         add(evaluator, 1, xyxy(50, 60, 40, 30, 0.8, 2))
@@ -408,7 +420,7 @@ def test_max_det_above_100_moves_the_limit():
     assert free.evaluate() == pytest.approx(1.0) and free.stats["AR100"] == free.stats["AR_small"] == 1.0
     assert free.stats["AR10"] == limited.stats["AR10"] == pytest.approx(10 / 150)
     assert "best 300" in free.summary() and "best 300" not in limited.summary()
-    few = create_evaluator("coco", make_dataset(truth), max_det=20)
+    few = create_evaluator("coco", make_dataset(truth), max_det=20, all_images=True)
     few.evaluate()
     assert "best 100" in few.summary()  # COCO's own limit never shrinks
     limited.max_det = 150  # an attribute too
@@ -449,7 +461,7 @@ SYNCS = {
 
 
 def test_one_copy_to_the_host_per_batch():
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     rows = torch.tensor([[xyxy(10, 10, 100, 100, 0.9, 1)], [xyxy(50, 60, 40, 30, 0.8, 2)]])
     Recorder.calls = []
     evaluator.add_predictions(rows.as_subclass(Recorder), {"img_idx": torch.tensor([0, 1]).as_subclass(Recorder)})
@@ -459,28 +471,32 @@ def test_one_copy_to_the_host_per_batch():
 
 def test_indices_left_on_the_host_are_not_moved():
     """Detections on another device than the indices: the meta device cannot be read, so only the refusal is seen."""
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     with pytest.raises(NotImplementedError, match="meta"):
         evaluator.add_predictions(torch.zeros(1, 2, 6, device="meta"), {"img_idx": [0]})
     evaluator.add_predictions(torch.tensor([[xyxy(10, 10, 100, 100, 0.9, 1)]]), {"img_idx": [0]})
     assert evaluator.evaluate() == pytest.approx(0.5)
 
 
-def test_padding_is_dropped_and_the_batch_left_alone():
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)), pred_yxyx=True)
+def test_padding_is_dropped_and_the_batch_left_alone(tmp_path):
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)), pred_yxyx=True)
     batch = torch.zeros(2, 5, 6)
     batch[0, 0] = torch.tensor([10.0, 20.0, 30.0, 50.0, 0.9, 1.0])
     before = batch.clone()
     evaluator.add_predictions(batch, {"img_idx": torch.tensor([1, 0])})
     assert evaluator.img_indices == [1, 0]
-    assert [p.tolist() for p in evaluator.predictions] == [[[20, 10, 50, 30, pytest.approx(0.9), 1]], []]
+    assert np.array_equal(np.stack(evaluator.predictions), batch.numpy())  # as in effdet: as given
+    evaluator.save(tmp_path / "dt.json")
+    assert json.loads((tmp_path / "dt.json").read_text()) == [
+        {"image_id": 2, "category_id": 1, "bbox": [20, 10, 30, 20], "score": 0.9}
+    ]
     assert torch.equal(batch, before)
     evaluator.add_predictions(torch.zeros(0, 5, 6), {"img_idx": torch.zeros(0, dtype=torch.int64)})
     assert len(evaluator.predictions) == 2
 
 
 def test_rows_that_are_not_finite_are_dropped_and_said(caplog):
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     good, bad = xyxy(10, 10, 100, 100, 0.9, 1), xyxy(10, 10, 100, 100, math.nan, 1)
     add(evaluator, 0, bad, good, xyxy(math.inf, 0, 1, 1, 0.5, 1))
     add(evaluator, 1, xyxy(50, 60, 40, 30, 0.8, 2))
@@ -489,7 +505,7 @@ def test_rows_that_are_not_finite_are_dropped_and_said(caplog):
 
 
 def test_scores_and_boxes_are_written_short(tmp_path):
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     add(evaluator, 0, [0.1, 0.2, 10.3, 10.123456, 0.1, 1], [0, 0, 5, 5, 1e-7, 1])
     evaluator.save(tmp_path / "dt.json")
     rows = json.loads((tmp_path / "dt.json").read_text())
@@ -509,7 +525,7 @@ def test_scores_and_boxes_are_written_short(tmp_path):
     ],
 )
 def test_batches_that_do_not_fit_are_refused(shape, indices, words):
-    evaluator = CocoEvaluator(make_dataset(make_truth(TWO_BOXES)))
+    evaluator = strict_evaluator(make_dataset(make_truth(TWO_BOXES)))
     with pytest.raises(ValueError, match=words):
         evaluator.add_predictions(torch.zeros(shape), {"img_idx": torch.tensor(indices)})
     assert evaluator.predictions == []
@@ -572,15 +588,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_errors_name_what_is_missing():
     with pytest.raises(ValueError, match="list has no `parser`"):
-        CocoEvaluator([])
-    evaluator = CocoEvaluator(SimpleNamespace(parser=SimpleNamespace(img_ids=[1], cat_ids=[1])))
+        strict_evaluator([])
+    evaluator = strict_evaluator(SimpleNamespace(parser=SimpleNamespace(img_ids=[1], cat_ids=[1])))
     with pytest.raises(ValueError, match="has no ground truth: give it `coco_dict"):
         evaluator.evaluate()
     truth = make_truth(TWO_BOXES)
-    evaluator = CocoEvaluator(SimpleNamespace(parser=SimpleNamespace(img_ids=[1], coco_dict=lambda: truth)))
-    with pytest.raises(ValueError, match="neither `category_map` nor `cat_ids`"):
-        evaluator.evaluate()
-    evaluator = CocoEvaluator(make_dataset(truth, img_ids=[1, 99]))
+    evaluator = strict_evaluator(make_dataset(truth, img_ids=[1, 99]))
     add(evaluator, 1, xyxy(1, 1, 9, 9, 0.9, 1))
     with pytest.raises(ValueError, match="not in the ground truth, e.g. image id 99"):
         evaluator.evaluate()
@@ -593,7 +606,8 @@ def test_create_evaluator_by_name():
     made = create_evaluator("COCO", dataset, distributed=True, pred_yxyx=True)
     assert made.distributed and made.pred_yxyx and made.max_det == 100
     assert made.evaluate() == 0.0  # distributed without a process group is one process
-    with pytest.raises(ValueError, match="no evaluator for 'kitti': available are names that contain coco, openi"):
-        create_evaluator("kitti", dataset)
+    assert type(create_evaluator("kitti", dataset)) is PascalEvaluator  # as in effdet: any other name
+    with pytest.raises(ValueError, match="evaluator_cls"):
+        TfmEvaluator(dataset, evaluator_cls=dict)
     with pytest.raises(NotImplementedError, match="Evaluator must define evaluate"):
         Evaluator().evaluate()

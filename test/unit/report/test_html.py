@@ -46,7 +46,7 @@ def sets(tmp_path_factory):
 
 def evaluate(dataset) -> CocoEvaluator:
     """Score predictions that find every other object exactly, take one for another class and add an alarm."""
-    evaluator = CocoEvaluator(dataset)
+    evaluator = CocoEvaluator(dataset, all_images=True)
     for index in range(len(dataset)):
         truth = dataset.parser.get_ann_info(index)
         rows = [
@@ -217,7 +217,7 @@ def test_a_failure_is_said_once_and_ends_nothing(sets, page, tmp_path, caplog):
 
 
 def test_an_evaluation_without_anything_makes_a_page(sets, tmp_path):
-    evaluator = CocoEvaluator(sets[1])
+    evaluator = CocoEvaluator(sets[1], all_images=True)
     evaluator.evaluate()
     Report(
         tmp_path / "report.html",

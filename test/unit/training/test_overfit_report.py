@@ -13,7 +13,7 @@ import torch
 import train
 from effdet.config.cli import parse_train_args
 from effdet.config.load import OVERFIT
-from effdet.data.build import build_dataset, build_eval_loader
+from effdet.data.build import build_dataset, build_loader
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import resolve_model_config
@@ -129,8 +129,8 @@ def test_images_are_drawn_by_seed_and_repeated_in_whole_batches(data):
 def test_the_evaluator_counts_these_images_only(data):
     cfg = config(data, "--overfit", "3", "-b", "4")
     _, val_set = choose_images(build_dataset(cfg.data, "train"), cfg)
-    evaluator = CocoEvaluator(val_set)
-    loader = build_eval_loader(val_set, cfg.data, resolve_model_config(cfg.model), 4, 0, torch.device("cpu"))
+    evaluator = CocoEvaluator(val_set, all_images=True)
+    loader = build_loader(val_set, cfg.data, resolve_model_config(cfg.model), 4, 0, torch.device("cpu"))
     ((images, target),) = list(loader)
     rows = torch.zeros(3, 30, 6)
     for k, index in enumerate(target["img_idx"].tolist()):
