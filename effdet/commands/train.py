@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
 from effdet.config.schema import RunConfig
+from effdet.runtime.console import one_line_errors
 
 from .environment import prepare_environment
 
@@ -31,8 +32,9 @@ _logger = logging.getLogger("effdet.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status."""
-    prepare_environment()
     cfg = parse_train_args(argv, __doc__)
+    with one_line_errors("train.py"):
+        prepare_environment("train.py", cfg.dist.device_list)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if cfg.run.check:
         from effdet.datacheck.check import main as check  # torch comes with it, as with what run() imports
@@ -46,7 +48,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.data.corrupt import BadImagesError
     from effdet.report import progress
     from effdet.runtime import distributed, heartbeat, signals
-    from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
+    from effdet.runtime.console import dead_workers_in_one_line
     from effdet.runtime.launch import launch, needs_launch, start
     from effdet.training.auto_batch import AUTO
     from effdet.training.postmortem import DivergedError

@@ -17,16 +17,17 @@ from collections.abc import Sequence
 
 from effdet.config.cli import parse_validate_args
 from effdet.config.load import split_over_devices
+from effdet.runtime.console import one_line_errors
 
 from .environment import prepare_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate, and return the exit status."""
-    prepare_environment()
     cfg = parse_validate_args(argv, __doc__)
+    with one_line_errors("validate.py"):
+        prepare_environment("validate.py", cfg.dist.device_list)
     from effdet.runtime import distributed  # torch comes with it
-    from effdet.runtime.console import one_line_errors
     from effdet.runtime.launch import launch, needs_launch, start
 
     from .evaluation import evaluate_detector

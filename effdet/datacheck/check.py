@@ -17,6 +17,7 @@ from effdet.data.build import split_paths
 from effdet.factory import resolve_model_config
 from effdet.ops.sizes import check_image_size
 from effdet.runtime.console import one_line_errors
+from effdet.runtime.cores import core_count
 
 from .anchor_reach import SIDE_EDGES_PX
 from .page import write_html
@@ -59,8 +60,7 @@ def check(cfg: RunConfig) -> tuple[DataStats, object]:
             paths[name] = error
     if all(isinstance(where, Exception) for where in paths.values()):
         raise paths["train"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = cores if cfg.data.workers is None else cfg.data.workers
+    processes = core_count() if cfg.data.workers is None else cfg.data.workers
     return gather_stats(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
 
 
