@@ -11,6 +11,7 @@ import torch
 
 from effdet.config.schema import DataConfig, EvalDataConfig
 from effdet.ops.sizes import check_image_size, nearest_image_size
+from effdet.runtime import signals
 
 from .augment.build import build_train_transform, describe_augmentation
 from .coco.annotations import coco_paths
@@ -105,7 +106,7 @@ def build_train_loader(
     inputs = resolve_input_config({"fill_color": _fill_color(data)}, model_config)
     transform = build_train_transform(dataset, data, inputs)
     _logger.info("augmentation: %s", describe_augmentation(data))
-    return create_loader(
+    loader = create_loader(
         dataset,
         inputs["input_size"],
         batch_size,
@@ -124,6 +125,8 @@ def build_train_loader(
         channels_last=channels_last,
         multi_scale=multi_scale_sizes(data, inputs["input_size"][1:]),
     )
+    loader.loader.worker_init_fn = signals.ignore_in_worker
+    return loader
 
 
 def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:
@@ -165,7 +168,7 @@ def build_eval_loader(
     inputs = resolve_input_config({"fill_color": _fill_color(data), "interpolation": data.interpolation}, model_config)
     if val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
-    return create_loader(
+    loader = create_loader(
         dataset,
         inputs["input_size"],
         batch_size,
@@ -179,6 +182,8 @@ def build_eval_loader(
         device=device,
         channels_last=channels_last,
     )
+    loader.loader.worker_init_fn = signals.ignore_in_worker
+    return loader
 
 
 def _fill_color(data: EvalDataConfig) -> Any:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.config.cli import parse_check_args
 from effdet.config.schema import RunConfig
 from effdet.data.build import split_paths
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors("effdet.datacheck.check"):
+        if cfg.run.html:
+            ensure_writable(cfg.run.html, "--html")
         stats, config = check(cfg)
         print("\n".join(text_lines(stats, config)))
         if cfg.run.html:

@@ -145,7 +145,7 @@ def launch(
             f"--nproc-per-node={num_processes}",
             f"--master-addr={master_addr}",
             f"--max-restarts={max_restarts}",
-            f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
+            f"--signals-to-handle={','.join(['SIGQUIT', *(s.name for s in signals.heard())])}",
             f"--master-port={master_port}",
             *command,
         ]

@@ -21,7 +21,7 @@ from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
-from effdet.runtime import distributed, signals
+from effdet.runtime import distributed
 
 from . import overfit
 from .amp import Precision
@@ -29,7 +29,6 @@ from .ema import ModelEma
 from .engine import Training
 from .optim import build_optimizer, freeze_backbone, freeze_bn
 from .resume import check_fits
-from .run_dir import check_shared_memory
 from .schedule import build_schedule
 
 _logger = logging.getLogger("effdet.train")
@@ -173,7 +172,6 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch.
     """
     device, workers = place.device, place.workers
-    check_shared_memory(distributed.local_world_size(), workers, batch_size, model_config.image_size)
     if cfg.run.overfit:  # no augmentation: images as the evaluation sees them
         train = build_eval_loader(
             data.train_set, cfg.data, model_config, batch_size, workers, device, channels_last=place.channels_last
@@ -185,8 +183,6 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
     val = build_eval_loader(
         data.val_set, cfg.data, model_config, batch_size, workers, device, cfg.run.val_skip, place.channels_last
     )
-    for loader in (train, val):
-        loader.loader.worker_init_fn = signals.ignore_in_worker
     evaluator = CocoEvaluator(val.dataset, distributed=True, max_det=max(100, model_config.max_det_per_image))
     return Loaders(train, val, evaluator, batch_size)
 
