@@ -67,6 +67,7 @@ class Side:
         self.name = name
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         environment |= {"OMP_NUM_THREADS": str(case["threads"]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        environment |= case.get("environment", {})
         self.process = subprocess.Popen(
             [python, str(Path(__file__).with_name("worker.py")), name, script, json.dumps(case)],
             stdin=subprocess.PIPE,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import re
@@ -67,25 +66,29 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
             os.close(descriptor)
 
 
-def ensure_writable(path: str | os.PathLike[str], flag: str) -> None:
-    """Find out before the work whether a file can be written at its end; its folder is made.
+def ensure_writable(path: Path | str, flag: str) -> None:
+    """Find out, before work whose result goes into a file, that it can be written. Nothing is left on the disk.
 
     Args:
-        path: the file; one that is there stays as it is.
-        flag: what the user gives to have another.
+        path: the file; neither it nor its folder need be there.
+        flag: what names the file on the command line, for the message.
 
     Raises:
-        OSError: it cannot.
+        OSError: it is a folder or a device, or no file can be made where it goes.
     """
     path = Path(path)
+    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder")
+        with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell: root, read-only mounts, full disks
+            pass
     except OSError as error:
+        where = f" in {folder}" if error.strerror else ""
         raise OSError(
-            f"{path} cannot be written ({error.strerror}): name another with {flag}, or change the permissions"
+            f"{path} cannot be written ({error.strerror or error}{where}): name a place that can be with {flag}"
         ) from error
 
 

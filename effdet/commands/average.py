@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
 from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_ema_argument(parser)
     args = parser.parse_args(arguments)
     with one_line_errors("effdet.commands.average"):
+        ensure_writable(args.out, "--out")
         paths = args.checkpoints
         if args.best is not None:
             paths = _best(paths, args.best, args.weights)

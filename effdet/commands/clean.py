@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
 from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     path = Path(args.out)
     with one_line_errors("effdet.commands.clean"):
+        ensure_writable(args.out, "--out")
         if path.exists() and path.samefile(args.checkpoint):
             raise CheckpointError(
                 f"{path} is the checkpoint itself, whose training state would be lost: name another --out"

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
 from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import DemoModelConfig
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     size = args.image_size and tuple((args.image_size * 2)[:2])
     with one_line_errors("effdet.commands.convert"):
+        ensure_writable(args.out, "--out")
         payload = convert_checkpoint(args.weights, args.model, args.ann, size, args.ema)
         save_checkpoint(args.out, payload)
     named = ", ".join(payload.get("category_map", {}).get("names", [])[:5])

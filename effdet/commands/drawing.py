@@ -52,6 +52,7 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
     _logger.info("%s", detector.source)
     bad = drawn = 0
+    output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(JsonList(output_dir / RESULTS_NAME)) as results:
         for start in range(0, len(paths), cfg.run.batch_size):
             if signals.requested():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_loader
@@ -28,7 +30,7 @@ from effdet.report import html, progress
 from effdet.report.log import METRICS_NAME, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
-from effdet.runtime.console import one_line_errors
+from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
 from effdet.training.amp import Precision
 from effdet.training.engine import evaluate
 
@@ -65,8 +67,25 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
             cfg.run.tta_scales,
             cfg.model.nms,
         )
-    with one_line_errors("validate.py", (BadImagesError,)):
+    with (
+        contextlib.closing(loader),
+        dead_workers_in_one_line("validate.py"),
+        one_line_errors("validate.py", (BadImagesError,)),
+    ):
         run(cfg, detector, bench, loader, device, precision)
+
+
+def check_outputs(cfg: ValidateConfig) -> None:
+    """Refuse files and folders that cannot be written, before the work whose result they are to take.
+
+    Raises:
+        ValueError: names the path, why, and the flag that gives another.
+    """
+    for path, flag in ((cfg.run.results, "--results"), (cfg.run.metrics, "--metrics")):
+        if path:
+            ensure_writable(path, flag)
+    if cfg.run.output:
+        ensure_writable(Path(cfg.run.output) / METRICS_NAME, "--output")
 
 
 def find_detector(cfg: ValidateConfig) -> Detector:

@@ -19,8 +19,8 @@ from .environment import prepare_environment
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, detect and draw, and return the exit status."""
-    prepare_environment()
     cfg = parse_demo_args(argv, __doc__)
+    prepare_environment()
     from effdet.report.log import setup_logging  # torch comes with these
     from effdet.runtime import signals
     from effdet.runtime.console import one_line_errors

@@ -19,10 +19,12 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from effdet.config.cli import in_our_words, parse_train_args
 from effdet.config.load import split_over_devices
 from effdet.config.schema import RunConfig
+from effdet.runtime.console import one_line_errors
 
 from .environment import prepare_environment
 
@@ -31,9 +33,10 @@ _logger = logging.getLogger("effdet.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status."""
-    prepare_environment()
     arguments = in_our_words("train.py", argv)
     cfg = parse_train_args(arguments, __doc__)
+    with one_line_errors("train.py"):
+        prepare_environment("train.py", cfg.dist.device_list)
     if cfg.run.check:
         from effdet.datacheck.check import main as check  # torch comes with it, as with what run() imports
 
@@ -46,47 +49,54 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.data.corrupt import BadImagesError
     from effdet.report import progress
     from effdet.runtime import distributed, heartbeat, signals
-    from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
-    from effdet.runtime.launch import launch, needs_launch, start
-    from effdet.training.auto_batch import AUTO
+    from effdet.runtime.console import dead_workers_in_one_line
+    from effdet.runtime.launch import needs_launch, start
     from effdet.training.postmortem import DivergedError
     from effdet.training.resume import newest_checkpoint
-    from effdet.training.run_dir import make_run_folder
     from effdet.training.trainer import fit, prepare
 
-    with one_line_errors("train.py"):
-        if needs_launch(cfg.dist.device_list):
-            if cfg.run.batch_size != AUTO:
-                split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            command = ["-m", "effdet.commands.train", *arguments]
-            if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
-                command += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
-            return launch(
-                command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port, cfg.dist.max_restarts
-            )
-        device = start(cfg.run.device, cfg.dist.device_list)
+    prepared = None
     try:
-        with one_line_errors("train.py"):
-            prepared = prepare(cfg, device)
-        watch = heartbeat.start(cfg.dist.hang_timeout)
-        with (
-            signals.listening(),
-            progress.ended(),
-            contextlib.closing(prepared),
-            dead_workers_in_one_line("train.py"),
-            one_line_errors("train.py", (BadImagesError, DivergedError)),
-        ):
-            status = fit(prepared)
-        if watch is not None:
-            watch.end()
+        with signals.listening():
+            with one_line_errors("train.py"), signals.interruptible():
+                if needs_launch(cfg.dist.device_list):
+                    return start_processes(cfg, arguments)
+                device = start(cfg.run.device, cfg.dist.device_list)
+                prepared = prepare(cfg, device)
+            watch = heartbeat.start(cfg.dist.hang_timeout)
+            with (
+                progress.ended(),
+                contextlib.closing(prepared),
+                dead_workers_in_one_line("train.py", "; continue with --resume auto"),
+                one_line_errors("train.py", (BadImagesError, DivergedError)),
+            ):
+                status = fit(prepared)
+            if watch is not None:
+                watch.end()
     except signals.StopRequested as stop:
-        _logger.info(
-            "%s; status %d. Continue with --resume %s", stop, stop.exit_code, newest_checkpoint(prepared.output_dir)
-        )
+        again = f". Continue with --resume {newest_checkpoint(prepared.output_dir)}" if prepared else ""
+        _logger.info("%s; status %d%s", stop, stop.exit_code, again)
         return stop.exit_code
     finally:
         distributed.shutdown()
     return status
+
+
+def start_processes(cfg: RunConfig, arguments: Sequence[str]) -> int:
+    """Start a process for each device and return the exit status of all."""
+    from effdet.checkpoint.io import ensure_writable
+    from effdet.runtime.launch import launch
+    from effdet.training.auto_batch import AUTO
+    from effdet.training.run_dir import make_run_folder
+
+    devices = cfg.dist.device_list
+    if cfg.run.batch_size != AUTO:
+        split_over_devices(cfg.run.batch_size, len(devices))  # refused once, not by every process
+    command = ["-m", "effdet.commands.train", *arguments]
+    if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
+        ensure_writable(Path(cfg.run.output) / "run", "--output")
+        command += ["--experiment", make_run_folder(cfg).name]  # so that restarted processes find their run
+    return launch(command, len(devices), cfg.dist.addr, cfg.dist.master_port, cfg.dist.max_restarts)
 
 
 if __name__ == "__main__":

@@ -17,31 +17,38 @@ from collections.abc import Sequence
 
 from effdet.config.cli import in_our_words, parse_validate_args
 from effdet.config.load import split_over_devices
+from effdet.runtime.console import one_line_errors
 
 from .environment import prepare_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate, and return the exit status."""
-    prepare_environment()
     arguments = in_our_words("validate.py", argv)
     cfg = parse_validate_args(arguments, __doc__)
-    from effdet.runtime import distributed  # torch comes with it
-    from effdet.runtime.console import one_line_errors
+    with one_line_errors("validate.py"):
+        prepare_environment("validate.py", cfg.dist.device_list)
+    from effdet.runtime import distributed, signals  # torch comes with these
     from effdet.runtime.launch import launch, needs_launch, start
 
-    from .evaluation import evaluate_detector
+    from .evaluation import check_outputs, evaluate_detector
 
-    with one_line_errors("validate.py"):
-        if cfg.run.speed and (cfg.run.tta_flip or cfg.run.tta_scales):
-            raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")
-        if needs_launch(cfg.dist.device_list):
-            split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
-            command = ["-m", "effdet.commands.validate", *arguments]
-            return launch(command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port)
-        device = start(cfg.run.device, cfg.dist.device_list)
     try:
-        evaluate_detector(cfg, device)
+        with signals.listening(), signals.interruptible():
+            with one_line_errors("validate.py"):
+                if cfg.run.speed and (cfg.run.tta_flip or cfg.run.tta_scales):
+                    raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")
+                check_outputs(cfg)
+                if needs_launch(cfg.dist.device_list):
+                    # refused once, not by every process
+                    split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))
+                    command = ["-m", "effdet.commands.validate", *arguments]
+                    return launch(command, len(cfg.dist.device_list), cfg.dist.addr, cfg.dist.master_port)
+                device = start(cfg.run.device, cfg.dist.device_list)
+            evaluate_detector(cfg, device)
+    except signals.StopRequested as stop:
+        sys.stderr.write(f"validate.py: {stop}; status {stop.exit_code}\n")
+        return stop.exit_code
     finally:
         distributed.shutdown()
     return 0

@@ -6,7 +6,6 @@ dataclasses. No defaults, ranges or help texts belong here, they are in schema.p
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from effdet.runtime.cores import core_count
 
 from .effdet_line import is_saved_args, saved_args_to_tree
 from .options import ConfigError, Option, list_options, nearest
@@ -382,6 +383,5 @@ def workers_per_device(workers: int | None, devices: int) -> int:
         ConfigError: the count cannot be split evenly.
     """
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(4, cores // devices))
+        return max(1, min(4, core_count() // devices))
     return split_over_devices(workers, devices, "workers", zero_ok=True)

@@ -11,6 +11,7 @@ import torch
 
 from effdet.config.schema import DataConfig, EvalDataConfig
 from effdet.ops.sizes import check_image_size, nearest_image_size
+from effdet.runtime import signals
 
 from .augment.build import build_train_transform, describe_augmentation
 from .coco.annotations import coco_paths
@@ -133,7 +134,7 @@ def build_loader(
         _logger.info("augmentation: %s", describe_augmentation(data))
     elif val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
-    return create_loader(
+    loader = create_loader(
         dataset,
         inputs["input_size"],
         batch_size,
@@ -150,6 +151,8 @@ def build_loader(
         max_instances=None,
         **options,
     )
+    loader.loader.worker_init_fn = signals.ignore_in_worker
+    return loader
 
 
 def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 What happens inside one image is `transforms.py`'s business, the order of images `samplers.py`'s.
 """
 
-import multiprocessing.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.utils.data
 from effdet.anchors import AnchorLabeler
 from effdet.runtime.device import pick_device
 from effdet.runtime.memory import supports_pinning, to_device
+from effdet.runtime.workers import check_shared_memory, make_context
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform
@@ -239,8 +239,8 @@ def create_loader(
         A `PrefetchLoader`, or a torch DataLoader without the prefetcher.
 
     Raises:
-        ValueError: a training set smaller than one global batch with `drop_last`, or arguments that contradict each
-            other.
+        ValueError: a training set smaller than one global batch with `drop_last`, arguments that contradict each other,
+            or shared memory that does not hold the batches of the loading processes.
     """
     if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
         raise ValueError(
@@ -286,16 +286,33 @@ def create_loader(
         persistent_workers=persistent_workers and num_workers > 0,
         # A generator of its own: drawing the workers' seeds leaves the training's random numbers alone.
         generator=None if seed is None else torch.Generator().manual_seed(seed),
-        multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
+        multiprocessing_context=make_context(multiprocessing_context) if num_workers > 0 else None,
     )
     if num_workers > 0:
-        multiprocessing.util.get_temp_dir()  # made here, it goes with this process; a worker's stays where it is killed
+        check_shared_memory(_batches_ahead(loader), _batch_bytes(input_size, multi_scale, batch_size, use_prefetcher))
     if not use_prefetcher:
         return loader
     erasing = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count} if is_training else {}
     return PrefetchLoader(
         loader, mean=mean, std=std, **erasing, device=device, channels_last=channels_last, dtype=dtype
     )
+
+
+def _batches_ahead(loader: Any) -> int:
+    """Return how many batches are in shared memory at once: made ahead, or worked on; of all processes here."""
+    from effdet.runtime.distributed import local_world_size
+
+    batches = loader.prefetch_factor * loader.num_workers + 1
+    if hasattr(loader.sampler, "__len__"):
+        batches = min(batches, len(loader))
+    return local_world_size() * batches
+
+
+def _batch_bytes(input_size: Any, sizes: Sequence[tuple[int, int]], batch_size: int, use_prefetcher: bool) -> int:
+    """Return about how large a batch is: its images, which travel as bytes to a prefetcher and else as floats."""
+    height, width = (int(part) for part in np.broadcast_to(np.asarray(input_size).reshape(-1)[-2:], 2))
+    pixels = max((height * width, *(one * other for one, other in sizes)))
+    return batch_size * 3 * pixels * (1 if use_prefetcher else 4)
 
 
 def _make_sampler(

@@ -11,12 +11,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.config.cli import parse_check_args
 from effdet.config.schema import RunConfig
 from effdet.data.build import split_paths
 from effdet.factory import resolve_model_config
 from effdet.ops.sizes import check_image_size
 from effdet.runtime.console import one_line_errors
+from effdet.runtime.cores import core_count
 
 from .anchor_reach import SIDE_EDGES_PX
 from .page import write_html
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors("effdet.datacheck.check"):
+        if cfg.run.html:
+            ensure_writable(cfg.run.html, "--html")
         stats, config = check(cfg)
         print("\n".join(text_lines(stats, config)))
         if cfg.run.html:
@@ -59,8 +63,7 @@ def check(cfg: RunConfig) -> tuple[DataStats, object]:
             paths[name] = error
     if all(isinstance(where, Exception) for where in paths.values()):
         raise paths["train"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = cores if cfg.data.workers is None else cfg.data.workers
+    processes = core_count() if cfg.data.workers is None else cfg.data.workers
     return gather_stats(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
 
 

@@ -31,19 +31,29 @@ def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERR
 
 
 @contextlib.contextmanager
-def dead_workers_in_one_line(program: str) -> Iterator[None]:
-    """End the process with one line and status 1 when a loader process died; other errors keep their traceback."""
+def dead_workers_in_one_line(program: str, then: str = "") -> Iterator[None]:
+    """End the process with one line and status 1 when a loader process died; other errors keep their traceback.
+
+    Args:
+        program: its name.
+        then: how to go on after that.
+    """
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", _texts_of(error))
-        if found is None:
+        from .workers import WorkerError  # torch comes with it
+
+        texts = _texts_of(error)
+        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", texts)
+        if isinstance(error, WorkerError):
+            raise SystemExit(f"{program}: error: {error}{then}.") from None
+        if found is None and "Pin memory thread exited" not in texts:
             raise
-        how = f" ({found[2].strip()})" if found[2] else ""
+        how = f" ({found[2].strip()})" if found and found[2] else ""
+        which = f"a loader process (pid {found[1]}) was ended from outside{how}" if found else "loading ended"
         raise SystemExit(
-            f"{program}: error: a loader process (pid {found[1]}) was ended from outside{how}, as the "
-            "system does when memory runs out: use fewer of them (-j) or smaller batches, and continue "
-            "with --resume auto."
+            f"{program}: error: {which}, as the system does when memory runs out: use fewer loader processes (-j) or "
+            f"smaller batches{then}."
         ) from None
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from . import device as device_layer
 from . import distributed, signals
+from .cores import core_count
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ def start(device_name: str, device_list: Sequence[int]) -> torch.device:
         index = device_list[local_rank]
     else:
         index = local_rank if launched or renumbered else None
+    if launched and not device_list and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # A scheduler may show each process a device of its own, which is then number 0 in each.
+        first = device_layer.pick_device(device_name)
+        if first.type != "cpu" and torch.get_device_module(first).device_count() == 1:
+            index = 0
     device = device_layer.pick_device(device_name, index)
     device_layer.set_device(device)
     device_layer.prepare_collectives(device)
@@ -69,11 +75,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _core_count() -> int:
-    # Containers and taskset restrict the process to fewer cores than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_at_a_free_port(run: Callable[[Any], None], arguments: Any, attempts: int = 5) -> None:
@@ -144,14 +145,14 @@ def launch(
             f"--nproc-per-node={num_processes}",
             f"--master-addr={master_addr}",
             f"--max-restarts={max_restarts}",
-            f"--signals-to-handle={','.join(['SIGHUP', 'SIGQUIT', *(s.name for s in signals.SIGNALS)])}",
+            f"--signals-to-handle={','.join(['SIGQUIT', *(s.name for s in signals.heard())])}",
             f"--master-port={master_port}",
             *command,
         ]
     )
     here = str(Path(__file__).resolve().parents[2])  # children find the package where this process found it
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _core_count() // num_processes))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, core_count() // num_processes))
     with logs, _environment(OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(paths)):
         try:
             _run_at_a_free_port(torchrun.run, arguments)

@@ -3,9 +3,10 @@
 Lives here: the handlers, and what a signal means at the moment it comes. When a run looks, how several processes agree
 and what is saved is the business of those who call `requested`.
 
-The first SIGTERM, SIGINT or SIGUSR1 is remembered; the run ends itself with status 128 + the signal's number. A second
-signal kills the process at once; a shell reports the same status for it. The end of the launcher that started this
-process counts as SIGTERM: killed, it can send none, and its processes would keep the devices.
+The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a terminal that closes) is remembered; the run ends itself with status
+128 + the signal's number. A second signal kills the process at once; a shell reports the same status for it. The end of
+the launcher that started this process counts as SIGTERM: killed, it can send none, and its processes would keep the
+devices.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 _logger = logging.getLogger(__name__)
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 # A terminal and a launcher, or a scheduler and its daemon, often send the same signal both: that is one request.
 _SAME_REQUEST_S = 0.5
 
@@ -68,6 +69,11 @@ def _handle(signum: int, _frame: Any) -> None:
             raise StopRequested(signum)
 
 
+def heard() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop; nohup's way of surviving a terminal is left as it is."""
+    return [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Within the block, remember signals instead of ending; without effect outside the main thread."""
@@ -77,7 +83,7 @@ def listening() -> Iterator[None]:
         return
     _requested, _pid = 0, os.getpid()
     _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    before = {number: signal.signal(number, _handle) for number in heard()}
     try:
         yield
     finally:
@@ -102,13 +108,13 @@ def interruptible() -> Iterator[None]:
         StopRequested: also at the start, when the signal has come before.
     """
     global _raises
-    _raises = True
+    before, _raises = _raises, True
     try:
         if _requested:
             raise StopRequested(_requested)
         yield
     finally:
-        _raises = False
+        _raises = before
 
 
 def ignore_in_worker(_worker_id: int = 0) -> None:

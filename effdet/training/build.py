@@ -21,7 +21,7 @@ from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
-from effdet.runtime import distributed, signals
+from effdet.runtime import distributed
 
 from . import overfit
 from .amp import Precision
@@ -29,7 +29,6 @@ from .ema import ModelEma
 from .engine import Training
 from .optim import build_optimizer, freeze_backbone, freeze_bn
 from .resume import check_fits
-from .run_dir import check_shared_memory
 from .schedule import build_schedule
 
 _logger = logging.getLogger("effdet.train")
@@ -173,13 +172,10 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch.
     """
     device, workers = place.device, place.workers
-    check_shared_memory(distributed.local_world_size(), workers, batch_size, model_config.image_size)
     shared = (cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last)
     # With --overfit there is no augmentation: images as the evaluation sees them.
     train = build_loader(data.train_set, *shared, is_training=not cfg.run.overfit)
     val = build_loader(data.val_set, *shared, val_skip=cfg.run.val_skip)
-    for loader in (train, val):
-        loader.loader.worker_init_fn = signals.ignore_in_worker
     evaluator = CocoEvaluator(
         val.dataset,
         distributed=True,

@@ -25,7 +25,6 @@ from effdet.runtime.console import INPUT_ERRORS
 from .engine import Training
 from .resume import AUTO
 
-_PREFETCHED = 2  # batches that each loading process makes ahead, torch's default
 LOCK_NAME = ".lock"
 
 
@@ -132,34 +131,6 @@ def newest_run_folder(output: Path) -> Path | None:
         if path.is_dir() and ((path / "config.yaml").exists() or any(path.glob("*.pth.tar")))
     ]
     return max(folders, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
-
-
-def check_shared_memory(
-    processes: int, workers: int, batch_size: int, image_size: tuple[int, int], folder: str = "/dev/shm"
-) -> None:
-    """Refuse to start where the batches on their way from the loading processes do not fit into shared memory.
-
-    Args:
-        processes: of the run on this machine.
-        workers: loading processes of each of them.
-        batch_size: images of each of them.
-        image_size: height and width of the network's input in pixels.
-        folder: where shared memory lies; without such a folder nothing is checked.
-
-    Raises:
-        ValueError: says how much is free and how much is needed. Without the check a worker would die of a bus error.
-    """
-    if workers == 0 or not Path(folder).is_dir():
-        return
-    batches = processes * (_PREFETCHED * workers + 1)  # and the one that is trained on
-    needed = batches * batch_size * 3 * image_size[0] * image_size[1]
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 2**20:.0f} MiB free, but the loader processes need about "
-            f"{needed / 2**20:.0f} MiB for {batches} batches: give the container more (docker run "
-            f"--shm-size={-(-needed // 2**30) + 1}g, or --ipc=host), or use fewer -j or a smaller -b."
-        )
 
 
 def check_space(folder: Path, training: Training) -> None:

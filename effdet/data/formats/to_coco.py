@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from effdet.checkpoint.io import ensure_writable
 from effdet.runtime.console import make_tool_parser, one_line_errors
 
 from ..dataset_factory import create_dataset
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with one_line_errors("effdet.data.formats.to_coco"):
         out = Path(args.out)
+        ensure_writable(out / "train.json", "--out")
         out.mkdir(parents=True, exist_ok=True)
         for split in args.splits:
             dataset = create_dataset(args.name, args.root, split)
