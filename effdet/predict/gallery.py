@@ -44,7 +44,7 @@ def write_comparisons(
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     parser = dataset.parser
-    predictor = Predictor(model, device, parser.category_map, upright=False)
+    predictor = Predictor(model, device, parser.category_map)
     colors = make_class_colors(parser.category_map.class_names)
     count = min(num_images, len(dataset))
     drawn = []

@@ -158,6 +158,7 @@ def build_predictor(
     batch_size: int = 1,
     flip: bool = False,
     scales: Sequence[float] = (),
+    upright: bool = True,
 ) -> Predictor:
     """Choose the device and its settings for this process, and put a detector on it.
 
@@ -168,6 +169,7 @@ def build_predictor(
         batch_size: images predicted together.
         flip: test-time augmentation; see `build_predict_bench`.
         scales: the same.
+        upright: see Predictor.
     """
     device = device_layer.pick_device(device_name)
     device_layer.set_device(device)
@@ -176,7 +178,7 @@ def build_predictor(
     if not scales:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
     bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales, model.nms)
-    return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench)
+    return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench, upright=upright)
 
 
 def load(
@@ -189,6 +191,7 @@ def load(
     max_det: int | None = None,
     flip: bool = False,
     scales: Sequence[float] = (),
+    upright: bool = True,
 ) -> Predictor:
     """Load a detector for prediction: `effdet.load(checkpoint).predict(images)`.
 
@@ -202,6 +205,7 @@ def load(
         max_det: at most this many objects in an image, instead of the model's own number.
         flip: test-time augmentation: also predict mirror images.
         scales: test-time augmentation: also predict at these factors of the input size.
+        upright: turn photographs as their EXIF orientation says; boxes are in the coordinates that a viewer shows.
 
     Returns:
         The predictor; see `Predictor.predict`.
@@ -210,4 +214,6 @@ def load(
         CheckpointError: the file is unusable or does not say which model it is; ValueError: no such device.
     """
     section = DemoModelConfig(name=model, image_size=None if image_size is None else list(image_size), max_det=max_det)
-    return build_predictor(load_detector(checkpoint, section, use_ema), section, device, batch_size, flip, scales)
+    return build_predictor(
+        load_detector(checkpoint, section, use_ema), section, device, batch_size, flip, scales, upright
+    )

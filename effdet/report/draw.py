@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from effdet.data.images import to_rgb
+
 Color = tuple[int, int, int]
 _DARK, _LIGHT = (22, 24, 28), (255, 255, 255)
 _PAPER = (246, 246, 244)
@@ -35,7 +37,7 @@ def draw_detections(
     """Return a copy of the image with labelled boxes on it; line width and font follow the image's size.
 
     Args:
-        image: any mode; the copy is RGB.
+        image: any mode, as for prediction: turned upright where it still says that it is not.
         boxes_xyxy: array, CPU tensor or lists [N, 4] in pixels; parts outside the image are not drawn.
         labels: N texts, any Unicode; too long ones are shortened.
         scores: N numbers shown behind the labels, or None.
@@ -43,13 +45,13 @@ def draw_detections(
             a colour that depends on the label's text alone; `make_class_colors` gives better separated ones.
 
     Returns:
-        An RGB image of the same size; a plain copy when N is 0.
+        An RGB image of the upright one's size; a plain copy when N is 0.
 
     Raises:
         ValueError: the counts differ, or a box is not four finite numbers.
     """
     boxes_xyxy = _check_boxes(boxes_xyxy, labels, scores, colors)
-    canvas = image.convert("RGB").copy()
+    canvas = to_rgb(image, upright=True).copy()
     if not len(boxes_xyxy):
         return canvas
     draw = ImageDraw.Draw(canvas)
@@ -90,7 +92,7 @@ def draw_comparison(
     """Return the image twice, side by side under the captions "truth" and "prediction".
 
     Args:
-        image: any mode.
+        image: as for `draw_detections`.
         truth_boxes_xyxy: [M, 4] in pixels, M may be 0.
         truth_labels: M texts.
         boxes_xyxy: [N, 4] predicted boxes in pixels, N may be 0.
@@ -101,6 +103,7 @@ def draw_comparison(
     Raises:
         ValueError: as `draw_detections`.
     """
+    image = to_rgb(image, upright=True)
     left = draw_detections(image, truth_boxes_xyxy, truth_labels, colors=colors)
     right = draw_detections(image, boxes_xyxy, labels, scores, colors)
     font = ImageFont.load_default(size=max(11, round((image.width * image.height) ** 0.5 / 24)))

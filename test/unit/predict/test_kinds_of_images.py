@@ -64,6 +64,9 @@ def test_the_boxes_are_those_of_the_upright_image(tmp_path, small_checkpoint):
     scene().save(tmp_path / "plain.png")
     (plain,) = predictor.predict(tmp_path / "plain.png")
     (turned,) = predictor.predict(tmp_path / "turned.png")
+    (stored,) = effdet.load(small_checkpoint, "cpu", upright=False).predict(Image.open(tmp_path / "turned.png"))
+    (on_its_side,) = predictor.predict(scene().transpose(Image.Transpose.ROTATE_90))
+    assert len(stored) and np.array_equal(stored.boxes_xyxy, on_its_side.boxes_xyxy)
     assert len(plain) and np.array_equal(plain.boxes_xyxy, turned.boxes_xyxy)
     assert np.array_equal(plain.scores, turned.scores)
 

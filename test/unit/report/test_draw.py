@@ -112,6 +112,18 @@ def test_any_image_mode_works(mode):
     assert drawn.mode == "RGB" and where(drawn, RED)[31:50, 10].all()
 
 
+def test_a_photograph_and_a_wide_image_are_drawn_on_as_they_are_predicted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain(60, 80).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    expected = draw_detections(plain(60, 80), [[10, 30, 50, 50]], ["cat"], colors=[RED])
+    for image in (Image.open(tmp_path / "a.png"), Image.fromarray(np.full((80, 60), 128 * 257, np.uint16))):
+        drawn = draw_detections(image, [[10, 30, 50, 50]], ["cat"], colors=[RED])
+        assert drawn.size == (60, 80) and np.array_equal(np.asarray(drawn), np.asarray(expected))
+    pair = draw_comparison(Image.open(tmp_path / "a.png"), [], [], [], [])
+    assert pair.size == draw_comparison(plain(60, 80), [], [], [], []).size
+
+
 def test_lines_and_letters_grow_with_the_image():
     def line_px(side: int) -> int:
         drawn = draw_detections(plain(side, side), [[side // 4, side // 2, side - 8, side - 8]], ["a"], colors=[RED])
