@@ -1,0 +1,108 @@
+"""Fetch published weights into torch.hub's cache: from mirrors, then from their own address.
+
+Lives here: addresses and the cache. What the files hold is read by `io.py`; whose weights they are is said elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from .io import CheckpointError
+
+_logger = logging.getLogger(__name__)
+
+MIRRORS = "EFFDET_MIRRORS"
+"""Environment variable: addresses, parted by spaces; each is asked for NAME (a folder), then for the URL (a proxy)."""
+
+# Source: torch.hub's naming, NAME-HASH.EXT, where HASH is the start of the file's SHA-256.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
+_PATIENCE_S = 10.0
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_hash(path: Path) -> None:
+    """Compare a file with the hash in its name, where it has one.
+
+    Raises:
+        CheckpointError: they differ: it was put there by hand, or is an interrupted copy.
+    """
+    match = _HASH_IN_NAME.search(path.name)
+    if match and not sha256(path).startswith(match[1]):
+        raise CheckpointError(f"{path} does not have the SHA-256 its name promises; delete it and try again.")
+
+
+def cache_path(url: str) -> Path:
+    """Return where torch.hub keeps the file of an address, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(unquote(urlsplit(url).path))
+
+
+def check_reachable(url: str) -> None:
+    """Ask for a file without reading it, so that a machine without a network need not wait for many attempts.
+
+    Raises:
+        OSError: there is no answer within seconds, or the answer is an error.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "effdet"})
+    try:
+        urllib.request.urlopen(request, timeout=_PATIENCE_S).close()
+    except (http.client.HTTPException, ValueError) as error:  # ValueError: not an address
+        raise OSError(error) from error
+
+
+def fetch(url: str) -> Path:
+    """Return the cached file of an address, downloading it first where it is not there; a terminal sees a bar.
+
+    Args:
+        url: an http(s) address; a hash in its file's name is checked.
+
+    Raises:
+        CheckpointError: it cannot be downloaded; the text names the place to put it by hand.
+    """
+    path = cache_path(url)
+    if path.is_file():
+        check_hash(path)
+    elif failures := download(url):
+        raise CheckpointError(
+            f"Could not download {url} ({'; '.join(failures)}). On a machine without network, download it elsewhere "
+            f"and put it at {path}, or give the path of a local file instead (--pretrained FILE); {MIRRORS} in the "
+            "environment names mirrors."
+        )
+    return path
+
+
+def download(url: str) -> list[str]:
+    """Download a file into the cache, from the mirrors or the address itself; return why not, empty when it is there.
+
+    A file is there whole or not at all.
+    """
+    path, mirrors = cache_path(url), [base.rstrip("/") for base in os.environ.get(MIRRORS, "").split()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match = _HASH_IN_NAME.search(path.name)
+    failures = []
+    for address in [*(f"{base}/{what}" for base in mirrors for what in (path.name, url)), url]:
+        try:
+            check_reachable(address)
+            _logger.info("downloading %s to %s", address, path)
+            torch.hub.download_url_to_file(address, str(path), match and match[1], progress=sys.stderr.isatty())
+            return []
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, HTTP error; wrong hash
+            failures.append(f"{urlsplit(address).netloc}: {error}")
+    return failures
