@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from effdet.config.model_config import find_model_spec
 
-from .download import cache_path, check_hash, check_reachable, download, sha256
+from .download import cache_path, check_hash, download, open_url, sha256
 from .io import CHECKPOINT_NAME, CheckpointError, load_checkpoint_file
 from .state_dict import KeyReport, extract_state_dict
 
@@ -171,7 +171,7 @@ def _download(name: str, config: PretrainedCfg, model_name: str) -> BackboneSour
     failures = []
     for repository, revision, file in _hub_files(config):
         try:
-            check_reachable(huggingface_hub.hf_hub_url(repository, file, revision=revision))
+            open_url(huggingface_hub.hf_hub_url(repository, file, revision=revision)).close()
             path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
             return BackboneSource("download", name, Path(path))
         except (OSError, ValueError) as error:  # the hub's own errors are among these

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-from .io import CheckpointError
+from .io import CheckpointError, replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -44,9 +44,13 @@ def check_hash(path: Path) -> None:
     Raises:
         CheckpointError: they differ: it was put there by hand, or is an interrupted copy.
     """
-    match = _HASH_IN_NAME.search(path.name)
-    if match and not sha256(path).startswith(match[1]):
+    if not _has_its_hash(path, path.name):
         raise CheckpointError(f"{path} does not have the SHA-256 its name promises; delete it and try again.")
+
+
+def _has_its_hash(path: Path, name: str) -> bool:
+    match = _HASH_IN_NAME.search(name)
+    return match is None or sha256(path).startswith(match[1])
 
 
 def cache_path(url: str) -> Path:
@@ -54,15 +58,15 @@ def cache_path(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(unquote(urlsplit(url).path))
 
 
-def check_reachable(url: str) -> None:
-    """Ask for a file without reading it, so that a machine without a network need not wait for many attempts.
+def open_url(url: str) -> http.client.HTTPResponse:
+    """Ask for a file; a machine without a network is told so within seconds.
 
     Raises:
-        OSError: there is no answer within seconds, or the answer is an error.
+        OSError: there is no answer, or the answer is an error.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "effdet"})
     try:
-        urllib.request.urlopen(request, timeout=_PATIENCE_S).close()
+        return urllib.request.urlopen(request, timeout=_PATIENCE_S)
     except (http.client.HTTPException, ValueError) as error:  # ValueError: not an address
         raise OSError(error) from error
 
@@ -94,15 +98,31 @@ def download(url: str) -> list[str]:
     A file is there whole or not at all.
     """
     path, mirrors = cache_path(url), [base.rstrip("/") for base in os.environ.get(MIRRORS, "").split()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    match = _HASH_IN_NAME.search(path.name)
     failures = []
     for address in [*(f"{base}/{what}" for base in mirrors for what in (path.name, url)), url]:
         try:
-            check_reachable(address)
-            _logger.info("downloading %s to %s", address, path)
-            torch.hub.download_url_to_file(address, str(path), match and match[1], progress=sys.stderr.isatty())
+            with open_url(address) as answer, replacing(path) as temporary:
+                _logger.info("downloading %s to %s", address, path)
+                _copy(answer, temporary)
+                if not _has_its_hash(temporary, path.name):
+                    raise OSError("the file does not have the hash that its name promises")
             return []
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, HTTP error; wrong hash
+        except (OSError, http.client.HTTPException) as error:
             failures.append(f"{urlsplit(address).netloc}: {error}")
     return failures
+
+
+def _copy(answer: http.client.HTTPResponse, path: Path) -> None:
+    """Write what is read; a terminal sees a bar.
+
+    Raises:
+        OSError: it ends early, or comes to a halt.
+    """
+    total = int(answer.headers.get("Content-Length") or 0)
+    bar = torch.hub.tqdm(total=total or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    with bar, open(path, "wb") as file:
+        while block := answer.read(1 << 16):
+            file.write(block)
+            bar.update(len(block))
+        if total and file.tell() != total:
+            raise OSError(f"{file.tell()} of {total} bytes came")
