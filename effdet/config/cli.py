@@ -107,6 +107,9 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
         else:
             extra = {"nargs": "?", "const": option.bare} if option.bare else {}
             groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
+            if option.negatable:
+                off = tuple("--no-" + flag[2:] for flag in flags if flag.startswith("--"))
+                groups[section].add_argument(*off, nargs=0, const=off, **(common | {"help": "without it"}))
     for section, lines in plain.items():
         wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
         wrapped.insert(0, "\nWithout a flag, only in YAML or as section.field=value:")

@@ -58,6 +58,8 @@ def _convert(option: Option, value: Any) -> Any:
         return [part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""]
     if option.kinds == (bool,) and not isinstance(value, bool | str):
         raise ValueError("only true and false are allowed")
+    if option.negatable and isinstance(value, bool):
+        return option.bare if value else ""
     if len(option.kinds) == 2:  # a number or a text
         if isinstance(value, bool | list | dict):
             raise ValueError("a single number or text is needed")
@@ -158,7 +160,8 @@ def load_config(
         except yaml.YAMLError:
             value = text
         if option is not None and not option.is_list and str in option.kinds:
-            value = None if value is None and option.optional else text
+            keep = value is None and option.optional or option.negatable and isinstance(value, bool)
+            value = value if keep else text
         _apply(node, options, key, value, f"{key}={text}")
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
@@ -296,7 +299,7 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
     (("sched.patience_epochs",), lambda cfg: cfg.sched.sched == "plateau", "--sched plateau"),
     (
         ("model.pretrained_backbone",),
-        lambda cfg: not (cfg.model.pretrained or cfg.model.initial_checkpoint),
+        lambda cfg: not (cfg.model.pretrained_backbone and (cfg.model.pretrained or cfg.model.initial_checkpoint)),
         "neither --pretrained nor --initial-checkpoint, which replace those weights",
     ),
     (

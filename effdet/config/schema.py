@@ -72,7 +72,15 @@ class ModelConfig(EvalModelConfig):
         None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
     )
     drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
-    pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
+    pretrained_backbone: str | None = setting(
+        None,
+        "ImageNet weights that the backbone starts from: 'auto' (of an installed package, of timm's cache, else "
+        "downloaded), a FILE, or a NAME of timm's; --no-pretrained-backbone: random weights",
+        bare="auto",
+        negatable=True,
+        metavar="auto|FILE|NAME",
+        none="auto, without a network; random weights and a warning where there are none",
+    )
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
     freeze_bn_epochs: int = setting(

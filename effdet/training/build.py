@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet.bench import DetBenchTrain
+from effdet.checkpoint.backbone import BackboneSource
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
+from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
@@ -109,7 +111,12 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
 
 
 def build_step(
-    cfg: RunConfig, place: Placement, num_classes: int, payload: Mapping[str, Any], source: str = ""
+    cfg: RunConfig,
+    place: Placement,
+    num_classes: int,
+    payload: Mapping[str, Any],
+    source: str = "",
+    backbone: BackboneSource | None = None,
 ) -> Step:
     """Build what one training step needs.
 
@@ -119,12 +126,15 @@ def build_step(
         num_classes: K.
         payload: checkpoint whose weights it starts from; may be empty.
         source: where that checkpoint came from.
+        backbone: see `build_model`.
 
     Raises:
         ValueError: a setting or the checkpoint does not fit the model.
     """
     device, is_group = place.device, place.world > 1
-    model = build_model(cfg.model, cfg.loss, num_classes)
+    if payload:  # all weights come from there, and other files may be gone
+        cfg = replace_settings(cfg, model={"pretrained": "", "initial_checkpoint": ""})
+    model = build_model(cfg.model, cfg.loss, num_classes, backbone)
     if cfg.dist.sync_bn and is_group:
         distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:

@@ -117,8 +117,18 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
 # ---- the whole state -------------------------------------------------------------------------------------------------
 
 
-def collect(training: Training, cfg: RunConfig, categories: CategoryMap, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a checkpoint holds, see checkpoint.py; `ranks` has an entry of each process."""
+def collect(
+    training: Training, cfg: RunConfig, categories: CategoryMap, ranks: list[dict[str, Any]], initial_weights: str = ""
+) -> dict[str, Any]:
+    """Return what a checkpoint holds, see checkpoint/manager.py.
+
+    Args:
+        training: what is trained.
+        cfg: the settings.
+        categories: the data's.
+        ranks: an entry of each process.
+        initial_weights: what the run started from, in a line.
+    """
     config = training.model.config
     content = {
         "version": CHECKPOINT_VERSION,
@@ -132,6 +142,7 @@ def collect(training: Training, cfg: RunConfig, categories: CategoryMap, ranks: 
         "config": to_plain(cfg),
         "model_config": ModelSpec(config).to_plain(),
         "category_map": categories.to_dict(),
+        "initial_weights": initial_weights,
         "image_size": list(config.image_size),
     }
     if training.ema is not None:

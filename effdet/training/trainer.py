@@ -27,7 +27,7 @@ from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_l
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, seeding, signals
 
-from . import auto_batch, overfit, resume
+from . import auto_batch, initial_weights, overfit, resume
 from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
@@ -114,6 +114,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
     place = Placement(device, world, workers_per_device(cfg.data.workers, world), channels_last)
     log_start(cfg, place, start.output_dir)
+    origin, backbone = initial_weights.find_initial_weights(cfg.model, payload)
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
     data = open_data(cfg, payload.get("category_map"))
@@ -121,10 +122,9 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
-    step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
-    eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms, drop_empty=True).to(
-        device
-    )
+    step = build_step(cfg, place, data.categories.num_classes, payload, start.source, backbone)
+    evaluated = step.ema.module if step.ema else step.model
+    eval_bench = DetBenchPredict(evaluated, nms=cfg.model.nms, drop_empty=True).to(device)
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
     training, epochs = build_training(cfg, place, step, len(loaders.train))
     seeding.seed_everything(cfg.run.seed + distributed.rank())
@@ -140,7 +140,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         _logger.info("resumed %s: continuing with epoch %d%s", start.source, position.epoch, within)
     if cfg.sched.start_epoch is not None:
         training.updates = training.schedule.skip_to(cfg.sched.start_epoch)
-    recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator)
+    recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator, origin)
     recorder.describe(epochs, place.channels_last)
     finished = training.is_finished and not position.batches  # else its evaluation is missing
     if position.epoch >= epochs or finished:
@@ -346,7 +346,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
             "grad_accum": cfg.optim.grad_accum,
             "images": len(run.data.train_set),
         }
-        payload = resume.collect(run.training, cfg, run.data.categories, ranks)
+        payload = resume.collect(run.training, cfg, run.data.categories, ranks, run.recorder.initial_weights)
         path = run.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
         _logger.info("saved %s: epoch %d, batch %d", path, epoch, done.batches)
 
@@ -369,7 +369,8 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
 
     def write() -> None:
         run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
-        run.manager.save(resume.collect(run.training, run.cfg, run.data.categories, ranks), stats.epoch, metric)
+        payload = resume.collect(run.training, run.cfg, run.data.categories, ranks, run.recorder.initial_weights)
+        run.manager.save(payload, stats.epoch, metric)
 
     save(run, write)
     run.recorder.add_epoch(stats, evaluation)
