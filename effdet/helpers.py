@@ -146,9 +146,8 @@ def _fetch(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     match = _HASH_IN_NAME.search(name)
     if path.is_file():
-        if (
-            match and os.environ.get(CHECK_HASH) != "0" and not _sha256(path).startswith(match[1])
-        ):  # put there by hand, or an interrupted copy
+        checked = match is not None and os.environ.get(CHECK_HASH) != "0"
+        if checked and not _sha256(path).startswith(match[1]):  # put there by hand, or an interrupted copy
             raise CheckpointError(
                 f"{path} does not have the SHA-256 its name promises. Delete it and try again; or, if it is meant to "
                 f"be another file, give its path instead of pretrained=True, or set the environment variable "
