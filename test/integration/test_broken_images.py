@@ -324,15 +324,14 @@ def test_nothing_counts_as_found_in_a_bad_image_and_the_next_pass_tries_it_again
     path = break_image(root, write(b""))
     good = path.with_name(sorted(os.listdir(path.parent))[0])
     dataset = open_split(root, "val", data={"max_bad_images": 1})
-    evaluator = CocoEvaluator(dataset)
+    evaluator = CocoEvaluator(dataset, all_images=True)
     detections = torch.tensor([[[0.0, 0, 50, 50, 0.9, 1]]])
 
     def evaluate() -> dict[int, int]:
         for _, target in load_all(dataset, training=False):
             evaluator.add_predictions(detections, target)
-        counts = {index: len(rows) for index, rows in zip(evaluator.img_indices, evaluator.predictions, strict=True)}
         evaluator.evaluate()
-        return counts
+        return {dataset.parser.img_ids.index(key): len(rows) for key, rows in evaluator.scored_predictions.items()}
 
     assert evaluate() == {0: 1, 1: 0, 2: 1, 3: 1} and not evaluator.is_hopeless
     path.write_bytes(good.read_bytes())
