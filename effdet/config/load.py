@@ -39,12 +39,13 @@ OVERFIT: dict[str, Any] = {
     "sched.min_lr": 0.0,
     "sched.lr_noise": None,
     "ema.enabled": False,
+    "data.val_split": 0.0,
     "run.batch_size": 8,
     "run.log_interval": 10,
     "run.val_interval": 20,
     "run.keep_best": 1,
 }
-"""What `--overfit` sets, over YAML files and below the flags: a short run that learns images by heart."""
+"""What `--overfit N` sets beside `data.limit: N`, over YAML files, below flags: a short run that learns by heart."""
 
 
 def _convert(option: Option, value: Any) -> Any:
@@ -165,6 +166,8 @@ def load_config(
         _apply(node, options, key, value, f"{key}={text}")
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
+    if node.run.get("overfit") and not node.data.limit:
+        node.data.limit = node.run.overfit
     cfg: Any = OmegaConf.to_object(node)  # a `root`, as the tree was made of one
     return check_config(cfg)
 
@@ -274,6 +277,10 @@ def _check_train(cfg: RunConfig) -> None:
     _require(
         not (cfg.run.overfit and (cfg.run.resume or len(cfg.dist.device_list) > 1)),
         "--overfit trains anew on one device: leave out --resume and further devices",
+    )
+    _require(
+        not cfg.run.overfit or data.limit in (0, cfg.run.overfit),
+        f"--overfit {cfg.run.overfit} takes the first {cfg.run.overfit} images: leave out --limit {data.limit}",
     )
     _require(cfg.run.check or not cfg.run.html, "--html is where --check writes to: give --check as well")
 

@@ -93,9 +93,22 @@ class ModelConfig(EvalModelConfig):
 class EvalDataConfig:
     """Name the images to evaluate and how they are resized."""
 
-    root: str = setting("", "data folder in COCO layout (annotations/, train2017/, val2017/)", metavar="DIR")
+    root: str = setting(
+        "",
+        "data folder: COCO's layout, one COCO json, Roboflow, CVAT, Label Studio, YOLO, VOC, ...; see docs/own_data.md",
+        metavar="DIR",
+    )
     val_images: str = setting("", "folder of the validation images, instead of the one in --root", metavar="DIR")
     val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
+    val_split: float | None = setting(
+        None,
+        "share of the training images held out where there is no validation part; the same ones each time",
+        low=0,
+        below=1,
+        none="0.15",
+    )
+    limit: int = setting(0, "use the first N images of each part, those with boxes first; 0: all", low=0)
+    classes: list[str] = setting([], "use these classes alone, by name", metavar="A,B")
     workers: int | None = setting(
         None,
         "loader processes over all devices; 0: load in the main process",
@@ -296,7 +309,9 @@ class RunSectionConfig:
         "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto"
     )
     overfit: int = setting(
-        0, "learn N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)", low=0
+        0,
+        "learn the first N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)",
+        low=0,
     )
     check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")

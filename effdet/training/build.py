@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from effdet.checkpoint.backbone import BackboneSource
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
 from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
+from effdet.data import settle
 from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.corrupt import BadImageWatch
@@ -80,6 +83,25 @@ class Loaders:
         """End the loader processes."""
         self.train.close()
         self.val.close()
+
+
+def settle_config(cfg: RunConfig, folder: Path, resumed: str = "") -> RunConfig:
+    """Return the config with the files of both splits, and log what was found; what has to be made goes into a folder.
+
+    Args:
+        cfg: of the run.
+        folder: the run's.
+        resumed: the checkpoint that it continues: its run's files are used again.
+
+    Raises:
+        ValueError, OSError: no data, or they cannot be used.
+    """
+    earlier = [folder / settle.FOLDER, Path(resumed).parent / settle.FOLDER] if resumed else []
+    parts = ("train",) if cfg.run.overfit else settle.PARTS
+    data, lines = settle.settle_data(cfg.data, parts, folder / settle.FOLDER, earlier)
+    for line in lines:
+        _logger.info("data: %s", line)
+    return dataclasses.replace(cfg, data=data)
 
 
 def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:

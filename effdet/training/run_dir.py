@@ -19,6 +19,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]  # Windows has no such locks
 
 from effdet.config.schema import RunConfig
+from effdet.data import settle
 from effdet.runtime import distributed
 from effdet.runtime.console import INPUT_ERRORS
 
@@ -66,7 +67,7 @@ def discard_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except INPUT_ERRORS:
-        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME}:
+        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME, settle.FOLDER}:
             shutil.rmtree(folder)
         raise
 

@@ -27,7 +27,7 @@ from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_l
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, seeding, signals
 
-from . import auto_batch, initial_weights, overfit, resume
+from . import auto_batch, build, initial_weights, overfit, resume
 from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
@@ -117,6 +117,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     origin, backbone = initial_weights.find_initial_weights(cfg.model, payload)
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+    cfg = build.settle_config(cfg, start.output_dir, start.source if payload else "")
     data = open_data(cfg, payload.get("category_map"))
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
