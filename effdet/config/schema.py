@@ -161,6 +161,7 @@ class OptimConfig:
         "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead"
     )
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
+    backbone_lr: float = setting(1.0, "factor of the backbone's learning rate; for pretrained weights below 1", above=0)
     lr_batch: int | None = setting(
         None,
         "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion",

@@ -147,6 +147,7 @@ def build_step(
         cfg.optim.weight_decay,
         cfg.optim.opt_eps,
         masters=precision.master_parameters(model),
+        backbone_lr=cfg.optim.backbone_lr,
     )
     bench = DetBenchTrain(
         model,
