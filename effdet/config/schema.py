@@ -66,13 +66,22 @@ class ModelConfig(EvalModelConfig):
     name: str = setting("tf_efficientdet_d0", "model name", flags="--model")
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
     anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
+    anchors: str = setting(
+        "table", "'auto': fit anchor scale and aspect ratios to the training boxes", choices=("table", "auto")
+    )
     aspect_ratios: list[float] | None = setting(
         None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
     )
     drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
     pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
     freeze_backbone: bool = setting(False, "do not train the backbone")
-    freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
+    freeze_stages: int = setting(
+        0, "keep the backbone's stem and first N stages as they are; 1 is the stem alone; faster", low=0, high=8
+    )
+    freeze_bn: str = setting(
+        "", "keep batch-norm statistics and affine weights: all, or the backbone's", bare="all",
+        choices=("", "all", "backbone"),
+    )
     freeze_bn_epochs: int = setting(
         0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0
     )
@@ -293,6 +302,7 @@ class RunSectionConfig:
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation image only; 0: all", low=0)
+    patience: int = setting(0, "stop after N evaluations in a row without a better AP; 0: never", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
     recovery_interval: int = setting(

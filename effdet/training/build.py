@@ -27,7 +27,7 @@ from . import overfit
 from .amp import Precision
 from .ema import ModelEma
 from .engine import Training
-from .optim import build_optimizer, freeze_backbone, freeze_bn
+from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_stages
 from .resume import check_fits
 from .run_dir import check_shared_memory
 from .schedule import build_schedule
@@ -130,8 +130,11 @@ def build_step(
         distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:
         _logger.info("backbone frozen: %s", freeze_backbone(model))
+    if cfg.model.freeze_stages:
+        _logger.info("backbone stages frozen: %s", freeze_stages(model, cfg.model.freeze_stages))
     if cfg.model.freeze_bn:
-        _logger.info("batch norms frozen: %s", freeze_bn(model))
+        part = model.backbone if cfg.model.freeze_bn == "backbone" else model
+        _logger.info("batch norms frozen: %s", freeze_bn(part))
     place_model(model, device, cfg.model.same_padding, place.channels_last)
     if payload:
         check_fits(payload, source, cfg.model.name, list(model.config.image_size))

@@ -224,6 +224,29 @@ def freeze_backbone(model: nn.Module) -> Frozen:
     return Frozen(frozen, norms)
 
 
+def freeze_stages(model: nn.Module, stages: int) -> Frozen:
+    """Fix the first stages of the backbone, as `freeze_backbone` does the whole: their backward pass is saved too.
+
+    Args:
+        model: an EfficientDet whose backbone is one of timm's EfficientNets.
+        stages: how many; the stem counts as the first.
+
+    Raises:
+        ValueError: the backbone has no such stages.
+    """
+    backbone = model.get_submodule("backbone")
+    if not (hasattr(backbone, "conv_stem") and hasattr(backbone, "blocks")):
+        raise ValueError(f"--freeze-stages: {type(backbone).__name__} has no stem and stages to freeze")
+    parts = [[backbone.conv_stem, backbone.bn1], *([stage] for stage in backbone.blocks)]
+    if stages >= len(parts):
+        raise ValueError(f"--freeze-stages {stages}: the backbone has {len(parts)}; --freeze-backbone freezes them all")
+    layers = [layer for part in parts[:stages] for layer in part]
+    frozen = sum(_stop_gradients(layer.parameters()) for layer in layers)
+    norms = sum(isinstance(module, _NormBase) for layer in layers for module in layer.modules())
+    _keep_in_eval(model, layers)
+    return Frozen(frozen, norms)
+
+
 def freeze_bn(model: nn.Module) -> Frozen:
     """Fix every batch norm: statistics and affine parameters, also after later `train()` calls.
 
