@@ -49,6 +49,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
     from effdet.runtime.launch import launch, needs_launch, start
     from effdet.training.auto_batch import AUTO
+    from effdet.training.footprint import OutOfMemory
     from effdet.training.postmortem import DivergedError
     from effdet.training.resume import newest_checkpoint
     from effdet.training.run_dir import make_run_folder
@@ -56,7 +57,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
 
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
-            if cfg.run.batch_size != AUTO:
+            if cfg.run.batch_size != AUTO and cfg.run.recipe == "coco":
                 split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             command = ["-m", "effdet.commands.train", *arguments]
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
@@ -67,14 +68,14 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
-            prepared = prepare(cfg, device)
+            prepared = prepare(cfg, device, lambda base: parse_train_args(arguments, base=base))
         watch = heartbeat.start(cfg.dist.hang_timeout)
         with (
             signals.listening(),
             progress.ended(),
             contextlib.closing(prepared),
             dead_workers_in_one_line("train.py"),
-            one_line_errors("train.py", (BadImagesError, DivergedError)),
+            one_line_errors("train.py", (BadImagesError, DivergedError, OutOfMemory)),
         ):
             status = fit(prepared)
         if watch is not None:

@@ -9,7 +9,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from .load import load_config
@@ -205,7 +205,14 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
         raise ConfigError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), known)}")
 
 
-def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
+def _parse(
+    root: type[_ConfigT],
+    prog: str,
+    about: str,
+    argv: Sequence[str] | None,
+    images: bool = False,
+    base: Mapping[str, Any] | None = None,
+) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
     options = list_options(root)
     parser = _build_parser(root, prog, about, "\n               [IMAGE ...]" if images else "")
@@ -221,17 +228,20 @@ def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | No
             key, equals, _ = stray[0].partition("=")
             hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
             raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
-        return load_config(root, namespace.config, flags, [pair for pair in overrides if pair])
+        return load_config(root, namespace.config, flags, [pair for pair in overrides if pair], base)
     except ConfigError as error:
         parser.error(str(error))
 
 
-def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunConfig:
+def parse_train_args(
+    argv: Sequence[str] | None = None, about: str = "", base: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Parse the command line of train.py.
 
     Args:
         argv: the arguments without the program's name; None: those of the process.
         about: text of --help: what the script does, then, after an empty line, examples.
+        base: settings of a recipe, which replace defaults; what the command line says wins.
 
     Returns:
         The resolved and checked config.
@@ -239,7 +249,7 @@ def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunC
     Raises:
         SystemExit: status 2 after one line on standard error when something is wrong; status 0 after --help.
     """
-    return _parse(RunConfig, "train.py", about, argv)
+    return _parse(RunConfig, "train.py", about, argv, base=base)
 
 
 def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:

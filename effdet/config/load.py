@@ -7,7 +7,7 @@ dataclasses. No defaults, ranges or help texts belong here, they are in schema.p
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,8 @@ OVERFIT: dict[str, Any] = {
     "run.keep_best": 1,
 }
 """What `--overfit` sets, over YAML files and below the flags: a short run that learns images by heart."""
+
+_OWN_RECIPE = {"optim.lr", "optim.opt", "sched.sched", "run.overfit"}  # who gives one of these brings a recipe
 
 
 def _convert(option: Option, value: Any) -> Any:
@@ -122,14 +124,16 @@ def load_config(
     files: Sequence[str | Path] = (),
     flags: dict[str, tuple[str, Any]] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> _ConfigT:
-    """Merge defaults, YAML files, flags and overrides, in this order, and check the result.
+    """Merge defaults, a recipe, YAML files, flags and overrides, in this order, and check the result.
 
     Args:
         root: RunConfig, ValidateConfig or DemoConfig.
         files: YAML files that hold differences only; a later one wins.
         flags: dotted key -> (spelling shown in messages, value).
         overrides: pairs of dotted key and value in YAML's notation.
+        base: dotted key -> value of a recipe.
 
     Returns:
         A new instance of `root`.
@@ -138,9 +142,12 @@ def load_config(
         ConfigError: an unreadable file, an unknown setting, a wrong type, a value out of range, a contradiction.
     """
     options, node = list_options(root), _new_tree(root)
+    for key, value in (base or {}).items():
+        _apply(node, options, key, value, "recipe")
     for path in files:
         _apply_tree(node, options, _read_yaml(path), str(path))
-    if "run.overfit" in {*(flags or {}), *(key for key, _ in overrides)}:
+    given = {*(flags or {}), *(key for key, _ in overrides)}
+    if "run.overfit" in given:
         for key, value in OVERFIT.items():
             _apply(node, options, key, value, "--overfit")
     batch_below = OmegaConf.select(node, "run.batch_size")
@@ -155,6 +162,8 @@ def load_config(
         if option is not None and not option.is_list and str in option.kinds:
             value = None if value is None and option.optional else text
         _apply(node, options, key, value, f"{key}={text}")
+    if node.run.get("recipe") == "auto" and (files or given & _OWN_RECIPE):
+        node.run.recipe = "coco"  # the defaults are its settings
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
     cfg: Any = OmegaConf.to_object(node)  # a `root`, as the tree was made of one

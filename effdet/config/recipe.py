@@ -5,6 +5,7 @@ what the numbers were measured with.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +46,10 @@ class Recipe:
     why: str
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def overrides(self) -> str:
-        """Return the settings as a command line takes them."""
-        return " ".join(f"{key}={_word(value)}" for key, value in self.settings.items())
+
+def show_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings by dotted key as a command line takes them."""
+    return " ".join(f"{key}={_word(value)}" for key, value in settings.items())
 
 
 def _word(value: Any) -> str:

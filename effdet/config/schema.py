@@ -79,7 +79,9 @@ class ModelConfig(EvalModelConfig):
         0, "keep the backbone's stem and first N stages as they are; 1 is the stem alone; faster", low=0, high=8
     )
     freeze_bn: str = setting(
-        "", "keep batch-norm statistics and affine weights: all, or the backbone's", bare="all",
+        "",
+        "keep batch-norm statistics and affine weights: all, or the backbone's",
+        bare="all",
         choices=("", "all", "backbone"),
     )
     freeze_bn_epochs: int = setting(
@@ -292,6 +294,12 @@ class RunSectionConfig:
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
+    recipe: str = setting(
+        "auto",
+        "settings under those given: 'finetune' and 'scratch' are for small sets, with and without ImageNet weights, "
+        "'coco' for large ones; 'auto' chooses, unless -c, --lr, --opt, --sched or --overfit do",
+        choices=("auto", "finetune", "scratch", "coco"),
+    )
     resume: str = setting(
         "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto"
     )

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effdet.bench import DetBenchTrain
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
+from effdet.config.load import inert_settings
+from effdet.config.recipe import FEW_STEPS
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, build_eval_loader, build_train_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
@@ -21,6 +24,7 @@ from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
+from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, signals
 
 from . import overfit
@@ -79,6 +83,34 @@ class Loaders:
         """End the loader processes."""
         self.train.close()
         self.val.close()
+
+
+def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
+    """Choose the device's settings and log them, and where the run takes place."""
+    lines = device_layer.tune(place.device)
+    if cfg.run.deterministic:
+        lines += device_layer.make_deterministic(place.device)
+    if cfg.run.compile:
+        lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
+    lines.append(
+        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
+    )
+    for line in lines:
+        _logger.info("setting: %s", line)
+    for line in inert_settings(cfg):
+        _logger.warning("setting: %s", line)
+    size = cfg.run.batch_size
+    each = size // place.world if isinstance(size, int) else size
+    _logger.info(
+        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
+        cfg.model.name,
+        device_layer.describe(place.device),
+        place.world,
+        size,
+        each,
+        place.workers,
+        output_dir,
+    )
 
 
 def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
@@ -228,6 +260,14 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         seed=cfg.run.seed,
         updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum),
     )
+    updates = -(-steps_per_epoch // cfg.optim.grad_accum)
+    if updates < FEW_STEPS and not cfg.run.overfit:
+        _logger.warning(
+            "an epoch has %d updates, so that this run learns from %d in all: for few images give a smaller -b "
+            "(or more --epochs)",
+            updates,
+            updates * epochs,
+        )
     bench = step.bench
     if place.world > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]

@@ -18,20 +18,31 @@ import torch
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
-from effdet.config.load import dump_yaml, inert_settings, replace_settings, split_over_devices, workers_per_device
+from effdet.config.load import dump_yaml, replace_settings, split_over_devices, workers_per_device
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
 from effdet.report import progress
 from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed, seeding, signals
+from effdet.runtime import distributed, memory, seeding, signals
 
-from . import auto_batch, overfit, resume
-from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
+from . import auto_batch, footprint, overfit, resume
+from .build import (
+    Data,
+    Loaders,
+    Placement,
+    build_loaders,
+    build_step,
+    build_training,
+    log_start,
+    open_data,
+    uneven_models,
+)
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
 from .postmortem import explain_divergence
+from .recipe import Parse, apply_recipe, fit_anchors, keep_recipe
 from .recorder import RunRecorder, check_tensorboard
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
 
@@ -77,12 +88,18 @@ class Run:
 # ---- before the first step -------------------------------------------------------------------------------------------
 
 
-def prepare(cfg: RunConfig, device: torch.device) -> Run:
-    """Find what to continue, make the run's folder and its log, and build the run.
+def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) -> Run:
+    """Choose the recipe, find what to continue, make the run's folder and its log, and build the run.
+
+    Args:
+        cfg: of the run.
+        device: where it takes place.
+        parse: makes the config with other defaults; None: there is no recipe to choose.
 
     Raises:
         ValueError, OSError, RuntimeError: the run cannot work as asked for; a new folder is removed again.
     """
+    cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
@@ -98,6 +115,8 @@ def prepare(cfg: RunConfig, device: torch.device) -> Run:
         if wants_newest:
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}
+        if recipe is not None and parse is not None:
+            cfg = keep_recipe(cfg, recipe, parse, payload)
         return build_run(cfg, device, Start(output_dir, payload, source), lock)
 
 
@@ -117,10 +136,14 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
     data = open_data(cfg, payload.get("category_map"))
+    if cfg.model.anchors == "auto":
+        cfg = fit_anchors(cfg, data.train_set.parser) if not payload else resume.keep_anchors(cfg, payload)
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
+    if device_layer.is_host(device):
+        footprint.warn_of_size(cfg, place, data.categories.num_classes, batch_size // world)
     step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
     eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms).to(device)
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
@@ -162,34 +185,6 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     )
 
 
-def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
-    """Choose the device's settings and log them, and where the run takes place."""
-    lines = device_layer.tune(place.device)
-    if cfg.run.deterministic:
-        lines += device_layer.make_deterministic(place.device)
-    if cfg.run.compile:
-        lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
-    lines.append(
-        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
-    )
-    for line in lines:
-        _logger.info("setting: %s", line)
-    for line in inert_settings(cfg):
-        _logger.warning("setting: %s", line)
-    size = cfg.run.batch_size
-    each = size // place.world if isinstance(size, int) else size
-    _logger.info(
-        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
-        cfg.model.name,
-        device_layer.describe(place.device),
-        place.world,
-        size,
-        each,
-        place.workers,
-        output_dir,
-    )
-
-
 # ---- epoch by epoch --------------------------------------------------------------------------------------------------
 
 
@@ -209,18 +204,38 @@ def fit(run: Run) -> int:
     run.recorder.begin(run.position.epoch, run.position.batches)
     losses, position = [], run.position
     for epoch in range(run.position.epoch, run.epochs):
-        is_last, loss = run_epoch(run, dataclasses.replace(position, epoch=epoch))
+        try:
+            is_last, loss = run_epoch(run, dataclasses.replace(position, epoch=epoch))
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            run.training.optimizer.zero_grad()
+            raise footprint.explain_out_of_memory(
+                run.cfg, run.place, run.data.categories.num_classes, run.loaders.batch_size
+            ) from None
         position = resume.Position()
         losses.append(loss)
         if is_last:
             break
-        signum = max(distributed.all_gather_object(signals.requested()))
+        votes = distributed.all_gather_object((signals.requested(), is_tired(run, epoch)))
+        signum = max(vote for vote, _ in votes)
         if signum:
             raise signals.StopRequested(signum)
+        if any(tired for _, tired in votes):
+            break
     finish(run)
     status = overfit.report(run, losses) if run.cfg.run.overfit else 0
     distributed.barrier()
     return status
+
+
+def is_tired(run: Run, epoch: int) -> bool:
+    """Tell, on rank 0, whether --patience evaluations in a row were no better than the best."""
+    patience, (_, best) = run.cfg.run.patience, run.manager.best
+    if not patience or best is None or (epoch - best) // run.cfg.run.val_interval < patience:
+        return False
+    _logger.info("stopped: no better AP in %d evaluations since epoch %d (--patience)", patience, best)
+    return True
 
 
 def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
