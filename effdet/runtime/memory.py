@@ -59,7 +59,14 @@ def available_memory_bytes(device: torch.device) -> int | None:
         module = torch.get_device_module(device)
         free, _ = module.mem_get_info(device)
         return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+    import resource
+
     limits = []
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            limits.append(max(0, address_space - pages * resource.getpagesize()))
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 
@@ -64,8 +65,8 @@ def images_that_fit(cfg: RunConfig, place: Placement, num_classes: int) -> int |
     return None if free is None else int(_USABLE * free / bytes_per_image(cfg, place, num_classes))
 
 
-def warn_of_size(cfg: RunConfig, place: Placement, num_classes: int, batch_size: int) -> None:
-    """Log a warning where a step of this process is likely to need more memory than there is."""
+def warn_of_size(cfg: RunConfig, place: Placement, num_classes: int, batch_size: int) -> int | None:
+    """Log a warning where a step is likely to need more memory than there is; return `images_that_fit`."""
     fits = images_that_fit(cfg, place, num_classes)
     if fits is not None and batch_size > fits:
         _logger.warning(
@@ -73,23 +74,28 @@ def warn_of_size(cfg: RunConfig, place: Placement, num_classes: int, batch_size:
             batch_size,
             max(1, fits),
         )
+    return fits
 
 
 class OutOfMemory(RuntimeError):
     """The device's memory is used up; the text says with what, and what is likely to fit."""
 
 
-def explain_out_of_memory(cfg: RunConfig, place: Placement, num_classes: int, batch_size: int) -> OutOfMemory:
-    """Return the error that ends a run which found no memory, with a size that is likely to fit."""
+def explain_out_of_memory(
+    cfg: RunConfig, place: Placement, num_classes: int, batch_size: int, fits: int | None
+) -> OutOfMemory:
+    """Return the error that ends a run which found no memory, with a size that is likely to fit.
+
+    `fits` is what was found at the door, None where nobody looked.
+    """
     height, width = resolve_model_config(cfg.model).image_size
-    memory.release_memory(place.device)
-    try:
-        fits = images_that_fit(cfg, place, num_classes)
-    except RuntimeError:  # not even the small step
-        fits = None
-    fits = min(fits, batch_size - 1) if fits else fits
-    hint = f"about {fits} are likely to fit (-b {fits * place.world})" if fits else "give a smaller -b"
+    if fits is None:
+        memory.release_memory(place.device)
+        with contextlib.suppress(RuntimeError):  # not even the small step
+            fits = images_that_fit(cfg, place, num_classes)
+    fits = max(1, min(fits or batch_size // 2, batch_size - 1))
     return OutOfMemory(
         f"out of memory on {place.device} with {batch_size} images a step of {cfg.model.name} at {height} x {width}: "
-        f"{hint}; so does a smaller --image-size, or --amp on an accelerator. Nothing saved is lost."
+        f"about {fits} are likely to fit (-b {fits * place.world}); a smaller --image-size needs less too. What the run "
+        "has saved is there."
     )

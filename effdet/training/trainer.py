@@ -70,6 +70,7 @@ class Run:
     loaders: Loaders
     training: Training
     eval_bench: DetBenchPredict
+    fits: int | None  # images a step that the memory is likely to hold, where that was estimated
     epochs: int  # with the cooldown
     position: resume.Position  # where it starts
     manager: CheckpointManager
@@ -142,8 +143,9 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
+    fits = None
     if device_layer.is_host(device):
-        footprint.warn_of_size(cfg, place, data.categories.num_classes, batch_size // world)
+        fits = footprint.warn_of_size(cfg, place, data.categories.num_classes, batch_size // world)
     step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
     eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms).to(device)
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
@@ -176,6 +178,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         loaders,
         training,
         eval_bench,
+        fits,
         epochs,
         position,
         manager,
@@ -209,10 +212,11 @@ def fit(run: Run) -> int:
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
+            is_last = None  # explained outside, where the error no longer holds on to the step's tensors
+        if is_last is None:
             run.training.optimizer.zero_grad()
-            raise footprint.explain_out_of_memory(
-                run.cfg, run.place, run.data.categories.num_classes, run.loaders.batch_size
-            ) from None
+            classes, batch_size = run.data.categories.num_classes, run.loaders.batch_size
+            raise footprint.explain_out_of_memory(run.cfg, run.place, classes, batch_size, run.fits)
         position = resume.Position()
         losses.append(loss)
         if is_last:
