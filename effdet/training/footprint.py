@@ -96,6 +96,6 @@ def explain_out_of_memory(
     fits = max(1, min(fits or batch_size // 2, batch_size - 1))
     return OutOfMemory(
         f"out of memory on {place.device} with {batch_size} images a step of {cfg.model.name} at {height} x {width}: "
-        f"about {fits} are likely to fit (-b {fits * place.world}); a smaller --image-size needs less too. What the run "
-        "has saved is there."
+        f"about {fits} are likely to fit (-b {fits * place.world}); a smaller --image-size needs less too. "
+        "What the run has saved is there."
     )
