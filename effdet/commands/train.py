@@ -18,10 +18,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from effdet.config.cli import parse_train_args
 from effdet.config.load import split_over_devices
+from effdet.config.recipe import wants_recipe
 from effdet.config.schema import RunConfig
 
 from .environment import prepare_environment
@@ -55,9 +57,12 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.training.run_dir import make_run_folder
     from effdet.training.trainer import fit, prepare
 
+    def parse(base: Mapping[str, Any]) -> RunConfig:
+        return parse_train_args(arguments, base=base)
+
     with one_line_errors("train.py"):
         if needs_launch(cfg.dist.device_list):
-            if cfg.run.batch_size != AUTO and cfg.run.recipe == "coco":
+            if cfg.run.batch_size != AUTO and not wants_recipe(parse):
                 split_over_devices(cfg.run.batch_size, len(cfg.dist.device_list))  # refused once, not by every process
             command = ["-m", "effdet.commands.train", *arguments]
             if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):
@@ -68,7 +73,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
         device = start(cfg.run.device, cfg.dist.device_list)
     try:
         with one_line_errors("train.py"):
-            prepared = prepare(cfg, device, lambda base: parse_train_args(arguments, base=base))
+            prepared = prepare(cfg, device, parse)
         watch = heartbeat.start(cfg.dist.hang_timeout)
         with (
             signals.listening(),

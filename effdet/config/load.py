@@ -44,8 +44,6 @@ OVERFIT: dict[str, Any] = {
 }
 """What `--overfit` sets, over YAML files and below the flags: a short run that learns images by heart."""
 
-_OWN_RECIPE = {"optim.lr", "optim.opt", "sched.sched", "run.overfit"}  # who gives one of these brings a recipe
-
 
 def _convert(option: Option, value: Any) -> Any:
     """Bring a value from YAML or the command line into the field's shape; omegaconf checks the type afterwards."""
@@ -146,8 +144,7 @@ def load_config(
         _apply(node, options, key, value, "recipe")
     for path in files:
         _apply_tree(node, options, _read_yaml(path), str(path))
-    given = {*(flags or {}), *(key for key, _ in overrides)}
-    if "run.overfit" in given:
+    if "run.overfit" in {*(flags or {}), *(key for key, _ in overrides)}:
         for key, value in OVERFIT.items():
             _apply(node, options, key, value, "--overfit")
     batch_below = OmegaConf.select(node, "run.batch_size")
@@ -162,8 +159,6 @@ def load_config(
         if option is not None and not option.is_list and str in option.kinds:
             value = None if value is None and option.optional else text
         _apply(node, options, key, value, f"{key}={text}")
-    if node.run.get("recipe") == "auto" and (files or given & _OWN_RECIPE):
-        node.run.recipe = "coco"  # the defaults are its settings
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
     cfg: Any = OmegaConf.to_object(node)  # a `root`, as the tree was made of one

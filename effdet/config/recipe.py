@@ -5,9 +5,12 @@ what the numbers were measured with.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from .options import list_options
+from .schema import RunConfig
 
 SMALL_SET = 20_000  # training images up to which COCO's recipe, made for 118,000, does not fit
 FEW_STEPS = 20  # in an epoch of fewer updates, what counts in epochs (schedule, evaluation, log) is too coarse
@@ -58,6 +61,20 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+Parse = Callable[[Mapping[str, Any]], RunConfig]
+"""Make the config of a command line with other defaults, by dotted key; what is given does not follow them."""
+
+_OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  # values nobody gives
+
+
+def wants_recipe(parse: Parse) -> bool:
+    """Tell whether a recipe is to be chosen: one is named, or rate, optimizer, schedule and --overfit are not given."""
+    cfg = parse(_OWN)
+    if cfg.run.recipe != "auto":
+        return cfg.run.recipe != "coco"
+    return not cfg.run.overfit and all(list_options(RunConfig)[key].get(cfg) == value for key, value in _OWN.items())
 
 
 def choose_recipe(wanted: str, facts: Facts) -> Recipe:

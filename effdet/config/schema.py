@@ -297,7 +297,7 @@ class RunSectionConfig:
     recipe: str = setting(
         "auto",
         "settings under those given: 'finetune' and 'scratch' are for small sets, with and without ImageNet weights, "
-        "'coco' for large ones; 'auto' chooses, unless -c, --lr, --opt, --sched or --overfit do",
+        "'coco' for large ones; 'auto' chooses, unless --lr, --opt, --sched or --overfit are given, here or in YAML",
         choices=("auto", "finetune", "scratch", "coco"),
     )
     resume: str = setting(

@@ -6,14 +6,14 @@ Which settings those are is in config/recipe.py; the anchors are fitted here, as
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from effdet.config.load import replace_settings
-from effdet.config.recipe import SMALL_SET, Facts, Recipe, choose_recipe, show_settings
+from effdet.config.recipe import SMALL_SET, Facts, Parse, Recipe, choose_recipe, show_settings, wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
 from effdet.datacheck.anchor_reach import suggest_anchors
@@ -25,8 +25,6 @@ from .build import Placement
 from .footprint import images_that_fit
 
 _logger = logging.getLogger("effdet.train")
-
-Parse = Callable[[Mapping[str, Any]], RunConfig]  # from defaults by dotted key to the config of a command line
 
 _LARGE_JSON = 64 * 2**20  # bytes; a small set's file has less, and a large one is not worth reading twice
 _BOXES = 2000  # that anchors are fitted to
@@ -43,7 +41,7 @@ def apply_recipe(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Ru
     Raises:
         ValueError, OSError: the data are not there or cannot be read.
     """
-    if cfg.run.recipe == "coco" or cfg.run.overfit:
+    if not wants_recipe(parse):
         return cfg, None
     facts, num_classes = find_facts(cfg, device)
     recipe = choose_recipe(cfg.run.recipe, facts)

@@ -19,6 +19,7 @@ import torch
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
 from effdet.config.load import dump_yaml, replace_settings, split_over_devices, workers_per_device
+from effdet.config.recipe import Parse
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
@@ -42,7 +43,7 @@ from .build import (
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
 from .postmortem import explain_divergence
-from .recipe import Parse, apply_recipe, fit_anchors, keep_recipe
+from .recipe import apply_recipe, fit_anchors, keep_recipe
 from .recorder import RunRecorder, check_tensorboard
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
 
