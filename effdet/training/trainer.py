@@ -1,7 +1,8 @@
 """A training run from top to bottom: what to continue, data, network, optimisation, then epoch by epoch.
 
 `prepare` makes everything, in order, and refuses what cannot work; `fit` trains. What they call is in build.py (config
-to objects), engine.py (the two loops), resume.py (what a run continues from) and recorder.py (what it leaves behind).
+to objects), recipe.py (settings that suit the data), engine.py (the two loops), resume.py (what a run continues from),
+saving.py and recorder.py (what it leaves behind).
 """
 
 from __future__ import annotations
@@ -9,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO
 
 import torch
 
@@ -24,14 +22,12 @@ from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
 from effdet.report import progress
-from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
+from effdet.report.log import EvalStats, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, memory, seeding, signals
 
 from . import auto_batch, footprint, overfit, resume
 from .build import (
-    Data,
-    Loaders,
     Placement,
     build_loaders,
     build_step,
@@ -45,46 +41,11 @@ from .optim import freeze_bn_statistics
 from .postmortem import explain_divergence
 from .recipe import apply_recipe, fit_anchors, keep_recipe
 from .recorder import RunRecorder, check_tensorboard
+from .run import Run, Start
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
+from .saving import finish_epoch, save_recovery
 
 _logger = logging.getLogger("effdet.train")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from."""
-
-    output_dir: Path
-    payload: dict[str, Any]  # the checkpoint that it continues; empty for a new run
-    source: str  # the file it came from
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is ready to train."""
-
-    cfg: RunConfig
-    place: Placement
-    output_dir: Path
-    data: Data
-    loaders: Loaders
-    training: Training
-    eval_bench: DetBenchPredict
-    fits: int | None  # images a step that the memory is likely to hold, where that was estimated
-    epochs: int  # with the cooldown
-    position: resume.Position  # where it starts
-    manager: CheckpointManager
-    recorder: RunRecorder
-    started: float  # time.time()
-    lock: IO[str] | None  # holds the folder as long as it is open
-    vote: distributed.LateMax = field(default_factory=distributed.LateMax)  # on signals, see EpochState.after_update
-
-    def close(self) -> None:
-        """End the loader processes and give the folder up."""
-        self.loaders.close()
-        if self.lock is not None:
-            self.lock.close()
 
 
 # ---- before the first step -------------------------------------------------------------------------------------------
@@ -328,69 +289,6 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
         "EMA" if ema else "trained",
     )
     return found
-
-
-# ---- what is written -------------------------------------------------------------------------------------------------
-
-
-def save(run: Run, write: Callable[[], T]) -> T | None:
-    """Run what writes files on rank 0; with --save-errors warn, a failure is logged and None comes back."""
-
-    def guarded() -> T | None:
-        try:
-            return write()
-        except OSError as error:
-            if run.cfg.run.save_errors == "stop":
-                raise
-            _logger.error("%s Training goes on (--save-errors warn).", error)
-            return None
-
-    return distributed.run_on_primary(guarded)
-
-
-def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -> None:
-    """Write recovery.pth.tar: all that is needed to go on within an epoch."""
-    cfg = run.cfg
-    models = uneven_models(cfg, run.place, run.training)
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device, done.totals, models)) or []
-
-    def write() -> None:
-        position = {
-            "batches": done.batches,
-            "batch_size": cfg.run.batch_size,
-            "trained": trained,
-            "grad_accum": cfg.optim.grad_accum,
-            "images": len(run.data.train_set),
-        }
-        payload = resume.collect(run.training, cfg, run.data.categories, ranks)
-        path = run.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
-        _logger.info("saved %s: epoch %d, batch %d", path, epoch, done.batches)
-
-    save(run, write)
-
-
-def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
-    """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
-    bad, metric = run.data.bad_images.exchange(), None if evaluation is None else evaluation.metric
-    _logger.info(
-        "epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s",
-        stats.epoch,
-        stats.loss,
-        stats.img_per_s,
-        stats.memory_mib,
-        stats.skipped,
-        f", {bad} unreadable image(s)" if bad else "",
-    )
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device)) or []
-
-    def write() -> None:
-        run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
-        run.manager.save(resume.collect(run.training, run.cfg, run.data.categories, ranks), stats.epoch, metric)
-
-    save(run, write)
-    run.recorder.add_epoch(stats, evaluation)
-    if metric is not None and distributed.is_primary():
-        _logger.info("%s", format_best_metric(*run.manager.best))
 
 
 def finish(run: Run) -> None:
