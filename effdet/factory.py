@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from timm.models import model_entrypoint
 from torch import nn
 
+from effdet.checkpoint.backbone import load_backbone
 from effdet.checkpoint.manager import extract_state_dict, load_checkpoint_file, load_state_dict_report
 from effdet.config import get_efficientdet_config
 from effdet.config.model_config import find_model_spec
@@ -214,9 +216,11 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> Effic
         config,
         num_classes=num_classes,
         pretrained=True if model.pretrained == "url" else model.pretrained,
-        pretrained_backbone=model.pretrained_backbone,
+        pretrained_backbone=False,
         pad_type=model.pad_type,
     )
+    if model.pretrained_backbone not in ("", "auto"):  # a run has found its weights by now
+        load_backbone(network, Path(model.pretrained_backbone))
     if model.initial_checkpoint:
         state = extract_state_dict(load_checkpoint_file(model.initial_checkpoint), use_ema=None)
         load_state_dict_report(network, state, strict=True)

@@ -62,7 +62,7 @@ class _Record(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.nargs == 0:
-            values = option_string not in self.const
+            values = self.const[option_string]
         given = getattr(namespace, self.dest) or []
         setattr(namespace, self.dest, [*given, (option_string, values)])
 
@@ -90,6 +90,10 @@ def value_text(option: Option) -> str:
         return ""
     words = "|".join(word or "''" for word in option.choices)
     return option.metavar or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
+
+
+def _off(flags: Sequence[str]) -> list[str]:
+    return ["--no-" + flag[2:] for flag in flags if flag.startswith("--")]
 
 
 def _help_text(option: Option) -> str:
@@ -134,11 +138,15 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             continue
         common = {"dest": key, "default": None, "action": _Record, "help": _help_text(option)}
         if option.kinds == (bool,):
-            off = tuple("--no-" + flag[2:] for flag in flags if flag.startswith("--"))
-            groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
+            values = dict.fromkeys(flags, True) | {off: False for off in _off(flags)}
+            groups[section].add_argument(*values, nargs=0, const=values, **common)
         else:
             extra = {"nargs": "?", "const": option.bare} if option.bare else {}
             groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
+            if option.off is not None:
+                values = dict.fromkeys(_off(flags), option.off)
+                common["help"] = f"the same as {flags[0]} {option.off!r}"
+                groups[section].add_argument(*values, nargs=0, const=values, **common)
     for section, lines in plain.items():
         wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
         wrapped.insert(0, "\nWithout a flag, only in YAML or as section.field=value:")

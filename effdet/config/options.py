@@ -28,6 +28,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     bare: str | None = None,
+    off: str | None = None,
     metavar: str | None = None,
 ) -> Any:
     """Declare one field of a section.
@@ -44,6 +45,7 @@ def setting(
         below: exclusive upper bound.
         choices: the allowed words.
         bare: value meant by the flag without an argument; None: the flag needs its argument.
+        off: value meant by the flag with `--no-` before its name; None: there is no such flag.
         metavar: placeholder of the value in the help.
     """
     meta = {
@@ -56,6 +58,7 @@ def setting(
         "below": below,
         "choices": choices,
         "bare": bare,
+        "off": off,
         "metavar": metavar,
     }
     if isinstance(default, list):

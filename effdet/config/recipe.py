@@ -69,6 +69,11 @@ Parse = Callable[[Mapping[str, Any]], RunConfig]
 _OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  # values nobody gives
 
 
+def is_given(parse: Parse, key: str) -> bool:
+    """Tell whether a command line or its YAML files set a text."""
+    return list_options(RunConfig)[key].get(parse({key: "\0"})) != "\0"
+
+
 def wants_recipe(parse: Parse) -> bool:
     """Tell whether a recipe is to be chosen: one is named, or rate, optimizer, schedule and --overfit are not given."""
     cfg = parse(_OWN)

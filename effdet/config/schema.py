@@ -73,7 +73,14 @@ class ModelConfig(EvalModelConfig):
         None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
     )
     drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
-    pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
+    pretrained_backbone: str = setting(
+        "auto",
+        "ImageNet weights that the backbone starts from: a file, those of a model of timm's, or 'auto' for its own; "
+        "not looked for where a whole detector is loaded",
+        bare="auto",
+        off="",
+        metavar="FILE|NAME",
+    )
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_stages: int = setting(
         0, "keep the backbone's stem and first N stages as they are; 1 is the stem alone; faster", low=0, high=8
@@ -82,6 +89,7 @@ class ModelConfig(EvalModelConfig):
         "",
         "keep batch-norm statistics and affine weights: all, or the backbone's",
         bare="all",
+        off="",
         choices=("", "all", "backbone"),
     )
     freeze_bn_epochs: int = setting(

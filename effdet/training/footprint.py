@@ -29,7 +29,7 @@ def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
         "image_size": [_SIDE_PX, _SIDE_PX],
         "pretrained": "",
         "initial_checkpoint": "",
-        "pretrained_backbone": False,
+        "pretrained_backbone": "",
     }
     height, width = resolve_model_config(cfg.model).image_size
     cfg = replace_settings(cfg, model=small, ema={"enabled": False}, run={"compile": False})

@@ -5,6 +5,7 @@ Which settings those are is in config/recipe.py; the anchors are fitted here, as
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from effdet.checkpoint.backbone import fetch_backbone, find_backbone, remedies
 from effdet.config.load import replace_settings
-from effdet.config.recipe import SMALL_SET, Facts, Parse, Recipe, choose_recipe, show_settings, wants_recipe
+from effdet.config.recipe import SMALL_SET, Facts, Parse, Recipe, choose_recipe, is_given, show_settings, wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
 from effdet.datacheck.anchor_reach import suggest_anchors
@@ -26,6 +28,7 @@ from .footprint import images_that_fit
 
 _logger = logging.getLogger("effdet.train")
 
+_MODELS = ("tf_efficientdet_lite0", "tf_efficientdet_d0")  # with weights at hand, the first is for CPUs
 _LARGE_JSON = 64 * 2**20  # bytes; a small set's file has less, and a large one is not worth reading twice
 _BOXES = 2000  # that anchors are fitted to
 
@@ -43,7 +46,7 @@ def apply_recipe(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Ru
     """
     if not wants_recipe(parse):
         return cfg, None
-    facts, num_classes = find_facts(cfg, device)
+    facts, num_classes = find_facts(cfg, device, parse)
     recipe = choose_recipe(cfg.run.recipe, facts)
     cfg = replace_settings(parse(recipe.settings), run={"recipe": recipe.name})
     batch_size = recipe.settings.get("run.batch_size")
@@ -69,7 +72,7 @@ def keep_recipe(cfg: RunConfig, recipe: Recipe, parse: Parse, payload: Mapping[s
     return cfg
 
 
-def find_facts(cfg: RunConfig, device: torch.device) -> tuple[Facts, int]:
+def find_facts(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Facts, int]:
     """Look at the training split and for weights; also return the number of classes, 0 where nobody has counted."""
     is_cpu, devices = device_layer.is_host(device), distributed.world_size()
     _, ann = split_paths(cfg.data, "train")
@@ -78,7 +81,53 @@ def find_facts(cfg: RunConfig, device: torch.device) -> tuple[Facts, int]:
     parser = build_dataset(cfg.data, "train", cfg.model.num_classes).parser
     sizes = np.array([(info["height"], info["width"]) for info in parser.img_infos])
     height, width = np.median(sizes, axis=0) if len(sizes) else (1.0, 1.0)
-    return Facts(len(sizes), (float(height), float(width)), is_cpu, devices), parser.category_map.num_classes
+    model, weights = _weights_at_hand(cfg, is_cpu, parse)
+    facts = Facts(len(sizes), (float(height), float(width)), is_cpu, devices, model, weights)
+    return facts, parser.category_map.num_classes
+
+
+def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, str]:
+    """Return a model whose weights need no fetching, and where they are; empty texts where there is none."""
+    detector = cfg.model.pretrained or cfg.model.initial_checkpoint
+    if detector:
+        return cfg.model.name, detector
+    names = _MODELS if is_cpu else _MODELS[::-1]
+    if is_given(parse, "model.name"):
+        names = (cfg.model.name,)
+    for name in names if cfg.model.pretrained_backbone else ():
+        spec = resolve_model_config(dataclasses.replace(cfg.model, name=name))
+        source = find_backbone(cfg.model.pretrained_backbone, spec.backbone_name)
+        if source is not None:
+            return name, str(source)
+    return "", ""
+
+
+def choose_backbone(cfg: RunConfig, parse: Parse, brought: bool) -> RunConfig:
+    """Return the config with the file that the backbone starts from, and log it.
+
+    Args:
+        cfg: of the run.
+        parse: makes the config from the command line with other defaults.
+        brought: a checkpoint is continued, whose weights replace all others.
+
+    Raises:
+        ValueError: model or weights are named, and the weights cannot be had.
+    """
+    model, wanted = cfg.model, cfg.model.pretrained_backbone
+    named = wanted and any(is_given(parse, f"model.{key}") for key in ("pretrained_backbone", "name"))
+    if not wanted or brought or model.pretrained or model.initial_checkpoint or cfg.run.overfit and not named:
+        return replace_settings(cfg, model={"pretrained_backbone": ""})
+    backbone = resolve_model_config(model).backbone_name
+    source = find_backbone(wanted, backbone)
+    if source is None and named:
+        source = distributed.run_on_primary(lambda: fetch_backbone(wanted, backbone))
+    if source is None:
+        _logger.warning(
+            "backbone: random weights, as those of %s are not at hand: %s", backbone, remedies(wanted, backbone)
+        )
+    else:
+        _logger.info("backbone: ImageNet weights of %s", source)
+    return replace_settings(cfg, model={"pretrained_backbone": "" if source is None else str(source.path)})
 
 
 def fit_anchors(cfg: RunConfig, parser: Any) -> RunConfig:

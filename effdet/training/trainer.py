@@ -39,7 +39,7 @@ from .build import (
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import freeze_bn_statistics
 from .postmortem import explain_divergence
-from .recipe import apply_recipe, fit_anchors, keep_recipe
+from .recipe import apply_recipe, choose_backbone, fit_anchors, keep_recipe
 from .recorder import RunRecorder, check_tensorboard
 from .run import Run, Start
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
@@ -78,8 +78,10 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
         if wants_newest:
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}
-        if recipe is not None and parse is not None:
-            cfg = keep_recipe(cfg, recipe, parse, payload)
+        if parse is not None:
+            if recipe is not None:
+                cfg = keep_recipe(cfg, recipe, parse, payload)
+            cfg = choose_backbone(cfg, parse, bool(payload))
         return build_run(cfg, device, Start(output_dir, payload, source), lock)
 
 

@@ -37,7 +37,7 @@ def chosen(*argv):
 
 
 def test_the_data_are_looked_at(root):
-    facts, classes = find_facts(parse_train_args(["--root", str(root)]), CPU)
+    facts, classes = find_facts(parse_train_args(["--root", str(root)]), CPU, parser_of("--root", str(root)))
     sizes = [
         (i["height"], i["width"])
         for i in build_dataset(parse_train_args(["--root", str(root)]).data, "train").parser.img_infos
