@@ -1,9 +1,9 @@
 """Train EfficientDet on data in COCO format, on one device or several.
 
 Examples:
-  python train.py --root DIR -c configs/own_data.yaml
-  python train.py --root DIR -c configs/own_data.yaml --image-size 256 320
-  python train.py --root DIR -c configs/own_data.yaml --pretrained FILE
+  python train.py --root DIR
+  python train.py --root DIR --epochs 60 --image-size 256 320
+  python train.py --root DIR --pretrained FILE
   python train.py --root DIR --device npu --amp        (or cuda)
   python train.py --root DIR --device-list 0,1,2,3 -b 128 --sync-bn
   python train.py --root DIR --experiment NAME --resume auto

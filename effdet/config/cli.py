@@ -118,8 +118,8 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file with the settings that differ from the defaults; give it again for more files, "
-        "the later one wins",
+        help="YAML file with the settings that differ from the defaults, or the name of a preset, such as own_data; "
+        "give it again for more files, the later one wins",
     )
     groups: dict[str, Any] = {}
     plain: dict[str, list[str]] = {}

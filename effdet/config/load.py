@@ -91,8 +91,14 @@ def _apply(node: Any, options: dict[str, Option], key: str, value: Any, source: 
         raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
+_PRESETS = Path(__file__).parents[2] / "configs"
+
+
 def _read_yaml(path: str | Path) -> Any:
-    """Read a YAML file into plain types; an empty file gives an empty dict."""
+    """Read a YAML file, or the preset of that name, into plain types; an empty file gives an empty dict."""
+    preset = _PRESETS / f"{path}.yaml"
+    if not Path(path).exists() and preset.is_file():
+        path = preset
     try:
         node = OmegaConf.load(path)
     except OSError as error:

@@ -31,6 +31,7 @@ class Facts:
         devices: processes of the run.
         model: model whose ImageNet backbone is at hand; empty: none is.
         weights: where these weights are, for the log.
+        has_heads: they are a whole detector's, whose heads know its anchors.
     """
 
     images: int
@@ -39,6 +40,7 @@ class Facts:
     devices: int = 1
     model: str = ""
     weights: str = ""
+    has_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def choose_recipe(wanted: str, facts: Facts) -> Recipe:
     count = f"{facts.images} training images"
     if name == "coco":
         return Recipe(name, f"{count}, as many as COCO's recipe is for" if wanted == "auto" else "asked for")
-    start = f"ImageNet weights from {facts.weights}" if name == "finetune" else "no ImageNet weights at hand"
+    start = f"weights from {facts.weights}" if name == "finetune" else "no weights at hand"
     why = f"{count}, {start}" if wanted == "auto" else f"asked for; {count}"
     return Recipe(name, why, {**_small_set(facts), **(_finetune(facts) if name == "finetune" else _scratch(facts))})
 
@@ -106,7 +108,7 @@ def _small_set(facts: Facts) -> dict[str, Any]:
     while batch > facts.devices and facts.images < FEW_STEPS * batch:
         batch -= facts.devices
     return {
-        "model.anchors": "auto",
+        "model.anchors": "table" if facts.has_heads else "auto",
         "model.drop_path": 0.0,
         "model.bn_momentum": 0.1,
         "data.scale_min": 0.7,

@@ -15,6 +15,7 @@ import torch
 
 from effdet.checkpoint.backbone import fetch_backbone, find_backbone, remedies
 from effdet.config.load import replace_settings
+from effdet.config.options import list_options
 from effdet.config.recipe import SMALL_SET, Facts, Parse, Recipe, choose_recipe, is_given, show_settings, wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
@@ -68,7 +69,9 @@ def keep_recipe(cfg: RunConfig, recipe: Recipe, parse: Parse, payload: Mapping[s
     if stored.get("run", {}).get("recipe") == recipe.name:
         settings = {key: stored[key.partition(".")[0]][key.partition(".")[2]] for key in settings}
         cfg = replace_settings(parse(settings), run={"recipe": recipe.name})
-    _logger.info("recipe %s (%s): %s", recipe.name, recipe.why, show_settings(settings) or "the defaults")
+    options = list_options(RunConfig)
+    in_effect = {key: value for key, value in settings.items() if options[key].get(cfg) == value}
+    _logger.info("recipe %s (%s): %s", recipe.name, recipe.why, show_settings(in_effect) or "the defaults")
     return cfg
 
 
@@ -81,16 +84,18 @@ def find_facts(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Fact
     parser = build_dataset(cfg.data, "train", cfg.model.num_classes).parser
     sizes = np.array([(info["height"], info["width"]) for info in parser.img_infos])
     height, width = np.median(sizes, axis=0) if len(sizes) else (1.0, 1.0)
-    model, weights = _weights_at_hand(cfg, is_cpu, parse)
-    facts = Facts(len(sizes), (float(height), float(width)), is_cpu, devices, model, weights)
+    facts = Facts(len(sizes), (float(height), float(width)), is_cpu, devices)
+    detector = cfg.model.pretrained or cfg.model.initial_checkpoint
+    if detector:
+        facts = dataclasses.replace(facts, model=cfg.model.name, weights=detector, has_heads=True)
+    else:
+        model, weights = _weights_at_hand(cfg, is_cpu, parse)
+        facts = dataclasses.replace(facts, model=model, weights=weights)
     return facts, parser.category_map.num_classes
 
 
 def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, str]:
     """Return a model whose weights need no fetching, and where they are; empty texts where there is none."""
-    detector = cfg.model.pretrained or cfg.model.initial_checkpoint
-    if detector:
-        return cfg.model.name, detector
     names = _MODELS if is_cpu else _MODELS[::-1]
     if is_given(parse, "model.name"):
         names = (cfg.model.name,)
