@@ -11,6 +11,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --no-compile
 INSTALLED := $(VENV)/.requirements
+INSTALLED_QUICKSTART := $(VENV)/.requirements-quickstart
 INSTALLED_DEV := $(VENV)/.requirements-dev
 INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
 INSTALLED_PEER := $(VENV_PEER)/.requirements-peer
@@ -28,12 +29,12 @@ PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-train: $(INSTALLED)  ## train on the embedded data set, or on DATA=/path/to/coco; more flags in ARGS="..."
+train: $(INSTALLED_QUICKSTART)  ## train on the embedded data set, or on DATA=/path/to/coco; more flags in ARGS="..."
 ifeq ($(strip $(DATA)),)
 	$(PY) -m effdet.data.synthetic --out data/synthetic
-	$(PY) train.py --root data/synthetic -c configs/quickstart.yaml --output runs/quickstart $(ARGS)
+	$(PY) train.py --root data/synthetic --output runs/quickstart $(ARGS)
 else
-	$(PY) train.py --root "$(DATA)" -c configs/own_data.yaml $(ARGS)
+	$(PY) train.py --root "$(DATA)" $(ARGS)
 endif
 
 check: lint  ## lint and the core of the tests, in about two minutes
@@ -87,7 +88,11 @@ $(INSTALLED): requirements.txt
 	$(PY) -c 'import effdet.training.trainer, effdet.commands.evaluation, effdet.commands.drawing'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
+$(INSTALLED_QUICKSTART): $(INSTALLED) requirements-quickstart.txt
+	$(PY) $(PIP_INSTALL) -r requirements-quickstart.txt
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED_QUICKSTART) requirements-dev.txt
 	$(PY) $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 

@@ -6,7 +6,7 @@ dataclasses. No defaults, ranges or help texts belong here, they are in schema.p
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,8 +96,14 @@ def _apply(node: Any, options: dict[str, Option], key: str, value: Any, source: 
         raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
+_PRESETS = Path(__file__).parents[2] / "configs"
+
+
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file into plain types; an empty file gives an empty dict."""
+    """Read a YAML file, or the preset of that name, into plain types; an empty file gives an empty dict."""
+    preset = _PRESETS / f"{path}.yaml"
+    if not Path(path).exists() and preset.is_file():
+        path = preset
     try:
         node = OmegaConf.load(path)
     except OSError as error:
@@ -127,14 +133,16 @@ def load_config(
     files: Sequence[str | Path] = (),
     flags: dict[str, tuple[str, Any]] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> _ConfigT:
-    """Merge defaults, YAML files, flags and overrides, in this order, and check the result.
+    """Merge defaults, a recipe, YAML files, flags and overrides, in this order, and check the result.
 
     Args:
         root: RunConfig, ValidateConfig or DemoConfig.
         files: YAML files that hold differences only; a later one wins.
         flags: dotted key -> (spelling shown in messages, value).
         overrides: pairs of dotted key and value in YAML's notation.
+        base: dotted key -> value of a recipe.
 
     Returns:
         A new instance of `root`.
@@ -143,6 +151,8 @@ def load_config(
         ConfigError: an unreadable file, an unknown setting, a wrong type, a value out of range, a contradiction.
     """
     options, node = list_options(root), _new_tree(root)
+    for key, value in (base or {}).items():
+        _apply(node, options, key, value, "recipe")
     for path in files:
         tree = read_yaml(path)
         if root is RunConfig and is_saved_args(tree):

@@ -68,6 +68,9 @@ class ModelConfig(EvalModelConfig):
     name: str = setting("tf_efficientdet_d0", "model name", flags="--model -m")
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
     anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
+    anchors: str = setting(
+        "table", "'auto': fit anchor scale and aspect ratios to the training boxes", choices=("table", "auto")
+    )
     aspect_ratios: list[float] | None = setting(
         None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
     )
@@ -82,7 +85,16 @@ class ModelConfig(EvalModelConfig):
         none="auto, without a network; random weights and a warning where there are none",
     )
     freeze_backbone: bool = setting(False, "do not train the backbone")
-    freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
+    freeze_stages: int = setting(
+        0, "keep the backbone's stem and first N stages as they are; 1 is the stem alone; faster", low=0, high=8
+    )
+    freeze_bn: str = setting(
+        "",
+        "keep batch-norm statistics and affine weights: all, or the backbone's",
+        bare="all",
+        negatable=True,
+        choices=("", "all", "backbone"),
+    )
     freeze_bn_epochs: int = setting(
         0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0
     )
@@ -184,6 +196,7 @@ class OptimConfig:
         "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead"
     )
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
+    backbone_lr: float = setting(1.0, "factor of the backbone's learning rate; for pretrained weights below 1", above=0)
     lr_batch: int | None = setting(
         None,
         "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion",
@@ -305,6 +318,12 @@ class RunSectionConfig:
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
+    recipe: str = setting(
+        "auto",
+        "settings under those given: 'finetune' and 'scratch' are for small sets, with and without ImageNet weights, "
+        "'coco' for large ones; 'auto' chooses, unless --lr, --opt, --sched or --overfit are given, here or in YAML",
+        choices=("auto", "finetune", "scratch", "coco"),
+    )
     resume: str = setting(
         "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto"
     )
@@ -317,6 +336,7 @@ class RunSectionConfig:
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation image only; 0: all", low=0)
+    patience: int = setting(0, "stop after N evaluations in a row without a better AP; 0: never", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
     recovery_interval: int = setting(

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet.bench import DetBenchTrain
 from effdet.checkpoint.backbone import BackboneSource
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
-from effdet.config.load import replace_settings
+from effdet.config.load import inert_settings, replace_settings
+from effdet.config.recipe import FEW_STEPS
 from effdet.config.schema import RunConfig
 from effdet.data import settle
 from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
@@ -26,13 +27,14 @@ from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
+from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 
 from . import overfit
 from .amp import Precision
 from .ema import ModelEma
 from .engine import Training
-from .optim import build_optimizer, freeze_backbone, freeze_bn
+from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_stages
 from .resume import check_fits
 from .schedule import build_schedule
 
@@ -104,6 +106,34 @@ def settle_config(cfg: RunConfig, folder: Path, resumed: str = "") -> RunConfig:
     return dataclasses.replace(cfg, data=data)
 
 
+def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
+    """Choose the device's settings and log them, and where the run takes place."""
+    lines = device_layer.tune(place.device)
+    if cfg.run.deterministic:
+        lines += device_layer.make_deterministic(place.device)
+    if cfg.run.compile:
+        lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
+    lines.append(
+        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
+    )
+    for line in lines:
+        _logger.info("setting: %s", line)
+    for line in inert_settings(cfg):
+        _logger.warning("setting: %s", line)
+    size = cfg.run.batch_size
+    each = size // place.world if isinstance(size, int) else size
+    _logger.info(
+        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
+        cfg.model.name,
+        device_layer.describe(place.device),
+        place.world,
+        size,
+        each,
+        place.workers,
+        output_dir,
+    )
+
+
 def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
     """Open both splits and agree on the classes.
 
@@ -161,8 +191,11 @@ def build_step(
         distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:
         _logger.info("backbone frozen: %s", freeze_backbone(model))
+    if cfg.model.freeze_stages:
+        _logger.info("backbone stages frozen: %s", freeze_stages(model, cfg.model.freeze_stages))
     if cfg.model.freeze_bn:
-        _logger.info("batch norms frozen: %s", freeze_bn(model))
+        part = model.backbone if cfg.model.freeze_bn == "backbone" else model
+        _logger.info("batch norms frozen: %s", freeze_bn(part))
     place_model(model, device, cfg.model.same_padding, place.channels_last)
     if payload:
         check_fits(payload, source, cfg.model.name, list(model.config.image_size))
@@ -178,6 +211,7 @@ def build_step(
         cfg.optim.weight_decay,
         cfg.optim.opt_eps,
         masters=precision.master_parameters(model),
+        backbone_lr=cfg.optim.backbone_lr,
     )
     bench = DetBenchTrain(
         model,
@@ -251,6 +285,14 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         seed=cfg.run.seed,
         updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum),
     )
+    updates = -(-steps_per_epoch // cfg.optim.grad_accum)
+    if updates < FEW_STEPS and not cfg.run.overfit:
+        _logger.warning(
+            "an epoch has %d updates, so that this run learns from %d in all: for few images give a smaller -b "
+            "(or more --epochs)",
+            updates,
+            updates * epochs,
+        )
     bench = step.bench
     if place.world > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]

@@ -39,7 +39,7 @@ from effdet.checkpoint.manager import (
     rng_state,
 )
 from effdet.checkpoint.state_dict import extract_state_dict
-from effdet.config.load import to_plain
+from effdet.config.load import replace_settings, to_plain
 from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import RunConfig
 from effdet.data.coco.categories import CategoryMap
@@ -69,6 +69,12 @@ class Position:
 def is_restart() -> bool:
     """Tell whether a launcher has started this process again after a failure of the group."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def keep_anchors(cfg: RunConfig, payload: Mapping[str, Any]) -> RunConfig:
+    """Return the config with the anchors that a checkpoint was trained with."""
+    stored = payload["config"]["model"]
+    return replace_settings(cfg, model={key: stored[key] for key in ("anchor_scale", "aspect_ratios")})
 
 
 def find_checkpoint(folder: Path, otherwise: str = "") -> str:
