@@ -6,14 +6,27 @@ about datasets.
 
 import os
 import stat
+import threading
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 _EXIF_ORIENTATION = 0x0112
+_TURNS = {  # what makes an image of this orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # of Image.info
+# Modes that Pillow does not convert to RGB directly, or (palettes with transparency) only with a warning.
+_BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "La": "LA"}
 # Formats that images come in; Pillow reads many more, whose suffixes also belong to documents and icons.
 _FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 
@@ -21,7 +34,8 @@ _FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes, in small letters and with their dot, that files with images have."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+    return frozenset(suffixes - {".pfm"})  # floating point pixels: depth maps
 
 
 class ImageError(ValueError):
@@ -44,7 +58,7 @@ def read_image(
         upright: apply the rotation in any case; for images without annotations.
 
     Returns:
-        A loaded Pillow image in mode RGB.
+        A loaded Pillow image in mode RGB. It says nothing of an orientation, so that nobody turns it again.
 
     Raises:
         ImageError: unreadable file, a pixel format without a known 8-bit meaning, or a size other than expected.
@@ -56,7 +70,7 @@ def read_image(
             if None in (width, height):  # else the json says that it is as large as that
                 _check_pixels(img)
             img.load()
-            rgb = to_rgb(img, upright) if upright else to_rgb(_orient(img, width, height))
+            rgb = to_rgb(img, upright or _is_turned(img, width, height))
     except FileNotFoundError as e:
         raise ImageError(f"{path}: no such file") from e
     except ImageError as e:
@@ -67,7 +81,7 @@ def read_image(
         raise ImageError(
             f"{path}: cannot be read as an image ({type(e).__name__}: {e}). Replace it or leave it out."
         ) from e
-    return rgb
+    return _forget_orientation(rgb)
 
 
 def read_size(path: str | Path, oriented: bool = False) -> tuple[int, int]:
@@ -85,21 +99,35 @@ def read_size(path: str | Path, oriented: bool = False) -> tuple[int, int]:
         raise ImageError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 
+_limit_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # no loader process begins with a lock that nobody gives back
+    os.register_at_fork(
+        before=_limit_lock.acquire, after_in_parent=_limit_lock.release, after_in_child=_limit_lock.release
+    )
+
+
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image of any size: whether it is too large is decided where more is known than in Pillow."""
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise OSError("a pipe, socket or device, which may block or never end")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        return Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _limit_lock:  # two threads could leave Pillow without a limit
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            img = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if img.format == "TIFF":
+        # Pillow (13.0) maps uncompressed gray files into memory by the size they have once upright, which scrambles
+        # them where that is a quarter turn away; a file without a name it reads. test_images.py tells when this can go.
+        img.filename = ""
+    return img
 
 
 def _check_pixels(img: Image.Image) -> None:
     """Refuse what may be a decompression bomb, from the size on at which Pillow does."""
-    pixels, limit = img.width * img.height, Image.MAX_IMAGE_PIXELS
+    with _limit_lock:
+        pixels, limit = img.width * img.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > 2 * limit:
         raise ImageError(
             f"is {img.width}x{img.height} = {pixels} pixels, more than {2 * limit}: cut it into tiles, or allow it by "
@@ -107,12 +135,26 @@ def _check_pixels(img: Image.Image) -> None:
         )
 
 
-def _orient(img: Image.Image, width: int | None, height: int | None) -> Image.Image:
+def _is_turned(img: Image.Image, width: int | None, height: int | None) -> bool:
+    """Tell whether an image has the json's size only after its EXIF rotation."""
     if width is None or height is None or img.size == (width, height):
-        return img
-    if img.size == (height, width) and img.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
-        return ImageOps.exif_transpose(img)
+        return False
+    if img.size == (height, width) and _orientation(img) in (5, 6, 7, 8):
+        return True
     raise _wrong_size(img, width, height)
+
+
+def _orientation(img: Image.Image) -> int:
+    try:
+        return img.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata beside sound pixels, which Pillow reports in as many ways as damaged pixels
+        return 1
+
+
+def _forget_orientation(img: Image.Image) -> Image.Image:
+    for key in _ORIENTATION_KEYS:
+        img.info.pop(key, None)
+    return img
 
 
 def _wrong_size(img: Image.Image, width: int, height: int) -> ImageError:
@@ -132,8 +174,11 @@ def to_rgb(img: Image.Image, upright: bool = False) -> Image.Image:
     Raises:
         ImageError: pixels without a known 8-bit meaning.
     """
-    if upright and img.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        img = ImageOps.exif_transpose(img)
+    img.load()  # Pillow turns a TIFF here, by itself
+    # Not ImageOps.exif_transpose: it also writes the metadata anew, and fails where some of them are damaged.
+    turn = _TURNS.get(_orientation(img)) if upright else None
+    if turn is not None:
+        img = _forget_orientation(img.transpose(turn))
     if img.mode == "RGB":
         return img
     if img.mode.startswith("I"):
@@ -142,8 +187,8 @@ def to_rgb(img: Image.Image, upright: bool = False) -> Image.Image:
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if img.mode == "F":
         raise ImageError("has floating point pixels, whose range is unknown. Save it with 8 bits per channel.")
-    if img.mode in ("P", "PA"):
-        img = img.convert("RGBA")  # a palette with transparency loses its colours (with a warning) on the direct way
+    if img.mode in _BY_WAY_OF:
+        img = img.convert(_BY_WAY_OF[img.mode])
     return img.convert("RGB")
 
 
