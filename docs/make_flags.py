@@ -12,6 +12,7 @@ PAGE = Path(__file__).with_name("flags.md")
 sys.path.insert(0, str(PAGE.parents[1]))
 
 from effdet.config.cli import REFUSED, default_text, value_text  # noqa: E402
+from effdet.config.foreign_flags import FOREIGN  # noqa: E402
 from effdet.config.options import Option, list_options  # noqa: E402
 from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig  # noqa: E402
 
@@ -27,6 +28,14 @@ _OTHERS = (("validate.py", ValidateConfig), ("demo.py", DemoConfig))
 _GONE = """## Flags that are gone
 
 Flags of effdet 0.4.1's scripts and of the original Ascend port that are refused. The scripts give the same hints.
+
+| flag | what to do |
+|---|---|
+"""
+_FOREIGN = """
+## Flags of other trainers
+
+What serves here for flags of ultralytics, rf-detr, timm, mmdetection and detectron2. The scripts give the same hints.
 
 | flag | what to do |
 |---|---|
@@ -51,7 +60,7 @@ def _table(rows: list[str]) -> str:
 
 
 def flags_page() -> str:
-    """Return the page as Markdown: train.py's settings by section, the other scripts', and the flags that are gone."""
+    """Return the page as Markdown: train.py's settings by section, the other scripts', flags gone and foreign."""
     parts = [_HEAD, "## train.py\n"]
     options = list_options(RunConfig)
     for section, section_type in typing.get_type_hints(RunConfig).items():
@@ -59,7 +68,8 @@ def flags_page() -> str:
         parts += [f"### {section}\n\n{section_type.__doc__}\n", _table(rows)]
     for heading, root in _OTHERS:
         parts += [f"## {heading}\n", _table([_row(key, option) for key, option in list_options(root).items()])]
-    parts.append(_GONE + "\n".join(f"| `{flag}` | {_cell(hint)} |" for flag, hint in REFUSED.items()) + "\n")
+    for heading, table in ((_GONE, REFUSED), (_FOREIGN.lstrip(), FOREIGN)):
+        parts.append(heading + "\n".join(f"| `{flag}` | {_cell(hint)} |" for flag, hint in table.items()) + "\n")
     return "\n".join(parts)
 
 

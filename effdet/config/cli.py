@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
+from .foreign_flags import FOREIGN
 from .load import load_config
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
@@ -201,6 +202,8 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
             continue
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
+        if (name := flag.replace("_", "-")) in FOREIGN:
+            raise ConfigError(f"{flag} is another trainer's: {FOREIGN[name]}")
         known = [spelling for action in parser._actions for spelling in action.option_strings]
         raise ConfigError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), known)}")
 
@@ -219,6 +222,8 @@ def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | No
             flags["run.images"] = ("IMAGE", stray)
         elif stray:
             key, equals, _ = stray[0].partition("=")
+            if equals and (name := "--" + key.replace("_", "-")) in FOREIGN:
+                raise ConfigError(f"{key} is another trainer's: {FOREIGN[name]}")
             hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
             raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
         return load_config(root, namespace.config, flags, [pair for pair in overrides if pair])
