@@ -32,7 +32,7 @@ help:  ## show this list
 train: $(INSTALLED_QUICKSTART)  ## train on the embedded data set, or on DATA=/path/to/coco; more flags in ARGS="..."
 ifeq ($(strip $(DATA)),)
 	$(PY) -m effdet.data.synthetic --out data/synthetic
-	$(PY) train.py --root data/synthetic --output runs/quickstart $(ARGS)
+	$(PY) train.py --root data/synthetic --output runs/quickstart --epochs 6 $(ARGS)
 else
 	$(PY) train.py --root "$(DATA)" $(ARGS)
 endif

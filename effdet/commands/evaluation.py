@@ -43,11 +43,11 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
     """Build what the config names, evaluate it, print the numbers and write the files asked for."""
     setup_logging(None, distributed.rank())
     with one_line_errors("validate.py"):
+        detector = find_detector(cfg)
         data, lines = settle_data(cfg.data, ("val",), Path(cfg.run.output) / FOLDER if cfg.run.output else None)
         cfg = dataclasses.replace(cfg, data=data)
         for line in lines:
             _logger.info("data: %s", line)
-        detector = find_detector(cfg)
         dataset = open_dataset(cfg, detector)
         world = distributed.world_size()
         channels_last = device_layer.use_channels_last(device)

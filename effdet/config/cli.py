@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from . import effdet_line
 from .effdet_flags import REFUSED
+from .foreign_flags import FOREIGN
 from .load import load_config, read_yaml
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
@@ -177,6 +178,8 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
             continue
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
+        if (name := flag.replace("_", "-")) in FOREIGN:
+            raise ConfigError(f"{flag} is another trainer's: {FOREIGN[name]}")
         known = [spelling for action in parser._actions for spelling in action.option_strings]
         raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}")
 
@@ -229,6 +232,8 @@ def _parse(
             _logger.warning("%s: %s is taken for the data folder, as if --root came before it", prog, stray[0])
         elif stray:
             key, equals, _ = stray[0].partition("=")
+            if equals and (name := "--" + key.replace("_", "-")) in FOREIGN:
+                raise ConfigError(f"{key} is another trainer's: {FOREIGN[name]}")
             hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
             raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
         return load_config(root, namespace.config, flags, [pair for pair in overrides if pair], base)

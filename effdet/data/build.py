@@ -82,9 +82,10 @@ def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Pa
     Raises:
         ValueError: the config names no data; FileNotFoundError: something is absent in the root.
     """
-    data, lines = settle_data(data, (split,))
-    for line in lines:
+    settled, lines = settle_data(data, (split,))
+    for line in lines if settled is not data else ():
         _logger.info("data: %s", line)
+    data = settled
     images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
     if not (images and ann):
         images_in_root, ann_in_root = coco_paths(data.root, split)

@@ -61,14 +61,14 @@ def settle_data(
         earlier: folders of a run that is continued: jsons that were made for it are used again.
 
     Returns:
-        `data` where nothing has to be found or made, as in COCO's layout; else a new config, whose `limit`, `classes`
-        and `val_split` have been followed and are at their defaults. And lines for the user: what was found and made.
+        `data` where nothing has to be found or made, as in COCO's layout; else a new config, in which `limit`,
+        `classes` and `val_split` have been followed and ask for nothing more. And lines that say what was found.
 
     Raises:
         ValueError: no data named; DatasetError, a kind of it: the data cannot be used.
         FileNotFoundError: something is absent, or the folder is of no known form.
     """
-    if all(_names_all(data, part) for part in parts) and not (data.limit or data.classes):
+    if all(_names_all(data, part) for part in {*parts, "val"}) and not (data.limit or data.classes):
         return data, []
     made = distributed.run_on_primary(lambda: _settle(data, parts, folder, earlier))
     if distributed.local_world_size() < distributed.world_size():  # several machines, perhaps with disks of their own
@@ -78,7 +78,8 @@ def settle_data(
         distributed.barrier()
     if not made.parts:
         return data, made.lines
-    values: dict[str, Any] = {"val_split": None, "limit": 0, "classes": []}
+    # Of a training part alone nothing is to be held out again.
+    values: dict[str, Any] = {"val_split": None if "val" in made.parts else 0.0, "limit": 0, "classes": []}
     for part, where in made.parts.items():
         values |= {f"{part}_images": str(where.images), f"{part}_ann": str(where.ann)}
     return dataclasses.replace(data, **values), made.lines
@@ -147,13 +148,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _settle(data: EvalDataConfig, parts: Sequence[str], folder: Path | None, earlier: Sequence[Path]) -> _Made:
-    named = [part for part in parts if _names_all(data, part)]
-    if not data.root and not named:
+    if not data.root and not any(_names_all(data, part) for part in PARTS):
         raise ValueError(
             "no data given: name a folder with --root DIR (COCO, Roboflow, CVAT, Label Studio, YOLO, Pascal VOC, ...), "
             f"or the files with --{parts[0]}-images DIR --{parts[0]}-ann FILE"
         )
-    found = None if len(named) == len(parts) else _recognise(data)
+    found = None if all(_names_all(data, part) for part in parts) else _recognise(data)
     lines = [found.sentence] if found is not None else []
     sources = {part: _find(data, part, found) for part in PARTS}
     train, val = sources["train"], sources["val"]

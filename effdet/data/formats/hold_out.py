@@ -91,7 +91,7 @@ def take_classes(content: Coco, wanted: Sequence[str], keep_images: bool) -> Coc
         if name not in names:
             more = "" if len(names) <= 12 else f", ... ({len(names)} in all)"
             raise DatasetError(
-                f"--classes: no class is called {name!r}{nearest(name, names)} The data have: "
+                f"--classes: no class is called {name!r}{nearest(name, names) or '.'} The data have: "
                 f"{', '.join(names[:12])}{more}"
             )
     kept = [row for row, name in zip(rows, names, strict=True) if name in asked]
@@ -144,7 +144,7 @@ def hold_out(content: Coco, share: float) -> tuple[Coco, Coco, int]:
     """Divide a data set into one to train on and one to validate on.
 
     The same data give the same parts, in whatever order or folder they are. Images of one source stay together; each
-    class has about its share of images in both parts, the rarest first, and one with few images stays in training.
+    class has its share of images in both parts as nearly as they allow, the rarest first; a very rare one is trained.
 
     Args:
         content: of a COCO json.
@@ -174,14 +174,13 @@ def hold_out(content: Coco, share: float) -> tuple[Coco, Coco, int]:
     def by_hash(key: str) -> bytes:
         return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
-    def rarest(key: str) -> int:
-        return min(total[c] for c in held[key])
+    def rarest(key: str) -> Any:
+        return min(held[key], key=lambda c: (total[c], str(c)))
 
     chosen, taken = [], Counter[Any]()
-    for key in sorted(groups, key=lambda key: (rarest(key), by_hash(key))):
-        # by how much the squared distance to each class's share changes, relative to that share
-        change = sum(n * (n + 2 * (taken[c] - share * total[c])) / (share * total[c]) for c, n in held[key].items())
-        if change < 0 and len(chosen) < len(groups) - 1:
+    for key in sorted(groups, key=lambda key: (total[rarest(key)], by_hash(key))):
+        c = rarest(key)
+        if held[key][c] < 2 * (share * total[c] - taken[c]) and len(chosen) < len(groups) - 1:  # nearer to its share
             chosen.append(key)
             taken += held[key]
     if not chosen:
