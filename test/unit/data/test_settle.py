@@ -80,8 +80,8 @@ def test_limit_and_classes_cut_both_parts(tmp_path):
     assert build_dataset(settled, "train").parser.cat_names == ["cup"]
     assert (settled.limit, settled.classes, settled.root) == (0, [], str(root))
     assert len(build_dataset(parse_validate_args(line).data, "val")) == 1
-    with pytest.raises(DatasetError, match="'cap', did you mean cup"):
-        settle_data(DataConfig(root=str(root), classes=["cap"]))
+    with pytest.raises(DatasetError, match="'cups', did you mean cup"):
+        settle_data(DataConfig(root=str(root), classes=["cups"]))
 
 
 @pytest.mark.parametrize("flags", ["--limit -1", "--val-split 1", "--val-split -0.1", "--overfit 4 --limit 5"])
