@@ -30,7 +30,7 @@ from effdet.runtime import distributed, seeding, signals
 from . import auto_batch, overfit, resume
 from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
-from .optim import freeze_bn_statistics
+from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
 from .recorder import RunRecorder, check_tensorboard
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
@@ -84,6 +84,7 @@ def prepare(cfg: RunConfig, device: torch.device) -> Run:
         ValueError, OSError, RuntimeError: the run cannot work as asked for; a new folder is removed again.
     """
     check_tensorboard(cfg.run.tensorboard)
+    check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
