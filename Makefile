@@ -16,7 +16,7 @@ INSTALLED_DEV := $(VENV)/.requirements-dev
 INSTALLED_NPU := $(VENV_NPU)/.requirements-npu
 INSTALLED_PEER := $(VENV_PEER)/.requirements-peer
 BENCH_ARGS ?= --quick
-BENCHMARKS := train_step loss labels post_process predict optimizer loader train_run coco_evaluation memory startup
+BENCHMARKS := train_step loss labels post_process predict optimizer loader train_run coco_evaluation memory startup busy_machine
 # Two test processes of one thread each: more only fight for cores, and a file stays in one process. The order of files
 # stays, too: those with few, long tests come first.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

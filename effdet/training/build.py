@@ -27,6 +27,7 @@ from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
+from effdet.ops.sizes import get_feat_sizes
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 
@@ -235,9 +236,12 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         batch_size: images a step of this process.
 
     Raises:
-        ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch.
+        ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch, or a batch
+            norm would see a single value.
     """
     device, workers = place.device, place.workers
+    last = len(data.train_set) % batch_size if cfg.run.overfit else 0  # elsewhere an incomplete batch is left out
+    check_batch_norm(cfg, place, model_config, last or batch_size)
     shared = (cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last)
     # With --overfit there is no augmentation: images as the evaluation sees them.
     train = build_loader(data.train_set, *shared, is_training=not cfg.run.overfit)
@@ -250,6 +254,31 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         min_score=0.0,
     )
     return Loaders(train, val, evaluator, batch_size)
+
+
+def check_batch_norm(cfg: RunConfig, place: Placement, model_config: Any, batch_size: int) -> None:
+    """Refuse a batch of one image where the coarsest level has one cell: a single value a channel has no variance.
+
+    Args:
+        cfg: of the run.
+        place: where.
+        model_config: gives input size and levels.
+        batch_size: images in the smallest batch of this process.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    images = batch_size * (place.world if cfg.dist.sync_bn else 1)
+    if images > 1 or cfg.model.freeze_bn == "all":
+        return
+    stride = 2**model_config.max_level
+    for size in (tuple(model_config.image_size), *multi_scale_sizes(cfg.data, model_config.image_size)):
+        if get_feat_sizes(size, model_config.max_level)[-1] == (1, 1):
+            raise ValueError(
+                f"a batch of one image of {size[0]}x{size[1]} gives the batch norms of the coarsest level a single "
+                f"value a channel: use -b {2 * place.world} or more, an --image-size above {stride}, or --freeze-bn"
+                + (", or --sync-bn" if place.world > 1 else "")
+            )
 
 
 def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch: int) -> tuple[Training, int]:

@@ -110,6 +110,15 @@ def build_optimizer(
     return create_optimizer(groups, opt, lr, momentum=momentum, eps=eps, betas=betas)
 
 
+def check_optimizer(opt: str, eps: float | None, device: torch.device) -> None:
+    """Refuse an optimizer that cannot be built on a device, before there is a model for it.
+
+    Raises:
+        ValueError: as `build_optimizer`.
+    """
+    create_optimizer([torch.zeros(2, 2, device=device).requires_grad_()], opt, lr=1.0, eps=eps)
+
+
 @torch.no_grad()
 def clip_gradients(
     parameters: Iterable[Tensor],

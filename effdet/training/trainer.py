@@ -37,7 +37,7 @@ from .build import (
     uneven_models,
 )
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
-from .optim import freeze_bn_statistics
+from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
 from .recipe import apply_recipe, fit_anchors, keep_recipe, name_backbone
 from .recorder import RunRecorder, check_tensorboard
@@ -64,6 +64,7 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     """
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
+    check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
