@@ -36,7 +36,7 @@ REFUSED: dict[str, str] = {
     "--no-resume-opt": "use --initial-checkpoint FILE, which takes the weights and nothing else",
     "--mean": "mean and standard deviation come from the model table; drop it",
     "--std": "mean and standard deviation come from the model table; drop it",
-    "--dataset": "data is read in COCO format: name it with --root DIR, or --val-images and --val-ann",
+    "--dataset": "the format is recognised: name the folder with --root DIR, or files with --val-images and --val-ann",
     "--split": "name the images to evaluate with --val-images and --val-ann",
     "--tta": "use --tta-flip and --tta-scales of validate.py and demo.py",
     "--mixup-off-epoch": _NEVER,
@@ -255,7 +255,7 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
     return _parse(
         RunConfig,
         "python -m effdet.datacheck",
-        "Check a data set in COCO format before training: ROOT (or "
+        "Check a data set before training: ROOT (or "
         "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
         "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
         [*words, "--check"],

@@ -103,12 +103,12 @@ class Tree:
     @cached_property
     def by_name(self) -> dict[str, list[str]]:
         """The relative paths of the images with a file name."""
-        return _gather((PurePosixPath(path).name, path) for path in self.images_in())
+        return _gather((path.rpartition("/")[2], path) for path in self.images_in())
 
     @cached_property
     def by_stem(self) -> dict[str, list[str]]:
         """The relative paths of the images with a file name's stem."""
-        return _gather((PurePosixPath(path).stem, path) for path in self.images_in())
+        return _gather((os.path.splitext(path.rpartition("/")[2])[0], path) for path in self.images_in())
 
     def image_folders(self) -> list[str]:
         """Return the folders that hold images, those with the most images first."""
@@ -167,8 +167,10 @@ def part_of(path: str) -> str | None:
 
 def nearest_path(paths: Sequence[str], to: str) -> str:
     """Return the path that shares most folders with another one, of equals the first."""
-    wanted = PurePosixPath(to).parts[:-1]
-    return max(paths, key=lambda path: len(os.path.commonprefix([PurePosixPath(path).parts[:-1], wanted])))
+    if len(paths) == 1:
+        return paths[0]
+    wanted = to.split("/")[:-1]
+    return max(paths, key=lambda path: len(os.path.commonprefix([path.split("/")[:-1], wanted])))
 
 
 def map_files(function: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
