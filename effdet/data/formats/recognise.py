@@ -52,13 +52,17 @@ def _coco_layout(root: Path) -> FoundData | None:
     """Recognise COCO's layout by one complete part; another that lacks its images or its json is reported when read."""
     parts, complete = {}, []
     for part in ("train", "val"):
-        split = Coco2017Cfg().splits[part]
-        images, ann = root / split["img_dir"], root / split["ann_filename"]
+        images, ann = _coco_part(root, part)
         if images.is_dir() or ann.is_file():
             parts[part] = Part(images, ann)
         if images.is_dir() and ann.is_file():
             complete.append(f"{part}2017/")
     return FoundData("COCO", parts, f"{root}: COCO's layout, {' and '.join(complete)}") if complete else None
+
+
+def _coco_part(root: Path, part: str) -> tuple[Path, Path]:
+    split = Coco2017Cfg().splits[part]
+    return root / split["img_dir"], root / split["ann_filename"]
 
 
 def _unknown(path: Path, tree: Tree) -> str:
@@ -68,9 +72,12 @@ def _unknown(path: Path, tree: Tree) -> str:
     jsons = [str(tree.root / name) for name in tree.files(".json", 40)]
     folders = [str(tree.root / name) for name in tree.image_folders()] or ["DIR"]
     count = len(tree.images_in())
+    halves = [_coco_part(path, part) for part in ("train", "val")]
+    absent = [str(half) for pair in halves for half in pair if any(map(Path.exists, pair)) and not half.exists()]
+    layout = f" For COCO's layout {' and '.join(absent)} absent." if absent else ""
     return (
         f"{path} is no data set of a known form ({KNOWN}): it holds {', '.join(inside[:12]) or 'nothing'}"
-        f"{', ...' if len(inside) > 12 else ''}, with {count} images in all. If its annotations are in COCO's format, "
+        f"{', ...' if len(inside) > 12 else ''}, with {count} images in all.{layout} If its annotations are in COCO's format, "
         f"name the files: --train-images {folders[0]} --train-ann {(jsons or ['FILE.json'])[0]} "
         f"--val-images {folders[1 % len(folders)]} --val-ann {(jsons or ['FILE.json'])[-1]} (without the last two, a "
         "part of the training images is held out). docs/own_data.md says what to type for each annotation tool"
