@@ -77,8 +77,8 @@ def _unknown(path: Path, tree: Tree) -> str:
     layout = f" For COCO's layout {' and '.join(absent)} absent." if absent else ""
     return (
         f"{path} is no data set of a known form ({KNOWN}): it holds {', '.join(inside[:12]) or 'nothing'}"
-        f"{', ...' if len(inside) > 12 else ''}, with {count} images in all.{layout} If its annotations are in COCO's format, "
-        f"name the files: --train-images {folders[0]} --train-ann {(jsons or ['FILE.json'])[0]} "
+        f"{', ...' if len(inside) > 12 else ''}, with {count} images in all.{layout} If its annotations are in COCO's "
+        f"format, name the files: --train-images {folders[0]} --train-ann {(jsons or ['FILE.json'])[0]} "
         f"--val-images {folders[1 % len(folders)]} --val-ann {(jsons or ['FILE.json'])[-1]} (without the last two, a "
         "part of the training images is held out). docs/own_data.md says what to type for each annotation tool"
     )
