@@ -128,8 +128,8 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def look_into(root: Path) -> Tree:
-    """List the files below a folder; hidden folders and those of archives' leftovers are left out.
+def look_into(root: Path, deepest: int = _DEEPEST) -> Tree:
+    """List the files below a folder, `deepest` folders down, without hidden folders and those of archives' leftovers.
 
     Raises:
         OSError: the folder cannot be read.
@@ -139,18 +139,23 @@ def look_into(root: Path) -> Tree:
     while waiting:
         folder = waiting.pop()
         kinds: dict[str, list[str]] = {}
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith((".", "__")):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if suffix in IMAGE_SUFFIXES:
-                    kinds.setdefault(_IMAGES, []).append(entry.name)
-                elif entry.is_dir():
-                    if folder.count("/") < _DEEPEST:
-                        waiting.append(join(folder, entry.name))
-                else:
-                    kinds.setdefault(suffix, []).append(entry.name)
+        try:
+            entries = list(os.scandir(root / folder))
+        except PermissionError:
+            if not folder:
+                raise
+            continue  # such as a disk's lost+found
+        for entry in entries:
+            if entry.name.startswith((".", "__")):
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                kinds.setdefault(_IMAGES, []).append(entry.name)
+            elif entry.is_dir():
+                if folder.count("/") + bool(folder) < deepest:
+                    waiting.append(join(folder, entry.name))
+            else:
+                kinds.setdefault(suffix, []).append(entry.name)
         folders[folder] = {kind: sorted(names) for kind, names in kinds.items()}
     return Tree(root, dict(sorted(folders.items())))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..coco.read import read_json
+from ..coco.report import DatasetError
 from ..dataset_config import Coco2017Cfg
 from .coco_folders import find_coco, is_coco_json
 from .found import FoundData, Part, Tree, look_into
@@ -12,6 +14,7 @@ from .open_images_folders import find_open_images
 from .voc_folders import find_voc
 from .yolo import find_yolo
 
+_NEAR = 3  # folders below that of a single file in which its images are looked for
 KNOWN = (
     "COCO's layout, the COCO exports of Roboflow, CVAT and Label Studio, one COCO json with images, YOLO, Pascal VOC, "
     "Open Images, LabelMe, Supervisely"
@@ -32,11 +35,16 @@ def recognise(root: str | Path) -> FoundData:
     if not path.exists():
         raise FileNotFoundError(f"--root {root}: no such directory")
     if path.is_file():
-        tree = look_into(path.parent)
+        tree = look_into(path.parent, _NEAR)
         if path.suffix.lower() in (".yaml", ".yml", ".data"):
             found = find_yolo(tree, path.name)
+        elif path.suffix.lower() == ".json" and not is_coco_json(path):
+            read_json(path)  # has more to say about what is no json
+            raise DatasetError(
+                f"{path} is no COCO annotation file. Where there is a json for each image, name the folder"
+            )
         else:
-            found = find_coco(tree, path.name) if is_coco_json(path) else None
+            found = find_coco(tree, path.name) if path.suffix.lower() == ".json" else None
     elif (layout := _coco_layout(path)) is not None:  # without a look at each of 118,000 images
         return layout
     else:
