@@ -1,4 +1,4 @@
-"""Train EfficientDet on data in COCO format, on one device or several.
+"""Train EfficientDet on your images, on one device or several.
 
 Examples:
   python train.py --root DIR
@@ -9,7 +9,8 @@ Examples:
   python train.py --root DIR --experiment NAME --resume auto
   python train.py --root DIR optim.lr=0.16 loss.gamma=2.0
 
-DIR holds annotations/instances_{train,val}2017.json, train2017/, val2017/.
+DIR is the folder as the annotation tool wrote it: COCO, Roboflow, CVAT, Label
+Studio, YOLO, Pascal VOC, ... (docs/own_data.md).
 A run writes into output/train/RUN. docs/flags.md is this list as a page.
 """
 

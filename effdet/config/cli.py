@@ -268,7 +268,7 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
     return _parse(
         RunConfig,
         "python -m effdet.datacheck",
-        "Check a data set in COCO format before training: ROOT (or "
+        "Check a data set before training: ROOT (or "
         "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
         "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
         [*words, "--check"],

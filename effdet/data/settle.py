@@ -23,7 +23,7 @@ from .coco.read import collector_paused, read_json
 from .coco.report import DatasetError
 from .formats.coco_folders import WRITTEN_BY, find_images
 from .formats.found import FoundData, Part, look_into
-from .formats.hold_out import hold_out, take_classes, take_first
+from .formats.hold_out import hold_out, id_key, present_classes, take_classes, take_first
 from .formats.recognise import recognise
 
 _ConfigT = TypeVar("_ConfigT", bound=EvalDataConfig)
@@ -225,18 +225,12 @@ def _contents(
         f"no validation part: {len(validation['images'])} of {count} images are held out of the training for one, in "
         f"proportion to the classes{together} (--val-split {share:g})"
     )
-    boxless = [
-        str(row.get("name"))
-        for row in whole.get("categories", ())
-        if isinstance(row, dict) and _has(training, row) and not _has(validation, row)
-    ]
+    rare = present_classes(training) - present_classes(validation)
+    rows = [row for row in whole.get("categories", ()) if isinstance(row, dict)]
+    boxless = [str(row.get("name")) for row in rows if id_key(row.get("id")) in rare]
     if boxless:
         lines.append(f"too rare for the validation part: {', '.join(boxless[:12])}{', ...' if boxless[12:] else ''}")
     return {"train": training, "val": validation}
-
-
-def _has(content: dict[str, Any], category: dict[str, Any]) -> bool:
-    return any(row.get("category_id") == category.get("id") for row in content["annotations"])
 
 
 def _select(content: dict[str, Any], data: EvalDataConfig, part: str, lines: list[str]) -> dict[str, Any]:

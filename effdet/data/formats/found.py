@@ -103,12 +103,12 @@ class Tree:
     @cached_property
     def by_name(self) -> dict[str, list[str]]:
         """The relative paths of the images with a file name."""
-        return _gather((PurePosixPath(path).name, path) for path in self.images_in())
+        return _gather((path.rpartition("/")[2], path) for path in self.images_in())
 
     @cached_property
     def by_stem(self) -> dict[str, list[str]]:
         """The relative paths of the images with a file name's stem."""
-        return _gather((PurePosixPath(path).stem, path) for path in self.images_in())
+        return _gather((os.path.splitext(path.rpartition("/")[2])[0], path) for path in self.images_in())
 
     def image_folders(self) -> list[str]:
         """Return the folders that hold images, those with the most images first."""
@@ -128,8 +128,8 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def look_into(root: Path) -> Tree:
-    """List the files below a folder; hidden folders and those of archives' leftovers are left out.
+def look_into(root: Path, deepest: int = _DEEPEST) -> Tree:
+    """List the files below a folder, `deepest` folders down, without hidden folders and those of archives' leftovers.
 
     Raises:
         OSError: the folder cannot be read.
@@ -139,18 +139,23 @@ def look_into(root: Path) -> Tree:
     while waiting:
         folder = waiting.pop()
         kinds: dict[str, list[str]] = {}
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith((".", "__")):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if suffix in IMAGE_SUFFIXES:
-                    kinds.setdefault(_IMAGES, []).append(entry.name)
-                elif entry.is_dir():
-                    if folder.count("/") < _DEEPEST:
-                        waiting.append(join(folder, entry.name))
-                else:
-                    kinds.setdefault(suffix, []).append(entry.name)
+        try:
+            entries = list(os.scandir(root / folder))
+        except PermissionError:
+            if not folder:
+                raise
+            continue  # such as a disk's lost+found
+        for entry in entries:
+            if entry.name.startswith((".", "__")):
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                kinds.setdefault(_IMAGES, []).append(entry.name)
+            elif entry.is_dir():
+                if folder.count("/") + bool(folder) < deepest:
+                    waiting.append(join(folder, entry.name))
+            else:
+                kinds.setdefault(suffix, []).append(entry.name)
         folders[folder] = {kind: sorted(names) for kind, names in kinds.items()}
     return Tree(root, dict(sorted(folders.items())))
 
@@ -167,8 +172,10 @@ def part_of(path: str) -> str | None:
 
 def nearest_path(paths: Sequence[str], to: str) -> str:
     """Return the path that shares most folders with another one, of equals the first."""
-    wanted = PurePosixPath(to).parts[:-1]
-    return max(paths, key=lambda path: len(os.path.commonprefix([PurePosixPath(path).parts[:-1], wanted])))
+    if len(paths) == 1:
+        return paths[0]
+    wanted = to.split("/")[:-1]
+    return max(paths, key=lambda path: len(os.path.commonprefix([path.split("/")[:-1], wanted])))
 
 
 def map_files(function: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:

@@ -44,12 +44,21 @@ def _name(image: Mapping[str, Any]) -> str:
     return str(image.get("file_name") or image.get("coco_url") or image.get("id")).replace("\\", "/")
 
 
-def _classes_of(content: Coco) -> dict[str, Counter[str]]:
-    """Return the number of boxes of each category, by image, ids as `id_key`."""
-    counts: dict[str, Counter[str]] = {}
+def _classes_of(content: Coco) -> dict[str, set[str]]:
+    """Return the categories of each image that has boxes, ids as `id_key`."""
+    found: dict[str, set[str]] = {}
     for row in _rows(content, "annotations"):
-        counts.setdefault(id_key(row.get("image_id")), Counter())[id_key(row.get("category_id"))] += 1
-    return counts
+        image, category = row.get("image_id"), row.get("category_id")
+        key = str(image) if type(image) is int else id_key(image)  # most of the time, on a file of COCO's size
+        if key not in found:
+            found[key] = set()
+        found[key].add(str(category) if type(category) is int else id_key(category))
+    return found
+
+
+def present_classes(content: Coco) -> set[str]:
+    """Return the categories that have a box, ids as `id_key`."""
+    return set().union(*_classes_of(content).values())
 
 
 def take_images(content: Coco, keys: Iterable[str]) -> Coco:
@@ -164,25 +173,23 @@ def hold_out(content: Coco, share: float) -> tuple[Coco, Coco, int]:
             "with --val-images DIR --val-ann FILE"
         )
     present = _classes_of(content)
-    held = {  # by group: the images with each class; under None those of the group
-        key: Counter([c for index in members for c in present.get(images[index][0], ())])
-        + Counter({None: len(members)})
-        for key, members in groups.items()
-    }
-    total: Counter[Any] = sum(held.values(), Counter())
+    held: dict[str, Counter[str]] = {}  # by group: the images with each class; under '' those of the group
+    total: Counter[str] = Counter()
+    for key, members in groups.items():
+        held[key] = Counter(c for index in members for c in present.get(images[index][0], ()))
+        held[key][""] = len(members)
+        total.update(held[key])
 
     def by_hash(key: str) -> bytes:
         return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
-    def rarest(key: str) -> Any:
-        return min(held[key], key=lambda c: (total[c], str(c)))
-
-    chosen, taken = [], Counter[Any]()
-    for key in sorted(groups, key=lambda key: (total[rarest(key)], by_hash(key))):
-        c = rarest(key)
+    rarest = {key: min(classes, key=lambda c: (total[c], c)) for key, classes in held.items()}
+    chosen, taken = [], Counter[str]()
+    for key in sorted(groups, key=lambda key: (total[rarest[key]], by_hash(key))):
+        c = rarest[key]
         if held[key][c] < 2 * (share * total[c] - taken[c]) and len(chosen) < len(groups) - 1:  # nearer to its share
             chosen.append(key)
-            taken += held[key]
+            taken.update(held[key])
     if not chosen:
         labelled = [key for key in groups if len(held[key]) > 1] or list(groups)
         chosen = [min(labelled, key=by_hash)]

@@ -159,9 +159,9 @@ def _from_folders(tree: Tree) -> _Layout | None:
 
 def _looks_like_rows(tree: Tree, folder: str, names: Sequence[str]) -> bool:
     for name in names[:50]:
-        text = label_path(tree.root / folder / name).read_text(encoding="utf-8", errors="replace").strip()
-        if text:
-            return bool(re.fullmatch(r"\d+(\.0*)?(\s+[-+\d.eE]+){4,}", text.splitlines()[0].strip()))
+        rows = _read_rows(tree.root / folder / name)
+        if rows:
+            return bool(re.fullmatch(r"\s*\d+(\.0*)?(\s+[-+\d.eE]+){4,}\s*", rows[0]))
     return False
 
 
@@ -218,11 +218,12 @@ def _labels_folder(folder: str) -> str:
     return "/".join(parts)
 
 
-def label_path(image: Path) -> Path:
+def label_path(image: str) -> str:
     """Return an image's label file: in labels/ where the image is in images/, else beside it."""
-    beside = image.with_suffix(".txt")
-    apart = Path(_labels_folder(image.parent.as_posix())) / beside.name
-    return apart if apart.is_file() or not beside.is_file() else beside
+    folder, name = os.path.split(image)
+    name = os.path.splitext(name)[0] + ".txt"
+    apart, beside = os.path.join(_labels_folder(folder), name), os.path.join(folder, name)
+    return apart if os.path.isfile(apart) or not os.path.isfile(beside) else beside
 
 
 def read_yolo(layout: _Layout, part: str, folder: Path) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def read_yolo(layout: _Layout, part: str, folder: Path) -> dict[str, Any]:
     faults, items = Faults(f"{layout.source} ({part})"), []
     images, numbers = layout.images[part], set(layout.names)
     for image, (size, rows) in zip(images, map_files(_read_image, images), strict=True):
-        name = Path(os.path.abspath(image)).relative_to(folder).as_posix()
+        name = os.path.relpath(image, folder).replace(os.sep, "/")
         if size is None:
             faults.add(UNREADABLE, name)
             continue
@@ -248,12 +249,12 @@ def read_yolo(layout: _Layout, part: str, folder: Path) -> dict[str, Any]:
             try:
                 boxes.append(parse_row(row, size, layout.keypoints))
             except ValueError as error:
-                faults.add(str(error), f"{label_path(image)} line {number}")
+                faults.add(str(error), f"{label_path(image.as_posix())} line {number}")
                 continue
             if layout.names and boxes[-1].category not in numbers:
                 faults.add(
                     f"class numbers that have no name (there are {len(numbers)}): add the names, or correct the labels",
-                    f"{boxes[-1].category} in {label_path(image)}",
+                    f"{boxes[-1].category} in {label_path(image.as_posix())}",
                 )
         items.append(Labelled(name, *size, boxes))
     faults.leave_out(UNREADABLE, len(images))
@@ -263,11 +264,15 @@ def read_yolo(layout: _Layout, part: str, folder: Path) -> dict[str, Any]:
 
 
 def _read_image(image: Path) -> tuple[tuple[int, int] | None, list[str]]:
+    return size_or_none(image), _read_rows(image)
+
+
+def _read_rows(image: Path) -> list[str]:
     try:
-        text = label_path(image).read_text(encoding="utf-8", errors="replace")
+        with open(label_path(image.as_posix()), encoding="utf-8", errors="replace") as file:
+            return [line for line in file if line.strip()]
     except FileNotFoundError:
-        text = ""  # an image without objects
-    return size_or_none(image), [line for line in text.splitlines() if line.strip()]
+        return []  # an image without objects
 
 
 def parse_row(row: str, size_wh: tuple[int, int], keypoints: bool = False) -> Box:

@@ -154,6 +154,11 @@ def test_what_is_not_known_gets_the_flags_with_its_paths(tmp_path):
         and "--val-ann" in text
         and "notes.json, shots/" in text.replace("shots/, notes.json", "notes.json, shots/")
     )
+    with pytest.raises(DatasetError, match="notes.json is no COCO annotation file"):
+        recognise(tmp_path / "notes.json")
+    with pytest.raises(FileNotFoundError, match="a.zip is no data set of a known form"):
+        put_text(tmp_path / "a.zip", "PK")
+        recognise(tmp_path / "a.zip")
     with pytest.raises(FileNotFoundError, match="no such directory"):
         recognise(tmp_path / "nowhere")
 
