@@ -14,6 +14,7 @@ import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +56,9 @@ class _Queue(multiprocessing.queues.Queue):
         reason = " ".join(str(error).split()) or type(error).__name__
         text = f"a loading process could not hand a batch over ({reason}): {_REMEDY}"
         if not (isinstance(sent, tuple) and len(sent) == 2 and not isinstance(sent[1], _FailedHandover)):
-            os._exit(1)  # not even that can be sent: the parent notices that this process has ended
+            os.kill(
+                os.getpid(), signal.SIGKILL
+            )  # not even that can be sent: the parent notices that this process is gone
         self.put((sent[0], _FailedHandover(text)))
 
 

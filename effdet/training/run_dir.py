@@ -58,7 +58,7 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
 
 @contextlib.contextmanager
 def discard_if_refused(folder: Path) -> Iterator[None]:
-    """Remove a new run's folder again when the block refuses the run (no data, no room) or is stopped, while it is empty.
+    """Remove a new run's folder again when the block refuses the run (no data, no room) or is stopped, while it is new.
 
     Errors of other kinds than a wrong input keep it, and with it the log.
     """
