@@ -1,6 +1,6 @@
 # Everything runs inside $(VENV), made on first use and brought up to date when a requirements file changes.
 #   make train                          the embedded data set, a small detector, minutes on a CPU
-#   make train DATA=/path/to/coco       your data in COCO layout; further flags of train.py go into ARGS="..."
+#   make train DATA=/path/to/folder     your data as the tool wrote them; further flags of train.py go into ARGS="..."
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NPU ?= .venv-npu
@@ -29,7 +29,7 @@ PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-train: $(INSTALLED_QUICKSTART)  ## train on the embedded data set, or on DATA=/path/to/coco; more flags in ARGS="..."
+train: $(INSTALLED_QUICKSTART)  ## train on the embedded data set, or on DATA=/path/to/folder; more flags in ARGS="..."
 ifeq ($(strip $(DATA)),)
 	$(PY) -m effdet.data.synthetic --out data/synthetic
 	$(PY) train.py --root data/synthetic --output runs/quickstart --epochs 6 $(ARGS)

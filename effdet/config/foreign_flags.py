@@ -11,7 +11,7 @@ _SCORE = "demo.py draws from --score-thr X on; validate.py needs all scores, as 
 _OVERLAP = "overlapping boxes are suppressed from IoU 0.5 on, as in effdet; --soft-nms lowers their scores instead"
 _OUTPUT = "use --output DIR, with a folder for each run in it, and --experiment NAME for the run's name"
 _TRACKER = "no service is written to: use --tensorboard, or read metrics.jsonl in the run's folder"
-_EARLY = "all epochs are run, and the best by AP is kept as model_best.pth.tar: choose --epochs"
+_EARLY = "use --patience N: stop after N evaluations without a better AP; the best is kept as model_best.pth.tar"
 _EMA = "weights are averaged unless --no-model-ema is given; --model-ema-decay X sets how far back"
 
 FOREIGN: dict[str, str] = {

@@ -105,19 +105,11 @@ class ModelConfig(EvalModelConfig):
 class EvalDataConfig:
     """Name the images to evaluate and how they are resized."""
 
-    root: str = setting(
-        "",
-        "data folder: COCO's layout, one COCO json, Roboflow, CVAT, Label Studio, YOLO, VOC, ...; see docs/own_data.md",
-        metavar="DIR",
-    )
+    root: str = setting("", "data folder: COCO, Roboflow, CVAT, YOLO, VOC, ...; see docs/own_data.md", metavar="DIR")
     val_images: str = setting("", "folder of the validation images, instead of the one in --root", metavar="DIR")
     val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
     val_split: float | None = setting(
-        None,
-        "share of the training images held out where there is no validation part; the same ones each time",
-        low=0,
-        below=1,
-        none="0.15",
+        None, "share of the images held out where there is no validation part", low=0, below=1, none="0.15"
     )
     limit: int = setting(0, "use the first N images of each part, those with boxes first; 0: all", low=0)
     classes: list[str] = setting([], "use these classes alone, by name", metavar="A,B")

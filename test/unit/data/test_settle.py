@@ -14,6 +14,7 @@ from effdet.data.build import build_dataset, split_paths
 from effdet.data.coco.report import DatasetError
 from effdet.data.settle import settle_data
 from effdet.training.build import settle_config
+from effdet.training.run_dir import discard_if_refused
 
 
 def images_of(ann: str | Path) -> list[str]:
@@ -109,6 +110,18 @@ def test_a_resumed_run_keeps_its_parts_although_the_data_have_grown(one_json, tm
     with pytest.raises(ValueError, match="was made with --limit 0, now it is 3"):
         settle_config(parse_train_args([*_named(one_json), "--limit", "3"]), run, str(run / "last.pth.tar"))
     assert len(images_of(settle_config(cfg, run).data.train_ann)) == 7, "a new run in the folder divides anew"
+
+
+def test_a_refused_run_leaves_nothing_but_what_was_there(one_json, tmp_path):
+    for before in (False, True):
+        run = tmp_path / f"runs/{before}"
+        run.mkdir(parents=True)
+        if before:
+            (run / "last.pth.tar").touch()
+        with pytest.raises(ValueError, match="refused"), discard_if_refused(run):
+            settle_config(parse_train_args(_named(one_json)), run)
+            raise ValueError("refused")
+        assert (run / "data/train.json").exists() == before == run.exists()
 
 
 def _named(data: DataConfig) -> list[str]:
