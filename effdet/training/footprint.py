@@ -23,6 +23,7 @@ _OVER_KEPT = 1.2  # a step's peak over what autograd keeps for backward: gradien
 _USABLE = 0.85  # of the memory there is
 
 
+@torch.random.fork_rng(devices=[])  # initial weights and drop path leave the run's random numbers alone
 def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
     """Estimate what one image adds to a step: what autograd keeps of a small batch, in proportion to the pixels."""
     small = {
@@ -35,8 +36,7 @@ def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
     cfg = replace_settings(cfg, model=small, ema={"enabled": False}, run={"compile": False})
     logging.disable(logging.INFO)  # the run builds all of this itself, and says so
     try:
-        with torch.random.fork_rng(devices=[]):
-            step = build_step(cfg, dataclasses.replace(place, world=1), num_classes, {})
+        step = build_step(cfg, dataclasses.replace(place, world=1), num_classes, {})
     finally:
         logging.disable(logging.NOTSET)
     own = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}

@@ -67,6 +67,7 @@ KEYS = {
     "model_config",
     "category_map",
     "image_size",
+    "initial_weights",
 }  # checkpoint/manager.py
 
 

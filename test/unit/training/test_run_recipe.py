@@ -108,6 +108,13 @@ def test_the_estimate_follows_size_and_frozen_parts():
     assert estimate("--image-size", "512") == pytest.approx(516 * 2**20, rel=0.3)
 
 
+def test_the_estimate_leaves_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    bytes_per_image(parse_train_args(["--lr", "0.1", "--image-size", "128"]), Placement(CPU, 1, 0, True), 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_what_fits_and_what_the_error_says(monkeypatch):
     cfg, place = parse_train_args(["--lr", "0.1", "--image-size", "256"]), Placement(CPU, 2, 0, True)
     each = bytes_per_image(cfg, place, 3)
