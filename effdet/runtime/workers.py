@@ -129,7 +129,7 @@ def check_shared_memory(batches: int, batch_bytes: int, folder: str = "/dev/shm"
     if free < needed:
         raise ValueError(
             f"{folder} has {free / 2**20:.0f} MiB free, but the loader processes need about "
-            f"{needed / 2**20:.0f} MiB for {batches} batches: give the container more (docker run "
+            f"{-(-needed // 2**20)} MiB for {batches} batches: give the container more (docker run "
             f"--shm-size={-(-needed // 2**30) + 1}g, or --ipc=host), or use fewer loader processes (-j) or a smaller "
             "batch (-b)"
         )
