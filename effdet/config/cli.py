@@ -113,9 +113,9 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             extra = {"nargs": "?", "const": option.bare} if option.bare else {}
             groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
             if option.negatable:
-                values = dict.fromkeys(_off(flags), "")
+                nothing: dict[str, Any] = dict.fromkeys(_off(flags), "")
                 common["help"] = "without it"
-                groups[section].add_argument(*values, nargs=0, const=values, **common)
+                groups[section].add_argument(*nothing, nargs=0, const=nothing, **common)
     for section, lines in plain.items():
         wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
         wrapped.insert(0, "\nWithout a flag, only in YAML or as section.field=value:")

@@ -246,7 +246,8 @@ def freeze_stages(model: nn.Module, stages: int) -> Frozen:
     backbone = model.get_submodule("backbone")
     if not (hasattr(backbone, "conv_stem") and hasattr(backbone, "blocks")):
         raise ValueError(f"--freeze-stages: {type(backbone).__name__} has no stem and stages to freeze")
-    parts = [[backbone.conv_stem, backbone.bn1], *([stage] for stage in backbone.blocks)]
+    stem = [backbone.get_submodule("conv_stem"), backbone.get_submodule("bn1")]
+    parts = [stem, *([stage] for stage in backbone.get_submodule("blocks").children())]
     if stages >= len(parts):
         raise ValueError(f"--freeze-stages {stages}: the backbone has {len(parts)}; --freeze-backbone freezes them all")
     layers = [layer for part in parts[:stages] for layer in part]

@@ -105,7 +105,7 @@ def find_facts(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Fact
 
 def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, str]:
     """Return a model whose weights need no fetching, and where they are; empty texts where there is none."""
-    names = _MODELS if is_cpu else _MODELS[::-1]
+    names: tuple[str, ...] = _MODELS if is_cpu else _MODELS[::-1]
     if is_given(parse, "model.name"):
         names = (cfg.model.name,)
     for name in names if cfg.model.pretrained_backbone != "" else ():
