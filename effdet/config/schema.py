@@ -86,7 +86,7 @@ class ModelConfig(EvalModelConfig):
     )
     freeze_backbone: bool = setting(False, "do not train the backbone")
     freeze_stages: int = setting(
-        0, "keep the backbone's stem and first N stages as they are; 1 is the stem alone; faster", low=0, high=8
+        0, "keep the first N stages of the backbone as they are, the stem being the first; faster", low=0, high=8
     )
     freeze_bn: str = setting(
         "",
