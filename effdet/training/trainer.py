@@ -7,6 +7,7 @@ saving.py and recorder.py (what it leaves behind).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -73,8 +74,10 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     wants_newest = any(distributed.all_gather_object(source == resume.AUTO or resume.is_restart()))
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
-    with discard_if_refused(output_dir):
+    with discard_if_refused(output_dir), contextlib.ExitStack() as unless_built:
         lock = hold_run_folder(output_dir)
+        if lock is not None:
+            unless_built.callback(lock.close)
         setup_logging(output_dir, distributed.rank())
         if wants_newest:
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
@@ -83,7 +86,9 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
             if recipe is not None:
                 cfg = keep_recipe(cfg, recipe, parse, payload)
             cfg = name_backbone(cfg, parse)
-        return build_run(cfg, device, Start(output_dir, payload, source), lock)
+        run = build_run(cfg, device, Start(output_dir, payload, source), lock)
+        unless_built.pop_all()
+    return run
 
 
 def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] | None = None) -> Run:

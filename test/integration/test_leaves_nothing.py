@@ -61,6 +61,13 @@ def test_train(devices, data, tmp_path):
         process.end()
 
 
+def test_a_refused_run_closes_its_files(data, tmp_path):
+    argv = train_argv(data, tmp_path / "runs", "--num-classes", 3)
+    process = Process(["-W", "error::ResourceWarning", "train.py", *argv], tmp_path / "log.txt")
+    assert process.wait() == 1 and "ResourceWarning" not in process.output()
+    assert "num_classes is 3" in process.output().splitlines()[-1]
+
+
 @pytest.mark.parametrize("flag", ["--results", "--metrics", "--output"])
 def test_what_validate_cannot_write_is_refused_before_the_work(flag, tmp_path):
     (tmp_path / "file").write_text("mine")
