@@ -13,6 +13,7 @@ sys.path.insert(0, str(PAGE.parents[1]))
 
 from effdet.config.cli import default_text, value_text  # noqa: E402
 from effdet.config.effdet_flags import MOOT, OTHER_MEANING, REFUSED, RENAMED  # noqa: E402
+from effdet.config.foreign_flags import FOREIGN  # noqa: E402
 from effdet.config.options import Option, list_options  # noqa: E402
 from effdet.config.schema import DemoConfig, RunConfig, ValidateConfig  # noqa: E402
 
@@ -49,6 +50,14 @@ Flags of effdet 0.4.1's scripts and of the original Ascend port that are refused
 | flag | what to do |
 |---|---|
 """
+_FOREIGN = """
+## Flags of other trainers
+
+What serves here for flags of ultralytics, rf-detr, timm, mmdetection and detectron2. The scripts give the same hints.
+
+| flag | what to do |
+|---|---|
+"""
 
 
 def _cell(text: str) -> str:
@@ -69,7 +78,7 @@ def _table(rows: list[str]) -> str:
 
 
 def flags_page() -> str:
-    """Return the page as Markdown: train.py's settings by section, the other scripts', and those of effdet 0.4.1."""
+    """Return the page as Markdown: the settings of each script, those of effdet 0.4.1, and foreign flags."""
     parts = [_HEAD, "## train.py\n"]
     options = list_options(RunConfig)
     for section, section_type in typing.get_type_hints(RunConfig).items():
@@ -81,7 +90,8 @@ def flags_page() -> str:
     rows = [(flag, ", ".join(values) or "(switch)", why) for flag, (values, why) in MOOT.items()]
     rows += [(flag, "(switch)", f"what {name} does") for flag, name in RENAMED.items()]
     parts.append(_MOOT + "\n".join(f"| `{flag}` | {values} | {why} |" for flag, values, why in rows) + "\n")
-    parts.append(_GONE + "\n".join(f"| `{flag}` | {_cell(hint)} |" for flag, hint in REFUSED.items()) + "\n")
+    for heading, table in ((_GONE, REFUSED), (_FOREIGN.lstrip(), FOREIGN)):
+        parts.append(heading + "\n".join(f"| `{flag}` | {_cell(hint)} |" for flag, hint in table.items()) + "\n")
     return "\n".join(parts)
 
 

@@ -49,7 +49,7 @@ def _create_backbone(config: Any, pretrained: bool) -> nn.Module:
             raise
         raise RuntimeError(
             f"The ImageNet weights of the backbone '{config.backbone_name}' could not be fetched: {error}. Pass "
-            "pretrained_backbone=False (train.py does by default), or a checkpoint of the whole model."
+            "pretrained_backbone=False for random weights, or a checkpoint of the whole model."
         ) from error
 
 

@@ -136,9 +136,9 @@ class CocoEvaluator(Evaluator):
                 image is not in the ground truth. Raised on rank 0; the others raise RuntimeError with its text.
             BadImagesError: more images could not be read than the dataset puts up with; raised on all ranks.
         """
+        shards = self._gather()  # before the exchange, which begins a new count of bad images
         if self._watch is not None:
             self._watch.exchange(together=self._spread)
-        shards = self._gather()
         self._scores = self._on_primary(lambda: self._score(shards, output_result_file), interruptible=True)
         self.reset()
         ap = self._scores.stats[self.metric]

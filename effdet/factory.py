@@ -10,6 +10,7 @@ import torch
 from timm.models import model_entrypoint
 from torch import nn
 
+from effdet.checkpoint.backbone import BackboneSource, load_backbone
 from effdet.checkpoint.manager import extract_state_dict, load_checkpoint_file, load_state_dict_report
 from effdet.config import get_efficientdet_config
 from effdet.config.model_config import find_model_spec
@@ -195,13 +196,16 @@ def resolve_model_config(model: Any, loss: LossConfig | None = None) -> ModelSpe
     return apply_settings(find_model_spec(model.name), model, loss)
 
 
-def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> EfficientDet:
+def build_model(
+    model: ModelConfig, loss: LossConfig, num_classes: int, backbone: BackboneSource | None = None
+) -> EfficientDet:
     """Build the network of a training run with the weights it starts from.
 
     Args:
         model: the model section.
         loss: the loss section.
         num_classes: K, from the data.
+        backbone: weights for the backbone, where no others are named; None for random ones.
 
     Returns:
         The network on the CPU.
@@ -214,9 +218,11 @@ def build_model(model: ModelConfig, loss: LossConfig, num_classes: int) -> Effic
         config,
         num_classes=num_classes,
         pretrained=True if model.pretrained == "url" else model.pretrained,
-        pretrained_backbone=model.pretrained_backbone,
+        pretrained_backbone=False,
         pad_type=model.pad_type,
     )
+    if backbone is not None:
+        load_backbone(network.backbone, backbone)
     if model.initial_checkpoint:
         state = extract_state_dict(load_checkpoint_file(model.initial_checkpoint), use_ema=None)
         load_state_dict_report(network, state, strict=True)

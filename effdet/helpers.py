@@ -5,11 +5,8 @@ Lives here: `load_pretrained` (an address or a path) and `load_checkpoint`, thin
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import nn
 
+from effdet.checkpoint.download import fetch
 from effdet.checkpoint.manager import (
     CheckpointError,
     KeyReport,
@@ -26,11 +24,6 @@ from effdet.checkpoint.manager import (
 )
 
 _logger = logging.getLogger(__name__)
-
-# Source: torch.hub's naming, NAME-HASH.EXT, where HASH is the start of the file's SHA-256.
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
-
-CHECK_HASH = "EFFDET_CHECK_HASH"  # environment variable; 0 takes files of the cache as they are
 
 StateDict = dict[str, torch.Tensor]
 
@@ -63,7 +56,7 @@ def load_pretrained(
     address = os.fspath(url)
     parts = urlsplit(address)
     if parts.scheme in ("http", "https"):
-        path = _fetch(address)
+        path = fetch(address)
     else:
         path = Path(unquote(parts.path)) if parts.scheme == "file" else Path(address).expanduser()
     return _load_into(model, path, use_ema=None, strict=strict, filter_fn=filter_fn)
@@ -138,38 +131,3 @@ def _load_into(
     for line in report.lines():
         _logger.log(level, "%s: %s", path, line)
     return report
-
-
-def _fetch(url: str) -> Path:
-    """Return the cached file of an address, downloading it first where it is not there."""
-    name = os.path.basename(unquote(urlsplit(url).path))
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    match = _HASH_IN_NAME.search(name)
-    if path.is_file():
-        if (
-            match and os.environ.get(CHECK_HASH) != "0" and not _sha256(path).startswith(match[1])
-        ):  # put there by hand, or an interrupted copy
-            raise CheckpointError(
-                f"{path} does not have the SHA-256 its name promises. Delete it and try again; or, if it is meant to "
-                f"be another file, give its path instead of pretrained=True, or set the environment variable "
-                f"{CHECK_HASH}=0."
-            )
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _logger.info("downloading %s to %s", url, path)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=match[1] if match else None, progress=False)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, HTTP error; wrong hash
-        raise CheckpointError(
-            f"Could not download {url} ({error}). On a machine without network, download it elsewhere and put it at "
-            f"{path}, or give the path of a local file instead (--pretrained FILE)."
-        ) from error
-    return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -65,6 +66,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.chmod(tempfile.tempdir, 0o755)  # tests that give up root's rights read there too
     # After multiprocessing has removed its own folder in there, which it does with priority -100.
     Finalize(None, shutil.rmtree, [tempfile.tempdir], {"ignore_errors": True}, exitpriority=-200)
+    owner = os.getpid()
+
+    def end_as_ctrl_c_does(signum: int, _frame: object) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(signum, signal.SIG_DFL)  # a forked child
+        os.kill(os.getpid(), signum)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), end_as_ctrl_c_does)
 
 
 @pytest.fixture(scope="session")

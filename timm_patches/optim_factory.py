@@ -30,6 +30,11 @@ _FUSED_SGD_NAMES = {"fusedmomentum": False, "fusedsgd": True}
 # device that its step is to be skipped (`found_inf`), so nobody has to wait for that answer on the host.
 _FUSED_CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _FUSED_DEVICES = ("cpu", "cuda")
+# timm's classes that cannot be used: why, and the name that comes nearest.
+_UNFIT = {
+    "AdafactorBigVision": ("keeps types in its state that no checkpoint holds", "adafactor"),
+    "Kron": ("compiles a program for each shape of weights, for minutes before the first step", "muon"),
+}
 
 
 def create_fused_sgd(
@@ -133,8 +138,11 @@ def create_optimizer(
 
 
 def _check_extra(opt: str, name: str, extra: Mapping[str, object]) -> None:
-    """Refuse a setting the optimizer would ignore, and optimizers that need second derivatives."""
+    """Refuse a setting the optimizer would ignore, and optimizers that cannot train or be saved here."""
     info = None if name in _FUSED_SGD_NAMES else get_optimizer_info(name)
+    reason, nearest = _UNFIT.get(getattr(info and info.opt_class, "__name__", ""), ("", ""))
+    if reason:
+        raise ValueError(f"Optimizer '{opt}' {reason}. The nearest that works is '{nearest}'.")
     if info is not None and info.second_order:
         raise ValueError(
             f"Optimizer '{opt}' needs second derivatives, which training does not compute. "

@@ -23,6 +23,7 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     best            dict, `CheckpointManager.state_dict()` including that epoch
     config          dict, the resolved training configuration
     model_config    dict, the model's configuration (classes, padding, anchors, ...)
+    initial_weights str, what the run started from, in a line
     category_map    dict, the data set's category ids and names, in class order
     image_size      list of two int, height and width of the network's input in pixels
 """

@@ -67,6 +67,19 @@ def extract_state_dict(payload: Mapping[str, Any], use_ema: bool | None = False)
     return _unwrapped(payload[chosen])[0]
 
 
+def explain_bare_backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Say what the file of an image classifier is and which flag takes it; empty for weights of a detector."""
+    if any(key.startswith(("backbone.", "fpn.", "class_net.", "box_net.")) for key in state_dict):
+        return ""
+    takes_images = any(value.dim() == 4 and value.shape[1] == 3 for value in state_dict.values())
+    return (
+        f"the file holds the weights of a bare backbone ({len(state_dict)} tensors such as {next(iter(state_dict))}), "
+        "not of a detector: give it by --pretrained-backbone FILE"
+        if takes_images
+        else ""
+    )
+
+
 @dataclass(frozen=True)
 class KeyReport:
     """Say which tensors of a file went into a model and which did not.
@@ -148,6 +161,8 @@ def load_state_dict_report(model: nn.Module, state_dict: Mapping[str, torch.Tens
         mismatched=[(key, tuple(source[key].shape), tuple(target[key].shape)) for key in both if key not in fits],
     )
     if (strict and not report.complete) or (target and not fits):
+        if hasattr(model, "backbone") and (bare := explain_bare_backbone(source)):
+            raise CheckpointError(f"The weights do not fit the model: {bare}.")
         partly = f" or load only the {len(fits)} tensors that fit with strict=False" if strict and fits else ""
         raise CheckpointError(
             f"The weights do not fit the model: {', '.join(report.differences()) or 'the file holds none'}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_loader
 from effdet.data.coco.truth import category_ids, find_parser
 from effdet.data.corrupt import BadImagesError
+from effdet.data.settle import FOLDER, settle_data
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import place_model
 from effdet.metrics.coco import make_result_rows
@@ -42,6 +44,10 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
     setup_logging(None, distributed.rank())
     with one_line_errors("validate.py"):
         detector = find_detector(cfg)
+        data, lines = settle_data(cfg.data, ("val",), Path(cfg.run.output) / FOLDER if cfg.run.output else None)
+        cfg = dataclasses.replace(cfg, data=data)
+        for line in lines:
+            _logger.info("data: %s", line)
         dataset = open_dataset(cfg, detector)
         world = distributed.world_size()
         channels_last = device_layer.use_channels_last(device)

@@ -1,15 +1,16 @@
-"""Train EfficientDet on data in COCO format, on one device or several.
+"""Train EfficientDet on your images, on one device or several.
 
 Examples:
-  python train.py --root DIR -c configs/own_data.yaml
-  python train.py --root DIR -c configs/own_data.yaml --image-size 256 320
-  python train.py --root DIR -c configs/own_data.yaml --pretrained FILE
+  python train.py --root DIR
+  python train.py --root DIR --epochs 60 --image-size 256 320
+  python train.py --root DIR --pretrained FILE
   python train.py --root DIR --device npu --amp        (or cuda)
   python train.py --root DIR --device-list 0,1,2,3 -b 128 --sync-bn
   python train.py --root DIR --experiment NAME --resume auto
   python train.py --root DIR optim.lr=0.16 loss.gamma=2.0
 
-DIR holds annotations/instances_{train,val}2017.json, train2017/, val2017/.
+DIR is the folder as the annotation tool wrote it: COCO, Roboflow, CVAT, Label
+Studio, YOLO, Pascal VOC, ... (docs/own_data.md).
 A run writes into output/train/RUN. docs/flags.md is this list as a page.
 """
 
@@ -18,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from effdet.config.cli import in_our_words, parse_train_args
 from effdet.config.load import split_over_devices
+from effdet.config.recipe import wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.runtime.console import one_line_errors
 
@@ -51,24 +54,28 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     from effdet.runtime import distributed, heartbeat, signals
     from effdet.runtime.console import dead_workers_in_one_line
     from effdet.runtime.launch import needs_launch, start
+    from effdet.training.footprint import OutOfMemory
     from effdet.training.postmortem import DivergedError
     from effdet.training.resume import newest_checkpoint
     from effdet.training.trainer import fit, prepare
+
+    def parse(base: Mapping[str, Any]) -> RunConfig:
+        return parse_train_args(arguments, base=base)
 
     prepared = None
     try:
         with signals.listening():
             with one_line_errors("train.py"), signals.interruptible():
                 if needs_launch(cfg.dist.device_list):
-                    return start_processes(cfg, arguments)
+                    return start_processes(cfg, arguments, wants_recipe(parse))
                 device = start(cfg.run.device, cfg.dist.device_list)
-                prepared = prepare(cfg, device)
+                prepared = prepare(cfg, device, parse)
             watch = heartbeat.start(cfg.dist.hang_timeout)
             with (
                 progress.ended(),
                 contextlib.closing(prepared),
                 dead_workers_in_one_line("train.py", "; continue with --resume auto"),
-                one_line_errors("train.py", (BadImagesError, DivergedError)),
+                one_line_errors("train.py", (BadImagesError, DivergedError, OutOfMemory)),
             ):
                 status = fit(prepared)
             if watch is not None:
@@ -82,15 +89,15 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> int:
     return status
 
 
-def start_processes(cfg: RunConfig, arguments: Sequence[str]) -> int:
-    """Start a process for each device and return the exit status of all."""
+def start_processes(cfg: RunConfig, arguments: Sequence[str], has_recipe: bool) -> int:
+    """Start a process for each device and return the exit status of all; a recipe brings a batch that can be split."""
     from effdet.checkpoint.io import ensure_writable
     from effdet.runtime.launch import launch
     from effdet.training.auto_batch import AUTO
     from effdet.training.run_dir import make_run_folder
 
     devices = cfg.dist.device_list
-    if cfg.run.batch_size != AUTO:
+    if cfg.run.batch_size != AUTO and not has_recipe:
         split_over_devices(cfg.run.batch_size, len(devices))  # refused once, not by every process
     command = ["-m", "effdet.commands.train", *arguments]
     if cfg.dist.max_restarts and not (cfg.run.experiment or cfg.run.resume):

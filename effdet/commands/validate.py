@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on data in COCO format, on one device or several.
+"""Evaluate a checkpoint on labelled images, on one device or several.
 
 Examples:
   python validate.py --root DIR --checkpoint output/train/RUN/model_best.pth.tar

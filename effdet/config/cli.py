@@ -11,11 +11,12 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from . import effdet_line
 from .effdet_flags import REFUSED
+from .foreign_flags import FOREIGN
 from .load import load_config, read_yaml
 from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
@@ -30,7 +31,7 @@ class _Record(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.nargs == 0:
-            values = option_string not in self.const
+            values = self.const[option_string]
         given = getattr(namespace, self.dest) or []
         setattr(namespace, self.dest, [*given, (option_string, values)])
 
@@ -60,6 +61,10 @@ def value_text(option: Option) -> str:
     return option.metavar or words or {int: "N", float: "X", str: "NAME"}[option.kinds[0]]
 
 
+def _off(flags: Sequence[str]) -> list[str]:
+    return ["--no-" + flag[2:] for flag in flags if flag.startswith("--")]
+
+
 def _help_text(option: Option) -> str:
     limits = "" if option.choices else option.range_text
     return f"{option.text}{f' [{limits}]' if limits else ''} (default: {default_text(option)})".replace("%", "%%")
@@ -82,8 +87,8 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file with the settings that differ from the defaults; give it again for more files, "
-        "the later one wins",
+        help="YAML file with the settings that differ from the defaults, or the name of a preset, such as own_data; "
+        "give it again for more files, the later one wins",
     )
     groups: dict[str, Any] = {}
     plain: dict[str, list[str]] = {}
@@ -102,11 +107,15 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
             continue
         common = {"dest": key, "default": None, "action": _Record, "help": _help_text(option)}
         if option.kinds == (bool,):
-            off = tuple("--no-" + flag[2:] for flag in flags if flag.startswith("--"))
-            groups[section].add_argument(*flags, *off, nargs=0, const=off, **common)
+            values = dict.fromkeys(flags, True) | {off: False for off in _off(flags)}
+            groups[section].add_argument(*values, nargs=0, const=values, **common)
         else:
             extra = {"nargs": "?", "const": option.bare} if option.bare else {}
             groups[section].add_argument(*flags, metavar=value_text(option), **extra, **common)
+            if option.negatable:
+                nothing: dict[str, Any] = dict.fromkeys(_off(flags), "")
+                common["help"] = "without it"
+                groups[section].add_argument(*nothing, nargs=0, const=nothing, **common)
     for section, lines in plain.items():
         wrapped = [textwrap.fill(line, 76, initial_indent="  ", subsequent_indent="    ") for line in lines]
         wrapped.insert(0, "\nWithout a flag, only in YAML or as section.field=value:")
@@ -169,6 +178,8 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
             continue
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
+        if (name := flag.replace("_", "-")) in FOREIGN:
+            raise ConfigError(f"{flag} is another trainer's: {FOREIGN[name]}")
         known = [spelling for action in parser._actions for spelling in action.option_strings]
         raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}")
 
@@ -197,7 +208,14 @@ def in_our_words(prog: str, argv: Sequence[str] | None = None) -> list[str]:
     return line.words
 
 
-def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | None, images: bool = False) -> _ConfigT:
+def _parse(
+    root: type[_ConfigT],
+    prog: str,
+    about: str,
+    argv: Sequence[str] | None,
+    images: bool = False,
+    base: Mapping[str, Any] | None = None,
+) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
     options = list_options(root)
     parser = _build_parser(root, prog, about, "\n               [IMAGE ...]" if images else "")
@@ -214,19 +232,24 @@ def _parse(root: type[_ConfigT], prog: str, about: str, argv: Sequence[str] | No
             _logger.warning("%s: %s is taken for the data folder, as if --root came before it", prog, stray[0])
         elif stray:
             key, equals, _ = stray[0].partition("=")
+            if equals and (name := "--" + key.replace("_", "-")) in FOREIGN:
+                raise ConfigError(f"{key} is another trainer's: {FOREIGN[name]}")
             hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
             raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
-        return load_config(root, namespace.config, flags, [pair for pair in overrides if pair])
+        return load_config(root, namespace.config, flags, [pair for pair in overrides if pair], base)
     except ConfigError as error:
         parser.error(str(error))
 
 
-def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunConfig:
+def parse_train_args(
+    argv: Sequence[str] | None = None, about: str = "", base: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Parse the command line of train.py.
 
     Args:
         argv: the arguments without the program's name; None: those of the process.
         about: text of --help: what the script does, then, after an empty line, examples.
+        base: settings of a recipe, which replace defaults; what the command line says wins.
 
     Returns:
         The resolved and checked config.
@@ -234,7 +257,7 @@ def parse_train_args(argv: Sequence[str] | None = None, about: str = "") -> RunC
     Raises:
         SystemExit: status 2 after one line on standard error when something is wrong; status 0 after --help.
     """
-    return _parse(RunConfig, "train.py", about, argv)
+    return _parse(RunConfig, "train.py", about, argv, base=base)
 
 
 def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
@@ -245,7 +268,7 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
     return _parse(
         RunConfig,
         "python -m effdet.datacheck",
-        "Check a data set in COCO format before training: ROOT (or "
+        "Check a data set before training: ROOT (or "
         "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
         "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
         [*words, "--check"],

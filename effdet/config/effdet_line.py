@@ -327,10 +327,9 @@ def _weights_settings(values: dict[str, Any]) -> dict[str, Any]:
         settings |= {"ema.decay": decay, "ema.warmup": False}
     if values.pop("no_resume_opt", False) and values.get("resume"):
         values["initial_checkpoint"] = values.pop("resume")
-    if not (
-        values.pop("no_pretrained_backbone") or any(map(values.get, ("pretrained", "resume", "initial_checkpoint")))
-    ):
-        settings["model.pretrained_backbone"] = True
+    random = values.pop("no_pretrained_backbone")
+    if not any(map(values.get, ("pretrained", "resume", "initial_checkpoint"))):
+        settings["model.pretrained_backbone"] = "" if random else "auto"
     return settings
 
 

@@ -6,7 +6,7 @@ dataclasses. No defaults, ranges or help texts belong here, they are in schema.p
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,12 +39,13 @@ OVERFIT: dict[str, Any] = {
     "sched.min_lr": 0.0,
     "sched.lr_noise": None,
     "ema.enabled": False,
+    "data.val_split": 0.0,
     "run.batch_size": 8,
     "run.log_interval": 10,
     "run.val_interval": 20,
     "run.keep_best": 1,
 }
-"""What `--overfit` sets, over YAML files and below the flags: a short run that learns images by heart."""
+"""What `--overfit N` sets beside `data.limit: N`, over YAML files, below flags: a short run that learns by heart."""
 
 
 def _convert(option: Option, value: Any) -> Any:
@@ -58,6 +59,8 @@ def _convert(option: Option, value: Any) -> Any:
         return [part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""]
     if option.kinds == (bool,) and not isinstance(value, bool | str):
         raise ValueError("only true and false are allowed")
+    if option.negatable and isinstance(value, bool):
+        return option.bare if value else ""
     if len(option.kinds) == 2:  # a number or a text
         if isinstance(value, bool | list | dict):
             raise ValueError("a single number or text is needed")
@@ -93,8 +96,14 @@ def _apply(node: Any, options: dict[str, Option], key: str, value: Any, source: 
         raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
+_PRESETS = Path(__file__).parents[2] / "configs"
+
+
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file into plain types; an empty file gives an empty dict."""
+    """Read a YAML file, or the preset of that name, into plain types; an empty file gives an empty dict."""
+    preset = _PRESETS / f"{path}.yaml"
+    if not Path(path).exists() and preset.is_file():
+        path = preset
     try:
         node = OmegaConf.load(path)
     except OSError as error:
@@ -124,14 +133,16 @@ def load_config(
     files: Sequence[str | Path] = (),
     flags: dict[str, tuple[str, Any]] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> _ConfigT:
-    """Merge defaults, YAML files, flags and overrides, in this order, and check the result.
+    """Merge defaults, a recipe, YAML files, flags and overrides, in this order, and check the result.
 
     Args:
         root: RunConfig, ValidateConfig or DemoConfig.
         files: YAML files that hold differences only; a later one wins.
         flags: dotted key -> (spelling shown in messages, value).
         overrides: pairs of dotted key and value in YAML's notation.
+        base: dotted key -> value of a recipe.
 
     Returns:
         A new instance of `root`.
@@ -140,6 +151,8 @@ def load_config(
         ConfigError: an unreadable file, an unknown setting, a wrong type, a value out of range, a contradiction.
     """
     options, node = list_options(root), _new_tree(root)
+    for key, value in (base or {}).items():
+        _apply(node, options, key, value, "recipe")
     for path in files:
         tree = read_yaml(path)
         if root is RunConfig and is_saved_args(tree):
@@ -158,10 +171,13 @@ def load_config(
         except yaml.YAMLError:
             value = text
         if option is not None and not option.is_list and str in option.kinds:
-            value = None if value is None and option.optional else text
+            keep = value is None and option.optional or option.negatable and isinstance(value, bool)
+            value = value if keep else text
         _apply(node, options, key, value, f"{key}={text}")
     if node.run.get("batch_size") == "auto" and node.optim.lr_batch is None:
         node.optim.lr_batch = batch_below if isinstance(batch_below, int) else RunConfig().run.batch_size
+    if node.run.get("overfit") and not node.data.limit:
+        node.data.limit = node.run.overfit
     cfg: Any = OmegaConf.to_object(node)  # a `root`, as the tree was made of one
     return check_config(cfg)
 
@@ -272,6 +288,10 @@ def _check_train(cfg: RunConfig) -> None:
         not (cfg.run.overfit and (cfg.run.resume or len(cfg.dist.device_list) > 1)),
         "--overfit trains anew on one device: leave out --resume and further devices",
     )
+    _require(
+        not cfg.run.overfit or data.limit in (0, cfg.run.overfit),
+        f"--overfit {cfg.run.overfit} takes the first {cfg.run.overfit} images: leave out --limit {data.limit}",
+    )
     _require(cfg.run.check or not cfg.run.html, "--html is where --check writes to: give --check as well")
 
 
@@ -296,7 +316,7 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
     (("sched.patience_epochs",), lambda cfg: cfg.sched.sched == "plateau", "--sched plateau"),
     (
         ("model.pretrained_backbone",),
-        lambda cfg: not (cfg.model.pretrained or cfg.model.initial_checkpoint),
+        lambda cfg: not (cfg.model.pretrained_backbone and (cfg.model.pretrained or cfg.model.initial_checkpoint)),
         "neither --pretrained nor --initial-checkpoint, which replace those weights",
     ),
     (

@@ -28,6 +28,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     bare: str | None = None,
+    negatable: bool = False,
     metavar: str | None = None,
 ) -> Any:
     """Declare one field of a section.
@@ -43,7 +44,8 @@ def setting(
         above: exclusive lower bound.
         below: exclusive upper bound.
         choices: the allowed words.
-        bare: value meant by the flag without an argument; None: the flag needs its argument.
+        bare: value meant by the flag without an argument, and by true in YAML; None: the flag needs its argument.
+        negatable: `--no-FLAG`, and false in YAML, set the empty text; for texts that have a `bare` value.
         metavar: placeholder of the value in the help.
     """
     meta = {
@@ -56,6 +58,7 @@ def setting(
         "below": below,
         "choices": choices,
         "bare": bare,
+        "negatable": negatable,
         "metavar": metavar,
     }
     if isinstance(default, list):

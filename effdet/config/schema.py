@@ -68,13 +68,33 @@ class ModelConfig(EvalModelConfig):
     name: str = setting("tf_efficientdet_d0", "model name", flags="--model -m")
     initial_checkpoint: str = setting("", "start from the weights of this file, nothing else of it", metavar="PATH")
     anchor_scale: float | None = setting(None, "anchor size in multiples of a level's stride", above=0)
+    anchors: str = setting(
+        "table", "'auto': fit anchor scale and aspect ratios to the training boxes", choices=("table", "auto")
+    )
     aspect_ratios: list[float] | None = setting(
         None, "width / height of the anchors; published weights need three", above=0, metavar="R,R,R"
     )
     drop_path: float | None = setting(None, "stochastic depth rate of the backbone", low=0, below=1)
-    pretrained_backbone: bool = setting(False, "start the backbone from timm's ImageNet weights, downloaded if need be")
+    pretrained_backbone: str | None = setting(
+        None,
+        "ImageNet weights that the backbone starts from: 'auto' (of an installed package, of timm's cache, else "
+        "downloaded), a FILE, or a NAME of timm's; --no-pretrained-backbone: random weights",
+        bare="auto",
+        negatable=True,
+        metavar="auto|FILE|NAME",
+        none="auto, without a network; random weights and a warning where there are none",
+    )
     freeze_backbone: bool = setting(False, "do not train the backbone")
-    freeze_bn: bool = setting(False, "keep batch-norm statistics and affine weights as they are")
+    freeze_stages: int = setting(
+        0, "keep the first N stages of the backbone as they are, the stem being the first; faster", low=0, high=8
+    )
+    freeze_bn: str = setting(
+        "",
+        "keep batch-norm statistics and affine weights: all, or the backbone's",
+        bare="all",
+        negatable=True,
+        choices=("", "all", "backbone"),
+    )
     freeze_bn_epochs: int = setting(
         0, "last N epochs with fixed batch-norm statistics, as evaluation has; for short runs, small batches", low=0
     )
@@ -85,9 +105,14 @@ class ModelConfig(EvalModelConfig):
 class EvalDataConfig:
     """Name the images to evaluate and how they are resized."""
 
-    root: str = setting("", "data folder in COCO layout (annotations/, train2017/, val2017/)", metavar="DIR")
+    root: str = setting("", "data folder: COCO, Roboflow, CVAT, YOLO, VOC, ...; see docs/own_data.md", metavar="DIR")
     val_images: str = setting("", "folder of the validation images, instead of the one in --root", metavar="DIR")
     val_ann: str = setting("", "validation annotations in COCO format, instead of those in --root", metavar="JSON")
+    val_split: float | None = setting(
+        None, "share of the images held out where there is no validation part", low=0, below=1, none="0.15"
+    )
+    limit: int = setting(0, "use the first N images of each part, those with boxes first; 0: all", low=0)
+    classes: list[str] = setting([], "use these classes alone, by name", metavar="A,B")
     workers: int | None = setting(
         None,
         "loader processes over all devices; 0: load in the main process",
@@ -163,6 +188,7 @@ class OptimConfig:
         "fusedmomentum", "fusedmomentum, momentum, sgd or a timm name; the prefix lookahead_ wraps it in Lookahead"
     )
     lr: float = setting(0.32, "peak learning rate, for the global batch as it is", above=0)
+    backbone_lr: float = setting(1.0, "factor of the backbone's learning rate; for pretrained weights below 1", above=0)
     lr_batch: int | None = setting(
         None,
         "with -b auto: batch that --lr was chosen for; for a smaller one the rate falls in proportion",
@@ -284,16 +310,25 @@ class RunSectionConfig:
     log_interval: int = setting(50, "steps between two log lines", low=1)
     output: str = setting("output/train", "folder that receives one folder per run", metavar="DIR")
     experiment: str = setting("", "name of the run's folder; empty: date, model and input size")
+    recipe: str = setting(
+        "auto",
+        "settings under those given: 'finetune' and 'scratch' are for small sets, with and without ImageNet weights, "
+        "'coco' for large ones; 'auto' chooses, unless --lr, --opt, --sched or --overfit are given, here or in YAML",
+        choices=("auto", "finetune", "scratch", "coco"),
+    )
     resume: str = setting(
         "", "checkpoint to go on from; 'auto': that of --experiment or the newest run, if any", metavar="PATH|auto"
     )
     overfit: int = setting(
-        0, "learn N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)", low=0
+        0,
+        "learn the first N training images by heart, evaluate on them and say what is wrong if AP stays low (status 3)",
+        low=0,
     )
     check: bool = setting(False, "check the data, say what was found, and exit: status 0 clean, 3 warnings, 4 errors")
     html: str = setting("", "with --check: also write what was found, with drawn samples, to this file", metavar="PATH")
     val_interval: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     val_skip: int = setting(0, "evaluate every Nth validation image only; 0: all", low=0)
+    patience: int = setting(0, "stop after N evaluations in a row without a better AP; 0: never", low=0)
     save_every: int = setting(0, "keep a checkpoint every N epochs; 0: only the last and the best", low=0)
     keep_best: int = setting(10, "best checkpoints to keep", low=1)
     recovery_interval: int = setting(

@@ -21,6 +21,7 @@ from .dataset import SkipSubset
 from .dataset_factory import open_coco
 from .input_config import resolve_input_config
 from .loader import create_loader
+from .settle import settle_data
 
 _logger = logging.getLogger(__name__)
 
@@ -76,16 +77,17 @@ def build_dataset(
 def split_paths(data: DataConfig | EvalDataConfig, split: str) -> tuple[Path, Path]:
     """Return the image folder and the annotation file of a split, as `build_dataset` uses them.
 
+    Of a config that `settle_data` has not seen, all processes of a run must ask together.
+
     Raises:
         ValueError: the config names no data; FileNotFoundError: something is absent in the root.
     """
+    settled, lines = settle_data(data, (split,))
+    for line in lines if settled is not data else ():
+        _logger.info("data: %s", line)
+    data = settled
     images, ann = (data.train_images, data.train_ann) if split == "train" else (data.val_images, data.val_ann)
     if not (images and ann):
-        if not data.root:
-            raise ValueError(
-                f"no data given: name a folder in COCO's layout with --root DIR, or the files with "
-                f"--{split}-images DIR --{split}-ann FILE"
-            )
         images_in_root, ann_in_root = coco_paths(data.root, split)
         images, ann = images or images_in_root, ann or ann_in_root  # one of the two may be given instead of the root's
     return Path(images), Path(ann)

@@ -84,11 +84,17 @@ def read_image(
     return _forget_orientation(rgb)
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
-    """Read (width, height) in pixels from an image's header, as stored, without EXIF rotation. Raises ImageError."""
+def read_size(path: str | Path, oriented: bool = False) -> tuple[int, int]:
+    """Read (width, height) in pixels from an image's header. Raises ImageError.
+
+    Args:
+        path: the file.
+        oriented: as the image is looked at, EXIF rotation applied; else as it is stored.
+    """
     try:
         with _open(path) as img:
-            return img.size
+            turned = oriented and img.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return img.size[::-1] if turned else img.size
     except Exception as e:
         raise ImageError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 

@@ -7,7 +7,7 @@ the letterbox of the evaluation puts them; a training that scales images at rand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Candidate:
     flags: str  # of train.py; empty for the present setting
     share: float
     cost: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)  # the same as fields of the model section
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,18 @@ def suggest_anchors(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, config: Any) -
     tried = []
     if present.share < _ENOUGH:
         share, scale = best_scale(size, ratios)
-        tried.append(Candidate(_flags(config, scale), share))
+        tried.append(_candidate(config, share, scale))
         fitted = fit_ratios(boxes_yxyx, len(ratios))
         if fitted:
             share, scale = best_scale(size, fitted)
-            tried.append(Candidate(_flags(config, scale, fitted), share))
+            tried.append(_candidate(config, share, scale, fitted))
     for candidate in tried:  # the simpler change first
         if candidate.share >= take.share + _WORTH:
             take = candidate
     for larger in _larger_sizes(size) if take.share < _ENOUGH else ():
         share, scale = best_scale(larger, ratios)
         cost = larger[0] * larger[1] / (size[0] * size[1])
-        tried.append(Candidate(_flags(config, scale, size=larger), share, cost))
+        tried.append(_candidate(config, share, scale, size=larger, cost=cost))
     better = []
     for one in tried:  # cheapest and simplest first; what reaches no more than the ones before is not worth a line
         if one.share > max([present.share, *(other.share for other in better)]) + _EQUAL:
@@ -126,12 +127,17 @@ def _larger_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     return [larger for larger in dict.fromkeys(sizes) if larger > size and max(larger) <= _LARGEST_SIDE_PX]
 
 
-def _flags(config: Any, scale: Any, ratios: Sequence[float] = (), size: Sequence[int] = ()) -> str:
-    words = []
+def _candidate(
+    config: Any, share: float, scale: Any, ratios: Sequence[float] = (), size: Sequence[int] = (), cost: float = 1.0
+) -> Candidate:
+    words, settings = [], {}
     if size:
+        settings["image_size"] = list(size)
         words.append("--image-size " + (f"{size[0]}" if size[0] == size[1] else f"{size[0]} {size[1]}"))
     if scale != config.anchor_scale:
+        settings["anchor_scale"] = scale
         words.append(f"--anchor-scale {scale:g}")
     if ratios:
+        settings["aspect_ratios"] = list(ratios)
         words.append("--aspect-ratios " + ",".join(f"{ratio:g}" for ratio in ratios))
-    return " ".join(words)
+    return Candidate(" ".join(words), share, cost, settings)

@@ -15,6 +15,7 @@ from effdet.checkpoint.io import ensure_writable
 from effdet.config.cli import parse_check_args
 from effdet.config.schema import RunConfig
 from effdet.data.build import split_paths
+from effdet.data.settle import settle_data
 from effdet.factory import resolve_model_config
 from effdet.ops.sizes import check_image_size
 from effdet.runtime.console import one_line_errors
@@ -23,6 +24,8 @@ from effdet.runtime.cores import core_count
 from .anchor_reach import SIDE_EDGES_PX
 from .page import write_html
 from .stats import DataStats, SplitStats, gather_stats
+
+_logger = logging.getLogger(__name__)
 
 STATUS = {"note": 0, "warning": 3, "error": 4}
 _MOST_CLASSES = 100  # lines on the terminal
@@ -56,9 +59,16 @@ def check(cfg: RunConfig) -> tuple[DataStats, object]:
     config = resolve_model_config(cfg.model, cfg.loss)
     check_image_size(config.image_size)
     paths: dict[str, tuple[Path, Path] | Exception] = {}
+    data = cfg.data
+    try:
+        data, lines = settle_data(data)  # both at once; where one cannot be had, each by itself below
+        for line in lines:
+            _logger.info("data: %s", line)
+    except (ValueError, OSError):
+        pass
     for name in ("train", "val"):
         try:
-            paths[name] = split_paths(cfg.data, name)
+            paths[name] = split_paths(data, name)
         except (ValueError, OSError) as error:
             paths[name] = error
     if all(isinstance(where, Exception) for where in paths.values()):

@@ -11,6 +11,7 @@ import torch
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
+from effdet.checkpoint.state_dict import explain_bare_backbone
 from effdet.config.model_config import find_model_spec, published_model_name, stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.categories import CategoryMap
@@ -89,6 +90,8 @@ def _count_classes(state: Mapping[str, torch.Tensor], config: Any) -> int:
     for key in ("class_net.predict.conv_pw.bias", "class_net.predict.conv.bias"):
         if key in state:
             return state[key].numel() // (len(config.aspect_ratios) * config.num_scales)
+    if bare := explain_bare_backbone(state):
+        raise CheckpointError(f"the weights are not those of a {config.name}: {bare} of train.py")
     raise CheckpointError(
         f"the weights have no class head of a {config.name}: their first keys are "
         f"{', '.join(list(state)[:3])}. Is it another model?"

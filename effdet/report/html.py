@@ -59,6 +59,7 @@ class Report:
         train_set: the training set; None for an evaluation alone.
         device: what it is called.
         facts: more pairs of name and text for the first line of numbers, such as the speed.
+        initial_weights: what a run started from, in a line.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Report:
         train_set: Any = None,
         device: str = "",
         facts: Sequence[tuple[str, str]] = (),
+        initial_weights: str = "",
     ) -> None:
         self.path, self.title, self.cfg, self.model_config, self.device = path, title, cfg, model_config, device
-        self.val_set, self.train_set, self.facts = val_set, train_set, facts
+        self.val_set, self.train_set, self.facts, self.initial_weights = val_set, train_set, facts, initial_weights
         self._statistics: dict[str, Any] | None = None
         self._failed = False
 
@@ -133,7 +135,10 @@ class Report:
             "batch": _read_image(self.path.with_name(BATCH_NAME)),
             "data": {"sets": sets, "edges": SIZE_EDGES_PX},
             "settings": {"changed": changed_settings(self.cfg), "yaml": dump_yaml(self.cfg)},
-            "environment": describe_environment(self.device),
+            "environment": [
+                *([("weights at the start", self.initial_weights)] if self.initial_weights else []),
+                *describe_environment(self.device),
+            ],
         }
 
     def _count_data(self) -> dict[str, Any]:

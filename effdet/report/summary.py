@@ -52,6 +52,7 @@ def describe_start(
     steps_per_epoch: int,
     precision: str,
     folder: Path,
+    initial_weights: str = "",
 ) -> list[str]:
     """Return the lines of a run's start.
 
@@ -67,6 +68,7 @@ def describe_start(
         steps_per_epoch: batches.
         precision: as chosen for the device.
         folder: the run's.
+        initial_weights: what the run starts from, or once started from.
     """
     config = model.config
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -83,6 +85,7 @@ def describe_start(
         "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
         f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
         f"{_gmacs(model)} GMACs an image",
+        "weights": initial_weights or "not known",
         "train": _describe_split(train_set),
         "val": _describe_split(val_set),
         "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",

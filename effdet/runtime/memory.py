@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_CGROUP_FILES = (  # limit and usage: version 2, version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -43,6 +49,33 @@ def total_memory_bytes(device: torch.device) -> int | None:
     return None if device.type == "cpu" else int(torch.get_device_module(device).mem_get_info(device)[1])
 
 
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Return how much memory a process can still take, in bytes; None where nobody tells.
+
+    Of an accelerator what is free and what torch keeps cached; on the CPU what the kernel calls available, and no more
+    than the control group of a container has left.
+    """
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        free, _ = module.mem_get_info(device)
+        return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+    import resource
+
+    limits = []
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            limits.append(max(0, address_space - pages * resource.getpagesize()))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    for limit, usage in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            limits.append(max(0, int(Path(limit).read_text()) - int(Path(usage).read_text())))
+    return min(limits, default=None)
+
+
 def release_memory(device: torch.device) -> None:
     """Give cached memory that nothing uses back to an accelerator; objects in reference cycles are collected first."""
     gc.collect()
@@ -52,14 +85,20 @@ def release_memory(device: torch.device) -> None:
         module.empty_cache()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error says that an accelerator's memory is used up.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device's memory is used up.
 
     Besides torch's own class these are the libraries' errors, which find no workspace: CUBLAS_STATUS_ALLOC_FAILED,
-    CUDNN_STATUS_ALLOC_FAILED, and of older torch_npu a RuntimeError "NPU out of memory".
+    CUDNN_STATUS_ALLOC_FAILED, of older torch_npu a RuntimeError "NPU out of memory", and on the CPU one of
+    "DefaultCPUAllocator: can't allocate memory" (or "not enough memory"), or Python's MemoryError.
     """
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in text
+        or "alloc_failed" in text
+        or "defaultcpuallocator" in text
+    )
 
 
 def keep_freed_memory() -> list[str]:

@@ -14,6 +14,7 @@ import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +56,7 @@ class _Queue(multiprocessing.queues.Queue):
         reason = " ".join(str(error).split()) or type(error).__name__
         text = f"a loading process could not hand a batch over ({reason}): {_REMEDY}"
         if not (isinstance(sent, tuple) and len(sent) == 2 and not isinstance(sent[1], _FailedHandover)):
-            os._exit(1)  # not even that can be sent: the parent notices that this process has ended
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # the parent notices the end
         self.put((sent[0], _FailedHandover(text)))
 
 
@@ -128,7 +129,7 @@ def check_shared_memory(batches: int, batch_bytes: int, folder: str = "/dev/shm"
     if free < needed:
         raise ValueError(
             f"{folder} has {free / 2**20:.0f} MiB free, but the loader processes need about "
-            f"{needed / 2**20:.0f} MiB for {batches} batches: give the container more (docker run "
+            f"{-(-needed // 2**20)} MiB for {batches} batches: give the container more (docker run "
             f"--shm-size={-(-needed // 2**30) + 1}g, or --ipc=host), or use fewer loader processes (-j) or a smaller "
             "batch (-b)"
         )

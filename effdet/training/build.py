@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,21 +15,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet.bench import DetBenchTrain
+from effdet.checkpoint.backbone import BackboneSource
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
+from effdet.config.load import inert_settings, replace_settings
+from effdet.config.recipe import FEW_STEPS
 from effdet.config.schema import RunConfig
+from effdet.data import settle
 from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
 from effdet.factory import build_model, place_model
+from effdet.ops.sizes import get_feat_sizes
+from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 
 from . import overfit
 from .amp import Precision
 from .ema import ModelEma
 from .engine import Training
-from .optim import build_optimizer, freeze_backbone, freeze_bn
+from .optim import build_optimizer, freeze_backbone, freeze_bn, freeze_stages
 from .resume import check_fits
 from .schedule import build_schedule
 
@@ -80,6 +88,53 @@ class Loaders:
         self.val.close()
 
 
+def settle_config(cfg: RunConfig, folder: Path, resumed: str = "") -> RunConfig:
+    """Return the config with the files of both splits, and log what was found; what has to be made goes into a folder.
+
+    Args:
+        cfg: of the run.
+        folder: the run's.
+        resumed: the checkpoint that it continues: its run's files are used again.
+
+    Raises:
+        ValueError, OSError: no data, or they cannot be used.
+    """
+    earlier = [folder / settle.FOLDER, Path(resumed).parent / settle.FOLDER] if resumed else []
+    parts = ("train",) if cfg.run.overfit else settle.PARTS
+    data, lines = settle.settle_data(cfg.data, parts, folder / settle.FOLDER, earlier)
+    for line in lines:
+        _logger.info("data: %s", line)
+    return dataclasses.replace(cfg, data=data)
+
+
+def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
+    """Choose the device's settings and log them, and where the run takes place."""
+    lines = device_layer.tune(place.device)
+    if cfg.run.deterministic:
+        lines += device_layer.make_deterministic(place.device)
+    if cfg.run.compile:
+        lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
+    lines.append(
+        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
+    )
+    for line in lines:
+        _logger.info("setting: %s", line)
+    for line in inert_settings(cfg):
+        _logger.warning("setting: %s", line)
+    size = cfg.run.batch_size
+    each = size // place.world if isinstance(size, int) else size
+    _logger.info(
+        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
+        cfg.model.name,
+        device_layer.describe(place.device),
+        place.world,
+        size,
+        each,
+        place.workers,
+        output_dir,
+    )
+
+
 def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
     """Open both splits and agree on the classes.
 
@@ -109,7 +164,12 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
 
 
 def build_step(
-    cfg: RunConfig, place: Placement, num_classes: int, payload: Mapping[str, Any], source: str = ""
+    cfg: RunConfig,
+    place: Placement,
+    num_classes: int,
+    payload: Mapping[str, Any],
+    source: str = "",
+    backbone: BackboneSource | None = None,
 ) -> Step:
     """Build what one training step needs.
 
@@ -119,18 +179,24 @@ def build_step(
         num_classes: K.
         payload: checkpoint whose weights it starts from; may be empty.
         source: where that checkpoint came from.
+        backbone: see `build_model`.
 
     Raises:
         ValueError: a setting or the checkpoint does not fit the model.
     """
     device, is_group = place.device, place.world > 1
-    model = build_model(cfg.model, cfg.loss, num_classes)
+    if payload:  # all weights come from there, and other files may be gone
+        cfg = replace_settings(cfg, model={"pretrained": "", "initial_checkpoint": ""})
+    model = build_model(cfg.model, cfg.loss, num_classes, backbone)
     if cfg.dist.sync_bn and is_group:
         distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:
         _logger.info("backbone frozen: %s", freeze_backbone(model))
+    if cfg.model.freeze_stages:
+        _logger.info("backbone stages frozen: %s", freeze_stages(model, cfg.model.freeze_stages))
     if cfg.model.freeze_bn:
-        _logger.info("batch norms frozen: %s", freeze_bn(model))
+        part = model.backbone if cfg.model.freeze_bn == "backbone" else model
+        _logger.info("batch norms frozen: %s", freeze_bn(part))
     place_model(model, device, cfg.model.same_padding, place.channels_last)
     if payload:
         check_fits(payload, source, cfg.model.name, list(model.config.image_size))
@@ -146,6 +212,7 @@ def build_step(
         cfg.optim.weight_decay,
         cfg.optim.opt_eps,
         masters=precision.master_parameters(model),
+        backbone_lr=cfg.optim.backbone_lr,
     )
     bench = DetBenchTrain(
         model,
@@ -169,9 +236,12 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         batch_size: images a step of this process.
 
     Raises:
-        ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch.
+        ValueError: the batches do not fit into shared memory, or the training set is smaller than a batch, or a batch
+            norm would see a single value.
     """
     device, workers = place.device, place.workers
+    last = len(data.train_set) % batch_size if cfg.run.overfit else 0  # elsewhere an incomplete batch is left out
+    check_batch_norm(cfg, place, model_config, last or batch_size)
     shared = (cfg.data, model_config, batch_size, workers, device, cfg.run.seed, place.channels_last)
     # With --overfit there is no augmentation: images as the evaluation sees them.
     train = build_loader(data.train_set, *shared, is_training=not cfg.run.overfit)
@@ -184,6 +254,31 @@ def build_loaders(cfg: RunConfig, place: Placement, data: Data, model_config: An
         min_score=0.0,
     )
     return Loaders(train, val, evaluator, batch_size)
+
+
+def check_batch_norm(cfg: RunConfig, place: Placement, model_config: Any, batch_size: int) -> None:
+    """Refuse a batch of one image where the coarsest level has one cell: a single value a channel has no variance.
+
+    Args:
+        cfg: of the run.
+        place: where.
+        model_config: gives input size and levels.
+        batch_size: images in the smallest batch of this process.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    images = batch_size * (place.world if cfg.dist.sync_bn else 1)
+    if images > 1 or cfg.model.freeze_bn == "all":
+        return
+    stride = 2**model_config.max_level
+    for size in (tuple(model_config.image_size), *multi_scale_sizes(cfg.data, model_config.image_size)):
+        if get_feat_sizes(size, model_config.max_level)[-1] == (1, 1):
+            raise ValueError(
+                f"a batch of one image of {size[0]}x{size[1]} gives the batch norms of the coarsest level a single "
+                f"value a channel: use -b {2 * place.world} or more, an --image-size above {stride}, or --freeze-bn"
+                + (", or --sync-bn" if place.world > 1 else "")
+            )
 
 
 def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch: int) -> tuple[Training, int]:
@@ -219,6 +314,14 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         seed=cfg.run.seed,
         updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum),
     )
+    updates = -(-steps_per_epoch // cfg.optim.grad_accum)
+    if updates < FEW_STEPS and not cfg.run.overfit:
+        _logger.warning(
+            "an epoch has %d updates, so that this run learns from %d in all: for few images give a smaller -b "
+            "(or more --epochs)",
+            updates,
+            updates * epochs,
+        )
     bench = step.bench
     if place.world > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]

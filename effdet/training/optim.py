@@ -22,8 +22,10 @@ CLIP_MODES = ("norm", "value", "agc")
 _NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Tensor] | None = None) -> list[dict]:
-    """Split the trainable parameters into those with and those without weight decay.
+def param_groups(
+    model: nn.Module, weight_decay: float, masters: Mapping[str, Tensor] | None = None, backbone_lr: float = 1.0
+) -> list[dict]:
+    """Split the trainable parameters into those with and those without weight decay, and by learning rate.
 
     Not decayed: biases, parameters of norm layers, everything with fewer than two dimensions, and the BiFPN's edge
     weights.
@@ -33,36 +35,42 @@ def param_groups(model: nn.Module, weight_decay: float, masters: Mapping[str, Te
         weight_decay: L2 penalty of the decayed group, >= 0.
         masters: the tensor to optimize in place of the model's parameter, by its name in `model`; None takes the
             parameters themselves.
+        backbone_lr: factor of the backbone's learning rate, > 0; timm's schedules apply a group's 'lr_scale'.
 
     Returns:
-        One or two groups {'params', 'weight_decay'}, the decayed one first; a group without parameters is left out.
+        Groups {'params', 'weight_decay'}, the decayed one first; with a factor other than 1 those of the backbone come
+        last and have 'lr_scale' too. A group without parameters is left out.
 
     Raises:
-        ValueError: nothing is trainable, or weight_decay is negative.
+        ValueError: nothing is trainable, weight_decay is negative, or backbone_lr not above 0.
     """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}.")
+    if weight_decay < 0 or not backbone_lr > 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}; backbone_lr above 0, got {backbone_lr}.")
     of_norms = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, _NORM_LAYERS)
         for parameter in module.parameters(recurse=False)
     }
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
+    groups: list[dict] = [
+        {"params": [], "weight_decay": decay, **({"lr_scale": backbone_lr} if is_backbone else {})}
+        for is_backbone in (False, True)
+        for decay in (weight_decay, 0.0)
+    ]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         last = name.rpartition(".")[2]
         exempt = parameter.ndim < 2 or id(parameter) in of_norms or last in ("bias", "edge_weights")
-        (plain if exempt else decayed).append(parameter if masters is None else masters[name])
-    if not decayed and not plain:
+        of_backbone = backbone_lr != 1 and name.startswith("backbone.")
+        groups[2 * of_backbone + exempt]["params"].append(parameter if masters is None else masters[name])
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise ValueError(
             "The model has no trainable parameter: every one has requires_grad=False. "
             "Freeze less (see --freeze-backbone, --freeze-bn)."
         )
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def build_optimizer(
@@ -74,6 +82,7 @@ def build_optimizer(
     eps: float | None = None,
     betas: tuple[float, float] | None = None,
     masters: Mapping[str, Tensor] | None = None,
+    backbone_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a model, already on its device; frozen parameters are left out.
 
@@ -87,6 +96,7 @@ def build_optimizer(
         eps: None keeps the optimizer's own.
         betas: None keeps the optimizer's own.
         masters: `Precision.master_parameters(model)`; needed for O2, where float32 copies are optimized.
+        backbone_lr: factor of the backbone's learning rate, see `param_groups`.
 
     Returns:
         The optimizer.
@@ -96,8 +106,17 @@ def build_optimizer(
     """
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}.")
-    groups = param_groups(model, weight_decay, masters)
+    groups = param_groups(model, weight_decay, masters, backbone_lr)
     return create_optimizer(groups, opt, lr, momentum=momentum, eps=eps, betas=betas)
+
+
+def check_optimizer(opt: str, eps: float | None, device: torch.device) -> None:
+    """Refuse an optimizer that cannot be built on a device, before there is a model for it.
+
+    Raises:
+        ValueError: as `build_optimizer`.
+    """
+    create_optimizer([torch.zeros(2, 2, device=device).requires_grad_()], opt, lr=1.0, eps=eps)
 
 
 @torch.no_grad()
@@ -211,6 +230,30 @@ def freeze_backbone(model: nn.Module) -> Frozen:
     frozen = _stop_gradients(backbone.parameters())
     _keep_in_eval(model, [backbone])
     norms = sum(isinstance(module, _NormBase) for module in backbone.modules())
+    return Frozen(frozen, norms)
+
+
+def freeze_stages(model: nn.Module, stages: int) -> Frozen:
+    """Fix the first stages of the backbone, as `freeze_backbone` does the whole: their backward pass is saved too.
+
+    Args:
+        model: an EfficientDet whose backbone is one of timm's EfficientNets.
+        stages: how many; the stem counts as the first.
+
+    Raises:
+        ValueError: the backbone has no such stages.
+    """
+    backbone = model.get_submodule("backbone")
+    if not (hasattr(backbone, "conv_stem") and hasattr(backbone, "blocks")):
+        raise ValueError(f"--freeze-stages: {type(backbone).__name__} has no stem and stages to freeze")
+    stem = [backbone.get_submodule("conv_stem"), backbone.get_submodule("bn1")]
+    parts = [stem, *([stage] for stage in backbone.get_submodule("blocks").children())]
+    if stages >= len(parts):
+        raise ValueError(f"--freeze-stages {stages}: the backbone has {len(parts)}; --freeze-backbone freezes them all")
+    layers = [layer for part in parts[:stages] for layer in part]
+    frozen = sum(_stop_gradients(layer.parameters()) for layer in layers)
+    norms = sum(isinstance(module, _NormBase) for layer in layers for module in layer.modules())
+    _keep_in_eval(model, layers)
     return Frozen(frozen, norms)
 
 

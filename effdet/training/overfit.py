@@ -58,26 +58,25 @@ class OverfitStats:
 
 
 def choose_images(dataset: DetectionDatset, cfg: RunConfig) -> tuple[DetectionDatset, DetectionDatset]:
-    """Draw `run.overfit` images with boxes, by the run's seed.
+    """Make both splits of the images that `--overfit N`, as a `--limit N`, has left.
 
     Args:
-        dataset: the training split.
+        dataset: the training split, of these images alone.
         cfg: of the run.
 
     Returns:
-        The images as a training set, each repeated so often that an epoch has several passes and steps, shuffled,
-        whole batches; and as a validation set.
+        The images as a training set, each repeated so often that an epoch has several passes and steps, shuffled by the
+        run's seed, whole batches; and as a validation set.
 
     Raises:
-        ValueError: there are fewer images with boxes.
+        ValueError: there are fewer images with boxes than asked for.
     """
     count, batch, parser = cfg.run.overfit, cfg.run.batch_size, dataset.parser
     assert isinstance(batch, int)  # check_config refuses --overfit with -b auto
-    full = [k for k in range(len(dataset)) if (parser.get_ann_info(k)["cls"] > 0).any()]
-    if len(full) < count:
-        raise ValueError(f"--overfit {count} needs as many images with boxes, but the training split has {len(full)}")
+    chosen = [k for k in range(len(dataset)) if (parser.get_ann_info(k)["cls"] > 0).any()]
+    if len(chosen) < count:
+        raise ValueError(f"--overfit {count} needs as many images with boxes, but the training split has {len(chosen)}")
     rng = np.random.default_rng(cfg.run.seed)
-    chosen = np.sort(rng.choice(full, count, replace=False))
     batches = max(_BATCHES_PER_EPOCH, -(-_PASSES_PER_EPOCH * count // batch))
     order = np.concatenate([rng.permutation(chosen) for _ in range(-(-batches * batch // count))])[: batches * batch]
     val = DetectionDatset(dataset.data_dir, parser.subset(chosen), seed=dataset.seed)

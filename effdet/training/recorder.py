@@ -96,6 +96,7 @@ class RunRecorder:
         train_loader: its data set and normalisation.
         val_set: data set of the evaluations.
         evaluator: that evaluates.
+        initial_weights: what the run started from, in a line.
     """
 
     def __init__(
@@ -106,16 +107,24 @@ class RunRecorder:
         train_loader: Any,
         val_set: Any,
         evaluator: CocoEvaluator,
+        initial_weights: str = "",
     ) -> None:
         self.cfg, self.folder, self.training, self.train_loader = cfg, folder, training, train_loader
-        self.val_set, self.evaluator = val_set, evaluator
+        self.val_set, self.evaluator, self.initial_weights = val_set, evaluator, initial_weights
         self.primary = distributed.is_primary()
         self.rates: list[float] = []  # images per second of each interval
         self.writer: Any = None  # TensorBoard's
         self.draws_batch = False
         self.device = device_layer.describe(training.device)
         self.report = report.Report(
-            folder / report.NAME, folder.name, cfg, training.model.config, val_set, train_loader.dataset, self.device
+            folder / report.NAME,
+            folder.name,
+            cfg,
+            training.model.config,
+            val_set,
+            train_loader.dataset,
+            self.device,
+            initial_weights=initial_weights,
         )
 
     def describe(self, epochs: int, channels_last: bool) -> None:
@@ -136,6 +145,7 @@ class RunRecorder:
             len(self.train_loader),
             precision,
             self.folder,
+            self.initial_weights,
         ):
             _logger.info("%s", line)
 

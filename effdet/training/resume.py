@@ -39,7 +39,7 @@ from effdet.checkpoint.manager import (
     rng_state,
 )
 from effdet.checkpoint.state_dict import extract_state_dict
-from effdet.config.load import to_plain
+from effdet.config.load import replace_settings, to_plain
 from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import RunConfig
 from effdet.data.coco.categories import CategoryMap
@@ -69,6 +69,12 @@ class Position:
 def is_restart() -> bool:
     """Tell whether a launcher has started this process again after a failure of the group."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def keep_anchors(cfg: RunConfig, payload: Mapping[str, Any]) -> RunConfig:
+    """Return the config with the anchors that a checkpoint was trained with."""
+    stored = payload["config"]["model"]
+    return replace_settings(cfg, model={key: stored[key] for key in ("anchor_scale", "aspect_ratios")})
 
 
 def find_checkpoint(folder: Path, otherwise: str = "") -> str:
@@ -117,8 +123,18 @@ def check_fits(payload: Mapping[str, Any], source: str, arch: str, image_size: l
 # ---- the whole state -------------------------------------------------------------------------------------------------
 
 
-def collect(training: Training, cfg: RunConfig, categories: CategoryMap, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a checkpoint holds, see checkpoint.py; `ranks` has an entry of each process."""
+def collect(
+    training: Training, cfg: RunConfig, categories: CategoryMap, ranks: list[dict[str, Any]], initial_weights: str = ""
+) -> dict[str, Any]:
+    """Return what a checkpoint holds, see checkpoint/manager.py.
+
+    Args:
+        training: what is trained.
+        cfg: the settings.
+        categories: the data's.
+        ranks: an entry of each process.
+        initial_weights: what the run started from, in a line.
+    """
     config = training.model.config
     content = {
         "version": CHECKPOINT_VERSION,
@@ -132,6 +148,7 @@ def collect(training: Training, cfg: RunConfig, categories: CategoryMap, ranks: 
         "config": to_plain(cfg),
         "model_config": ModelSpec(config).to_plain(),
         "category_map": categories.to_dict(),
+        "initial_weights": initial_weights,
         "image_size": list(config.image_size),
     }
     if training.ema is not None:

@@ -19,7 +19,8 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]  # Windows has no such locks
 
 from effdet.config.schema import RunConfig
-from effdet.runtime import distributed
+from effdet.data import settle
+from effdet.runtime import distributed, signals
 from effdet.runtime.console import INPUT_ERRORS
 
 from .engine import Training
@@ -58,15 +59,15 @@ def choose_output_dir(cfg: RunConfig, wants_newest: bool) -> Path:
 
 @contextlib.contextmanager
 def discard_if_refused(folder: Path) -> Iterator[None]:
-    """Remove a new run's folder again when the block refuses the run (no data, no room) before anything is in it.
+    """Remove a new run's folder, while it is empty, when the block refuses the run (no data, no room) or is stopped.
 
     Errors of other kinds than a wrong input keep it, and with it the log.
     """
     is_new = distributed.is_primary() and not any(folder.iterdir())
     try:
         yield
-    except INPUT_ERRORS:
-        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME}:
+    except (*INPUT_ERRORS, signals.StopRequested):
+        if is_new and {path.name for path in folder.iterdir()} <= {"log.txt", LOCK_NAME, settle.FOLDER}:
             shutil.rmtree(folder)
         raise
 

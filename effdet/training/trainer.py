@@ -1,89 +1,71 @@
 """A training run from top to bottom: what to continue, data, network, optimisation, then epoch by epoch.
 
 `prepare` makes everything, in order, and refuses what cannot work; `fit` trains. What they call is in build.py (config
-to objects), engine.py (the two loops), resume.py (what a run continues from) and recorder.py (what it leaves behind).
+to objects), recipe.py (settings that suit the data), engine.py (the two loops), resume.py (what a run continues from),
+saving.py and recorder.py (what it leaves behind).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO
 
 import torch
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import BEST_NAME, LAST_NAME, CheckpointManager, load_checkpoint_file
-from effdet.config.load import dump_yaml, inert_settings, replace_settings, split_over_devices, workers_per_device
+from effdet.config.load import dump_yaml, replace_settings, split_over_devices, workers_per_device
+from effdet.config.recipe import Parse
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
 from effdet.report import progress
-from effdet.report.log import EpochStats, EvalStats, format_best_metric, setup_logging
+from effdet.report.log import EvalStats, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed, seeding, signals
+from effdet.runtime import distributed, memory, seeding, signals
 
-from . import auto_batch, overfit, resume
-from .build import Data, Loaders, Placement, build_loaders, build_step, build_training, open_data, uneven_models
+from . import auto_batch, build, footprint, initial_weights, overfit, resume
+from .build import (
+    Placement,
+    build_loaders,
+    build_step,
+    build_training,
+    log_start,
+    open_data,
+    uneven_models,
+)
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
-from .optim import freeze_bn_statistics
+from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
+from .recipe import apply_recipe, fit_anchors, keep_recipe, name_backbone
 from .recorder import RunRecorder, check_tensorboard
+from .run import Run, Start
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
+from .saving import finish_epoch, save_recovery
 
 _logger = logging.getLogger("effdet.train")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from."""
-
-    output_dir: Path
-    payload: dict[str, Any]  # the checkpoint that it continues; empty for a new run
-    source: str  # the file it came from
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is ready to train."""
-
-    cfg: RunConfig
-    place: Placement
-    output_dir: Path
-    data: Data
-    loaders: Loaders
-    training: Training
-    eval_bench: DetBenchPredict
-    epochs: int  # with the cooldown
-    position: resume.Position  # where it starts
-    manager: CheckpointManager
-    recorder: RunRecorder
-    started: float  # time.time()
-    lock: IO[str] | None  # holds the folder as long as it is open
-    vote: distributed.LateMax = field(default_factory=distributed.LateMax)  # on signals, see EpochState.after_update
-
-    def close(self) -> None:
-        """End the loader processes and give the folder up."""
-        self.loaders.close()
-        if self.lock is not None:
-            self.lock.close()
 
 
 # ---- before the first step -------------------------------------------------------------------------------------------
 
 
-def prepare(cfg: RunConfig, device: torch.device) -> Run:
-    """Find what to continue, make the run's folder and its log, and build the run.
+def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) -> Run:
+    """Choose the recipe, find what to continue, make the run's folder and its log, and build the run.
+
+    Args:
+        cfg: of the run.
+        device: where it takes place.
+        parse: makes the config with other defaults; None: there is no recipe to choose.
 
     Raises:
         ValueError, OSError, RuntimeError: the run cannot work as asked for; a new folder is removed again.
     """
+    cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
+    check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
@@ -92,13 +74,21 @@ def prepare(cfg: RunConfig, device: torch.device) -> Run:
     wants_newest = any(distributed.all_gather_object(source == resume.AUTO or resume.is_restart()))
     payload = {} if wants_newest or not source else load_checkpoint_file(source)
     output_dir = choose_output_dir(cfg, wants_newest)
-    with discard_if_refused(output_dir):
+    with discard_if_refused(output_dir), contextlib.ExitStack() as unless_built:
         lock = hold_run_folder(output_dir)
+        if lock is not None:
+            unless_built.callback(lock.close)
         setup_logging(output_dir, distributed.rank())
         if wants_newest:
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}
-        return build_run(cfg, device, Start(output_dir, payload, source), lock)
+        if parse is not None:
+            if recipe is not None:
+                cfg = keep_recipe(cfg, recipe, parse, payload)
+            cfg = name_backbone(cfg, parse)
+        run = build_run(cfg, device, Start(output_dir, payload, source), lock)
+        unless_built.pop_all()
+    return run
 
 
 def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] | None = None) -> Run:
@@ -114,17 +104,23 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
     place = Placement(device, world, workers_per_device(cfg.data.workers, world), channels_last)
     log_start(cfg, place, start.output_dir)
+    origin, backbone = initial_weights.find_initial_weights(cfg.model, payload)
 
     seeding.seed_everything(cfg.run.seed)  # the same initial weights on every rank
+    cfg = build.settle_config(cfg, start.output_dir, start.source if payload else "")
     data = open_data(cfg, payload.get("category_map"))
+    if cfg.model.anchors == "auto":
+        cfg = fit_anchors(cfg, data.train_set.parser) if not payload else resume.keep_anchors(cfg, payload)
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
-    step = build_step(cfg, place, data.categories.num_classes, payload, start.source)
-    eval_bench = DetBenchPredict(step.ema.module if step.ema else step.model, nms=cfg.model.nms, drop_empty=True).to(
-        device
-    )
+    fits = None
+    if device_layer.is_host(device):
+        fits = footprint.warn_of_size(cfg, place, data.categories.num_classes, batch_size // world)
+    step = build_step(cfg, place, data.categories.num_classes, payload, start.source, backbone)
+    evaluated = step.ema.module if step.ema else step.model
+    eval_bench = DetBenchPredict(evaluated, nms=cfg.model.nms, drop_empty=True).to(device)
     loaders = build_loaders(cfg, place, data, step.model.config, split_over_devices(batch_size, world))
     training, epochs = build_training(cfg, place, step, len(loaders.train))
     seeding.seed_everything(cfg.run.seed + distributed.rank())
@@ -140,7 +136,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         _logger.info("resumed %s: continuing with epoch %d%s", start.source, position.epoch, within)
     if cfg.sched.start_epoch is not None:
         training.updates = training.schedule.skip_to(cfg.sched.start_epoch)
-    recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator)
+    recorder = RunRecorder(cfg, start.output_dir, training, loaders.train, data.val_set, loaders.evaluator, origin)
     recorder.describe(epochs, place.channels_last)
     finished = training.is_finished and not position.batches  # else its evaluation is missing
     if position.epoch >= epochs or finished:
@@ -157,40 +153,13 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         loaders,
         training,
         eval_bench,
+        fits,
         epochs,
         position,
         manager,
         recorder,
         started,
         lock,
-    )
-
-
-def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
-    """Choose the device's settings and log them, and where the run takes place."""
-    lines = device_layer.tune(place.device)
-    if cfg.run.deterministic:
-        lines += device_layer.make_deterministic(place.device)
-    if cfg.run.compile:
-        lines.append("torch.compile of network and loss: the first step of each input size takes minutes")
-    lines.append(
-        f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
-    )
-    for line in lines:
-        _logger.info("setting: %s", line)
-    for line in inert_settings(cfg):
-        _logger.warning("setting: %s", line)
-    size = cfg.run.batch_size
-    each = size // place.world if isinstance(size, int) else size
-    _logger.info(
-        "%s on %s, %d process(es), batch %s (%s each), %d loader process(es) each, output %s",
-        cfg.model.name,
-        device_layer.describe(place.device),
-        place.world,
-        size,
-        each,
-        place.workers,
-        output_dir,
     )
 
 
@@ -213,18 +182,39 @@ def fit(run: Run) -> int:
     run.recorder.begin(run.position.epoch, run.position.batches)
     losses, position = [], run.position
     for epoch in range(run.position.epoch, run.epochs):
-        is_last, loss = run_epoch(run, dataclasses.replace(position, epoch=epoch))
+        try:
+            is_last, loss = run_epoch(run, dataclasses.replace(position, epoch=epoch))
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            is_last = None  # explained outside, where the error no longer holds on to the step's tensors
+        if is_last is None:
+            run.training.optimizer.zero_grad()
+            classes, batch_size = run.data.categories.num_classes, run.loaders.batch_size
+            raise footprint.explain_out_of_memory(run.cfg, run.place, classes, batch_size, run.fits)
         position = resume.Position()
         losses.append(loss)
         if is_last:
             break
-        signum = max(distributed.all_gather_object(signals.requested()))
+        votes = distributed.all_gather_object((signals.requested(), is_tired(run, epoch)))
+        signum = max(vote for vote, _ in votes)
         if signum:
             raise signals.StopRequested(signum)
+        if any(tired for _, tired in votes):
+            break
     finish(run)
     status = overfit.report(run, losses) if run.cfg.run.overfit else 0
     distributed.barrier()
     return status
+
+
+def is_tired(run: Run, epoch: int) -> bool:
+    """Tell, on rank 0, whether --patience evaluations in a row were no better than the best."""
+    patience, (_, best) = run.cfg.run.patience, run.manager.best
+    if not patience or best is None or (epoch - best) // run.cfg.run.val_interval < patience:
+        return False
+    _logger.info("stopped: no better AP in %d evaluations since epoch %d (--patience)", patience, best)
+    return True
 
 
 def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
@@ -312,69 +302,6 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
         "EMA" if ema else "trained",
     )
     return found
-
-
-# ---- what is written -------------------------------------------------------------------------------------------------
-
-
-def save(run: Run, write: Callable[[], T]) -> T | None:
-    """Run what writes files on rank 0; with --save-errors warn, a failure is logged and None comes back."""
-
-    def guarded() -> T | None:
-        try:
-            return write()
-        except OSError as error:
-            if run.cfg.run.save_errors == "stop":
-                raise
-            _logger.error("%s Training goes on (--save-errors warn).", error)
-            return None
-
-    return distributed.run_on_primary(guarded)
-
-
-def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -> None:
-    """Write recovery.pth.tar: all that is needed to go on within an epoch."""
-    cfg = run.cfg
-    models = uneven_models(cfg, run.place, run.training)
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device, done.totals, models)) or []
-
-    def write() -> None:
-        position = {
-            "batches": done.batches,
-            "batch_size": cfg.run.batch_size,
-            "trained": trained,
-            "grad_accum": cfg.optim.grad_accum,
-            "images": len(run.data.train_set),
-        }
-        payload = resume.collect(run.training, cfg, run.data.categories, ranks)
-        path = run.manager.save_recovery(payload | {"epoch": epoch - 1, "progress": position})
-        _logger.info("saved %s: epoch %d, batch %d", path, epoch, done.batches)
-
-    save(run, write)
-
-
-def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
-    """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
-    bad, metric = run.data.bad_images.exchange(), None if evaluation is None else evaluation.metric
-    _logger.info(
-        "epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s",
-        stats.epoch,
-        stats.loss,
-        stats.img_per_s,
-        stats.memory_mib,
-        stats.skipped,
-        f", {bad} unreadable image(s)" if bad else "",
-    )
-    ranks = distributed.gather_object(resume.capture_rank(run.place.device)) or []
-
-    def write() -> None:
-        run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
-        run.manager.save(resume.collect(run.training, run.cfg, run.data.categories, ranks), stats.epoch, metric)
-
-    save(run, write)
-    run.recorder.add_epoch(stats, evaluation)
-    if metric is not None and distributed.is_primary():
-        _logger.info("%s", format_best_metric(*run.manager.best))
 
 
 def finish(run: Run) -> None:

@@ -417,7 +417,8 @@ def main() -> None:
     for program in PROGRAMS:
         with tempfile.TemporaryDirectory() as folder:
             values[program.__name__] = program(Path(folder))
-    json.dump(values, out, indent=1)
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in values.items())
+    out.write(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

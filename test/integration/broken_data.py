@@ -44,7 +44,17 @@ def open_split(root: Path, split: str = "train", **options: Any) -> Any:
 
 def load_all(dataset: Any, training: bool = True, workers: int = 0) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """Load a data set once, image by image, and check what every batch must be."""
-    loader = create_loader(dataset, 64, 1, is_training=training, num_workers=workers, device="cpu", seed=0)
+    loader = create_loader(
+        dataset,
+        64,
+        1,
+        is_training=training,
+        num_workers=workers,
+        device="cpu",
+        drop_last=True,
+        persistent_workers=True,
+        seed=0,
+    )
     batches = []
     for images, target in loader:
         assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()

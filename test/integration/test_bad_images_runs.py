@@ -136,9 +136,9 @@ def test_a_broken_disk_ends_the_run_with_one_line(root, tmp_path, capsys):
 @pytest.mark.parametrize("case", ["no data", "more workers than images", "no class count"])
 def test_a_refused_run_leaves_no_folder(case, root, tmp_path, capsys):
     more, words = {
-        "no data": (["--root", "/nowhere"], "/nowhere holds: no such directory"),
+        "no data": (["--root", "/nowhere", "--lr", 0.01], "/nowhere: no such directory"),
         "more workers than images": (["-j", 9], "9 loader processes (-j) for 8 training images"),
-        "no class count": (["--num-classes", 4], "num_classes is 4"),
+        "no class count": (["--num-classes", 4, "--lr", 0.01], "num_classes is 4"),
     }[case]
     (tmp_path / "out").mkdir()
     code, printed = call(train, argv(root, tmp_path / "out", *more), capsys)

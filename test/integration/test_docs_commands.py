@@ -301,7 +301,7 @@ def lines_of_make(*arguments: str) -> list[tuple[str, ...]]:
     return [
         ("python", *words[1:])
         for words in lines
-        if len(words) > 2 and words[0] == ".venv/bin/python" and (words[1] == "train.py" or "effdet" in words[2])
+        if words[:1] == (".venv/bin/python",) and (words[1] == "train.py" or words[1] == "-m" and "effdet" in words[2])
     ]
 
 

@@ -67,6 +67,7 @@ KEYS = {
     "model_config",
     "category_map",
     "image_size",
+    "initial_weights",
 }  # checkpoint/manager.py
 
 
@@ -884,7 +885,7 @@ ERRORS: dict[str, tuple[ModuleType, Callable[[Place], list[object]], list[str]]]
     "root without annotations": (
         train,
         lambda p: ["--root", p.write("coco/train2017/x.txt", "").parents[1], "--output", p.tmp],
-        ["instances_train2017.json", "absent", "holds: train2017"],
+        ["instances_train2017.json", "absent", "holds train2017/"],
     ),
     "image size off the stride": (train, lambda p: p.train("--image-size", 500), ["500", "(480, 480)", "(512, 512)"]),
     "model misspelled": (

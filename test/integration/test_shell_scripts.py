@@ -455,7 +455,7 @@ def test_recipe(dry: Callable, checkout: Checkout, pth: Path, tmp_path: Path, sc
     )
     assert (cfg.ema.enabled, cfg.ema.decay, cfg.run.seed, cfg.run.log_interval) == (True, 0.9999, 42, 50)
     assert cfg.data.root == str(checkout.data)
-    assert cfg.model.pretrained_backbone is False
+    assert cfg.model.pretrained_backbone == ""
     assert cfg.model.pretrained == (str(pth) if "finetune" in script else "")
     assert cfg.model.num_classes == (91 if "finetune" in script else None)
     assert cfg.run.resume == (str(resumed) if "121" in script else "")

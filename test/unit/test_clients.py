@@ -73,7 +73,7 @@ def test_an_unknown_model_is_both_errors():
     for kind in (KeyError, ValueError):
         with pytest.raises(kind) as error:
             get_efficientdet_config("tf_efficientdet_d9")
-        assert "tf_efficientdet_d7" in str(error.value) and not str(error.value).startswith("'")
+        assert "tf_efficientdet_d0" in str(error.value) and not str(error.value).startswith("'")
 
 
 @pytest.mark.parametrize("ids", [(0, 3), (1, 2**40)], ids=["from 0", "huge"])

@@ -449,7 +449,7 @@ def test_load_checkpoint_prefers_averaged_weights_and_takes_timms_positions(tmp_
 def small_config(name="tf_efficientdet_d0", **settings):
     """A published model with one cell and one head layer, at 128 px: settings a user may change, and fast."""
     config = get_efficientdet_config(name)
-    config.image_size = (128, 128)
+    config.image_size = [128, 128]
     config.fpn_cell_repeats = config.box_class_repeats = 1
     for key, value in settings.items():
         config[key] = value

@@ -1,1 +1,1 @@
-"""Other data sets' formats, converted to COCO's in memory or on disk."""
+"""Folders of annotation tools and open data sets: recognised, and converted to COCO's form in memory or on disk."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import effdet
+from effdet.checkpoint.download import sha256
 from effdet.checkpoint.manager import CheckpointError, load_checkpoint_file, save_checkpoint
 from effdet.commands import average as averaging
 from effdet.commands import clean as cleaning
-from effdet.helpers import _sha256
 
 DESCRIPTION = {
     "version": 1,
@@ -103,7 +103,7 @@ def test_a_plain_state_dict_with_its_hash_in_the_name(tmp_path):
         [write(tmp_path / "a.pth", 1.0, 10.0), "--out", str(tmp_path / "b.pth"), "--weights-only", "--hash", "--no-ema"]
     )
     (path,) = tmp_path.glob("b-*.pth")
-    assert path.name == f"b-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth" and _sha256(path)[:8] in path.name
+    assert path.name == f"b-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth" and sha256(path)[:8] in path.name
     content = load_checkpoint_file(path)
     assert set(content) == {"w", "n"} and content["w"][0].item() == 1.0
 

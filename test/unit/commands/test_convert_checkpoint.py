@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_pretrained_without_a_network_ends_with_where_to_put_the_file(tmp_path, 
         raise OSError("Network is unreachable")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(SystemExit) as stop:
         validate.main(["--root", str(tmp_path), "--model", NAME, "--pretrained", "--device", "cpu"])
     message = str(stop.value)

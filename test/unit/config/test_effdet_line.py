@@ -53,7 +53,7 @@ def test_the_published_recipe_on_four_devices(monkeypatch, capsys):
 def test_what_a_line_leaves_out_has_effdets_defaults(capsys):
     cfg = parse_train_args(translation(capsys, "coco"))
     assert (cfg.data.root, cfg.model.name, cfg.run.batch_size, cfg.optim.lr) == ("coco", "tf_efficientdet_d1", 32, 0.01)
-    assert (cfg.ema.enabled, cfg.model.pretrained_backbone, cfg.dist.device_list) == (False, True, [])
+    assert (cfg.ema.enabled, cfg.model.pretrained_backbone, cfg.dist.device_list) == (False, "auto", [])
 
 
 def test_batch_norm_statistics_stay_each_processs_own(monkeypatch, capsys):
@@ -71,13 +71,13 @@ def test_processes_on_other_hosts_keep_their_launcher(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "key", "value"),
     [
-        ("--no-pretrained-backbone", "model.pretrained_backbone", False),
+        ("--no-pretrained-backbone", "model.pretrained_backbone", ""),
         ("--pretrained", "model.pretrained", "url"),
-        ("--pretrained", "model.pretrained_backbone", False),
+        ("--pretrained", "model.pretrained_backbone", None),
         ("--resume last.pth.tar --no-resume-opt", "model.initial_checkpoint", "last.pth.tar"),
         ("--resume last.pth.tar --no-resume-opt", "run.resume", ""),
         ("--resume last.pth.tar", "run.resume", "last.pth.tar"),
-        ("--resume last.pth.tar", "model.pretrained_backbone", False),
+        ("--resume last.pth.tar", "model.pretrained_backbone", None),
         ("--model-ema --model-ema-decay 0.5", "ema.decay", 0.5),
         ("--native-amp", "amp.enabled", True),
         ("--torchcompile", "run.compile", True),
@@ -228,7 +228,7 @@ def test_a_saved_args_yaml_leaves_nothing_open_and_runs(line, world, monkeypatch
     assert (cfg.model.name, cfg.run.batch_size, cfg.data.workers) == ("tf_efficientdet_d2", 16 * world, 2 * world)
     assert (cfg.optim.lr, cfg.optim.opt, cfg.amp.enabled, cfg.sched.lr_noise) == (0.09, "momentum", True, [0.4, 0.9])
     assert (cfg.ema.enabled, cfg.ema.decay, cfg.ema.warmup) == (True, 0.9998, False)
-    assert (cfg.model.pretrained_backbone, cfg.model.soft_nms, cfg.model.redundant_bias) == (False, False, None)
+    assert (cfg.model.pretrained_backbone, cfg.model.soft_nms, cfg.model.redundant_bias) == ("", False, None)
     assert cfg.data.color_jitter == 0 and cfg.dist.dist_bn == ("" if world > 1 else "reduce")
     assert "args" in caplog.text or "read as" in caplog.text
 

@@ -334,7 +334,7 @@ def test_flags_of_the_older_scripts_are_accepted_or_refused_with_a_hint(name):
     accepted |= {
         "--no-" + flag.removeprefix("--")
         for option in list_options(RunConfig).values()
-        if option.default is False
+        if option.default is False or option.negatable
         for flag in option.spellings
     }
     assert ("--" + name in accepted) != ("--" + name in {*REFUSED, *MOOT, *RENAMED})

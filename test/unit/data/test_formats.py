@@ -12,7 +12,7 @@ from PIL import Image
 from effdet import PascalEvaluator, create_dataset, create_evaluator, create_parser
 from effdet.data import create_loader, open_coco
 from effdet.data.coco.report import DatasetError
-from effdet.data.formats import to_coco
+from effdet.data.formats.__main__ import main as convert
 from effdet.data.parsers import OpenImagesParserCfg, VocParserCfg
 from effdet.data.parsers.parser_factory import CocoParser
 from effdet.metrics.coco import index_ground_truth
@@ -210,13 +210,13 @@ def test_the_evaluator_scores_a_perfect_detector_of_a_voc_data_set(tmp_path):
     evaluator.write_metrics(tmp_path / "metrics.json")
 
 
-def test_the_scripts_read_the_converted_json(tmp_path, capsys):
-    root = write_voc(tmp_path, "2012", {"train": ["000005", "000007"], "val": ["000012"]})
-    to_coco.main(["voc2012", str(root), "--out", str(tmp_path / "coco")])
+def test_the_scripts_read_the_converted_json(tmp_path):
+    root = write_voc(tmp_path / "in", "2012", {"train": ["000005", "000007"], "val": ["000012"]})
+    convert([str(root), "--out", str(tmp_path / "coco")])
     train = open_coco(None, "train", images=root, ann=tmp_path / "coco" / "train.json")
-    assert len(train) == 2 and train.parser.category_map.num_classes == 20
+    assert len(train) == 2 and train.parser.cat_names == ["cat", "dog", "person"]
     np.testing.assert_array_equal(train[0][1]["bbox"], np.array([[20, 10, 60, 50], [10, 30, 50, 70]], np.float32))
-    assert train[0][1]["cls"].tolist() == [12, 8]
+    assert train[0][1]["cls"].tolist() == [2, 1]
     assert len(open_coco(None, "val", images=root, ann=tmp_path / "coco" / "val.json")) == 1
-    with pytest.raises(SystemExit, match="effdet.data.formats.to_coco: error: voc2012 has no split 'test'"):
-        to_coco.main(["voc2012", str(root), "--out", str(tmp_path / "coco"), "--splits", "test"])
+    with pytest.raises(SystemExit, match="effdet.data.formats: error: --val-split divides training data"):
+        convert([str(root), "--out", str(tmp_path / "coco"), "--val-split", "0.5"])

@@ -63,7 +63,7 @@ def predict_by_hand(model: torch.nn.Module, image: Image.Image) -> np.ndarray:
     images = torch.from_numpy((canvas / 255 - mean) / std).float().permute(2, 0, 1)[None]
     info = {"img_scale": torch.tensor([1 / scale]), "img_size": torch.tensor([[image.width, image.height]])}
     with torch.no_grad():
-        rows = DetBenchPredict(copy.deepcopy(model)).eval()(images, info)[0].numpy()
+        rows = DetBenchPredict(copy.deepcopy(model), drop_empty=True).eval()(images, info)[0].numpy()
     return rows[rows[:, 4] > 0] - np.array([0, 0, 0, 0, 0, 1])
 
 

@@ -1,0 +1,161 @@
+"""Recipes: the settings of a training that suit a data set and a device, by name. Plain numbers, no torch.
+
+A recipe lies over the defaults and below YAML files and flags: what somebody asked for wins. docs/configurations.md has
+what the numbers were measured with.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .options import list_options
+from .schema import RunConfig
+
+SMALL_SET = 20_000  # training images up to which COCO's recipe, made for 118,000, does not fit
+FEW_STEPS = 20  # in an epoch of fewer updates, what counts in epochs (schedule, evaluation, log) is too coarse
+_CPU_PIXELS = 256 * 320  # of the network input: what two cores learn from in minutes
+_STRIDE = 64  # the sides of an input that is not square are multiples of it
+_CPU_BATCH, _BATCH = 4, 8  # images a step and device: of a small set, many small updates teach more than few large ones
+_CPU_IMAGES, _IMAGES = 6000, 20_000  # that a run sees at least: about ten minutes on two cores
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe is chosen by.
+
+    Attributes:
+        images: of the training split.
+        image_hw: the median image's height and width, pixels.
+        is_cpu: whether the run is on CPUs.
+        devices: processes of the run.
+        model: model whose ImageNet backbone is at hand; empty: none is.
+        weights: where these weights are, for the log.
+        has_heads: they are a whole detector's, whose heads know its anchors.
+    """
+
+    images: int
+    image_hw: tuple[float, float]
+    is_cpu: bool
+    devices: int = 1
+    model: str = ""
+    weights: str = ""
+    has_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, the reason in a sentence, and settings by dotted key."""
+
+    name: str
+    why: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def show_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings by dotted key as a command line takes them."""
+    return " ".join(f"{key}={_word(value)}" for key, value in settings.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+Parse = Callable[[Mapping[str, Any]], RunConfig]
+"""Make the config of a command line with other defaults, by dotted key; what is given does not follow them."""
+
+_OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  # values nobody gives
+
+
+def is_given(parse: Parse, key: str) -> bool:
+    """Tell whether a command line or its YAML files set a text."""
+    return list_options(RunConfig)[key].get(parse({key: "\0"})) != "\0"
+
+
+def wants_recipe(parse: Parse) -> bool:
+    """Tell whether a recipe is to be chosen: one is named, or rate, optimizer, schedule and --overfit are not given."""
+    cfg = parse(_OWN)
+    if cfg.run.recipe != "auto":
+        return cfg.run.recipe != "coco"
+    return not cfg.run.overfit and all(list_options(RunConfig)[key].get(cfg) == value for key, value in _OWN.items())
+
+
+def choose_recipe(wanted: str, facts: Facts) -> Recipe:
+    """Choose by the number of images and by the weights there are.
+
+    Args:
+        wanted: 'auto', or the name of a recipe: 'finetune', 'scratch', 'coco'.
+        facts: about data and device.
+    """
+    name = wanted
+    if wanted == "auto":
+        name = "coco" if facts.images > SMALL_SET else "finetune" if facts.model else "scratch"
+    count = f"{facts.images} training images"
+    if name == "coco":
+        return Recipe(name, f"{count}, as many as COCO's recipe is for" if wanted == "auto" else "asked for")
+    start = f"weights from {facts.weights}" if name == "finetune" else "no weights at hand"
+    why = f"{count}, {start}" if wanted == "auto" else f"asked for; {count}"
+    return Recipe(name, why, {**_small_set(facts), **(_finetune(facts) if name == "finetune" else _scratch(facts))})
+
+
+def _small_set(facts: Facts) -> dict[str, Any]:
+    """Return what both recipes for small sets share."""
+    batch = (_CPU_BATCH if facts.is_cpu else _BATCH) * facts.devices
+    while batch > facts.devices and facts.images < FEW_STEPS * batch:
+        batch -= facts.devices
+    return {
+        "model.anchors": "table" if facts.has_heads else "auto",
+        "model.drop_path": 0.0,
+        "model.bn_momentum": 0.1,
+        "data.scale_min": 0.7,
+        "data.scale_max": 1.4,
+        "optim.opt": "adamw",
+        "optim.lr": 0.01,
+        "optim.weight_decay": 0.01,
+        "sched.warmup_epochs": 1.0,
+        "sched.cooldown_epochs": 0,
+        "run.batch_size": batch,
+        "run.log_interval": min(50, max(1, facts.images // batch // 2)),
+    }
+
+
+def _finetune(facts: Facts) -> dict[str, Any]:
+    images = _CPU_IMAGES if facts.is_cpu else _IMAGES
+    return {
+        "model.name": facts.model or "tf_efficientdet_d0",
+        **_input_size(facts),
+        "model.freeze_stages": 4,
+        "model.freeze_bn": "backbone",
+        "optim.backbone_lr": 0.1,
+        **_length(facts, images, at_least=8),
+    }
+
+
+def _scratch(facts: Facts) -> dict[str, Any]:
+    images = 2 * (_CPU_IMAGES if facts.is_cpu else _IMAGES)
+    return {"model.name": "tf_efficientdet_d0", **_input_size(facts), **_length(facts, images, at_least=30)}
+
+
+def _length(facts: Facts, images: int, at_least: int) -> dict[str, Any]:
+    """Return the settings that follow from the number of epochs: as many as show the network `images` images."""
+    epochs = min(150, max(at_least, math.ceil(images / facts.images)))
+    return {
+        "sched.epochs": epochs,
+        "model.freeze_bn_epochs": epochs // 4,
+        "ema.decay": 0.998,
+        "run.val_interval": max(1, round(epochs / 8)),
+    }
+
+
+def _input_size(facts: Facts) -> dict[str, Any]:
+    """Return an input of the images' aspect, for CPUs; elsewhere the model's own."""
+    if not facts.is_cpu:
+        return {}
+    height, width = facts.image_hw
+    aspect = min(4.0, max(0.25, width / height))
+    sides = [math.sqrt(_CPU_PIXELS / aspect), math.sqrt(_CPU_PIXELS * aspect)]
+    return {"model.image_size": [max(_STRIDE * 2, round(side / _STRIDE) * _STRIDE) for side in sides]}
