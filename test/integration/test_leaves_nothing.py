@@ -32,6 +32,7 @@ def end_by(process: Process, signum: int, temporary: Path, folders: int) -> None
     assert "Traceback" not in process.output()
 
 
+@pytest.mark.slow  # the evaluation may be over before the signal where the machine is loaded
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_validate(name, data, small_checkpoint, tmp_path):
     (tmp_path / "t").mkdir()
