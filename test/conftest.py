@@ -87,20 +87,24 @@ def shared_data() -> Path:
     return folder
 
 
-SMALL_MODEL = {
-    "name": "pocket",
-    "backbone_name": "mobilenetv3_small_050",
-    "image_size": (128, 128),
-    "fpn_channels": 16,
-    "fpn_cell_repeats": 1,
-    "box_class_repeats": 1,
-    "pad_type": "same",
-    "backbone_args": {"pad_type": "same"},
-}
+@pytest.fixture(scope="session")
+def small_model() -> dict:
+    """Return the settings of a detector of three classes that is small enough for a test of any kind."""
+    return {
+        "name": "pocket",
+        "backbone_name": "mobilenetv3_small_050",
+        "image_size": (128, 128),
+        "fpn_channels": 16,
+        "fpn_cell_repeats": 1,
+        "box_class_repeats": 1,
+        "pad_type": "same",
+        "backbone_args": {"pad_type": "same"},
+        "num_classes": 3,
+    }
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory) -> Path:
+def small_checkpoint(small_model, tmp_path_factory) -> Path:
     """Write a checkpoint as train.py does, of a small model whose scores spread over 0..1; EMA weights differ."""
     from effdet.checkpoint.manager import CHECKPOINT_VERSION, save_checkpoint
     from effdet.config.model_config import stored_model_spec
@@ -108,7 +112,7 @@ def small_checkpoint(tmp_path_factory) -> Path:
     from effdet.efficientdet import EfficientDet
 
     torch.manual_seed(0)
-    network = EfficientDet(stored_model_spec({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False)
+    network = EfficientDet(stored_model_spec(small_model), pretrained_backbone=False)
     for module in network.modules():  # an initial network's norm layers let next to nothing through
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL
 from timm.optim import get_optimizer_info, list_optimizers
 
 from effdet.checkpoint.io import load_checkpoint_file, save_checkpoint
@@ -48,9 +47,9 @@ def test_refused_are_all_variants_of_their_classes():
 
 
 @pytest.fixture(scope="module")
-def network() -> EfficientDet:
+def network(small_model) -> EfficientDet:
     torch.manual_seed(0)
-    return EfficientDet(stored_model_spec({**SMALL_MODEL, "num_classes": 3}), pretrained_backbone=False).train()
+    return EfficientDet(stored_model_spec(small_model), pretrained_backbone=False).train()
 
 
 def take_steps(model: EfficientDet, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
