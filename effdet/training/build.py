@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effdet.bench import DetBenchTrain
 from effdet.checkpoint.backbone import BackboneSource
 from effdet.checkpoint.state_dict import extract_state_dict, load_state_dict_report
-from effdet.config.load import inert_settings, replace_settings
+from effdet.config.check import inert_settings
+from effdet.config.load import replace_settings
 from effdet.config.recipe import FEW_STEPS
 from effdet.config.schema import RunConfig
 from effdet.data import settle
@@ -293,7 +294,7 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
     Returns:
         What `engine.train_one_epoch` trains, and the number of epochs with the cooldown.
     """
-    sched = cfg.sched
+    sched, updates = cfg.sched, -(-steps_per_epoch // cfg.optim.grad_accum)
     schedule, epochs = build_schedule(
         step.optimizer,
         sched.sched,
@@ -312,9 +313,8 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         decay_rate=sched.decay_rate,
         patience=sched.patience_epochs,
         seed=cfg.run.seed,
-        updates_per_epoch=-(-steps_per_epoch // cfg.optim.grad_accum),
+        updates_per_epoch=updates,
     )
-    updates = -(-steps_per_epoch // cfg.optim.grad_accum)
     if updates < FEW_STEPS and not cfg.run.overfit:
         _logger.warning(
             "an epoch has %d updates, so that this run learns from %d in all: for few images give a smaller -b "

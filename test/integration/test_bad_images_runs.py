@@ -17,8 +17,8 @@ from broken_data import copy_set, unprivileged
 
 import train
 import validate
+from effdet.config.check import NEEDS, inert_settings
 from effdet.config.cli import parse_train_args
-from effdet.config.load import NEEDS, inert_settings
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.training.run_dir import choose_output_dir
 

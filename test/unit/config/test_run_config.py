@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from effdet.config.check import check_config
 from effdet.config.cli import parse_demo_args, parse_train_args, parse_validate_args
 from effdet.config.effdet_flags import MOOT, REFUSED, RENAMED
 from effdet.config.load import (
-    check_config,
     dump_yaml,
     from_plain,
     load_config,
