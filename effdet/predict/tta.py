@@ -74,7 +74,11 @@ class TtaBench(nn.Module):
         views = []
         for bench, sides in zip(self.benches, self._sizes, strict=True):
             factor = x.new_tensor([width / sides[1], height / sides[0]], dtype=torch.float32)
-            inside = None if limits is None else {"img_scale": torch.ones_like(scale), "img_size": limits / factor}
+            inside = (
+                None
+                if limits is None
+                else {"img_scale": x.new_ones(len(x), dtype=torch.float32), "img_size": limits / factor}
+            )
             for mirrored in (False, True) if self.flip else (False,):
                 image = mirror_image if mirrored else x
                 if sides != (height, width):
