@@ -92,7 +92,7 @@ $(INSTALLED_QUICKSTART): $(INSTALLED) requirements-quickstart.txt
 	$(PY) $(PIP_INSTALL) -r requirements-quickstart.txt
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED_QUICKSTART) requirements-dev.txt
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 	$(PY) $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 

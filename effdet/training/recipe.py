@@ -68,18 +68,25 @@ def name_backbone(cfg: RunConfig, parse: Parse) -> RunConfig:
     return replace_settings(cfg, model={"pretrained_backbone": AUTO})
 
 
-def keep_recipe(cfg: RunConfig, recipe: Recipe, parse: Parse, payload: Mapping[str, Any]) -> RunConfig:
-    """Log the recipe, and return the config; a run that goes on keeps the recipe's settings as they were.
+def keep_recipe(cfg: RunConfig, recipe: Recipe | None, parse: Parse, payload: Mapping[str, Any]) -> RunConfig:
+    """Log the recipe, and return the config; a run that goes on keeps what it began with, a recipe's settings or none.
 
     Data, memory and the weights at hand may have changed since.
     """
-    settings, stored = recipe.settings, payload.get("config", {})
-    if stored.get("run", {}).get("recipe") == recipe.name:
-        settings = {key: stored[key.partition(".")[0]][key.partition(".")[2]] for key in settings}
-        cfg = replace_settings(parse(settings), run={"recipe": recipe.name})
-    options = list_options(RunConfig)
-    in_effect = {key: value for key, value in settings.items() if options[key].get(cfg) == value}
-    _logger.info("recipe %s (%s): %s", recipe.name, recipe.why, show_settings(in_effect) or "the defaults")
+    if payload:
+        stored = payload.get("config") or {}
+        name = stored.get("run", {}).get("recipe")
+        if name not in ("finetune", "scratch"):
+            return parse({})
+        facts = Facts(1, (1.0, 1.0), True)
+        keys = {*choose_recipe("finetune", facts).settings, *choose_recipe("scratch", facts).settings}
+        settings = {key: stored[key.partition(".")[0]][key.partition(".")[2]] for key in sorted(keys)}
+        recipe = Recipe(name, "as the run began", settings)
+        cfg = replace_settings(parse(settings), run={"recipe": name})
+    if recipe is not None:
+        options = list_options(RunConfig)
+        in_effect = {key: value for key, value in recipe.settings.items() if options[key].get(cfg) == value}
+        _logger.info("recipe %s (%s): %s", recipe.name, recipe.why, show_settings(in_effect) or "the defaults")
     return cfg
 
 

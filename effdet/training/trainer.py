@@ -83,8 +83,7 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}
         if parse is not None:
-            if recipe is not None:
-                cfg = keep_recipe(cfg, recipe, parse, payload)
+            cfg = keep_recipe(cfg, recipe, parse, payload)
             cfg = name_backbone(cfg, parse)
         run = build_run(cfg, device, Start(output_dir, payload, source), lock)
         unless_built.pop_all()
@@ -116,7 +115,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     batch_size = cfg.run.batch_size
     assert isinstance(batch_size, int)  # 'auto' has been answered
     fits = None
-    if device_layer.is_host(device):
+    if device_layer.is_host(device) and not cfg.run.overfit:
         fits = footprint.warn_of_size(cfg, place, data.categories.num_classes, batch_size // world)
     step = build_step(cfg, place, data.categories.num_classes, payload, start.source, backbone)
     evaluated = step.ema.module if step.ema else step.model

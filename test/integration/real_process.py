@@ -46,6 +46,8 @@ def train_argv(data: Path, output: Path, *more: object) -> list[str]:
         "run",
         "--resume",
         "auto",
+        "--recipe",
+        "coco",
         *more,
     ]
     return [str(part) for part in argv]

@@ -17,7 +17,17 @@ from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 pytestmark = pytest.mark.slow
 # The smallest model. One image to a process is too few for the coarsest level's batch norms, so they are fixed.
-LIGHT = ("--model", "tf_efficientdet_lite0", "--freeze-backbone", "--freeze-bn", "--opt", "momentum", "--lr", 0.001)
+LIGHT = (
+    "--model",
+    "tf_efficientdet_lite0",
+    "--no-pretrained-backbone",
+    "--freeze-backbone",
+    "--freeze-bn",
+    "--opt",
+    "momentum",
+    "--lr",
+    0.001,
+)
 
 
 @pytest.fixture(scope="module")

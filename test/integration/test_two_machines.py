@@ -20,7 +20,7 @@ from real_process import Process, is_alive, losses, train_argv, wait_until_gone
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 
 EPOCHS, STEPS = 2, 2 * 24 // 4
-SHORT = ("--epochs", EPOCHS, "--model", "tf_efficientdet_lite0")
+SHORT = ("--epochs", EPOCHS, "--model", "tf_efficientdet_lite0", "--no-pretrained-backbone")
 pytestmark = pytest.mark.slow
 
 

@@ -70,8 +70,13 @@ def test_a_continued_run_keeps_its_recipe_as_it_was(root):
     was = replace_settings(cfg, optim={"lr": 0.5}, sched={"epochs": 4})
     now = keep_recipe(cfg, recipe, parse, {"config": to_plain(was)})
     assert (now.optim.lr, now.sched.epochs) == (0.5, 9)  # --epochs is given anew
-    other = replace_settings(was, run={"recipe": "finetune"})
-    assert keep_recipe(cfg, recipe, parse, {"config": to_plain(other)}) == cfg
+    other = replace_settings(was, run={"recipe": "finetune"}, model={"freeze_stages": 2})
+    now = keep_recipe(cfg, recipe, parse, {"config": to_plain(other)})
+    assert (now.run.recipe, now.model.freeze_stages, now.sched.epochs) == ("finetune", 2, 9)
+    for none in ("coco", "auto"):  # a run without a recipe goes on without
+        without = to_plain(replace_settings(was, run={"recipe": none}))
+        assert keep_recipe(cfg, recipe, parse, {"config": without}) == parse({})
+    assert keep_recipe(cfg, recipe, parse, {}) == cfg
 
 
 def test_fitted_anchors_reach_more_boxes(root):
