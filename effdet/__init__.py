@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from effdet.commands.train import TrainedRun, train
     from effdet.config import default_detection_model_configs, get_efficientdet_config
     from effdet.data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
+    from effdet.predict.detections import Detections
     from effdet.predict.load import load
-    from effdet.predict.predictor import Detections, Predictor
+    from effdet.predict.predictor import Predictor
 
     from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
     from .efficientdet import EfficientDet
@@ -38,7 +39,8 @@ _HOMES = {
     "evaluator": ("CocoEvaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"),
     "factory": ("create_model", "create_model_from_config"),
     "helpers": ("load_checkpoint", "load_pretrained"),
-    "predict.predictor": ("Detections", "Predictor"),
+    "predict.detections": ("Detections",),
+    "predict.predictor": ("Predictor",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
