@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .coco.foreign import is_lfs_pointer
+
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {  # what makes an image of this orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,6 +80,10 @@ def read_image(
     # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, IndexError,
     # struct.error, a bomb warning's error.
     except Exception as e:
+        if is_lfs_pointer(path):
+            raise ImageError(
+                f"{path}: is a Git LFS pointer, a short text in place of the file. Run git lfs pull."
+            ) from e
         raise ImageError(
             f"{path}: cannot be read as an image ({type(e).__name__}: {e}). Replace it or leave it out."
         ) from e

@@ -74,7 +74,7 @@ def check(cfg: RunConfig) -> tuple[DataStats, object]:
     if all(isinstance(where, Exception) for where in paths.values()):
         raise paths["train"]
     processes = core_count() if cfg.data.workers is None else cfg.data.workers
-    return gather_stats(paths, config, cfg.model.num_classes, processes, cfg.run.seed), config
+    return gather_stats(paths, config, cfg.model.num_classes, processes, cfg.run.seed, cfg.data.match_classes), config
 
 
 def status_of(stats: DataStats) -> int:
@@ -149,15 +149,13 @@ def side_label(k: int) -> str:
 
 
 def class_lines(stats: DataStats) -> list[str]:
-    """Return the table of classes: boxes, and images with such boxes, in each split."""
+    """Return the table of classes that have boxes: how many, and images with such boxes, in each split."""
     names = [split.name for split in stats.splits]
+    counts = [split.class_counts for split in stats.splits]
     rows = [
-        (
-            f"{i}",
-            name,
-            *(f"{boxes} ({images})" for boxes, images in (split.class_counts.get(i, (0, 0)) for split in stats.splits)),
-        )
+        (f"{i}", name, *("{} ({})".format(*of.get(i, (0, 0))) for of in counts))
         for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)
+        if any(i in of for of in counts)
     ]
     shown = [("id", "class", *(f"{name} boxes (images)" for name in names)), *rows[:_MOST_CLASSES]]
     widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]

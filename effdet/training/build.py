@@ -154,7 +154,7 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
     if cfg.run.overfit:
         train_set, val_set = overfit.choose_images(train_set, cfg)
     else:
-        val_set = build_dataset(cfg.data, "val", stored=categories)
+        val_set = build_dataset(cfg.data, "val", stored=categories, owner="the training split")
     if cfg.data.workers is not None and cfg.data.workers > len(train_set):
         raise ValueError(
             f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "

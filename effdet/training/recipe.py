@@ -135,7 +135,7 @@ def fit_anchors(cfg: RunConfig, parser: Any) -> RunConfig:
         return cfg
     sample = np.linspace(0, len(boxes) - 1, min(len(boxes), _BOXES)).astype(int)
     sizes = np.array([(parser.img_infos[row]["width"], parser.img_infos[row]["height"]) for row in rows[sample]])
-    found = suggest_anchors(boxes[sample], sizes, resolve_model_config(cfg.model))
+    found = suggest_anchors(boxes[sample], sizes, resolve_model_config(cfg.model), keep_shape=True)
     if found.take is None:
         _logger.info("anchors: the model's own reach %.1f %% of the training boxes", 100 * found.present.share)
         return cfg

@@ -142,7 +142,7 @@ def test_repeats_are_found_by_pixels_and_by_files(folder):
     first = scan_images(folder, infos_of(["good.png", "cut.jpg", "other.jpg"]), 3, 0)
     second = scan_images(folder, infos_of(["text.jpg", "again.png", "copy.png"]), 3, 0)
     assert shared_between(first, second) == [("good.png", "again.png", False), ("good.png", "copy.png", True)]
-    assert repeats_within(second.pixel_hashes, second.names) == [("again.png", "copy.png")]
+    assert repeats_within(second.pixel_hashes) == [(1, 2)]
     assert dict(first.broken) == {"damaged": 1} and "cut.jpg" in first.examples["damaged"][0]
 
 
@@ -293,7 +293,8 @@ def test_images_of_both_splits_are_a_warning(data, capsys):
         "2 of 5 val images are in train too (1 with equal files, 1 with equal pixels in another "
         f"file; train = val: {source.name} = {val[0].name}"
     )
-    assert any("val: 1 images repeat an earlier one" in text for text in found(output, "note"))
+    (repeat,) = [text for text in found(output, "warning") if "val: 1 images repeat an earlier one" in text]
+    assert f"{val[0].name} = {val[1].name}" in repeat and "with other boxes" in repeat
 
 
 def test_classes_of_one_split_only(data, capsys):
@@ -304,13 +305,17 @@ def test_classes_of_one_split_only(data, capsys):
 
     edit(data, "train", rename)
     status, output = run(capsys, data)
+    errors = "\n".join(found(output, "error"))
+    assert status == 4 and "'something else'" in errors and "does not know" in errors and "checkpoint" not in errors
+    status, output = run(capsys, data, "--match-classes", "id", "--anchor-scale", "2.5")
     warnings = "\n".join(found(output, "warning"))
     assert status == 3 and "boxes in val but none in train" in warnings
     assert "1 ids have other names in val than in train: 1: 'something else' in train" in warnings
 
     edit(data, "val", lambda coco: coco["categories"].append({"id": 4242, "name": "new"}))
-    status, output = run(capsys, data)
-    assert status == 4 and "does not know 4242" in "\n".join(found(output, "error"))
+    for match in ("name", "id"):
+        status, output = run(capsys, data, "--match-classes", match)
+        assert status == 4 and re.search("does not know .*4242", "\n".join(found(output, "error")))
 
 
 def test_anchors_that_miss_are_a_warning_with_a_setting_that_helps(data, capsys):
