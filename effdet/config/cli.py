@@ -260,7 +260,7 @@ def parse_train_args(
     return _parse(RunConfig, "train.py", about, argv, base=base)
 
 
-def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
+def parse_check_args(argv: Sequence[str] | None = None, base: Mapping[str, Any] | None = None) -> RunConfig:
     """Parse the command line of `python -m effdet.datacheck [ROOT]`: train.py's flags; see `parse_train_args`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and "=" not in words[0]:
@@ -272,6 +272,7 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
         "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
         "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
         [*words, "--check"],
+        base=base,
     )
 
 
