@@ -198,21 +198,23 @@ def judge_anchors(found: Suggestion, image_size: Sequence[int]) -> Iterator[Find
             f"; {take.flags} would leave {100 * left:.1f} % at equal cost (class and "
             "box heads of published weights were trained with the present anchors)"
         )
-    dearer = (
-        found.better[-1] if found.better and found.better[-1].share - (1 - left) > _GAIN_WORTH_A_COST * left else None
-    )
-    if level != "note" and dearer is not None:
-        text += f"; {dearer.flags} would leave {100 * (1 - dearer.share):.1f} % at {dearer.cost:.1f} times the cost"
-    elif level != "note" and take is None:
-        text += (
-            "; no setting tried reaches more: the objects are too small or too long in this input, so cut the images up"
-        )
+    if left >= _MUCH_UNREACHED:
+        larger = [one for one in found.better if one.share - (1 - left) > _GAIN_WORTH_A_COST * left]
+        enough = [one for one in larger if 1 - one.share < _MUCH_UNREACHED]
+        dearer = next(iter(enough + larger[-1:]), None)  # the cheapest that is enough, else what reaches most
+        if dearer is not None:
+            text += f"; {dearer.flags} would leave {100 * (1 - dearer.share):.1f} % at {dearer.cost:.1f} times the cost"
+        else:
+            text += (
+                "; no input tried reaches much more: the objects are too small or too long in it, so cut the images up"
+            )
     yield Finding(level, text)
-    fitting = found.fitting_size
-    if found.padding >= _MUCH_PADDING or (fitting and found.padding >= _SOME_PADDING):
+    fitting, is_much = found.fitting_size, found.padding >= _MUCH_PADDING
+    is_offered = take is not None and "image_size" in take.settings
+    if is_much or (fitting and not is_offered and found.padding >= _SOME_PADDING):
         offered = f"; --image-size {fitting[0]} {fitting[1]} has their shape at equal cost" if fitting else ""
         yield Finding(
-            "warning" if found.padding >= _MUCH_PADDING else "note",
+            "warning" if is_much else "note",
             f"images: {100 * found.padding:.0f} % of the {image_size[0]} x {image_size[1]} (height x width) input is "
             f"padding, as the images have another shape{offered}",
         )

@@ -195,6 +195,7 @@ def run(capsys, data: Path, *more: str, script=check.main) -> tuple[int, str]:
             "0",
             "--image-size",
             "256",
+            *(() if "--recipe" in more else ("--recipe", "coco")),
             *(more or ("--anchor-scale", "2.5")),
         ]
     )
