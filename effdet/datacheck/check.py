@@ -26,7 +26,7 @@ from effdet.runtime.cores import core_count
 from .anchor_reach import SIDE_EDGES_PX
 from .judge import judge
 from .page import write_html
-from .settings import LARGE_JSON, fit_anchors, make_facts
+from .settings import fit_anchors, is_uncounted, make_facts
 from .stats import (
     DataStats,
     SplitStats,
@@ -117,8 +117,8 @@ def settle_model(cfg: RunConfig, train: SplitStats, parse: Parse) -> RunConfig:
     used = train.is_trained_on
     if wants_recipe(parse):
         infos = [info for info, is_used in zip(train.arrays.img_infos, used, strict=True) if is_used]
-        is_large = os.path.getsize(train.report.source) > LARGE_JSON
-        facts = make_facts(cfg, parse, None if is_large else infos, is_on_cpu(cfg.run.device))
+        counted = None if is_uncounted(cfg, train.report.source) else infos
+        facts = make_facts(cfg, parse, counted, is_on_cpu(cfg.run.device))
         recipe = choose_recipe(cfg.run.recipe, facts)
         cfg = parse(recipe.settings)
         _logger.info("recipe %s (%s): model %s", recipe.name, recipe.why, cfg.model.name)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from effdet.checkpoint.backbone import AUTO, resolve_backbone
 from effdet.config.load import replace_settings
-from effdet.config.recipe import SMALL_SET, Facts, Parse, is_given
+from effdet.config.recipe import Facts, Parse, is_given
 from effdet.config.schema import RunConfig
 from effdet.factory import resolve_model_config
 
@@ -22,9 +23,14 @@ from .anchor_reach import suggest_anchors
 
 _logger = logging.getLogger("effdet.train")
 
-LARGE_JSON = 64 * 2**20  # bytes; a small set's file has less, and a large one is not worth reading twice
+_LARGE_JSON = 256 * 2**20  # bytes; with polygons a small set's has less; a large one is not worth reading twice
 _MODELS = ("tf_efficientdet_lite0", "tf_efficientdet_d0")  # with weights at hand, the first is for CPUs
 _BOXES = 2000  # that anchors are fitted to
+
+
+def is_uncounted(cfg: RunConfig, ann: str | Path) -> bool:
+    """Tell whether the training annotations are so large that nobody counts the images to choose a recipe."""
+    return cfg.run.recipe == "auto" and Path(ann).stat().st_size > _LARGE_JSON
 
 
 def make_facts(
@@ -35,12 +41,12 @@ def make_facts(
     Args:
         cfg: as parsed without a recipe.
         parse: makes the config from the command line again, with other defaults.
-        infos: 'height' and 'width' of each training image; None: there are too many to look at.
+        infos: 'height' and 'width' of each training image; None: nobody has counted them.
         is_cpu: whether the run is on CPUs.
         devices: processes of the run.
     """
     if infos is None:
-        return Facts(SMALL_SET + 1, (1.0, 1.0), is_cpu, devices)
+        return Facts(None, (1.0, 1.0), is_cpu, devices)
     sizes = [(info["height"], info["width"]) for info in infos]
     height, width = np.median(sizes, axis=0).tolist() if sizes else (1.0, 1.0)
     detector = cfg.model.pretrained or cfg.model.initial_checkpoint

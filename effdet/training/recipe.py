@@ -19,7 +19,7 @@ from effdet.config.recipe import Facts, Parse, Recipe, choose_recipe, is_given, 
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
 from effdet.data.settle import settle_data
-from effdet.datacheck.settings import LARGE_JSON, fit_anchors, make_facts
+from effdet.datacheck.settings import fit_anchors, is_uncounted, make_facts
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 
@@ -43,12 +43,14 @@ def apply_recipe(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Ru
     if not wants_recipe(parse):
         return cfg, None
     facts, num_classes = find_facts(cfg, device, parse)
+    facts = distributed.run_on_primary(lambda: facts)  # machines may have other weights at hand
     recipe = choose_recipe(cfg.run.recipe, facts)
     cfg = replace_settings(parse(recipe.settings), run={"recipe": recipe.name})
     batch_size = recipe.settings.get("run.batch_size")
     if batch_size is not None and cfg.run.batch_size == batch_size:
         channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
-        fits = images_that_fit(cfg, Placement(device, facts.devices, 0, channels_last), num_classes)
+        found = images_that_fit(cfg, Placement(device, facts.devices, 0, channels_last), num_classes)
+        fits = min((one for one in distributed.all_gather_object(found) if one is not None), default=None)
         if fits is not None and fits * facts.devices < batch_size:
             recipe.settings["run.batch_size"] = max(1, fits) * facts.devices
             cfg = replace_settings(cfg, run={"batch_size": recipe.settings["run.batch_size"]})
@@ -89,7 +91,7 @@ def find_facts(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Fact
     is_cpu, devices = device_layer.is_host(device), distributed.world_size()
     data, _ = settle_data(cfg.data, ("train",))
     _, ann = split_paths(data, "train")
-    if ann.stat().st_size > LARGE_JSON:
+    if is_uncounted(cfg, ann):
         return make_facts(cfg, parse, None, is_cpu, devices), 0
     parser = build_dataset(data, "train", cfg.model.num_classes).parser
     return make_facts(cfg, parse, parser.img_infos, is_cpu, devices), parser.category_map.num_classes

@@ -180,14 +180,16 @@ FOLDERS = {
 
 # A vendor's word by itself or in an identifier. Names that begin with npu_ are operators, such as npu_batch_nms.
 _VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)
+# The help of the flags in the schemas names what a user may give.
+_MAY_NAME_DEVICES = ("effdet.runtime.device", "effdet.config.schema", "effdet.config.eval_schema")
 
 
 def vendor_words(root: Path) -> list[str]:
     """Return identifiers and strings of effdet that name a vendor's device, docstrings and comments aside."""
     wrong = []
     for name, file, tree in trees_of(root):
-        if not name.startswith("effdet") or name in ("effdet.runtime.device", "effdet.config.schema"):
-            continue  # the help of the flags in schema.py names what a user may give
+        if not name.startswith("effdet") or name in _MAY_NAME_DEVICES:
+            continue
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             fields = [value for key, value in ast.iter_fields(node) if isinstance(value, str) and key != "type_comment"]
