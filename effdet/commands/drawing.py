@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from effdet.checkpoint.io import JsonList, ensure_writable, replacing
 from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.schema import DemoConfig
 from effdet.data.corrupt import BadImagesError
-from effdet.data.images import ImageError, image_suffixes, read_image
+from effdet.data.images import ImageError, image_suffixes, images_in, read_image
+from effdet.predict.detections import Detections
 from effdet.predict.load import build_predictor, load_detector
-from effdet.predict.predictor import Detections
 from effdet.report.draw import draw_detections, make_class_colors
 from effdet.runtime import signals
 
@@ -133,24 +132,6 @@ def _default_images() -> list[Path]:
             "folder that you may write to"
         ) from error
     return sorted(folder.iterdir())[:DEFAULT_IMAGES]
-
-
-def images_in(folder: Path, recursive: bool, output_dir: Path | None = None) -> list[Path]:
-    """Return a folder's images by name, without hidden ones (macOS' "._a.jpg") and those that a run drew."""
-    left_out = None if output_dir is None else output_dir.resolve()
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        found += [
-            Path(place, name)
-            for name in files
-            if Path(name).suffix.lower() in image_suffixes()
-            and not name.startswith(".")
-            and Path(place, name).is_file()
-        ]
-        folders[:] = [
-            name for name in folders if recursive and name[0] != "." and Path(place, name).resolve() != left_out
-        ]
-    return sorted(found)
 
 
 def _images_below(folder: Path) -> str:
