@@ -71,7 +71,14 @@ class EvalDataConfig:
         low=0,
         none="up to 4 per device",
     )
-    max_bad_images: int | None = setting(0, "unreadable images allowed; each is named, and has no detections", low=0)
+    max_bad_images: int | None = setting(
+        0, "absent or unreadable images allowed; each is named, and has no detections", low=0
+    )
+    match_classes: str = setting(
+        "name",
+        "what tells which class of the training a category of another json is: its name, or its id",
+        choices=("name", "id"),
+    )
     interpolation: str = setting("bilinear", "resampling in evaluation", choices=("bilinear", "bicubic"))
     fill_color: str = setting(
         "mean", "colour of the padding: 'mean' (the model's mean colour) or one gray value 0..255", metavar="COLOR"

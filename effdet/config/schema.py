@@ -74,7 +74,7 @@ class DataConfig(EvalDataConfig):
     train_ann: str = setting("", "training annotations in COCO format, instead of those in --root", metavar="JSON")
     max_bad_images: int | None = setting(
         None,
-        "unreadable images allowed in each split, replaced in training, without detections in evaluation",
+        "absent or unreadable images allowed in each split, replaced in training, without detections in evaluation",
         low=0,
         none="1 % of the split, at least 10",
     )

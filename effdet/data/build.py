@@ -18,7 +18,7 @@ from .coco.annotations import coco_paths
 from .coco.report import DatasetError
 from .corrupt import BadImages, default_limit
 from .dataset import SkipSubset
-from .dataset_factory import open_coco
+from .dataset_factory import SMALLEST_SIDE_PX, open_coco
 from .input_config import resolve_input_config
 from .loader import create_loader
 from .settle import settle_data
@@ -33,6 +33,7 @@ def build_dataset(
     stored: Mapping[str, Any] | None = None,
     crowd: str = "drop",
     seed: int | None = None,
+    owner: str = "the checkpoint",
     unlabeled: bool = False,
 ) -> Any:
     """Open the training or the validation split that the config names; its unreadable images are put up with.
@@ -41,9 +42,10 @@ def build_dataset(
         data: the data section.
         split: 'train' or 'val'.
         num_classes: class count asked for, checked against the json.
-        stored: category map of a checkpoint, checked against the json.
+        stored: category map that is in force already, checked against the json.
         crowd: 'drop' or 'ignore'.
         seed: of the augmentations.
+        owner: whose map `stored` is, for messages.
         unlabeled: take a json without annotations too, for predictions alone.
 
     Raises:
@@ -59,9 +61,18 @@ def build_dataset(
         stored=stored,
         crowd=crowd,
         seed=seed,
+        match=data.match_classes,
+        owner=owner,
+        max_bad=data.max_bad_images,
         unlabeled=unlabeled,
     )
     report = dataset.parser.report
+    if split == "train" and not len(dataset) and report.dropped.get("small_image"):
+        examples = ", ".join(report.examples["small_image"])
+        raise DatasetError(
+            f"the training set has 0 images: all {report.num_images} of {report.source} are under "
+            f"{SMALLEST_SIDE_PX} px wide or high ({examples}), too small to find something in. Enlarge them."
+        )
     if split == "train" and len(dataset) and not report.num_boxes:
         dropped = "".join(f", {reason}" for reason in report.reasons())
         raise DatasetError(

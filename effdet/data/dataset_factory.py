@@ -55,11 +55,17 @@ _VOC = {"voc2007": Voc2007Cfg, "voc2012": Voc2012Cfg, "voc0712": Voc0712Cfg}
 _OPEN_IMAGES = {"openimages": OpenImagesObjV5Cfg, "openimages-challenge2019": OpenImagesObjChallenge2019Cfg}
 
 
-_SMALLEST = 32  # images with a shorter side, in pixels, are left out, as in effdet; our scripts evaluate on them
+SMALLEST_SIDE_PX = 32  # images with a shorter side are left out, as in effdet; our scripts evaluate on them
 
 
 def _cfg(
-    img_dir: Path, ann_path: Path, split: str, crowd: str, smallest: int = _SMALLEST, unlabeled: bool = False
+    img_dir: Path,
+    ann_path: Path,
+    split: str,
+    crowd: str,
+    smallest: int = SMALLEST_SIDE_PX,
+    unlabeled: bool = False,
+    max_bad: int | None = 0,
 ) -> CocoParserCfg:
     """Make the parser's settings for one split of a COCO data set, `unlabeled`: also of a json without annotations."""
     return CocoParserCfg(
@@ -68,6 +74,7 @@ def _cfg(
         crowd=crowd,
         has_labels=None if unlabeled else split not in UNLABELED_SPLITS,
         min_img_size=smallest,
+        max_bad=max_bad,
         keep_json=split != "train",
     )
 
@@ -82,6 +89,9 @@ def open_coco(
     stored: CategoryMap | dict[str, Any] | None = None,
     crowd: str = "drop",
     seed: int | None = None,
+    match: str = "name",
+    owner: str = "the checkpoint",
+    max_bad: int | None = 0,
     unlabeled: bool = False,
 ) -> DetectionDatset:
     """Open one split of a COCO-format data set and log what the check found.
@@ -92,9 +102,12 @@ def open_coco(
         images: image directory.
         ann: annotation json.
         num_classes: class count asked for, see `resolve_category_map`.
-        stored: the category map of a checkpoint, see `resolve_category_map`.
+        stored: the category map of a checkpoint, see `resolve_category_map`; also of the next two.
         crowd: 'drop' or 'ignore', see `CocoParserCfg`.
         seed: see `DetectionDatset`.
+        match: 'name' or 'id': what tells which class of `stored` a category is.
+        owner: whose map `stored` is, for messages.
+        max_bad: images that may be absent, see `check_coco`.
         unlabeled: take a json without annotations too.
 
     Returns:
@@ -111,12 +124,14 @@ def open_coco(
             f"got root={root}, images={images}, ann={ann}"
         )
     img_dir, ann_path = coco_paths(root, split) if images is None else (Path(images), Path(ann))
-    smallest = _SMALLEST if split == "train" else 0
-    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd, smallest, unlabeled))
+    smallest = SMALLEST_SIDE_PX if split == "train" else 0
+    parser = CocoParser(_cfg(img_dir, ann_path, split, crowd, smallest, unlabeled, max_bad))
     if parser.categories:
-        parser.category_map = resolve_category_map(parser.categories, num_classes, stored)
-    for line in parser.report.lines():
-        _logger.info(line)
+        try:
+            parser.category_map = resolve_category_map(parser.categories, num_classes, stored, match, owner)
+        except ValueError as error:
+            raise ValueError(f"{ann_path}: {error}") from error
+    parser.report.log(_logger)
     return DetectionDatset(img_dir, parser, seed=seed)
 
 
@@ -143,8 +158,7 @@ def create_dataset(
     datasets = []
     for split in [splits] if isinstance(splits, str) else splits:
         img_dir, parser = _open_split(name.lower(), Path(root), split, crowd)
-        for line in parser.report.lines():
-            _logger.info(line)
+        parser.report.log(_logger)
         datasets.append(DetectionDatset(img_dir, parser))
     return datasets if len(datasets) > 1 else datasets[0]
 
@@ -165,7 +179,7 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
             [str(root / path) for path in lists],
             [str(root / path) for path in annotations],
             [f"{folder}/{layout.img_filename}" for folder in folders],
-            min_img_size=_SMALLEST,
+            min_img_size=SMALLEST_SIDE_PX,
         )
         return root, create_parser("voc", cfg=cfg)
     if name.startswith("openimages"):
@@ -179,7 +193,7 @@ def _open_split(name: str, root: Path, split: str, crowd: str) -> tuple[Path, Co
             img_filename=layout.img_filename,
             prefix_levels=part["prefix_levels"],
             has_labels=part["has_labels"],
-            min_img_size=_SMALLEST,
+            min_img_size=SMALLEST_SIDE_PX,
         )
         return root / part["img_dir"], create_parser("openimages", cfg=cfg)
     raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import UnidentifiedImageError
 
+from effdet.data.coco.foreign import is_lfs_pointer
 from effdet.data.coco.report import MAX_EXAMPLES
 from effdet.data.images import ImageError, read_image
 
@@ -31,6 +32,7 @@ _PROGRESS_S = 10.0
 BROKEN = {
     "missing": "files that are not there",
     "empty": "empty files",
+    "lfs_pointer": "images that are Git LFS pointers, short texts in place of the files",
     "unknown": "files that are no image, or of an unknown format",
     "other_size": "images of another size than the json says",
     "float_pixels": "images with floating point pixels",
@@ -94,7 +96,7 @@ def _kind_of(error: ImageError, path: str) -> str:
     if os.path.exists(path) and os.path.getsize(path) == 0:
         return "empty"
     if isinstance(cause, UnidentifiedImageError):
-        return "unknown"
+        return "lfs_pointer" if is_lfs_pointer(path) else "unknown"
     if isinstance(cause, ImageError):  # of our own, not the decoder's
         return "float_pixels" if "floating point" in str(cause) else "other_size"
     return "damaged"
@@ -161,15 +163,15 @@ def _results(jobs: list[tuple], processes: int) -> Iterator[tuple]:
             ) from error
 
 
-def repeats_within(hashes: Iterable[bytes | None], names: list[str]) -> list[tuple[str, str]]:
-    """Return (first, later) for every image whose hash an earlier one has; None is like no other."""
-    seen: dict[bytes, str] = {}
+def repeats_within(hashes: Iterable[bytes | None]) -> list[tuple[int, int]]:
+    """Return the numbers (first, later) of every image whose hash an earlier one has; None is like no other."""
+    seen: dict[bytes, int] = {}
     pairs = []
-    for content, name in zip(hashes, names, strict=True):
+    for k, content in enumerate(hashes):
         if content is not None and content in seen:
-            pairs.append((seen[content], name))
+            pairs.append((seen[content], k))
         elif content is not None:
-            seen[content] = name
+            seen[content] = k
     return pairs
 
 

@@ -1,28 +1,26 @@
-"""The stats that a data check reports: counted, measured and judged. How they are shown is not known here."""
+"""The stats that a data check reports: counted and measured. `judge.py` says what they mean, others show them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from effdet.data.coco.categories import CategoryMap, resolve_category_map
+from effdet.data.coco.categories import CategoryMap
 from effdet.data.coco.check import CocoArrays, check_coco
 from effdet.data.coco.read import collector_paused, read_json
-from effdet.data.coco.report import MAX_EXAMPLES, DatasetReport
+from effdet.data.coco.report import DatasetReport
+from effdet.data.dataset_factory import SMALLEST_SIDE_PX
 
 from .anchor_reach import SIDE_EDGES_PX, Suggestion, find_reached, letterbox_boxes, sides_px, suggest_anchors
-from .scan import BROKEN, ImageScan, repeats_within, scan_images, shared_between
+from .scan import ImageScan, scan_images
 
 _TESTED_BOXES = 50_000  # boxes whose anchors are looked for: a share is then known to about 0.2 points
 _TRIED_BOXES = 2_000  # of them, boxes that other settings are tried on
-_SMALLEST_TRAINING_SIDE_PX = 32  # as dataset_factory.py
-_GAIN_WORTH_A_WARNING = 0.05
-_HARMLESS = ("crowd", "crowd_ignored", "clipped_bbox", "size_from_file", "small_image")
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,20 @@ class SplitStats:
         tested, reached: for each bin of SIDE_EDGES_PX, how many boxes were tested, and how many of them an anchor
             reaches.
         scan: of the image files.
+        scanned: index of each of them among the images, in the order of the scan.
+        hidden: images without boxes that have some under another id or name.
     """
 
     name: str
     img_dir: Path
     arrays: CocoArrays
     report: DatasetReport
-    sides_px: np.ndarray
-    tested: np.ndarray
-    reached: np.ndarray
+    sides_px: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    tested: np.ndarray = field(default_factory=lambda: np.zeros(len(SIDE_EDGES_PX) - 1))
+    reached: np.ndarray = field(default_factory=lambda: np.zeros(len(SIDE_EDGES_PX) - 1))
     scan: ImageScan = field(default_factory=ImageScan)
+    scanned: list[int] = field(default_factory=list)
+    hidden: int = 0
 
     @property
     def side_counts(self) -> np.ndarray:
@@ -67,6 +69,11 @@ class SplitStats:
         images = max(1, len(self.arrays.img_infos))
         with_class = np.bincount(np.unique(which * images + box_images(self.arrays)) // images, minlength=len(ids))
         return {int(i): (int(n), int(m)) for i, n, m in zip(ids, boxes, with_class, strict=True)}
+
+    @property
+    def is_trained_on(self) -> np.ndarray:
+        """Tell which images are large enough for a training, bool [images]."""
+        return image_sizes(self.arrays).min(axis=1, initial=np.inf) >= SMALLEST_SIDE_PX
 
     @property
     def boxes_per_image(self) -> np.ndarray:
@@ -98,47 +105,26 @@ def box_images(arrays: CocoArrays) -> np.ndarray:
 
 
 def image_sizes(arrays: CocoArrays) -> np.ndarray:
-    """Return each image's width and height, [images, 2]; unknown ones as 1."""
-    sizes = [(info["width"] or 1, info["height"] or 1) for info in arrays.img_infos]
+    """Return each image's width and height, [images, 2]."""
+    sizes = [(info["width"], info["height"]) for info in arrays.img_infos]
     return np.array(sizes, dtype=np.float64).reshape(-1, 2)
 
 
-def gather_stats(
-    paths: dict[str, tuple[Path, Path] | Exception], config: Any, num_classes: int | None, processes: int, seed: int = 0
-) -> DataStats:
-    """Check the splits of a data set.
-
-    Args:
-        paths: image folder and annotation file of 'train' and 'val', or the error that stands in their place.
-        config: the model config, for input size and anchors.
-        num_classes: asked for by the user, or None.
-        processes: worker processes that decode images; 0 works in this one.
-        seed: of the samples.
-    """
+def read_splits(paths: Mapping[str, tuple[Path, Path] | Exception]) -> DataStats:
+    """Read the annotations of 'train' and 'val', by folder and json or the error in their place, which is a finding."""
     stats = DataStats()
     for name, where in paths.items():
         try:
             if isinstance(where, Exception):
                 raise where
-            stats.splits.append(read_split(name, *where, config, seed))
+            stats.splits.append(read_split(name, *where))
         except (ValueError, OSError) as error:
             stats.add("error", f"{name}: {error}")
-            continue
-        split = stats.splits[-1]
-        there = [info for info in split.arrays.img_infos if (split.img_dir / info["file_name"]).is_file()]
-        split.scan = scan_images(split.img_dir, there, len(there), processes)
-        stats.findings += judge_split(split, config.max_det_per_image)
-    judge_categories(stats, num_classes)
-    judge_repeats(stats)
-    train = stats.split("train")
-    if train is not None and len(train.sides_px):
-        stats.suggestion = suggest_for(train, config, seed)
-        stats.findings += judge_anchors(stats.suggestion)
     return stats
 
 
-def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> SplitStats:
-    """Read a split's annotations and measure its boxes.
+def read_split(name: str, img_dir: Path, ann: Path) -> SplitStats:
+    """Read a split's annotations.
 
     Raises:
         DatasetError: the json is not in COCO's form; FileNotFoundError: no json, or no image folder.
@@ -147,18 +133,32 @@ def read_split(name: str, img_dir: Path, ann: Path, config: Any, seed: int) -> S
         raise FileNotFoundError(f"image directory {img_dir} does not exist")
     with collector_paused():
         arrays, report = check_coco(read_json(ann), str(ann), img_dir, has_labels=True, keep_crowd=False)
+    split = SplitStats(name, img_dir, arrays, report)
     if name == "train":
-        for info in arrays.img_infos:
-            if 0 < min(info["width"], info["height"]) < _SMALLEST_TRAINING_SIDE_PX:
-                report.add("small_image", f"image {info['id']} {info['width']}x{info['height']}")
+        for k in np.flatnonzero(~split.is_trained_on):
+            info = arrays.img_infos[k]
+            report.add("small_image", f"image {info['id']} {info['width']}x{info['height']}")
+    return split
+
+
+def measure_split(split: SplitStats, config: Any, processes: int, seed: int = 0) -> None:
+    """Measure a split's boxes, and decode its images.
+
+    Args:
+        split: of `read_split`.
+        config: the model config, for input size and anchors.
+        processes: worker processes that decode images; 0 works in this one.
+        seed: of the sample of boxes.
+    """
+    arrays, infos = split.arrays, split.arrays.img_infos
     boxes = letterbox_boxes(arrays.boxes_yxyx, image_sizes(arrays)[box_images(arrays)], config.image_size)
-    sides = sides_px(boxes)
+    split.sides_px = sides_px(boxes)
     sample = draw_sample(len(boxes), _TESTED_BOXES, seed)
     reached = find_reached(boxes[sample], config)
-    tested = np.histogram(sides[sample], SIDE_EDGES_PX)[0]
-    return SplitStats(
-        name, img_dir, arrays, report, sides, tested, np.histogram(sides[sample][reached], SIDE_EDGES_PX)[0]
-    )
+    split.tested = np.histogram(split.sides_px[sample], SIDE_EDGES_PX)[0]
+    split.reached = np.histogram(split.sides_px[sample][reached], SIDE_EDGES_PX)[0]
+    split.scanned = [k for k, info in enumerate(infos) if (split.img_dir / info["file_name"]).is_file()]
+    split.scan = scan_images(split.img_dir, [infos[k] for k in split.scanned], len(split.scanned), processes)
 
 
 def draw_sample(total: int, most: int, seed: int) -> np.ndarray:
@@ -173,107 +173,3 @@ def suggest_for(split: SplitStats, config: Any, seed: int) -> Suggestion:
     sample = draw_sample(len(split.arrays.boxes_yxyx), _TRIED_BOXES, seed)
     sizes = image_sizes(split.arrays)[box_images(split.arrays)[sample]]
     return suggest_anchors(split.arrays.boxes_yxyx[sample], sizes, config)
-
-
-def judge_split(split: SplitStats, max_det: int) -> Iterator[Finding]:
-    """Turn what was counted in one split into findings."""
-    for level, text, kind in split.report.entries():
-        level = "note" if level == "warning" and kind in _HARMLESS else level
-        yield Finding(level, f"{split.name}: {text}")
-    for kind, count in split.scan.broken.items():
-        yield Finding(
-            "error",
-            f"{split.name}: {count} {BROKEN[kind]} ({'; '.join(split.scan.examples[kind])}"
-            f"{'; ...' if count > MAX_EXAMPLES else ''}): replace them or take them out of the json",
-        )
-    if not len(split.arrays.img_infos):
-        yield Finding("error", f"{split.name}: there are no images")
-    elif not len(split.sides_px):
-        yield Finding("error", f"{split.name}: there are no boxes")
-    crowded = int((split.boxes_per_image > max_det).sum())
-    if crowded and split.name == "val":
-        yield Finding(
-            "warning",
-            f"{split.name}: {crowded} images have more than {max_det} boxes, and no more are "
-            f"predicted in one: give --max-det {split.boxes_per_image.max()}",
-        )
-    if split.report.num_images_without_boxes:
-        yield Finding(
-            "note",
-            f"{split.name}: {split.report.num_images_without_boxes} of {split.report.num_images} "
-            "images have no boxes; they teach what background looks like",
-        )
-
-
-def judge_categories(stats: DataStats, num_classes: int | None) -> None:
-    """Settle the classes as training does, and compare those of the two splits."""
-    train, val = stats.split("train"), stats.split("val")
-    base = train or val
-    if base is None or not base.arrays.categories or "duplicate_category_id" in base.report.errors:
-        return
-    try:
-        stats.categories = resolve_category_map(base.arrays.categories, num_classes)
-        if train and val and val.arrays.categories and "duplicate_category_id" not in val.report.errors:
-            resolve_category_map(val.arrays.categories, None, stats.categories)
-    except ValueError as error:
-        stats.add("error", f"classes: {error}")
-        return
-    if not (train and val):
-        return
-    names = dict(zip(stats.categories.ids, stats.categories.names, strict=True))
-    renamed = [
-        f"{row['id']}: {names[row['id']]!r} in train, {row['name']!r} in val"
-        for row in val.arrays.categories
-        if row["id"] in names and names[row["id"]] != row["name"]
-    ]
-    if renamed:
-        stats.add(
-            "warning",
-            f"classes: {len(renamed)} ids have other names in val than in train: {_some(renamed)}; the ids count",
-        )
-    only_val = [names[i] for i in val.class_counts if i not in train.class_counts]
-    only_train = [names[i] for i in train.class_counts if i not in val.class_counts]
-    if only_val:
-        stats.add("warning", f"classes: {_some(only_val)}: boxes in val but none in train, so their AP will be 0")
-    if only_train:
-        stats.add("note", f"classes: {_some(only_train)}: boxes in train but none in val, so nothing measures them")
-
-
-def judge_repeats(stats: DataStats) -> None:
-    """Look for images that occur twice: in train and val, or within one of them."""
-    train, val = stats.split("train"), stats.split("val")
-    if train and val:
-        shared = shared_between(train.scan, val.scan)
-        if shared:
-            same = sum(equal for _, _, equal in shared)
-            pairs = _some([f"{first} = {second}" for first, second, _ in shared])
-            stats.add(
-                "warning",
-                f"{len(shared)} of {len(val.scan.names)} val images are in train too ({same} with "
-                f"equal files, {len(shared) - same} with equal pixels in another file; train = val: "
-                f"{pairs}): they make the AP look better than it is; take them out of one split",
-            )
-    for split in stats.splits:
-        repeats = repeats_within(split.scan.pixel_hashes, split.scan.names)
-        if repeats:
-            pairs = _some([f"{first} = {later}" for first, later in repeats])
-            stats.add("note", f"{split.name}: {len(repeats)} images repeat an earlier one ({pairs})")
-
-
-def judge_anchors(found: Suggestion) -> Iterator[Finding]:
-    """Turn the search for better anchors into a finding."""
-    present, take = found.present.share, found.take
-    missed = f"anchors: {100 * (1 - present):.1f} % of the train boxes overlap no anchor with IoU 0.5"
-    if take is None:
-        yield Finding("note", missed)
-        return
-    level = "warning" if take.share >= present + _GAIN_WORTH_A_WARNING else "note"
-    yield Finding(
-        level,
-        f"{missed}; {take.flags} would leave {100 * (1 - take.share):.1f} % at equal cost (class and "
-        "box heads of published weights were trained with the present anchors)",
-    )
-
-
-def _some(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:MAX_EXAMPLES]) + (f", ... ({len(texts)} in all)" if len(texts) > MAX_EXAMPLES else "")

@@ -100,7 +100,7 @@ def test_a_broken_promise_is_noticed(tmp_path, monkeypatch):
     size = [{**row, "width": 64, "height": 48} for row in VALID["images"]]
     raw = json.dumps({**VALID, "images": size}).encode()
     assert check(tmp_path, raw) == "read"
-    monkeypatch.setattr("effdet.data.coco.check._escapes", lambda name: False)
+    monkeypatch.setattr("effdet.data.coco.check.escapes", lambda name: False)
     size[0]["file_name"] = "../a.jpg"
     with pytest.raises(AssertionError, match="leaves the image directory"):
         check(tmp_path, json.dumps({**VALID, "images": size}).encode())

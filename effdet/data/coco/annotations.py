@@ -19,10 +19,12 @@ from effdet.ops.labels import IGNORE
 
 from ..dataset_config import Coco2014Cfg, Coco2017Cfg
 from .categories import CategoryMap, effdet_category_map, resolve_category_map
-from .check import CocoArrays, check_coco, check_files, four_numbers
+from .check import CocoArrays, check_coco, check_files
+from .mend import MENDED, mend_json
 from .parser import Parser
 from .read import collector_paused, read_json
 from .report import DatasetError, DatasetReport
+from .rows import four_numbers
 
 __all__ = [
     "CategoryMap",
@@ -124,6 +126,7 @@ class CocoParserCfg:
         crowd: 'drop' leaves crowd regions out of the targets, 'ignore' adds them as rows with cls -2.
         img_dir: where the images are: checks that they exist and reads sizes the json does not give.
         category_map: the map to label with; None labels by category id, see `effdet_category_map`.
+        max_bad: with `img_dir`, images that may be absent without an error, see `check_coco`.
         keep_json: keep what was read for the first `coco_dict`, as an evaluation will ask for it.
     """
 
@@ -137,6 +140,7 @@ class CocoParserCfg:
     crowd: str = "drop"
     img_dir: str | Path | None = None
     category_map: CategoryMap | None = None
+    max_bad: int | None = 0
     keep_json: bool = False
 
 
@@ -173,7 +177,9 @@ class CocoParser(Parser):
             read = self._read()
             listed = not (isinstance(read, dict) and "images" in read and "annotations" not in read)
             self.has_labels = listed if cfg.has_labels is None else cfg.has_labels
-            arrays, self.report = check_coco(read, str(self.ann_path), img_dir, self.has_labels, keep_crowd)
+            arrays, self.report = check_coco(
+                read, str(self.ann_path), img_dir, self.has_labels, keep_crowd, cfg.max_bad
+            )
             self.report.raise_if_errors()
             self._load(arrays, cfg.min_img_size, self.has_labels and cfg.ignore_empty_gt)
         self._kept = read if cfg.keep_json else None
@@ -281,14 +287,16 @@ class CocoParser(Parser):
         }
 
     def check_files(self, img_dir: str | Path) -> None:
-        """Check once that every image is in `img_dir`, unless that was done when the json was read.
+        """Look once for every image in `img_dir`, unless that was done when the json was read.
 
         Raises:
             DatasetError: images are missing; names them.
         """
         if not self._files_checked:
-            check_files(self.img_infos, Path(img_dir), self.report)
+            infos = list(self.img_infos)
+            check_files(infos, Path(img_dir), self.report)
             self.report.raise_if_errors()
+            self.img_infos = ImageTable(infos)
             self._files_checked = True
 
     def coco_dict(self) -> dict[str, Any]:
@@ -305,7 +313,11 @@ class CocoParser(Parser):
             return self._coco_dict()
 
     def _coco_dict(self) -> dict[str, Any]:
-        data, self._kept = self._kept or self._read(), None
+        data, self._kept = self._kept, None
+        if data is None:
+            data = self._read()
+            if MENDED & self.report.noted.keys():
+                mend_json(data, DatasetReport())
         listed = data.get("annotations")
         rows = [
             a
@@ -329,7 +341,7 @@ class CocoParser(Parser):
         sizes = {info["id"]: info for info in self.img_infos}
         for img in data["images"]:
             if img["id"] in sizes:
-                img.update(width=sizes[img["id"]]["width"], height=sizes[img["id"]]["height"])
+                img.update(sizes[img["id"]])
         return data
 
     @property

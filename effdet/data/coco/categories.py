@@ -5,8 +5,9 @@ holds the map between the two and the rule that picks it. What the annotations l
 this file's.
 """
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ class CategoryMap:
             map (class_idx = id - 1, the numbering of the published 90-class COCO weights) may have classes without a
             category.
         id_indexed: which of the two kinds it is.
+        indices: for a dense map of classes in another order than that of the ids: the class index of each id.
 
     Raises:
         ValueError: the fields do not fit together.
@@ -42,6 +44,7 @@ class CategoryMap:
     names: tuple[str, ...]
     num_classes: int
     id_indexed: bool = False
+    indices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
@@ -64,6 +67,11 @@ class CategoryMap:
                 f"a dense map has one class for each id: {len(self.ids)} ids but num_classes={self.num_classes}"
             )
 
+        if self.indices is not None:
+            object.__setattr__(self, "indices", tuple(int(k) for k in self.indices))
+            if self.id_indexed or sorted(self.indices) != list(range(len(self.ids))):
+                raise ValueError(f"the class indices of a dense map are 0..{len(self.ids) - 1}, got {self.indices}")
+
     @classmethod
     def from_categories(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | None = None) -> "CategoryMap":
         """Make a map from the `categories` list of a COCO json: dense, or id-indexed when `num_classes` is given."""
@@ -74,12 +82,17 @@ class CategoryMap:
     @cached_property
     def idx_to_id(self) -> np.ndarray:
         """int64 [C]: the category id of each class index; idx + 1 for a class without a category (id-indexed map)."""
-        return np.arange(1, self.num_classes + 1) if self.id_indexed else np.array(self.ids, dtype=np.int64)
+        if self.id_indexed:
+            return np.arange(1, self.num_classes + 1)
+        ids = np.array(self.ids, dtype=np.int64)
+        return ids if self.indices is None else ids[np.argsort(self.indices)]
 
     @cached_property
     def id_to_idx(self) -> dict[int, int]:
         """The class index of each category id. A dict, because ids may be huge; `to_idx` does whole arrays."""
-        return {i: i - 1 if self.id_indexed else k for k, i in enumerate(self.ids)}
+        if self.id_indexed:
+            return {i: i - 1 for i in self.ids}
+        return dict(zip(self.ids, self.indices or range(len(self.ids)), strict=True))
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -92,7 +105,8 @@ class CategoryMap:
         category_ids = np.asarray(category_ids, dtype=np.int64)
         known = np.array(self.ids, dtype=np.int64)
         at = np.minimum(np.searchsorted(known, category_ids), len(known) - 1)
-        return np.where(known[at] == category_ids, category_ids - 1 if self.id_indexed else at, -1).astype(np.int64)
+        index = at if self.indices is None else np.array(self.indices)[at]
+        return np.where(known[at] == category_ids, category_ids - 1 if self.id_indexed else index, -1).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the map as plain types, for a checkpoint."""
@@ -101,6 +115,7 @@ class CategoryMap:
             "names": list(self.names),
             "num_classes": self.num_classes,
             "id_indexed": self.id_indexed,
+            **({} if self.indices is None else {"indices": list(self.indices)}),
         }
 
     @classmethod
@@ -113,11 +128,35 @@ class CategoryMap:
         missing = [k for k in ("ids", "names", "num_classes") if k not in state]
         if missing:
             raise ValueError(f"not a stored category map: {missing} missing, keys are {sorted(state)}")
-        return cls(tuple(state["ids"]), tuple(state["names"]), state["num_classes"], state.get("id_indexed", False))
+        return cls(
+            tuple(state["ids"]),
+            tuple(state["names"]),
+            state["num_classes"],
+            state.get("id_indexed", False),
+            state.get("indices"),
+        )
 
     def __str__(self) -> str:
-        kind = "id-indexed" if self.id_indexed else "dense"
+        kind = "id-indexed" if self.id_indexed else "dense" if self.indices is None else "by name"
         return f"{self.num_classes} classes, {kind}, category ids {_short(self.ids)}"
+
+
+def find_shared_names(categories: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names that several categories have, letter case and white space aside, each with its ids."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for category in categories:
+        name = str(category["name"])
+        groups.setdefault(" ".join(name.casefold().split()), []).append((name, category["id"]))
+    return [
+        f"{' = '.join(map(repr, dict(group)))} of {', '.join(str(i) for _, i in group)}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def find_empty_classes(category_map: CategoryMap, used_ids: Collection[int]) -> list[str]:
+    """Return the categories that are none of `used_ids`, those of boxes: id and name of each."""
+    return [f"{i} {name!r}" for i, name in zip(category_map.ids, category_map.names, strict=True) if i not in used_ids]
 
 
 def effdet_category_map(categories: Iterable[Mapping[str, Any]]) -> CategoryMap:
@@ -136,16 +175,21 @@ def resolve_category_map(
     categories: Iterable[Mapping[str, Any]],
     num_classes: int | None = None,
     stored: CategoryMap | Mapping[str, Any] | None = None,
+    match: str = "name",
+    owner: str = "the checkpoint",
 ) -> CategoryMap:
-    """Pick the category map of a run from the json, the class count asked for and the map in a checkpoint.
+    """Pick the category map of a run from the json, the class count asked for and the map that is in force already.
 
     Args:
         categories: the `categories` list of the COCO json.
         num_classes: class count given by the user or by the model; None takes it from the json.
-        stored: the map of the checkpoint (a `CategoryMap` or its dict). Wins when the json's ids are all in it.
+        stored: the map of a checkpoint or of the training split (a `CategoryMap` or its dict), whose classes count.
+        match: what tells which class of `stored` a category is: its 'name' or its 'id'.
+        owner: whose map `stored` is, for messages.
 
     Returns:
-        The map to use: `stored`, else dense when `num_classes` is None or the number of categories, else id-indexed.
+        The map to use: `stored`, or its classes under the json's ids where the names have others there; without
+        `stored` dense when `num_classes` is None or the number of categories, else id-indexed.
 
     Raises:
         ValueError: the sides contradict each other; the text says both and what to do.
@@ -153,7 +197,12 @@ def resolve_category_map(
     dense = CategoryMap.from_categories(categories)
     if stored is not None:
         stored = stored if isinstance(stored, CategoryMap) else CategoryMap.from_dict(stored)
-        return _agree_with_stored(dense, num_classes, stored)
+        if num_classes is not None and num_classes != stored.num_classes:
+            raise ValueError(
+                f"num_classes is {num_classes}, but {owner} has {stored.num_classes} classes "
+                f"({_short(stored.names)}). Leave num_classes out, or start from the weights with a new head."
+            )
+        return _match_ids(dense, stored, owner) if match == "id" else _match_names(dense, stored, owner)
     if num_classes is None or num_classes == dense.num_classes:
         return dense
     low, high = dense.ids[0], dense.ids[-1]
@@ -175,28 +224,78 @@ def resolve_category_map(
     )
 
 
-def _agree_with_stored(json_map: CategoryMap, num_classes: int | None, stored: CategoryMap) -> CategoryMap:
-    if num_classes is not None and num_classes != stored.num_classes:
+def _match_names(json_map: CategoryMap, stored: CategoryMap, owner: str) -> CategoryMap:
+    """Return `stored`, or its classes by the ids that their names have in the json.
+
+    Categories that are called by their ids, as all are where a json gives no names, are matched by them.
+    """
+    theirs = dict(zip(stored.ids, stored.names, strict=True))
+    if all(theirs.get(i) == name for i, name in zip(json_map.ids, json_map.names, strict=True)):
+        return stored
+    if _is_nameless(json_map) or _is_nameless(stored):
+        return _match_ids(json_map, stored, owner)
+    names = [f"{i} {name!r}" for i, name in zip(json_map.ids, json_map.names, strict=True)]
+    unknown = [
+        f"{i} {name!r}" for i, name in zip(json_map.ids, json_map.names, strict=True) if name not in theirs.values()
+    ]
+    if unknown:
+        by_id = ", rename the classes"
+        if theirs.keys() >= set(json_map.ids):
+            by_id += ", or, where the ids mean the same under other names, match them by --match-classes id"
         raise ValueError(
-            f"num_classes is {num_classes}, but the checkpoint was trained with {stored.num_classes} classes "
-            f"({_short(stored.names)}). Leave num_classes out, or start from the weights with a new head."
+            f"the json has the classes {_short(names)}, {owner} has {_short(f'{i} {n!r}' for i, n in theirs.items())}: "
+            f"it does not know {_short(unknown)}. {_remedy(owner)}{by_id}."
         )
+    shared = sorted(name for name in set(json_map.names) if json_map.names.count(name) + stored.names.count(name) > 2)
+    if shared:
+        raise ValueError(
+            f"the json and {owner} number their classes differently, and {_short(map(repr, shared))} is the name of "
+            "several: give each class a name of its own, or match by --match-classes id where the ids mean the same."
+        )
+    index = {name: stored.id_to_idx[i] for i, name in theirs.items()}
+    ids = {index[name]: i for i, name in zip(json_map.ids, json_map.names, strict=True)}
+    free = itertools.filterfalse({*json_map.ids, *stored.ids}.__contains__, itertools.count(1))
+    for k in range(stored.num_classes):  # classes that the json lacks get ids that nothing in it has
+        if k not in ids:
+            ids[k] = next(free)
+    moved = [
+        f"{i} {name!r} is {stored.idx_to_id[index[name]]} in {owner}"
+        for i, name in zip(json_map.ids, json_map.names, strict=True)
+        if stored.idx_to_id[index[name]] != i
+    ]
+    _logger.warning("classes matched by name, as their ids differ: %s", _short(moved))
+    order = sorted(ids, key=ids.__getitem__)
+    return CategoryMap(
+        tuple(ids[k] for k in order),
+        tuple(stored.class_names[k] for k in order),
+        stored.num_classes,
+        indices=tuple(order),
+    )
+
+
+def _is_nameless(category_map: CategoryMap) -> bool:
+    return all(name == str(i) for i, name in zip(category_map.ids, category_map.names, strict=True))
+
+
+def _remedy(owner: str) -> str:
+    if "checkpoint" in owner:
+        return "Use the json it was trained for, or start from the weights with a new head"
+    return "Add the classes to it"
+
+
+def _match_ids(json_map: CategoryMap, stored: CategoryMap, owner: str) -> CategoryMap:
     unknown = sorted(set(json_map.ids) - set(stored.ids))
     if unknown:
         raise ValueError(
-            f"the json has category ids {_short(json_map.ids)}, the checkpoint was trained with {_short(stored.ids)}; "
-            f"the checkpoint does not know {_short(unknown)}. Use the json it was trained for, renumber its "
-            "categories, or start from the weights with a new head."
+            f"the json has category ids {_short(json_map.ids)}, {owner} has {_short(stored.ids)}: it does not know "
+            f"{_short(unknown)}. {_remedy(owner)}, or renumber the categories."
         )
     theirs = dict(zip(stored.ids, stored.names, strict=True))
     renamed = [
-        f"{i}: json {n!r}, checkpoint {theirs[i]!r}"
+        f"{i}: {n!r} in the json, {theirs[i]!r} in {owner}"
         for i, n in zip(json_map.ids, json_map.names, strict=True)
         if n != theirs[i]
     ]
     if renamed:
-        _logger.warning(
-            "category names differ between json and checkpoint (ids agree, going on with the checkpoint's): %s",
-            _short(renamed),
-        )
+        _logger.warning("classes matched by id, as their names differ: %s", _short(renamed))
     return stored

@@ -4,6 +4,7 @@ Only about bytes and objects: what the json has to hold is `check.py`'s business
 """
 
 import contextlib
+import functools
 import gc
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from .foreign import describe_bytes
 from .report import DatasetError
 
 
@@ -30,35 +32,28 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-class _Image(TypedDict, total=False):
-    id: Any
-    file_name: Any
-    width: Any
-    height: Any
+_IMAGE_KEYS = ("id", "file_name", "width", "height")
+_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "attributes")
+# What is read only where an image has no file_name, or an annotation no bbox; it costs time and memory.
+NAME_KEYS = ("coco_url", "path", "filename", "url")
+POLYGON_KEY = "segmentation"
 
 
-class _Annotation(TypedDict, total=False):
-    id: Any
-    image_id: Any
-    category_id: Any
-    bbox: Any
-    area: Any
-    iscrowd: Any
-    ignore: Any
+@functools.cache
+def _decoder(image_keys: tuple[str, ...], annotation_keys: tuple[str, ...]) -> msgspec.json.Decoder:
+    image = TypedDict("image", dict.fromkeys(image_keys, Any), total=False)  # type: ignore[misc]
+    annotation = TypedDict("annotation", dict.fromkeys(annotation_keys, Any), total=False)  # type: ignore[misc]
 
+    class _Lists(TypedDict):
+        images: list[image]  # type: ignore[valid-type]
+        annotations: list[annotation]  # type: ignore[valid-type]
+        categories: list[Any]
 
-class _Lists(TypedDict):
-    images: list[_Image]
-    annotations: list[_Annotation]
-    categories: list[Any]
+    class _File(_Lists, total=False):
+        info: Any
+        licenses: Any
 
-
-class _File(_Lists, total=False):
-    info: Any
-    licenses: Any
-
-
-_DECODER = msgspec.json.Decoder(_File)
+    return msgspec.json.Decoder(_File)
 
 
 def read_json(path: str | Path) -> Any:
@@ -75,25 +70,42 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"annotation file {path} {what}")
     try:
         raw = path.read_bytes()
-        try:
-            return _DECODER.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return _read_slowly(raw)
+        data = _parse(raw, _IMAGE_KEYS, _ANNOTATION_KEYS)
+        images, annotations = (_has_gap(data, *where) for where in (("images", "file_name"), ("annotations", "bbox")))
+        if images or annotations:
+            image_keys = _IMAGE_KEYS + (NAME_KEYS if images else ())
+            data = _parse(raw, image_keys, _ANNOTATION_KEYS + ((POLYGON_KEY,) if annotations else ()))
     except PermissionError as e:
         raise DatasetError(
             f"annotation file {path} may not be read: permission denied. Change its permissions, or run "
             "as a user who may."
         ) from e
     except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; lists in lists in lists
-        raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e})") from e
+        raise DatasetError(f"{path} is not a COCO annotation file: no valid json ({e}){describe_bytes(raw)}") from e
+    return data
 
 
-def _read_slowly(raw: bytes) -> Any:
+def _parse(raw: bytes, image_keys: tuple[str, ...], annotation_keys: tuple[str, ...]) -> Any:
+    try:
+        return _decoder(image_keys, annotation_keys).decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _read_slowly(raw, {"images": image_keys, "annotations": annotation_keys})
+
+
+def _read_slowly(raw: bytes, kept: dict[str, tuple[str, ...]]) -> Any:
     """Read what the decoder refuses: a file of another form, NaN, UTF-16, or no json at all."""
     data = json.loads(raw)
-    for key, form in (("images", _Image), ("annotations", _Annotation)):
+    for key, keys in kept.items():
         rows = data.get(key) if isinstance(data, dict) else None
         for row in rows if isinstance(rows, list) else ():
-            for unused in row.keys() - form.__annotations__.keys() if isinstance(row, dict) else ():
+            for unused in row.keys() - set(keys) if isinstance(row, dict) else ():
                 del row[unused]
     return data
+
+
+def _has_gap(data: Any, rows: str, key: str) -> bool:
+    """Tell whether an object of a list lacks a key, or has nothing under it."""
+    listed = data.get(rows) if isinstance(data, dict) else None
+    if not isinstance(listed, list):
+        return False
+    return not all(row.get(key) for row in listed if isinstance(row, dict))

@@ -1,8 +1,10 @@
 """The findings of a data set check: the kinds of defects, what happens to each, and the report that counts them.
 
-Finding them is `coco_check.py`'s job.
+Finding them is the business of `check.py` and the files it calls.
 """
 
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 MAX_EXAMPLES = 3  # cases shown of each kind
@@ -27,7 +29,37 @@ NOTED = {
     "clipped_bbox": ("boxes partly outside their image", "clipped to it"),
     "crowd_ignored": ("crowd regions (iscrowd or ignore set)", "ignored in the loss"),
     "size_from_file": ("images without a valid width and height", "size read from the files"),
+    "renamed_image": ("images that are in the image directory under another name", "read from there"),
+    "outside_image": ("absolute file names outside of the image directory", "read from there, the files exist"),
+    "name_from_url": ("images without a file_name", "named by their coco_url, path or url"),
+    "respelled_id": ("ids written as a text or with a decimal point", "read as the whole numbers they are"),
+    "numbered_category": ("category ids that are no numbers", "numbered from 1 in the order of the list"),
+    "repeated_category": ("categories listed again with the same id and name", "taken once"),
+    "placeholder_category": ('classes without boxes whose supercategory is "none"', "left out"),
+    "text_bbox": ("boxes written as text", "read as the four numbers they are"),
+    "polygon_bbox": ("annotations with a polygon and no bbox", "the box around the polygon is taken"),
+    "rotated_bbox": ("boxes with a rotation in their attributes", "read as they stand, not rotated"),
+    "repeated_bbox": (
+        "boxes given twice, with the same image, class and numbers",
+        "kept; a detector finds an object once, so each of them counts as missed: remove them",
+    ),
+    "listed_again": ("files listed under several ids with the same boxes", "each id is an image of its own"),
     "duplicate_annotation_id": ("annotation ids used twice or missing", "boxes kept; renumbered for the evaluation"),
+}
+WARNED = {
+    "absent_image": ("images that are not in the image directory", "treated as images that cannot be read"),
+    "unsized_image": (
+        "images whose size is neither in the json nor readable from the file",
+        "treated as images that cannot be read",
+    ),
+    "split_boxes": (
+        "files listed under several ids whose boxes are not the same",
+        "merge the ids of a file into one: under each, the objects of the others are trained as background",
+    ),
+    "shared_name": (
+        "class names that several ids have",
+        "the model keeps them apart; merge them if they are one class",
+    ),
 }
 ERRORS = {
     "category_fields": ("categories without an integer id", "give each category an integer id"),
@@ -44,13 +76,19 @@ ERRORS = {
     ),
     "missing_image": (
         "images that are not in the image directory",
-        "add the files, take the images out of the json, or correct the image directory",
+        "add the files, take the images out of the json, correct the image directory, or allow so many with "
+        "--max-bad-images",
     ),
     "no_size": (
         "images without a valid width and height",
         "add them to the json, or name the image directory so that they can be read",
     ),
     "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
+    "lfs_pointer": ("images that are Git LFS pointers, short texts in place of the files", "run: git lfs pull"),
+    "relative_bbox": (
+        "boxes, all of them, lie within 0..1",
+        "they look relative to the image's size; multiply x and width by its width, y and height by its height",
+    ),
     "annotation_fields": (
         "annotations whose image_id or category_id is no id",
         'give each annotation an "image_id" and a "category_id", written as in "images" and "categories"',
@@ -80,8 +118,9 @@ class DatasetError(ValueError):
 class DatasetReport:
     """What the check of one annotation file found.
 
-    `dropped`, `noted` and `errors` map a kind (a key of DROPPED, NOTED, ERRORS) to its count; `examples` to its first
-    few cases.
+    `dropped`, `noted`, `warned` and `errors` map a kind (a key of DROPPED, NOTED, WARNED, ERRORS) to its count,
+    `examples` to its first few cases, `remarks` to a sentence about them. `hidden_images` have no boxes of their own,
+    but boxes under another id.
     """
 
     source: str = ""
@@ -90,45 +129,61 @@ class DatasetReport:
     num_boxes: int = 0
     num_images_without_boxes: int = 0
     num_categories: int = 0
+    hidden_images: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    warned: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    suspicious: set[str] = field(default_factory=set)  # kinds that are notes elsewhere and warnings here
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Count one case (or `count`) of a kind."""
-        counter = self.dropped if kind in DROPPED else self.noted if kind in NOTED else self.errors
-        if kind not in DROPPED and kind not in NOTED and kind not in ERRORS:
-            raise KeyError(kind)
+        counter = next(counts for _, counts, texts in self._tables() if kind in texts)
         counter[kind] = counter.get(kind, 0) + count
         examples = self.examples.setdefault(kind, [])
         if example and len(examples) < MAX_EXAMPLES:
             examples.append(shown(example))
 
+    def add_all(self, kind: str, examples: Sequence[str]) -> None:
+        """Count a case for each example."""
+        for example in examples:
+            self.add(kind, example)
+
+    def _tables(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[str, str]]]]:
+        yield "error", self.errors, ERRORS
+        yield "warning", self.dropped, DROPPED
+        yield "warning", self.warned, WARNED
+        yield "note", self.noted, NOTED
+
     def _line(self, kind: str, count: int, what: str, action: str) -> str:
         examples = ", ".join(self.examples.get(kind, ()))
         more = ", ..." if count > len(self.examples.get(kind, ())) and examples else ""
-        return f"{count} {what}" + (f" ({examples}{more})" if examples else "") + f": {action}"
+        remark = f". {self.remarks[kind]}" if kind in self.remarks else ""
+        return f"{count} {what}" + (f" ({examples}{more})" if examples else "") + f": {action}{remark}"
 
     def entries(self) -> list[tuple[str, str, str]]:
-        """Give each kind found as (level, sentence, kind); level is 'error', 'warning' (dropped) or 'note'."""
-        tables = (("error", self.errors, ERRORS), ("warning", self.dropped, DROPPED), ("note", self.noted, NOTED))
+        """Give each kind found as (level, sentence, kind); level is 'error', 'warning' or 'note'."""
         return [
-            (level, self._line(kind, count, *texts[kind]), kind)
-            for level, counts, texts in tables
+            ("warning" if kind in self.suspicious else level, self._line(kind, count, *texts[kind]), kind)
+            for level, counts, texts in self._tables()
             for kind, count in counts.items()
         ]
 
     def lines(self) -> list[str]:
         """Give the report as lines for the log: the totals, then one line for each kind found."""
-        out = [
+        total = (
             f"{self.source}: {self.num_images} images ({self.num_images_without_boxes} without objects), "
             f"{self.num_annotations} annotations, {self.num_boxes} boxes used, {self.num_categories} categories"
-        ]
-        out += ["  " + self._line(k, n, *DROPPED[k]) for k, n in self.dropped.items()]
-        out += ["  " + self._line(k, n, *NOTED[k]) for k, n in self.noted.items()]
-        out += ["  error: " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items()]
-        return out
+        )
+        return [total] + [f"  {'error: ' if level == 'error' else ''}{text}" for level, text, _ in self.entries()]
+
+    def log(self, logger: logging.Logger) -> None:
+        """Log `lines`, those that somebody should look at as warnings."""
+        alarming = {f"  {text}" for _, text, kind in self.entries() if kind in self.suspicious or kind in self.warned}
+        for line in self.lines():
+            logger.log(logging.WARNING if line in alarming else logging.INFO, line)
 
     def reasons(self) -> list[str]:
         """Say briefly what was dropped: '3 boxes with zero or negative width or height'."""
