@@ -186,8 +186,9 @@ def vendor_words(root: Path) -> list[str]:
     """Return identifiers and strings of effdet that name a vendor's device, docstrings and comments aside."""
     wrong = []
     for name, file, tree in trees_of(root):
-        if not name.startswith("effdet") or name in ("effdet.runtime.device", "effdet.config.schema"):
-            continue  # the help of the flags in schema.py names what a user may give
+        flags = ("effdet.config.schema", "effdet.config.eval_schema")  # their help names what a user may give
+        if not name.startswith("effdet") or name in ("effdet.runtime.device", *flags):
+            continue
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             fields = [value for key, value in ast.iter_fields(node) if isinstance(value, str) and key != "type_comment"]
