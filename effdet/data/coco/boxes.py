@@ -14,6 +14,7 @@ _WITNESSES = 2000  # boxes whose areas are asked, too
 _AGREED = 0.9  # share of boxes from which a reading of their numbers is taken for theirs
 _TOLERANCE_PX = 1.0
 _RELATIVE_SLACK = 0.05  # by which boxes within 0..1 may reach beyond
+_RELATIVE_SHARE = 0.8  # of boxes within 0..1 from which on they are no small objects
 _FEWEST_RELATIVE = 4  # boxes; fewer may be tiny by chance
 
 # What four numbers may be instead of x, y, width, height: where to find x_min, y_min, x_max, y_max.
@@ -80,7 +81,9 @@ def check_boxes(
     left = np.ones(len(image), dtype=bool)
     steps = [("bad_bbox", ~finite), ("empty_bbox", empty), ("outside_bbox", outside), ("tiny_bbox", tiny)]
     real = finite & ~empty
-    if (count := np.count_nonzero(tiny & relative)) >= _FEWEST_RELATIVE and count >= _AGREED * np.count_nonzero(real):
+    if (count := np.count_nonzero(tiny & relative)) >= _FEWEST_RELATIVE and count >= _RELATIVE_SHARE * np.count_nonzero(
+        real
+    ):
         steps.insert(0, ("relative_bbox", finite & relative))
     for kind, mask in steps + ([] if keep_crowd else [("crowd", is_crowd)]):
         _add_rows(report, kind, left & mask, rows, image, infos)

@@ -88,7 +88,7 @@ ERRORS = {
     "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
     "lfs_pointer": ("images that are Git LFS pointers, short texts in place of the files", "run: git lfs pull"),
     "relative_bbox": (
-        "boxes lie within 0..1, as nearly all do",
+        "boxes lie within 0..1, as most of them do",
         "they look relative to the image's size; multiply x and width by its width, y and height by its height",
     ),
     "annotation_fields": (
@@ -188,8 +188,11 @@ class DatasetReport:
             logger.log(logging.WARNING if line in alarming else logging.INFO, line)
 
     def reasons(self) -> list[str]:
-        """Say briefly what was dropped: '3 boxes with zero or negative width or height'."""
-        return [f"{count} {DROPPED[kind][0]}" for kind, count in self.dropped.items()]
+        """Say briefly what was dropped, and what that may come from: '3 boxes with zero or negative width or height'."""
+        return [
+            f"{count} {DROPPED[kind][0]}" + (f" ({self.remarks[kind]})" if kind in self.remarks else "")
+            for kind, count in self.dropped.items()
+        ]
 
     def raise_if_errors(self) -> None:
         """Raise DatasetError naming every kind of error found; do nothing when there is none."""

@@ -15,6 +15,8 @@ _MOST_PIXELS = 2**31  # of a mask
 
 def box_of_text(value: Any) -> list[float] | None:
     """Return x, y, width, height that are written as text, one by one or together; None when they are not."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, str):
         value = re.split(r"[\s,;]+", value.strip(" \t\n[]()"))
     if not isinstance(value, (list, tuple)) or len(value) != 4:
