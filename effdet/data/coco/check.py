@@ -241,7 +241,7 @@ def _pack_annotations(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns (offsets, boxes_yxyx, category_ids, is_crowd) of CocoArrays."""
     xywh = to_array(column(rows, "bbox"))
-    image = np.array([image_at[img_id] for img_id in column(rows, "image_id")], dtype=np.int64)
+    image = np.array(list(map(image_at.__getitem__, column(rows, "image_id"))), dtype=np.int64)
     cats = np.array(column(rows, "category_id"), dtype=np.int64)
     is_crowd = _flags(column(rows, "iscrowd")) | _flags(column(rows, "ignore"))
     yxyx, keep = check_boxes(xywh, image, cats, is_crowd, infos, rows, report, keep_crowd)
@@ -253,6 +253,8 @@ def _pack_annotations(
 
 
 def _flags(values: list) -> np.ndarray:
+    if not any(values):  # nearly always
+        return np.zeros(len(values), dtype=bool)
     plain = {int, bool, type(None)}.issuperset(map(type, values))
     return np.array(list(map(bool if plain else is_set, values)), dtype=bool)
 

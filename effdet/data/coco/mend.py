@@ -5,6 +5,8 @@ image's id differently, the images' way counts. Category ids become numbers; whe
 numbered in the order of the list. What is wrong and cannot be mended is `check.py`'s business.
 """
 
+import itertools
+import operator
 import re
 from typing import Any
 
@@ -155,7 +157,7 @@ def _mend_annotations(
 
 
 def _note_rotations(rows: list[dict[str, Any]], report: DatasetReport) -> None:
-    for row in rows if any("attributes" in row for row in rows) else ():
+    for row in rows if any(map(operator.contains, rows, itertools.repeat("attributes"))) else ():
         attributes = row.get("attributes")
         rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
         if type(rotation) in NUMBERS and rotation % 180:

@@ -6,6 +6,7 @@ Only about bytes and objects: what the json has to hold is `check.py`'s business
 import contextlib
 import functools
 import gc
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 
 from .foreign import describe_bytes
 from .report import DatasetError
+from .rows import dicts
 
 
 @contextlib.contextmanager
@@ -124,4 +126,4 @@ def _has_gap(data: Any, rows: str, key: str) -> bool:
     listed = data.get(rows) if isinstance(data, dict) else None
     if not isinstance(listed, list):
         return False
-    return not all(row.get(key) for row in listed if isinstance(row, dict))
+    return not all(map(dict.get, dicts(listed), itertools.repeat(key)))

@@ -188,7 +188,7 @@ class DatasetReport:
             logger.log(logging.WARNING if line in alarming else logging.INFO, line)
 
     def reasons(self) -> list[str]:
-        """Say briefly what was dropped, and what that may come from: '3 boxes with zero or negative width or height'."""
+        """Say briefly what was dropped ('3 boxes with zero or negative width or height') and what it may be."""
         return [
             f"{count} {DROPPED[kind][0]}" + (f" ({self.remarks[kind]})" if kind in self.remarks else "")
             for kind, count in self.dropped.items()

@@ -44,8 +44,10 @@ def column(rows: list[dict[str, Any]], key: str) -> list:
     return list(map(dict.get, rows, itertools.repeat(key)))
 
 
-def dicts(rows: Iterable[Any]) -> list[dict[str, Any]]:
+def dicts(rows: list) -> list[dict[str, Any]]:
     """Return those rows that are objects."""
+    if {dict}.issuperset(map(type, rows)):
+        return rows
     return [row for row in rows if isinstance(row, dict)]
 
 
