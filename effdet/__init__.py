@@ -16,10 +16,12 @@ _IS_EFFDET_ASCEND = True  # what the package of effdet 0.4.1 does not say
 check_installation()
 
 if TYPE_CHECKING:
+    from effdet.commands.train import TrainedRun, train
     from effdet.config import default_detection_model_configs, get_efficientdet_config
     from effdet.data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
+    from effdet.predict.detections import Detections
     from effdet.predict.load import load
-    from effdet.predict.predictor import Detections, Predictor
+    from effdet.predict.predictor import Predictor
 
     from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench
     from .efficientdet import EfficientDet
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .helpers import load_checkpoint, load_pretrained
 
 _HOMES = {
+    "commands.train": ("TrainedRun", "train"),
     "bench": ("DetBenchPredict", "DetBenchTrain", "unwrap_bench"),
     "predict.load": ("load",),
     "config": ("default_detection_model_configs", "get_efficientdet_config"),
@@ -36,7 +39,8 @@ _HOMES = {
     "evaluator": ("CocoEvaluator", "OpenImagesEvaluator", "PascalEvaluator", "create_evaluator"),
     "factory": ("create_model", "create_model_from_config"),
     "helpers": ("load_checkpoint", "load_pretrained"),
-    "predict.predictor": ("Detections", "Predictor"),
+    "predict.detections": ("Detections",),
+    "predict.predictor": ("Predictor",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,6 +55,7 @@ __all__ = [
     "PascalEvaluator",
     "Predictor",
     "SkipSubset",
+    "TrainedRun",
     "__version__",
     "create_dataset",
     "create_evaluator",
@@ -63,6 +68,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_pretrained",
+    "train",
     "unwrap_bench",
 ]
 

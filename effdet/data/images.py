@@ -44,6 +44,24 @@ class ImageError(ValueError):
     """An image file that cannot be used. The text names the file."""
 
 
+def images_in(folder: Path, recursive: bool = False, left_out: Path | None = None) -> list[Path]:
+    """Return a folder's images by name, without hidden ones (macOS' "._a.jpg") and those of a folder to leave out."""
+    left_out = None if left_out is None else left_out.resolve()
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        found += [
+            Path(place, name)
+            for name in files
+            if Path(name).suffix.lower() in image_suffixes()
+            and not name.startswith(".")
+            and Path(place, name).is_file()
+        ]
+        folders[:] = [
+            name for name in folders if recursive and name[0] != "." and Path(place, name).resolve() != left_out
+        ]
+    return sorted(found)
+
+
 def read_image(
     path: str | os.PathLike[str], width: int | None = None, height: int | None = None, upright: bool = False
 ) -> Image.Image:

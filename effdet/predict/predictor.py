@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,31 +16,14 @@ from torch import nn
 from effdet.bench import DetBenchPredict
 from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
 from effdet.data.coco.categories import CategoryMap
-from effdet.data.images import read_image, to_rgb
+from effdet.data.images import images_in, read_image, to_rgb
 from effdet.runtime.device import use_channels_last
 from effdet.runtime.memory import to_device
 
+from .detections import Detections
+
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Detections:
-    """The objects found in one image, by falling score; all four fields have the same length, 0 when none was found.
-
-    Args:
-        boxes_xyxy: float32 [n, 4], x_min, y_min, x_max, y_max in the image's pixels.
-        scores: float32 [n], in 0..1.
-        names: class names.
-        category_ids: int64 [n], the data set's numbers of the classes.
-    """
-
-    boxes_xyxy: np.ndarray
-    scores: np.ndarray
-    names: list[str]
-    category_ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.scores)
+Images = ImageInput | Iterable[ImageInput]
 
 
 class Predictor:
@@ -76,6 +60,7 @@ class Predictor:
         bench.to(device, memory_format=self._layout)  # type: ignore[call-overload]  # torch's overloads lack the layout
         self.bench = bench.eval()
         config: Any = model.config
+        self.num_classes: int = config.num_classes
         inputs = resolve_input_config({"interpolation": interpolation}, config)
         self._resize = ResizePad(
             inputs["input_size"][1:], inputs["interpolation"], resolve_fill_color(inputs["fill_color"], inputs["mean"])
@@ -91,13 +76,18 @@ class Predictor:
         """Return the category id of a class, or its number from 1 when the weights came without names."""
         return class_idx + 1 if self.category_map is None else int(self.category_map.idx_to_id[class_idx])
 
-    def predict(self, images: ImageInput | Sequence[ImageInput], score_threshold: float = 0.0) -> list[Detections]:
+    @property
+    def class_names(self) -> list[str]:
+        """Names of all classes in the network's order."""
+        return [self.name_of(index) for index in range(self.num_classes)]
+
+    def predict(self, images: Images, score_threshold: float = 0.0) -> list[Detections]:
         """Detect objects.
 
         Args:
-            images: one image or a sequence of them, of any size: a path, a Pillow image, or uint8 pixels
-                [height, width, 3] in RGB or [height, width] in gray. Paths are read batch by batch; a Pillow image
-                gives what its file does.
+            images: one image or several, of any size: a path, a Pillow image, or uint8 pixels [height, width, 3] in RGB
+                or [height, width] in gray; a folder stands for the images in it. Any iterable will do, and is read
+                batch by batch; a Pillow image gives what its file does.
             score_threshold: detections below are left out.
 
         Returns:
@@ -106,48 +96,65 @@ class Predictor:
         Raises:
             ImageError: a file that cannot be read; TypeError, ValueError: something that is no image.
         """
-        return [
-            Detections(
+        return list(self.predict_iter(images, score_threshold))
+
+    def predict_iter(self, images: Images, score_threshold: float = 0.0) -> Iterator[Detections]:
+        """Yield what `predict` returns, each batch as soon as it is done; memory stays that of a batch."""
+        for rows, size_wh, path in self._predict(images, score_threshold):
+            yield Detections(
                 rows[:, :4],
                 rows[:, 4],
                 [self.name_of(int(idx)) for idx in rows[:, 5]],
                 np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64),
+                size_wh,
+                path,
             )
-            for rows in self.predict_rows(images, score_threshold)
-        ]
 
-    @torch.no_grad()
-    def predict_rows(self, images: ImageInput | Sequence[ImageInput], score_threshold: float = 0.0) -> list[np.ndarray]:
+    def predict_rows(self, images: Images, score_threshold: float = 0.0) -> list[np.ndarray]:
         """Detect objects, in the network's own terms; arguments and errors are those of `predict`.
 
         Returns:
             For each image float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
             class_idx from 0; [0, 6] when nothing was found.
         """
-        results = []
-        for batch in self._batches(images):
+        return [rows for rows, _, _ in self._predict(images, score_threshold)]
+
+    @torch.no_grad()
+    def _predict(
+        self, images: Images, score_threshold: float
+    ) -> Iterator[tuple[np.ndarray, tuple[int, int], str | None]]:
+        listed = iter(_each_image(images))
+        while batch := list(itertools.islice(listed, self.batch_size)):
             arrays: list[torch.Tensor] = []
             info: dict[str, list[Any]] = {"img_scale": [], "img_size": []}
-            for image in batch:
+            sizes: list[tuple[int, int]] = []
+            for item in batch:
+                image = _to_rgb_image(item, self.upright)
                 target: dict[str, Any] = {}
                 resized, target = self._resize(image, target)
                 arrays.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
                 info["img_scale"].append(float(target["img_scale"]))
                 info["img_size"].append([float(side) for side in image.size])
+                sizes.append(image.size)
             batched = to_device(torch.stack(arrays), self.device).float().sub(self._mean).div_(self._std)
             batched = batched.contiguous(memory_format=self._layout)
             img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
-            for rows in self.bench(batched, img_info).cpu().numpy():
+            found = self.bench(batched, img_info).cpu().numpy()
+            for rows, item, size in zip(found, batch, sizes, strict=True):
                 rows = rows[(rows[:, 4] > 0) & (rows[:, 4] >= score_threshold)]
                 rows[:, 5] -= 1
-                results.append(rows)
-        return results
+                yield rows, size, str(item) if isinstance(item, (str, PathLike)) else None
 
-    def _batches(self, images: ImageInput | Sequence[ImageInput]) -> Iterator[list[Image.Image]]:
-        single = isinstance(images, (str, PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3)
-        listed: Any = [images] if single else images
-        for start in range(0, len(listed), self.batch_size):
-            yield [_to_rgb_image(image, self.upright) for image in listed[start : start + self.batch_size]]
+
+def _each_image(images: Any) -> Iterable[ImageInput]:
+    """Yield single images: a folder's by name, those of an iterable, or the one given."""
+    if isinstance(images, (str, PathLike)):
+        return images_in(Path(images)) if Path(images).is_dir() else [images]
+    if isinstance(images, Image.Image) or getattr(images, "ndim", None) in (2, 3):
+        return [images]
+    return itertools.chain.from_iterable(
+        _each_image(one) if isinstance(one, (str, PathLike)) else [one] for one in images
+    )
 
 
 def _to_rgb_image(image: ImageInput, upright: bool) -> Image.Image:
