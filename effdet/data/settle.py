@@ -19,6 +19,7 @@ from effdet.checkpoint.io import replacing
 from effdet.config.schema import EvalDataConfig
 from effdet.runtime import distributed
 
+from .coco.check import MADE_FROM, require_lists
 from .coco.read import collector_paused, read_json
 from .coco.report import DatasetError
 from .formats.coco_folders import WRITTEN_BY, find_images
@@ -139,8 +140,7 @@ def _recognise(data: EvalDataConfig) -> FoundData | None:
 
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise DatasetError(f"{path} is not a COCO annotation file: it holds a {type(content).__name__}")
+    require_lists(content, str(path), ("images",))
     return content
 
 
@@ -188,7 +188,8 @@ def _settle(data: EvalDataConfig, parts: Sequence[str], folder: Path | None, ear
             contents = _contents(sources, make, holds, share, lines)
             for part in make:
                 contents[part] = _select(contents[part], data, part, lines)
-                _write(target / f"{part}.json", contents[part], lines[:1], settings)
+                origin = sources[part] or train
+                _write(target / f"{part}.json", contents[part], origin and origin.part.ann, lines[:1], settings)
         if folder is not None:
             lines.append(f"written for this run: {', '.join(str(target / f'{part}.json') for part in make)}")
     chosen = {}
@@ -277,8 +278,12 @@ def _find_earlier(make: Sequence[str], earlier: Sequence[Path], settings: dict[s
     return None
 
 
-def _write(path: Path, content: dict[str, Any], description: list[str], settings: dict[str, Any]) -> None:
-    info = {"contributor": WRITTEN_BY, "description": " ".join(description), "settings": settings}
+def _write(
+    path: Path, content: dict[str, Any], origin: Path | None, description: list[str], settings: dict[str, Any]
+) -> None:
+    info: dict[str, Any] = {"contributor": WRITTEN_BY, "description": " ".join(description), "settings": settings}
+    if origin is not None:
+        info[MADE_FROM] = str(origin)
     content = {"info": info, **{key: value for key, value in content.items() if key != "info"}}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

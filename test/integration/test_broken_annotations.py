@@ -200,7 +200,7 @@ COUNTED: dict[str, tuple[Callable, str, int]] = {
     "annotation ids used twice": (twice("annotations"), "duplicate_annotation_id", 1),
     "no annotation ids": (every("annotations", id=...), "duplicate_annotation_id", None),
     "annotation ids that are lists": (more(id=[1]), "duplicate_annotation_id", 1),
-    "a width that is a text": (edit("images", width="320"), "size_from_file", 1),
+    "a width that is a text": (edit("images", width="320"), "text_size", 1),
     "a width of NaN": (edit("images", width=NAN), "size_from_file", 1),
     "a negative height": (edit("images", height=-240), "size_from_file", 1),
     "a height of 1e300": (edit("images", height=1e300), "size_from_file", 1),

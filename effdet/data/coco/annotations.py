@@ -19,12 +19,12 @@ from effdet.ops.labels import IGNORE
 
 from ..dataset_config import Coco2014Cfg, Coco2017Cfg
 from .categories import CategoryMap, effdet_category_map, resolve_category_map
-from .check import CocoArrays, check_coco, check_files
+from .check import CocoArrays, check_coco, check_files, name_source
 from .mend import MENDED, mend_json
 from .parser import Parser
-from .read import collector_paused, read_json
+from .read import collector_paused, read_everything, read_json
 from .report import DatasetError, DatasetReport
-from .rows import four_numbers
+from .rows import four_numbers, is_set
 
 __all__ = [
     "CategoryMap",
@@ -177,9 +177,8 @@ class CocoParser(Parser):
             read = self._read()
             listed = not (isinstance(read, dict) and "images" in read and "annotations" not in read)
             self.has_labels = listed if cfg.has_labels is None else cfg.has_labels
-            arrays, self.report = check_coco(
-                read, str(self.ann_path), img_dir, self.has_labels, keep_crowd, cfg.max_bad
-            )
+            source = name_source(read, self.ann_path)
+            arrays, self.report = check_coco(read, source, img_dir, self.has_labels, keep_crowd, cfg.max_bad)
             self.report.raise_if_errors()
             self._load(arrays, cfg.min_img_size, self.has_labels and cfg.ignore_empty_gt)
         self._kept = read if cfg.keep_json else None
@@ -325,7 +324,7 @@ class CocoParser(Parser):
             if isinstance(a, dict) and four_numbers(a.get("bbox")) and all(abs(v) < 1e300 for v in a["bbox"])
         ]
         for ann in rows:
-            ann["iscrowd"] = int(bool(ann.get("iscrowd")))
+            ann["iscrowd"] = int(is_set(ann.get("iscrowd")))
             if type(ann.get("area")) not in (int, float):
                 ann["area"] = ann["bbox"][2] * ann["bbox"][3]
         ids = {i for i in (a.get("id") for a in rows) if type(i) in (int, str) and i != 0}
@@ -338,11 +337,14 @@ class CocoParser(Parser):
         names = {c["id"]: c["name"] for c in self.categories}
         for row in data["categories"]:
             row["name"] = names[row["id"]]
-        sizes = {info["id"]: info for info in self.img_infos}
-        for img in data["images"]:
-            if img["id"] in sizes:
-                img.update(sizes[img["id"]])
+        self._put_infos(data["images"])
         return data
+
+    def _put_infos(self, rows: list[dict[str, Any]]) -> None:
+        """Give images of the json the names and sizes that are in use."""
+        infos = {info["id"]: info for info in self.img_infos}
+        for row in rows:
+            row.update(infos.get(row["id"], ()))
 
     @property
     def coco(self) -> Any:
@@ -350,8 +352,15 @@ class CocoParser(Parser):
         if self._coco is None:
             from pycocotools.coco import COCO
 
+            with collector_paused():
+                data = read_everything(self.ann_path)
+                if MENDED & self.report.noted.keys():
+                    mend_json(data, DatasetReport())
+                self._put_infos(data["images"])
+            self._coco = COCO()
+            self._coco.dataset = data
             with contextlib.redirect_stdout(io.StringIO()):
-                self._coco = COCO(str(self.ann_path))
+                self._coco.createIndex()
         return self._coco
 
     def __getstate__(self) -> dict[str, Any]:

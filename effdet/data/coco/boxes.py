@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from .report import MAX_EXAMPLES, MIN_BOX_PX, DatasetReport
-from .rows import NUMBERS, column
+from .rows import NUMBERS
 
 _SUSPICIOUS_SHARE = 0.2  # of boxes that reach beyond their images; of real sets with 20 boxes or more, 9 % is the most
-_WITNESS_SHARE = 0.02  # from here on the areas are asked, too
+_WITNESSES = 2000  # boxes whose areas are asked, too
 _AGREED = 0.9  # share of boxes from which a reading of their numbers is taken for theirs
 _TOLERANCE_PX = 1.0
-_RELATIVE_MAX = 1.01  # boxes within 0..1, and rounding
-_FEWEST_RELATIVE = 5  # boxes; fewer may be tiny by chance
+_RELATIVE_SLACK = 0.05  # by which boxes within 0..1 may reach beyond
+_RELATIVE_SHARE = 0.8  # of boxes within 0..1 from which on they are no small objects
+_FEWEST_RELATIVE = 4  # boxes; fewer may be tiny by chance
 
 # What four numbers may be instead of x, y, width, height: where to find x_min, y_min, x_max, y_max.
 _CORNERS = {
@@ -22,6 +23,7 @@ _CORNERS = {
     "x2, y2, x1, y1": (2, 3, 0, 1),
     "y1, x1, y2, x2": (1, 0, 3, 2),
     "y2, x2, y1, x1": (3, 2, 1, 0),
+    "x1, x2, y1, y2": (0, 2, 1, 3),
 }
 
 
@@ -73,22 +75,24 @@ def check_boxes(
         partly = (
             np.maximum.reduce([-x0, -y0, x1 - width, y1 - height]) > 1e-3 if len(image) else np.zeros(0, dtype=bool)
         )
-        relative = (xywh >= 0).all(axis=1) & (x1 <= _RELATIVE_MAX) & (y1 <= _RELATIVE_MAX) & ~empty
+        reach = np.maximum.reduce([-x0, -y0, w - 1, h - 1])
+        relative = (reach <= _RELATIVE_SLACK) & (np.maximum(x0, y0) < 1) & ~empty
 
     left = np.ones(len(image), dtype=bool)
     steps = [("bad_bbox", ~finite), ("empty_bbox", empty), ("outside_bbox", outside), ("tiny_bbox", tiny)]
     real = finite & ~empty
-    if np.count_nonzero(tiny & relative) >= _FEWEST_RELATIVE and relative[real].all():
-        steps[-1] = ("relative_bbox", relative)
+    if (count := np.count_nonzero(tiny & relative)) >= _FEWEST_RELATIVE and count >= _RELATIVE_SHARE * np.count_nonzero(
+        real
+    ):
+        steps.insert(0, ("relative_bbox", finite & relative))
     for kind, mask in steps + ([] if keep_crowd else [("crowd", is_crowd)]):
         _add_rows(report, kind, left & mask, rows, image, infos)
         left &= ~mask
     if keep_crowd:
         _add_rows(report, "crowd_ignored", left & is_crowd, rows, image, infos)
     _add_rows(report, "clipped_bbox", left & partly, rows, image, infos)
-    beyond = real & (partly | outside)
-    if np.count_nonzero(beyond) > _WITNESS_SHARE * np.count_nonzero(real):
-        _judge_beyond(xywh[real], np.stack([width, height], 1)[real], column(rows, "area"), real, beyond, report)
+    if "relative_bbox" not in report.errors:
+        _judge_numbers(xywh, np.stack([width, height], 1), rows, real, real & (partly | outside), report)
     repeated = left.copy()
     repeated[left] = _repeats(xywh[left], image[left], category[left])
     _add_rows(report, "repeated_bbox", repeated, rows, image, infos)
@@ -110,25 +114,43 @@ def _add_rows(
         report.add(kind, example, len(at) - n if last else 1)
 
 
-def _judge_beyond(
-    boxes: np.ndarray, sizes_wh: np.ndarray, areas: list, real: np.ndarray, beyond: np.ndarray, report: DatasetReport
+def _judge_numbers(
+    boxes: np.ndarray,
+    sizes_wh: np.ndarray,
+    rows: list[dict[str, Any]],
+    real: np.ndarray,
+    beyond: np.ndarray,
+    report: DatasetReport,
 ) -> None:
-    """Say how many boxes reach beyond their images, and as what their numbers would not."""
-    area = np.array([value if type(value) in NUMBERS and abs(value) < 1e300 else np.nan for value in areas])[real]
-    count, total = np.count_nonzero(beyond), len(boxes)
-    name, fits, agree = max(_readings(boxes, sizes_wh, area), key=lambda reading: (reading[1], reading[2]))
-    witnessed = agree >= _AGREED and fits >= _AGREED and _agreement(boxes[:, 2] * boxes[:, 3], area) < 0.5
-    if count < _SUSPICIOUS_SHARE * total and not witnessed:
+    """Say what the four numbers are likely to be where they fit neither the images nor the areas given."""
+    count, total = np.count_nonzero(beyond), np.count_nonzero(real)
+    suspicious = total > 0 and count >= _SUSPICIOUS_SHARE * total
+    chosen = np.flatnonzero(real)[:: 1 if suspicious else max(1, total // _WITNESSES)]
+    area = np.array([_area(rows[k].get("area")) for k in chosen])
+    disagree = len(area) > 0 and _agreement(boxes[chosen, 2:].prod(1), area) < 1 - _AGREED
+    if not suspicious and (not disagree or np.isnan(area).all()):
         return
-    kind = "clipped_bbox" if "clipped_bbox" in report.noted else "outside_bbox"
+    found = _readings(boxes[chosen], sizes_wh[chosen], area)
+    _, fits, agree = best = max(found, key=lambda reading: reading[1:])
+    names = " or ".join(reading[0] for reading in found if reading[1:] == best[1:])
+    witnessed = disagree and agree >= _AGREED and fits >= _AGREED
+    if not suspicious and not witnessed:
+        return
+    kind = "clipped_bbox" if "clipped_bbox" in report.noted else "outside_bbox" if count else "odd_area"
+    if kind == "odd_area":
+        report.add(kind, "", total)
     report.suspicious.add(kind)
     remark = f"{count} of {total} boxes reach beyond their images as x, y, width, height, which COCO's bbox is"
     if fits >= _AGREED:
-        remark += f"; read as {name}, {round(fits * total)} of {total} would lie inside"
-        if agree >= _AGREED:
-            remark += f', and {round(agree * total)} would have the "area" given'
+        remark += f"; read as {names}, {round(100 * fits)} % would lie inside"
+        if witnessed:
+            remark += f', and {round(100 * agree)} % would have the "area" given'
         remark += ": if that is what they are, convert them"
     report.remarks[kind] = remark
+
+
+def _area(value: Any) -> float:
+    return value if type(value) in NUMBERS and abs(value) < 1e300 else math.nan
 
 
 def _readings(boxes: np.ndarray, sizes_wh: np.ndarray, area: np.ndarray) -> list[tuple[str, float, float]]:
@@ -136,6 +158,7 @@ def _readings(boxes: np.ndarray, sizes_wh: np.ndarray, area: np.ndarray) -> list
     readings = {name: boxes[:, places] for name, places in _CORNERS.items()}
     centre, half = boxes[:, :2], boxes[:, 2:] / 2
     readings["centre x, centre y, width, height"] = np.concatenate([centre - half, centre + half], axis=1)
+    readings["y, x, height, width"] = np.concatenate([centre, centre + boxes[:, 2:]], axis=1)[:, [1, 0, 3, 2]]
     found = []
     for name, xyxy in readings.items():
         sides = xyxy[:, 2:] - xyxy[:, :2]

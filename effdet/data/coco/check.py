@@ -5,6 +5,8 @@ half way: the caller raises once, with all of them. Reading files is `read.py`'s
 `annotations.py`'s.
 """
 
+import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from .foreign import describe_json
 from .locate import escapes, find_files, find_lfs_pointers, is_image_outside
 from .mend import mend_json
 from .report import DatasetError, DatasetReport, shown
-from .rows import IDS, NUMBERS, Refused, column, sound_rows
+from .rows import IDS, NUMBERS, Refused, column, is_set, sound_rows
 
+MADE_FROM = "made_from"  # key in the info of a json that was made for a run
 _UNKNOWN_PX = 64  # side of an image without a size and without boxes
 
 
@@ -59,14 +62,7 @@ def check_coco(
     Raises:
         DatasetError: the json is not in COCO's form at all.
     """
-    lists = ("images", "annotations", "categories") if has_labels else ("images",)
-    absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
-    if absent:
-        got = f"keys {sorted(map(shown, data))[:8]}" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise DatasetError(
-            f"{source} is not a COCO annotation file: it needs the lists {', '.join(lists)}; "
-            f"{', '.join(absent)} missing, found {got}{describe_json(data)}"
-        )
+    require_lists(data, source, ("images", "annotations", "categories") if has_labels else ("images",))
     report = DatasetReport(source=source)
     sound = mend_json(data, report)
     refused = Refused()
@@ -89,6 +85,24 @@ def check_coco(
     if has_labels:
         _compare_listed_again(arrays, report)
     return arrays, report
+
+
+def require_lists(data: Any, source: str, lists: Sequence[str]) -> None:
+    """Raise DatasetError where a parsed json has not these lists of COCO's form; it says what form it has instead."""
+    absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
+    if absent:
+        got = f"keys {sorted(map(shown, data))[:8]}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise DatasetError(
+            f"{source} is not a COCO annotation file: it needs the lists {', '.join(lists)}; "
+            f"{', '.join(absent)} missing, found {got}{describe_json(data)}"
+        )
+
+
+def name_source(data: Any, path: Path) -> str:
+    """Name an annotation file; of one that was made for a run, the file it was made from too."""
+    info = data.get("info") if isinstance(data, dict) else None
+    origin = info.get(MADE_FROM) if isinstance(info, dict) else None
+    return f"{path} (made from {shown(origin)})" if isinstance(origin, str) else str(path)
 
 
 def _give_sizes(arrays: CocoArrays) -> None:
@@ -198,6 +212,7 @@ def check_files(
     gone = {info["id"] for info in lost + escaping}
     pointers = find_lfs_pointers([info for info in infos if info["id"] not in gone] if gone else infos, img_dir)
     gone |= {info["id"] for info in pointers}
+    report.add_all("lfs_pointer", list(map(_example, pointers)))
     unsized = []
     for info in sizeless or ():
         if info["id"] not in gone:
@@ -208,10 +223,9 @@ def check_files(
             else:
                 report.add("size_from_file", _example(info))
     limit = min(default_limit(len(infos)), len(infos) // 2) if max_bad is None else max_bad
-    allowed = len(lost) + len(unsized) + len(pointers) <= min(limit, len(infos) - 1)
+    allowed = len(lost) + len(unsized) <= min(limit, len(infos) - 1)
     report.add_all("absent_image" if allowed else "missing_image", list(map(_example, lost)))
     report.add_all("unsized_image" if allowed else "unreadable_image", list(map(_example, unsized)))
-    report.add_all("unsized_image" if allowed else "lfs_pointer", list(map(_example, pointers)))
     return escaping
 
 
@@ -224,16 +238,22 @@ def _pack_annotations(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns (offsets, boxes_yxyx, category_ids, is_crowd) of CocoArrays."""
     xywh = to_array(column(rows, "bbox"))
-    image = np.array([image_at[img_id] for img_id in column(rows, "image_id")], dtype=np.int64)
+    image = np.array(list(map(image_at.__getitem__, column(rows, "image_id"))), dtype=np.int64)
     cats = np.array(column(rows, "category_id"), dtype=np.int64)
-    crowds = zip(column(rows, "iscrowd"), column(rows, "ignore"), strict=True)
-    is_crowd = np.array([bool(iscrowd or ignore) for iscrowd, ignore in crowds], dtype=bool)
+    is_crowd = _flags(column(rows, "iscrowd")) | _flags(column(rows, "ignore"))
     yxyx, keep = check_boxes(xywh, image, cats, is_crowd, infos, rows, report, keep_crowd)
     order = np.flatnonzero(keep)
     order = order[np.argsort(image[order], kind="stable")]
     offsets = np.zeros(len(infos) + 1, dtype=np.int64)
     np.cumsum(np.bincount(image[order], minlength=len(infos)), out=offsets[1:])
     return offsets, yxyx[order].astype(np.float32), cats[order], is_crowd[order]
+
+
+def _flags(values: list) -> np.ndarray:
+    if not any(values):  # nearly always
+        return np.zeros(len(values), dtype=bool)
+    plain = {int, bool, type(None)}.issuperset(map(type, values))
+    return np.array(list(map(bool if plain else is_set, values)), dtype=bool)
 
 
 def boxes_of(arrays: CocoArrays, k: int) -> set[tuple[float, ...]]:
@@ -247,6 +267,7 @@ def boxes_of(arrays: CocoArrays, k: int) -> set[tuple[float, ...]]:
 def _compare_listed_again(arrays: CocoArrays, report: DatasetReport) -> None:
     """Name the files that several ids have: with the same boxes, or with others."""
     names = [info["file_name"] for info in arrays.img_infos]
+    names = [posixpath.normpath(name) if "/" in name else name for name in names]
     if len(set(names)) == len(names):
         return
     places: dict[str, list[int]] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ..images import image_suffixes
 from .foreign import is_lfs_pointer
 from .report import DatasetError, DatasetReport
 
@@ -27,7 +28,10 @@ _CHANGES = {
     "spelling": "upper and lower case or accents differ",
     "extension": "the extension is another one",
 }
-_IMAGE_SUFFIXES = frozenset(".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+_READ_OFF = frozenset(("url", "backslash", "percent", "spelling"))  # a name shows these by itself, others need not
+_MOST_BESIDE = 200  # folders near the image directory that are tried
+_TRIED_BESIDE = 20  # names that are tried in each
+_UNLIKE = 0.1  # of the missing, or one: so many may have no file at all where one rule is found for the others
 _MOST_FILES = 2_000_000  # of an image directory; beyond them nothing is looked for
 _SAMPLED = 8  # files that are looked into for Git LFS pointers; all when one of them is
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -40,19 +44,32 @@ class Search:
 
     Attributes:
         paths: name in the json -> path below the image directory, of those that have one place to be.
+        doubled: name in the json -> paths of those that have several.
         changes: keys of _CHANGES that the names differ by.
-        certain: one rule gives all these paths, and no two names the same one.
+        certain: one rule gives these paths, and no two names the same one.
     """
 
     paths: dict[str, str] = field(default_factory=dict)
+    doubled: dict[str, list[str]] = field(default_factory=dict)
     changes: set[str] = field(default_factory=set)
     certain: bool = False
 
     def sentence(self, total: int) -> str:
-        """Say what was found."""
-        why = "; ".join(text for key, text in _CHANGES.items() if key in self.changes)
-        name, path = next(iter(self.paths.items()))
-        return f"{len(self.paths)} of {total} are there, as {path} is for {name}" + (f": {why}" if why else "")
+        """Say what was found; empty when it is nothing."""
+        texts = []
+        if self.paths:
+            why = "; ".join(text for key, text in _CHANGES.items() if key in self.changes)
+            name, path = next(iter(self.paths.items()))
+            texts.append(
+                f"{len(self.paths)} of {total} are there, as {path} is for {name}" + (f": {why}" if why else "")
+            )
+        if self.doubled:
+            name, paths = next(iter(self.doubled.items()))
+            texts.append(
+                f"{len(self.doubled)} of {total} may be one of several files, {name} one of {', '.join(paths[:3])}: "
+                "name the folder that is meant"
+            )
+        return ". ".join(texts)
 
 
 def escapes(name: str) -> bool:
@@ -69,9 +86,10 @@ def is_absolute(name: str) -> bool:
 
 def is_image_outside(name: str, img_dir: Path | None) -> bool:
     """Tell whether a name that leads out of the image directory is that of an image file on this machine."""
-    path = name if img_dir is None else os.path.join(img_dir, name)
+    if os.path.splitext(name)[1].lower() not in image_suffixes() or (img_dir is None and not os.path.isabs(name)):
+        return False
     try:
-        return os.path.isabs(path) and os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES and os.path.isfile(path)
+        return os.path.isfile(os.path.join(img_dir or "", name))
     except ValueError:  # no file can have this name
         return False
 
@@ -111,9 +129,26 @@ def find_files(
     escaping = absolute + [info for info in lost if escapes(info["file_name"])]
     for info in escaping:
         report.add("escaping_file_name", f"{info['file_name']!r} of image {info['id']}")
-    if found.paths and not renamed:
-        report.remarks["escaping_file_name" if escaping else "missing_image"] = found.sentence(len(lost + absolute))
+    if not renamed:
+        sentence = found.sentence(len(lost + absolute)) or _look_beside([info["file_name"] for info in lost], img_dir)
+        if sentence:
+            report.remarks["escaping_file_name" if escaping else "missing_image"] = sentence
     return _without(lost, escaping), escaping
+
+
+def _look_beside(names: list[str], img_dir: Path) -> str:
+    """Say which folder beside the image directory, or above it, has the missing files; empty when none has."""
+    above = img_dir.absolute().parent
+    tried = names[:_TRIED_BESIDE]
+    try:
+        with os.scandir(above) as entries:
+            folders = [above, *(Path(entry.path) for entry in sorted(entries, key=lambda e: e.name) if entry.is_dir())]
+        for folder in folders[:_MOST_BESIDE]:
+            if tried and all((folder / name).is_file() for name in tried):
+                return f"{folder} has them: give that as the image directory"
+    except (OSError, ValueError):  # not to be looked into; no file can have such a name
+        pass
+    return ""
 
 
 def _without(infos: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,17 +196,25 @@ def search_files(names: set[str], infos: Iterable[dict[str, Any]], img_dir: Path
     """
     shelves = _Shelves(img_dir)
     search = Search()
+    rules = set()
     for name in sorted(names):
-        hit = shelves.find(name)
-        if hit is not None:
-            search.paths[name] = hit[0]
-            search.changes |= hit[1]
-    present = {info["file_name"] for info in infos} - names
-    paths = set(search.paths.values())
+        paths, changes = shelves.find(name)
+        if len(paths) == 1:
+            search.paths[name] = paths[0]
+            search.changes |= changes
+            rules.add(frozenset(changes - _READ_OFF))
+        elif paths:
+            search.doubled[name] = paths
+    present = {posixpath.normpath(info["file_name"]) for info in infos if info["file_name"] not in names}
+    paths_found = set(search.paths.values())
     suffixes = {os.path.splitext(name)[1].lower() for name in search.paths}
+    without = len(names) - len(search.paths)
     search.certain = (
-        len(paths) == len(search.paths)
-        and not paths & present
+        len(rules) == 1
+        and without <= max(1, _UNLIKE * len(names))
+        and without < len(search.paths)
+        and len(paths_found) == len(search.paths)
+        and not paths_found & present
         and not {"dropped", "added"} <= search.changes  # folders of one name for those of another
         # Beside images of the same extension that are there, a file of another one may be something else: a mask.
         and not (
@@ -189,21 +232,22 @@ class _Shelves:
         self.spelled: dict[str, list[tuple[str, ...]]] = {}
         self.stems: dict[str, list[tuple[str, ...]]] = {}
         count = 0
-        for folder, _, files in os.walk(root):
+        for folder, below, files in os.walk(root):
+            below[:] = [name for name in below if not name.startswith(".") and name != "__MACOSX"]
             parts = Path(folder).relative_to(root).parts
             for base in files:
                 path = (*parts, base)
                 stem, suffix = os.path.splitext(_plain(base))
                 self.exact.setdefault(base, []).append(path)
                 self.spelled.setdefault(stem + suffix, []).append(path)
-                if suffix in _IMAGE_SUFFIXES:
+                if suffix in image_suffixes():
                     self.stems.setdefault(stem, []).append(path)
             count += len(files)
             if count > _MOST_FILES:
                 break
 
-    def find(self, name: str) -> tuple[str, set[str]] | None:
-        """Return the only path that a name can mean, and the changes that lead there."""
+    def find(self, name: str) -> tuple[list[str], set[str]]:
+        """Return the paths that a name can mean, none, one or several, and the changes that lead to the one."""
         for text, changes in _readings(name):
             parts = tuple(
                 part for part in text.split("/") if part not in ("", ".", "..") and not _DRIVE.fullmatch(part)
@@ -214,12 +258,12 @@ class _Shelves:
             for places, key, change in (
                 (self.exact, parts[-1], None),
                 (self.spelled, stem + suffix, "spelling"),
-                (self.stems, stem if suffix in _IMAGE_SUFFIXES else stem + suffix, "extension"),
+                (self.stems, stem if suffix in image_suffixes() else stem + suffix, "extension"),
             ):
                 paths = places.get(key)
                 if paths:
                     return _nearest(parts, paths, changes | ({change} if change else set()))
-        return None
+        return [], set()
 
 
 def _plain(text: str) -> str:
@@ -240,8 +284,8 @@ def _readings(name: str) -> Iterator[tuple[str, set[str]]]:
         yield unquote(text), changes | {"percent"}
 
 
-def _nearest(parts: tuple[str, ...], paths: list[tuple[str, ...]], changes: set[str]) -> tuple[str, set[str]] | None:
-    """Choose the path with the longest end in common; None when two are equally near."""
+def _nearest(parts: tuple[str, ...], paths: list[tuple[str, ...]], changes: set[str]) -> tuple[list[str], set[str]]:
+    """Choose the path with the longest end in common; several when they are equally near."""
 
     def common(path: tuple[str, ...]) -> int:
         pairs = zip(reversed(parts[:-1]), reversed(path[:-1]), strict=False)
@@ -250,13 +294,13 @@ def _nearest(parts: tuple[str, ...], paths: list[tuple[str, ...]], changes: set[
     best = max(map(common, paths))
     nearest = [path for path in paths if common(path) == best]
     if len(nearest) > 1:
-        return None
+        return ["/".join(path) for path in sorted(nearest)], changes
     (path,) = nearest
     if len(parts) > best and "url" not in changes:  # a host's folders are its own business
         changes = changes | {"dropped"}
     if len(path) > best:
         changes = changes | {"added"}
-    return "/".join(path), changes | ({"spelling"} if parts[-best:-1] != path[-best:-1] else set())
+    return ["/".join(path)], changes | ({"spelling"} if parts[-best:-1] != path[-best:-1] else set())
 
 
 def find_lfs_pointers(infos: Sequence[dict[str, Any]], img_dir: Path) -> list[dict[str, Any]]:

@@ -5,16 +5,20 @@ image's id differently, the images' way counts. Category ids become numbers; whe
 numbered in the order of the list. What is wrong and cannot be mended is `check.py`'s business.
 """
 
+import itertools
+import operator
 import re
 from typing import Any
 
 from .read import NAME_KEYS, POLYGON_KEY
 from .report import DatasetReport
 from .rows import IDS, NUMBERS, all_sound, column, dicts, four_numbers
+from .shapes import box_of_object, box_of_outline, box_of_text
 
 # Kinds of the report that tell of a change to the json.
 MENDED = frozenset(
-    "respelled_id numbered_category repeated_category placeholder_category name_from_url text_bbox polygon_bbox".split()
+    "respelled_id numbered_category repeated_category placeholder_category name_from_url text_size text_bbox "
+    "polygon_bbox".split()
 )
 _SPELLED = frozenset((int, float, str))  # types an id may be written in
 _WHOLE = re.compile(r"\s*[+-]?\d{1,18}(\.0*)?\s*", re.ASCII)
@@ -38,7 +42,7 @@ def mend_json(data: dict[str, Any], report: DatasetReport) -> bool:
     sound = numbers is None and all_sound(annotations, image_ids, category_ids)
     if not sound:
         _mend_annotations(dicts(annotations), image_ids, category_ids, numbers, report)
-    _drop_attributes(dicts(annotations), report)
+    _note_rotations(dicts(annotations), report)
     if categories:
         categories = _without_repeats(categories, report)
         data["categories"] = _without_placeholder(categories, dicts(annotations), report)
@@ -95,14 +99,24 @@ def _respelled(value: Any, example: str, report: DatasetReport) -> Any:
 
 
 def _mend_images(rows: list[dict[str, Any]], report: DatasetReport) -> None:
-    for row, img_id in zip(rows, column(rows, "id"), strict=True):
+    columns = (column(rows, key) for key in ("id", "file_name", "width", "height"))
+    for row, img_id, name, *sides in zip(rows, *columns, strict=True):
         if type(img_id) is float:
             row["id"] = _respelled(img_id, f"id {img_id!r} of an image", report)
-        if "file_name" not in row:
+        if not name:
             name = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str) and row[key]), None)
             if name is not None:
                 row["file_name"] = name
                 report.add("name_from_url", name)
+        if str in map(type, sides):
+            _mend_size(row, report)
+
+
+def _mend_size(row: dict[str, Any], report: DatasetReport) -> None:
+    size = [whole(row.get(key)) for key in ("width", "height")]
+    if None not in size:
+        row["width"], row["height"] = size
+        report.add("text_size", f"image {row.get('id')}")
 
 
 def _mend_annotations(
@@ -130,53 +144,24 @@ def _mend_annotations(
             row["category_id"] = numbers.get(_spelling(cat_id), str(cat_id)) if type(cat_id) in _SPELLED else cat_id
         elif type(cat_id) in _SPELLED and type(cat_id) is not int and whole(cat_id) in category_ids:
             row["category_id"] = _respelled(cat_id, f"category_id {cat_id!r} of annotation {ann_id}", report)
-        polygon = row.pop(POLYGON_KEY, None)
         if four_numbers(box):
             continue
-        read = box_of_text(box)
+        read = box_of_text(box) or box_of_object(box)
+        around = None if box else box_of_outline(row.get(POLYGON_KEY))
         if read is not None:
             row["bbox"] = read
-            report.add("text_bbox", f"{box!r} of annotation {ann_id}")
-        elif box is None or box == []:
-            around = box_of_polygon(polygon)
-            if around is not None:
-                row["bbox"] = around
-                report.add("polygon_bbox", f"annotation {ann_id}")
+            report.add("text_bbox", f"{box!r} of annotation {ann_id}"[:99])
+        elif around is not None:
+            row["bbox"] = around
+            report.add("polygon_bbox", f"annotation {ann_id}")
 
 
-def _drop_attributes(rows: list[dict[str, Any]], report: DatasetReport) -> None:
-    for row in rows if any("attributes" in row for row in rows) else ():
-        attributes = row.pop("attributes", None)
+def _note_rotations(rows: list[dict[str, Any]], report: DatasetReport) -> None:
+    for row in rows if any(map(operator.contains, rows, itertools.repeat("attributes"))) else ():
+        attributes = row.get("attributes")
         rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
         if type(rotation) in NUMBERS and rotation % 180:
             report.add("rotated_bbox", f"annotation {row.get('id')}, {rotation:g} degrees")
-
-
-def box_of_text(value: Any) -> list[float] | None:
-    """Return four numbers that are written as text, one by one or together; None when they are not."""
-    if isinstance(value, str):
-        value = re.split(r"[\s,;]+", value.strip(" \t\n[]()"))
-    if not isinstance(value, (list, tuple)) or len(value) != 4:
-        return None
-    if not all(type(part) is str or type(part) in NUMBERS for part in value):
-        return None
-    try:
-        return [float(part) for part in value]
-    except (ValueError, OverflowError):
-        return None
-
-
-def box_of_polygon(polygon: Any) -> list[float] | None:
-    """Return x, y, width, height of the box around polygons: lists of x, y, x, y, or of points; None if it has none."""
-    if not isinstance(polygon, list) or not polygon:
-        return None
-    parts = polygon if all(isinstance(part, list) for part in polygon) else [polygon]
-    flat = [value for part in parts for value in part]
-    points = [value for pair in flat for value in pair] if all(isinstance(pair, list) for pair in flat) else flat
-    if len(points) < 6 or len(points) % 2 or not NUMBERS.issuperset(map(type, points)):
-        return None
-    x, y = points[::2], points[1::2]
-    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
 def _without_repeats(rows: list, report: DatasetReport) -> list:

@@ -6,6 +6,7 @@ Only about bytes and objects: what the json has to hold is `check.py`'s business
 import contextlib
 import functools
 import gc
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 
 from .foreign import describe_bytes
 from .report import DatasetError
+from .rows import dicts
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def read_json(path: str | Path) -> Any:
         what = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"annotation file {path} {what}")
     try:
-        raw = path.read_bytes()
+        raw = _as_utf8(path.read_bytes())
         data = _parse(raw, _IMAGE_KEYS, _ANNOTATION_KEYS)
         images, annotations = (_has_gap(data, *where) for where in (("images", "file_name"), ("annotations", "bbox")))
         if images or annotations:
@@ -85,6 +87,22 @@ def read_json(path: str | Path) -> Any:
     return data
 
 
+def read_everything(path: str | Path) -> Any:
+    """Parse a json that `read_json` has read before, with all its keys."""
+    return json.loads(_as_utf8(Path(path).read_bytes()))
+
+
+def _as_utf8(raw: bytes) -> bytes:
+    """Return a json's bytes in UTF-8 and without a byte order mark, as far as they can be read at all."""
+    encoding = json.detect_encoding(raw)
+    if encoding == "utf-8":
+        return raw
+    try:
+        return raw.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return raw
+
+
 def _parse(raw: bytes, image_keys: tuple[str, ...], annotation_keys: tuple[str, ...]) -> Any:
     try:
         return _decoder(image_keys, annotation_keys).decode(raw)
@@ -93,7 +111,7 @@ def _parse(raw: bytes, image_keys: tuple[str, ...], annotation_keys: tuple[str, 
 
 
 def _read_slowly(raw: bytes, kept: dict[str, tuple[str, ...]]) -> Any:
-    """Read what the decoder refuses: a file of another form, NaN, UTF-16, or no json at all."""
+    """Read what the decoder refuses: a file of another form, NaN, or no json at all."""
     data = json.loads(raw)
     for key, keys in kept.items():
         rows = data.get(key) if isinstance(data, dict) else None
@@ -108,4 +126,4 @@ def _has_gap(data: Any, rows: str, key: str) -> bool:
     listed = data.get(rows) if isinstance(data, dict) else None
     if not isinstance(listed, list):
         return False
-    return not all(row.get(key) for row in listed if isinstance(row, dict))
+    return not all(map(dict.get, dicts(listed), itertools.repeat(key)))

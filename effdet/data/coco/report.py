@@ -30,14 +30,15 @@ NOTED = {
     "crowd_ignored": ("crowd regions (iscrowd or ignore set)", "ignored in the loss"),
     "size_from_file": ("images without a valid width and height", "size read from the files"),
     "renamed_image": ("images that are in the image directory under another name", "read from there"),
-    "outside_image": ("absolute file names outside of the image directory", "read from there, the files exist"),
+    "outside_image": ("file names that lead out of the image directory to files there are", "read from there"),
     "name_from_url": ("images without a file_name", "named by their coco_url, path or url"),
     "respelled_id": ("ids written as a text or with a decimal point", "read as the whole numbers they are"),
     "numbered_category": ("category ids that are no numbers", "numbered from 1 in the order of the list"),
     "repeated_category": ("categories listed again with the same id and name", "taken once"),
     "placeholder_category": ('classes without boxes whose supercategory is "none"', "left out"),
-    "text_bbox": ("boxes written as text", "read as the four numbers they are"),
-    "polygon_bbox": ("annotations with a polygon and no bbox", "the box around the polygon is taken"),
+    "text_size": ("images with a width and height written as text", "read as the numbers they are"),
+    "text_bbox": ("boxes written as text or as an object", "read as the four numbers they are"),
+    "polygon_bbox": ("annotations with polygons or a mask and no bbox", "the box around them is taken"),
     "rotated_bbox": ("boxes with a rotation in their attributes", "read as they stand, not rotated"),
     "repeated_bbox": (
         "boxes given twice, with the same image, class and numbers",
@@ -56,6 +57,7 @@ WARNED = {
         "files listed under several ids whose boxes are not the same",
         "merge the ids of a file into one: under each, the objects of the others are trained as background",
     ),
+    "odd_area": ('boxes whose width times height is not their "area"', "used as they stand"),
     "shared_name": (
         "class names that several ids have",
         "the model keeps them apart; merge them if they are one class",
@@ -86,7 +88,7 @@ ERRORS = {
     "unreadable_image": ("images whose size is neither in the json nor readable from the file", "replace the files"),
     "lfs_pointer": ("images that are Git LFS pointers, short texts in place of the files", "run: git lfs pull"),
     "relative_bbox": (
-        "boxes, all of them, lie within 0..1",
+        "boxes lie within 0..1, as most of them do",
         "they look relative to the image's size; multiply x and width by its width, y and height by its height",
     ),
     "annotation_fields": (
@@ -186,8 +188,11 @@ class DatasetReport:
             logger.log(logging.WARNING if line in alarming else logging.INFO, line)
 
     def reasons(self) -> list[str]:
-        """Say briefly what was dropped: '3 boxes with zero or negative width or height'."""
-        return [f"{count} {DROPPED[kind][0]}" for kind, count in self.dropped.items()]
+        """Say briefly what was dropped ('3 boxes with zero or negative width or height') and what it may be."""
+        return [
+            f"{count} {DROPPED[kind][0]}" + (f" ({self.remarks[kind]})" if kind in self.remarks else "")
+            for kind, count in self.dropped.items()
+        ]
 
     def raise_if_errors(self) -> None:
         """Raise DatasetError naming every kind of error found; do nothing when there is none."""

@@ -32,13 +32,22 @@ def four_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 4 and NUMBERS.issuperset(map(type, value))
 
 
+def is_set(flag: Any) -> bool:
+    """Tell whether a flag such as `iscrowd` is set: 1, 1.0, true or "1", while NaN and "0" say nothing."""
+    if type(flag) is str:
+        return flag.strip().lower() not in ("", "0", "0.0", "false", "no", "none", "null", "nan")
+    return bool(flag) and flag == flag
+
+
 def column(rows: list[dict[str, Any]], key: str) -> list:
     """Return one value of each row, None where it has no such key."""
     return list(map(dict.get, rows, itertools.repeat(key)))
 
 
-def dicts(rows: Iterable[Any]) -> list[dict[str, Any]]:
+def dicts(rows: list) -> list[dict[str, Any]]:
     """Return those rows that are objects."""
+    if {dict}.issuperset(map(type, rows)):
+        return rows
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -93,8 +102,14 @@ def sound_rows(
         else:
             sound.append(row)
     if "unknown_category" in report.errors:
-        ids = sorted(cat_ids)
-        report.remarks["unknown_category"] = (
-            f'"categories" has the ids {", ".join(map(str, ids[:12]))}{", ..." if len(ids) > 12 else ""}'
-        )
+        used = {row.get("category_id") for row in dicts(rows) if type(row.get("category_id")) is int}
+        shift = min(used) - min(cat_ids, default=0)
+        report.remarks["unknown_category"] = f'"categories" has the ids {_few(cat_ids)}, the annotations {_few(used)}'
+        if shift and {cat_id - shift for cat_id in used} <= cat_ids:
+            report.remarks["unknown_category"] += f": do they count from {min(used)}, and that from {min(cat_ids)}?"
     return sound
+
+
+def _few(ids: Iterable[int]) -> str:
+    ordered = sorted(ids)
+    return ", ".join(map(str, ordered[:12])) + (", ..." if len(ordered) > 12 else "")

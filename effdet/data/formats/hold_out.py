@@ -14,6 +14,7 @@ from typing import Any
 
 from effdet.config.options import nearest
 
+from ..coco.mend import whole
 from ..coco.report import DatasetError
 
 Coco = dict[str, Any]
@@ -29,8 +30,9 @@ _BLOCK = 1 / 40
 
 
 def id_key(value: Any) -> str:
-    """Return an id so that 1, 1.0 and '1' are the same."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """Return an id so that 1, 1.0, '1' and '1.0' are the same."""
+    number = whole(value)
+    return str(value if number is None else number)
 
 
 def _rows(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -194,4 +196,9 @@ def hold_out(content: Coco, share: float) -> tuple[Coco, Coco, int]:
         labelled = [key for key in groups if len(held[key]) > 1] or list(groups)
         chosen = [min(labelled, key=by_hash)]
     val = {images[index][0] for key in chosen for index in groups[key]}
-    return take_images(content, {key for key, _ in images} - val), take_images(content, val), len(groups)
+    training = {  # what belongs to no image stays, so that its reader reports it
+        **content,
+        "images": [row for row in _rows(content, "images") if id_key(row.get("id")) not in val],
+        "annotations": [row for row in _rows(content, "annotations") if id_key(row.get("image_id")) not in val],
+    }
+    return training, take_images(content, val), len(groups)
