@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_blood_cells_are_learned_with_defaults(shared_data, tmp_path):
-    """292 images, ImageNet weights of the package; seeds and numbers of threads gave AP .56 to .57 and AP50 .89 to .90."""
+    """292 images, ImageNet weights of the package. Three seeds gave AP .56 to .57; docs/configurations.md has them."""
     command = [
         sys.executable,
         REPO / "train.py",
