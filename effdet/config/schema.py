@@ -154,6 +154,11 @@ class SchedConfig:
     sched: str = setting("cosine", "learning-rate schedule", choices=_SCHEDULES)
     epochs: int = setting(300, "epochs to train, without the cooldown", flags="--epochs --epoch", low=1)
     start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
+    per_epoch: bool = setting(
+        False,
+        "change the learning rate once an epoch, as timm does by default, instead of at every update",
+        flags="--lr-per-epoch",
+    )
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up, a fraction is allowed", low=0)
     warmup_lr: float = setting(1e-4, "learning rate at the start of the warm-up", low=0)
     min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)

@@ -314,6 +314,7 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         patience=sched.patience_epochs,
         seed=cfg.run.seed,
         updates_per_epoch=updates,
+        per_epoch=sched.per_epoch,
     )
     if updates < FEW_STEPS and not cfg.run.overfit:
         _logger.warning(
