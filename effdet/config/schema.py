@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .eval_schema import (
     DEVICE_TEXT,
+    NPU_DEFAULTS_TEXT,
     DemoModelConfig,
     DemoRunSectionConfig,
     EvalAmpConfig,
@@ -198,7 +199,7 @@ class EmaConfig:
 class AmpConfig(EvalAmpConfig):
     """Choose the precision of the arithmetic and the loss scale."""
 
-    loss_scale: float | str = setting("dynamic", "with --amp in float16: 'dynamic' or one fixed factor", metavar="N")
+    loss_scale: float | str = setting("dynamic", "in float16: 'dynamic' or one fixed factor", metavar="N")
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class RunSectionConfig:
     """Say where the run takes place, how long, and what it keeps."""
 
     device: str = setting("auto", DEVICE_TEXT)
+    npu_defaults: bool = setting(False, NPU_DEFAULTS_TEXT)
     batch_size: int | str = setting(
         256,
         "images per step over all devices; 'auto': as many as fit an accelerator's memory, found by trying",

@@ -28,6 +28,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, memory, seeding, signals
 
 from . import auto_batch, build, footprint, initial_weights, overfit, resume
+from .amp import check_precision
 from .build import (
     Placement,
     build_loaders,
@@ -66,6 +67,8 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
     check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
+    amp = cfg.amp
+    check_precision(device, amp.enabled, amp.opt_level, amp.dtype, amp.loss_scale)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)

@@ -182,12 +182,20 @@ FOLDERS = {
 _VENDOR = re.compile(r"(?<![a-z0-9])(cuda(?![a-z])|torch_npu(?![a-z])|npu(?![a-z0-9_]))", re.IGNORECASE)
 
 
+_VENDOR_FILES = (
+    "effdet.runtime.device",
+    "effdet.runtime.ascend",  # the chips of one vendor, for device.py alone
+    "effdet.config.schema",  # the help of the flags names what a user may give
+    "effdet.config.eval_schema",
+)
+
+
 def vendor_words(root: Path) -> list[str]:
     """Return identifiers and strings of effdet that name a vendor's device, docstrings and comments aside."""
     wrong = []
     for name, file, tree in trees_of(root):
-        if not name.startswith("effdet") or name in ("effdet.runtime.device", "effdet.config.schema"):
-            continue  # the help of the flags in schema.py names what a user may give
+        if not name.startswith("effdet") or name in _VENDOR_FILES:
+            continue
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             fields = [value for key, value in ast.iter_fields(node) if isinstance(value, str) and key != "type_comment"]

@@ -465,8 +465,8 @@ def test_yaml_that_is_a_single_number(tmp_path, capsys):
         "--amp --loss-scale -1",
         "--amp --loss-scale fast",
         "--amp --loss-scale nan",
-        "--loss-scale 8",
-        "--amp --opt-level O0 --loss-scale 8",
+        "--device cpu --loss-scale 8",
+        "--device cpu --amp --opt-level O0 --loss-scale 8",
         "--amp --amp-dtype bfloat16 --loss-scale 8",
         "--device-list 0,0",
         "--device-list -1",
@@ -542,7 +542,8 @@ def test_range_message_names_field_flag_value_and_limits(capsys):
 
 
 def test_a_fixed_loss_scale_needs_float16(capsys):
-    assert "--loss-scale 8.0 acts in float16 only: give --amp" in refusal(capsys, "--loss-scale 8")
+    assert "--loss-scale 8.0 acts in float16 only: give --amp" in refusal(capsys, "--loss-scale 8 --device cpu")
+    assert parse("--loss-scale 8 --device auto").amp.loss_scale == 8.0  # the device decides, as one may need it
 
 
 def test_check_config_serves_api_users():
