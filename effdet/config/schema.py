@@ -272,6 +272,9 @@ class RunSectionConfig:
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     compile: bool = setting(False, "train with torch.compile: equal up to rounding; minutes to compile, slower on CPUs")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
+    profile: int = setting(
+        0, "trace N updates with the device's profiler, into profile/ of the run's folder; 0: none", low=0
+    )
     tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -285,6 +286,32 @@ def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor]
 
     # The argument called num_classes is the axis; an index out of range gives a row of zeros.
     return lambda indices, width: torch_npu.npu_one_hot(indices, -1, width, 1, 0)
+
+
+def make_profiler(device: torch.device, folder: Path, steps: int) -> Any:
+    """Make the profiler of a kind of device: torch_npu's on NPUs, else torch's, whose methods are the same.
+
+    Args:
+        device: where the work runs; the host is traced as well.
+        folder: existing folder that receives the trace when it is complete, or when the profiler is stopped.
+        steps: calls of its `step` that are traced, behind the first one.
+    """
+    profiler: Any = torch.profiler
+    activities = [profiler.ProfilerActivity.CPU]
+    if device.type == "npu":
+        ascend.npu_module()
+        import torch_npu
+
+        profiler = torch_npu.profiler
+        activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
+    elif device.type == "cuda":
+        activities.append(profiler.ProfilerActivity.CUDA)
+    return profiler.profile(
+        activities=activities,
+        schedule=profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
+        on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
+        record_shapes=True,
+    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -41,6 +41,7 @@ from .build import (
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
+from .profiling import StepProfiler
 from .recipe import apply_recipe, fit_anchors, keep_recipe, name_backbone
 from .recorder import RunRecorder, check_tensorboard
 from .run import Run, Start
@@ -162,6 +163,9 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         recorder,
         started,
         lock,
+        StepProfiler(device, start.output_dir, cfg.run.profile)
+        if cfg.run.profile and distributed.is_primary()
+        else None,
     )
 
 
@@ -260,6 +264,8 @@ class EpochState:
         Ranks agree by a reduction on the hosts whose result is read one update later, so nobody waits for it.
         """
         self.progress = progress
+        if self.run.profiler is not None:
+            self.run.profiler.step()
         self.run.data.bad_images.look()
         signum = self.run.vote(signals.requested())
         interval = self.run.cfg.run.recovery_interval
