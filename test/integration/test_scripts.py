@@ -183,6 +183,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(output / "straight", argv, done.stdout)
 
 
+@pytest.mark.slow
 def test_a_profile_lies_in_the_runs_folder(data: Path, tmp_path: Path):
     code, printed = call(train, *train_argv(data, tmp_path, "traced", "--profile", "2", "--max-steps", "8"))
     assert code == 0, printed
