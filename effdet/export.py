@@ -1,7 +1,7 @@
 """Write a checkpoint's network for other runtimes: ONNX, TorchScript, a torch.export program, or CANN's .om.
 
-`python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples. What lives here: the exported module, the
-writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py, the call of CANN's converter in
+`python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples. What lives here: the exported module,
+the writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py, the call of CANN's converter in
 runtime/atc.py.
 """
 
