@@ -1,7 +1,8 @@
-"""Write a checkpoint's network for other runtimes: ONNX, TorchScript, or a torch.export program.
+"""Write a checkpoint's network for other runtimes: ONNX, TorchScript, a torch.export program, or CANN's .om.
 
-`python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples and the Ascend command line. What lives
-here: the exported module, the three writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py.
+`python -m effdet.export CHECKPOINT --format onnx`; docs/export.md has examples. What lives here: the exported module,
+the writers, the command line. The NMS nodes of the ONNX graph are in nms_onnx.py, the call of CANN's converter in
+runtime/atc.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from effdet.ops.boxes import decode_boxes
 from effdet.ops.nms import select_candidates
 from effdet.ops.nms_onnx import append_nms
 from effdet.predict.load import Detector, load_detector
+from effdet.runtime import atc
 from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
 from .bench import DetBenchPredict
@@ -35,6 +38,7 @@ from .bench import DetBenchPredict
 _logger = logging.getLogger(__name__)
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".ts.pt", "torch_export": ".pt2"}
+OM = "om"  # made from an ONNX file by CANN's converter
 OUTPUTS = ("raw", "detections")
 DEFAULT_OPSET = 15
 _FIRST_OPSET, _LAST_OPSET = 13, 20
@@ -229,6 +233,36 @@ def _export_openvino(
     return facts
 
 
+def export_om(detector: Detector, path: Path, soc: str, batch_size: int | None, opset: int) -> dict[str, Any]:
+    """Write the raw heads into an ONNX file beside `path`, and convert it for an Ascend chip.
+
+    Args:
+        detector: as for `export`.
+        path: the .om file.
+        soc: the chip that will run it, as CANN names it, such as Ascend310P3.
+        batch_size: number of images in a batch.
+        opset: ONNX operator set.
+
+    Returns:
+        What the ONNX file carries about itself.
+
+    Raises:
+        ValueError: as for `export`; also where CANN's converter takes no such file, or is not there.
+        RuntimeError: the converter failed.
+    """
+    first, last = atc.OPSETS
+    if batch_size is None:
+        raise ValueError("an .om file has a fixed batch: give --batch N")
+    if not first <= opset <= last:
+        raise ValueError(f"atc takes the operator sets {first} to {last}, got --opset {opset}")
+    atc.find_atc()  # before the minutes of the export
+    onnx_path = path.with_name(path.name + ".onnx")  # not the name of another export's file
+    facts = export(detector, onnx_path, "onnx", "raw", batch_size, opset)
+    command = atc.convert(onnx_path, path, facts["input"], facts["input_shape"], soc)
+    _logger.info("%s", shlex.join(command))
+    return facts
+
+
 def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
@@ -244,10 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Write a checkpoint's network for other runtimes.",
         "model_best.pth.tar --format onnx --outputs detections\n"
         "model_best.pth.tar --format torchscript --out raw.ts.pt\n"
-        "weights.pth --model tf_efficientdet_d0 --batch dynamic",
+        "weights.pth --model tf_efficientdet_d0 --batch dynamic\n"
+        "model_best.pth.tar --format om --soc Ascend310P3",
     )
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or any weights of a known model")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="what is written (default onnx)")
+    parser.add_argument("--format", choices=[*FORMATS, OM], default="onnx", help="what is written (default onnx)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with the format's suffix")
     parser.add_argument(
         "--outputs",
@@ -263,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help=f"ONNX operator set, {_FIRST_OPSET}..{_LAST_OPSET} (default {DEFAULT_OPSET})",
     )
+    parser.add_argument("--soc", metavar="NAME", help="with om: the chip that will run the file, such as Ascend310P3")
     parser.add_argument("--model", metavar="NAME", help="the model's name, for files that hold weights only")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="other input height and width")
     parser.add_argument("--max-det", type=int, metavar="N", help="rows of the detections (default: the model's, 100)")
@@ -274,21 +310,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="which NMS goes with the detections (default: the model's)",
     )
     args = parser.parse_args(arguments)
+    if (args.format == OM) != bool(args.soc):
+        parser.error("--format om and --soc NAME go together: give both, or neither")
+    if args.format == OM and args.outputs != "raw":
+        parser.error("an .om file has the raw heads: leave --outputs out; decoding and NMS run on the host")
     size = args.image_size and (args.image_size * 2)[:2]
     with one_line_errors("effdet.export"):
         section = DemoModelConfig(name=args.model, image_size=size, max_det=args.max_det, soft_nms=args.soft_nms)
         name = Path(args.checkpoint).name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")
-        path = Path(args.out) if args.out else Path(args.checkpoint).with_name(name + FORMATS[args.format])
-        ensure_writable(path, "--out")
+        path = (
+            Path(args.out) if args.out else Path(args.checkpoint).with_name(name + {**FORMATS, OM: ".om"}[args.format])
+        )
+        if args.format == OM and path.suffix != ".om":
+            raise ValueError(f"--out {path}: a file for Ascend chips ends in .om")
         detector = load_detector(args.checkpoint, section, args.ema)
-        facts = export(detector, path, args.format, args.outputs, args.batch, args.opset)
+        ensure_writable(path, "--out")
+        if args.format == OM:
+            facts = export_om(detector, path, args.soc, args.batch, args.opset)
+        else:
+            facts = export(detector, path, args.format, args.outputs, args.batch, args.opset)
     _logger.info("%s", detector.source)
     _logger.info(
         "%s: input images %s, outputs %s%s",
         path,
         facts["input_shape"],
         ", ".join(facts["outputs"]),
-        f", opset {args.opset}" if args.format == "onnx" else "",
+        f", opset {args.opset}" if args.format in ("onnx", OM) else "",
     )
 
 

@@ -5,7 +5,9 @@
 # Of what the original port set, only the way to CANN and to the driver is still needed:
 #   TASK_QUEUE_ENABLE=1, HCCL_WHITELIST_DISABLE=1, ASCEND_GLOBAL_LOG_LEVEL=3, ASCEND_SLOG_PRINT_TO_STDOUT=0 and
 #       ASCEND_GLOBAL_EVENT_ENABLE=0 are the defaults by now.
-#   PTCOPY_ENABLE, COMBINED_ENABLE, DYNAMIC_OP belong to torch 1.5's adapter; nothing reads them any more.
+#   COMBINED_ENABLE=0: also the default by now. torch_npu reads it still (1 joins two operators on non-contiguous
+#       tensors); export it yourself if you want to try it.
+#   PTCOPY_ENABLE, DYNAMIC_OP belong to torch 1.5's adapter; nothing reads them any more.
 #   HCCL_IF_IP: HCCL finds its network card by itself; several machines may need it, and then each its own.
 #   HCCL_CONNECT_TIMEOUT, HCCL_EXEC_TIMEOUT, HCCL_EVENT_TIMEOUT: effdet/runtime/device.py sets longer ones, for every way to
 #       start a run.

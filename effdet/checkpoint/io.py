@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -293,8 +294,8 @@ def _allowed_globals() -> list[Any]:
     None of these runs code from the file: a Namespace is a bag of attributes, numpy's rebuild a number or an array from
     bytes. numpy 2 moved its functions, so each is allowed under both module paths, whichever numpy wrote the file.
     """
-    core = np._core if hasattr(np, "_core") else np.core
-    functions = (core.multiarray.scalar, core.multiarray._reconstruct)
+    multiarray: Any = importlib.import_module("numpy._core.multiarray")  # numpy 1.26 has this path, too
+    functions = (multiarray.scalar, multiarray._reconstruct)
     both_paths = [(f, f"numpy.{folder}.multiarray.{f.__name__}") for f in functions for folder in ("core", "_core")]
     number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}  # numbers only: objects could be anything
     return [argparse.Namespace, np.ndarray, np.dtype, *number_types, *both_paths, *old_tensor_globals()]

@@ -47,7 +47,13 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     targets = name_drawings(paths, output_dir)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
     predictor = build_predictor(
-        detector, cfg.model, cfg.run.device, cfg.run.batch_size, cfg.run.tta_flip, cfg.run.tta_scales
+        detector,
+        cfg.model,
+        cfg.run.device,
+        cfg.run.batch_size,
+        cfg.run.tta_flip,
+        cfg.run.tta_scales,
+        npu_defaults=cfg.run.npu_defaults,
     )
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
     _logger.info("%s", detector.source)

@@ -61,7 +61,7 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
             channels_last=channels_last,
             val_skip=cfg.run.val_skip,
         )
-        for line in device_layer.tune(device):
+        for line in device_layer.tune(device, cfg.amp.hf32, cfg.amp.is_full_precision, cfg.run.npu_defaults):
             _logger.info("setting: %s", line)
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
         place_model(detector.model, device, cfg.model.same_padding, channels_last)

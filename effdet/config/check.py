@@ -82,9 +82,10 @@ def _check_train(cfg: RunConfig) -> None:
         scale == "dynamic" or not isinstance(scale, str) and math.isfinite(scale) and scale > 0,
         f"amp.loss_scale (--loss-scale): got {scale!r}, must be 'dynamic' or a number above 0",
     )
-    half = cfg.amp.enabled and cfg.amp.opt_level != "O0" and cfg.amp.dtype == "float16"
+    # In float32 some accelerators take a scale, too: the device itself says, once it is known.
+    taken = cfg.run.device != "cpu" if cfg.amp.is_full_precision else cfg.amp.dtype == "float16"
     _require(
-        scale == "dynamic" or half,
+        scale == "dynamic" or taken,
         f"--loss-scale {scale} acts in float16 only: give --amp with --opt-level O1 or O2, or leave it out",
     )
     ratios = cfg.model.aspect_ratios

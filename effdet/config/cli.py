@@ -177,12 +177,34 @@ def _flag_values(namespace: argparse.Namespace, options: dict[str, Option]) -> d
     return found
 
 
-def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
+_WEIGHTS_FLAGS = ("--resume", "--initial-checkpoint", "--pretrained")
+
+
+def _refuse_trainings(flags: Sequence[str]) -> None:
+    """Raise for flags that only train.py has, in a line of another script: say of all of them what to do.
+
+    Such a line is that of the original Ascend port's eval_npu.py, which took every flag of its training.
+    """
+    options = list_options(RunConfig).values()
+    known = {word for option in options for word in (*option.spellings, *_off(option.spellings))}
+    of_training = [flag for flag in dict.fromkeys(flags) if flag in known]
+    weights = [flag for flag in of_training if flag in _WEIGHTS_FLAGS]
+    others = [flag for flag in of_training if flag not in _WEIGHTS_FLAGS]
+    advice = [f"instead of {' and '.join(weights)} use --checkpoint FILE"] if weights else []
+    if others:
+        verb, them = ("has", "it") if len(others) == 1 else ("have", "them")
+        advice.append(f"{', '.join(others)} {verb} no effect here, leave {them} out")
+    if advice:
+        raise ConfigError(f"nothing is trained here: {'; '.join(advice)}")
+
+
+def _refuse_unknown(extras: list[str], parser: _Parser, root: type) -> None:
     """Raise for flags nobody knows, with the successor of a gone one or the nearest valid name."""
-    for token in extras:
-        flag = token.partition("=")[0]
-        if not flag.startswith("-") or _NUMBER.fullmatch(flag):
-            continue
+    words = [token.partition("=")[0] for token in extras]
+    flags = [flag for flag in words if flag.startswith("-") and not _NUMBER.fullmatch(flag)]
+    if root is not RunConfig:
+        _refuse_trainings(flags)
+    for flag in flags:
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
         if (name := flag.replace("_", "-")) in FOREIGN:
@@ -242,7 +264,7 @@ def _read(
     """
     options = list_options(root)
     namespace, extras = parser.parse_known_args(_prepare_argv(words, options))
-    _refuse_unknown(extras, parser)
+    _refuse_unknown(extras, parser, root)
     overrides = [_split_override(token, options) for token in extras]
     stray = [token for token, override in zip(extras, overrides, strict=True) if override is None]
     flags = _flag_values(namespace, options)

@@ -294,6 +294,7 @@ def _training_settings(given: Mapping[str, Any], world: int) -> tuple[dict[str, 
         if world > 1
         else "-b and -j count all devices here: on N of them --device-list 0,..,N-1 and N times as much"
     )
+    settings["sched.per_epoch"] = True
     settings |= _weights_settings(values)
     dist_bn = values.pop("dist_bn", "")
     if world > 1 and not values.get("sync_bn"):

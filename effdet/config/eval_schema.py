@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .options import setting
 
 DEVICE_TEXT = "device: auto (an NPU if there is one, else a GPU, else the CPU), npu, cuda or cpu"
+NPU_DEFAULTS_TEXT = "leave torch_npu's own compile mode and formats, where kernels are missing on an older chip"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,14 @@ class EvalAmpConfig:
         "O1", "with --amp: O0 float32, O1 autocast, O2 half-precision weights", choices=("O0", "O1", "O2")
     )
     dtype: str = setting("float16", "half-precision type", flags="--amp-dtype", choices=("float16", "bfloat16"))
+    hf32: bool | None = setting(
+        None, "Ascend A2, A3: float32 shortened to HF32 in convolutions", none="on with --amp, off without"
+    )
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether the work is in float32."""
+        return not self.enabled or self.opt_level == "O0"
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ class _PredictRunConfig:
     """Say how a trained network is used."""
 
     device: str = setting("auto", DEVICE_TEXT)
+    npu_defaults: bool = setting(False, NPU_DEFAULTS_TEXT)
     batch_size: int = setting(32, "images per step over all devices", flags="-b --batch-size", low=1)
     use_ema: bool | None = setting(None, "use the averaged weights", none="when the checkpoint has them")
     tta_flip: bool = setting(False, "test-time augmentation: also predict mirror images, and fuse")

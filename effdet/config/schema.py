@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .eval_schema import (
     DEVICE_TEXT,
+    NPU_DEFAULTS_TEXT,
     DemoModelConfig,
     DemoRunSectionConfig,
     EvalAmpConfig,
@@ -154,6 +155,11 @@ class SchedConfig:
     sched: str = setting("cosine", "learning-rate schedule", choices=_SCHEDULES)
     epochs: int = setting(300, "epochs to train, without the cooldown", flags="--epochs --epoch", low=1)
     start_epoch: int | None = setting(None, "first epoch, counted from 0", low=0, none="after the resumed one, else 0")
+    per_epoch: bool = setting(
+        False,
+        "change the learning rate once an epoch, as timm does by default, instead of at every update",
+        flags="--lr-per-epoch",
+    )
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up, a fraction is allowed", low=0)
     warmup_lr: float = setting(1e-4, "learning rate at the start of the warm-up", low=0)
     min_lr: float = setting(1e-5, "lower bound of the learning rate", low=0)
@@ -193,7 +199,7 @@ class EmaConfig:
 class AmpConfig(EvalAmpConfig):
     """Choose the precision of the arithmetic and the loss scale."""
 
-    loss_scale: float | str = setting("dynamic", "with --amp in float16: 'dynamic' or one fixed factor", metavar="N")
+    loss_scale: float | str = setting("dynamic", "in float16: 'dynamic' or one fixed factor", metavar="N")
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,7 @@ class RunSectionConfig:
     """Say where the run takes place, how long, and what it keeps."""
 
     device: str = setting("auto", DEVICE_TEXT)
+    npu_defaults: bool = setting(False, NPU_DEFAULTS_TEXT)
     batch_size: int | str = setting(
         256,
         "images per step over all devices; 'auto': as many as fit an accelerator's memory, found by trying",
@@ -265,6 +272,9 @@ class RunSectionConfig:
     channels_last: bool | None = setting(None, "channels-last memory layout", none="where the device is faster with it")
     compile: bool = setting(False, "train with torch.compile: equal up to rounding; minutes to compile, slower on CPUs")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
+    profile: int = setting(
+        0, "trace N updates with the device's profiler, into profile/ of the run's folder; 0: none", low=0
+    )
     tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
 
 

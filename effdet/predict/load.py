@@ -188,6 +188,7 @@ def build_predictor(
     flip: bool = False,
     scales: Sequence[float] = (),
     upright: bool = True,
+    npu_defaults: bool = False,
 ) -> Predictor:
     """Choose the device and its settings for this process, and put a detector on it.
 
@@ -199,11 +200,12 @@ def build_predictor(
         flip: test-time augmentation; see `build_predict_bench`.
         scales: the same.
         upright: see Predictor.
+        npu_defaults: see `device.tune`.
     """
     exported = isinstance(detector.model, EngineNetwork)
     device = device_layer.pick_device("cpu" if exported and device_name == "auto" else device_name)
     device_layer.set_device(device)
-    device_layer.tune(device)
+    device_layer.tune(device, keep_defaults=npu_defaults)
     place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
     if not scales and not exported:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))

@@ -1,22 +1,23 @@
 """The device layer: pick, set, autocast, overflow, synchronise, backend, and what a device is better at.
 
-The only file of the package that names a vendor's device. Everything else asks here, so the same lines run on
-Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. What is the same for all of them is in memory.py and seeding.py. No
-model code and no training logic live here.
+The only file of the package that names a vendor's device, with ascend.py, which knows the chips of one vendor.
+Everything else asks here, so the same lines run on Ascend NPUs (torch_npu), NVIDIA GPUs and CPUs. What is the same for
+all of them is in memory.py and seeding.py. No model code and no training logic live here.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import ascend
 from .memory import keep_freed_memory
 
 _logger = logging.getLogger(__name__)
@@ -27,41 +28,10 @@ _users_visible_devices: str | None = None  # ASCEND_RT_VISIBLE_DEVICES before `r
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
-def _npu_module() -> Any:
-    """Import torch_npu and return its device module, or raise a RuntimeError that says what to install or source."""
-    wanted = torch.__version__.partition("+")[0]
-    try:
-        installed = importlib.metadata.version("torch_npu")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise RuntimeError(
-            f"Device 'npu' needs the package torch_npu in the version of torch ({wanted}), which is not installed. "
-            "Install it with: pip install -r requirements-npu.txt"
-        ) from error
-    if installed.split(".")[:2] != wanted.split(".")[:2]:
-        raise RuntimeError(
-            f"torch_npu {installed} is installed beside torch {wanted}: the first two numbers must be equal. Install "
-            f"the pair that fits your CANN, for example: pip install torch=={wanted} torch_npu=={wanted}"
-        )
-    try:
-        import torch_npu  # noqa: F401  (registers the 'npu' device with torch)
-    except (ImportError, OSError, RuntimeError) as error:
-        if "cannot open shared object" in str(error):
-            raise RuntimeError(
-                f"torch_npu {installed} does not find CANN: {error}. Source CANN's environment in this shell first, "
-                "for example: source /usr/local/Ascend/ascend-toolkit/set_env.sh, or since CANN 8.5 "
-                "/usr/local/Ascend/cann/set_env.sh (test/set_npu_env.sh looks for it)."
-            ) from error
-        raise RuntimeError(
-            f"torch_npu {installed} is installed but does not load: {error}. Check that its version fits torch "
-            f"({torch.__version__}), Python and CANN; docs/ascend.md lists which go together."
-        ) from error
-    return torch.npu
-
-
 def _has_npu() -> bool:
     """Return True when torch_npu loads and sees at least one device; never raises."""
     try:
-        return bool(_npu_module().is_available())
+        return bool(ascend.npu_module().is_available())
     except RuntimeError as error:
         _logger.debug("no NPU: %s", error)
         return False
@@ -93,7 +63,7 @@ def pick_device(name: str = "auto", index: int | None = None) -> torch.device:
         return torch.device("cpu")
     if index is None:
         index = int(number or 0)
-    module = _npu_module() if kind == "npu" else torch.cuda
+    module = ascend.npu_module() if kind == "npu" else torch.cuda
     count = module.device_count() if module.is_available() else 0
     shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES") if kind == "npu" else None
     shown = f" (ASCEND_RT_VISIBLE_DEVICES={shown})" if shown else ""
@@ -208,11 +178,10 @@ def use_channels_last(device: torch.device, wanted: bool | None = None) -> bool:
 
 
 def check_compile(device: torch.device) -> None:
-    """Raise a ValueError when torch.compile cannot work here: on an NPU, or without what writes its kernels."""
+    """Raise a ValueError when torch.compile cannot work here, without what writes its kernels."""
     if device.type == "npu":
-        raise ValueError(
-            "--compile is for GPUs and CPUs: torch_npu has no backend for torch.compile of its own. Leave "
-            "it out on an NPU."
+        _logger.warning(
+            "--compile was never run on an NPU: its backend 'inductor' is torch_npu's there, which wants triton-ascend"
         )
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
@@ -231,9 +200,9 @@ def avoids_pad_operators(device: torch.device) -> bool:
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """Raise a ValueError when the device cannot compute in `dtype`."""
-    if dtype == torch.bfloat16 and device.type == "npu" and not _npu_module().is_bf16_supported():
+    if dtype == torch.bfloat16 and device.type == "npu" and not ascend.npu_module().is_bf16_supported():
         raise ValueError(
-            f"{_npu_module().get_device_name(device)} does not compute in bfloat16: train in float16 "
+            f"{ascend.npu_module().get_device_name(device)} does not compute in bfloat16: train in float16 "
             "(--amp-dtype float16) or float32."
         )
 
@@ -243,9 +212,22 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.float16, enabled: 
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
+def has_float32_range(device: torch.device) -> bool:
+    """Tell whether float32 work keeps the range of float32, so that no loss needs a scale.
+
+    The first Ascend 910 computes float32 convolutions in float16, in which small gradients are lost.
+    """
+    return device.type != "npu" or not ascend.has_half_cube(_chip(device))
+
+
+def _chip(device: torch.device) -> str:
+    """Return the name of an NPU's chip, such as Ascend910B3."""
+    return str(ascend.npu_module().get_device_name(device))
+
+
 def _saturates(device: torch.device) -> bool:
     """Tell whether arithmetic on the device gives the largest number instead of inf (Ascend 910A and older)."""
-    return device.type == "npu" and not _npu_module().utils.is_support_inf_nan()
+    return device.type == "npu" and not ascend.npu_module().utils.is_support_inf_nan()
 
 
 def overflow_flag(device: torch.device) -> torch.Tensor | None:
@@ -283,7 +265,7 @@ def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[...,
         max_det: detections per image; the operator takes 1..1000.
 
     Raises:
-        ValueError: an unknown name, another device, or too many detections.
+        ValueError: an unknown name, another device or chip, or too many detections.
     """
     if name == "exact":
         return None
@@ -293,13 +275,7 @@ def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[...,
         raise ValueError(f"NMS 'npu' is an operator of Ascend devices, and this run is on {device.type}: use exact.")
     if not 1 <= max_det <= 1000:
         raise ValueError(f"npu_batch_nms keeps 1 to 1000 boxes per image, but max_det is {max_det}: use exact.")
-    import torch_npu
-
-    _logger.warning(
-        "torch_npu's documentation calls npu_batch_nms deprecated, to be removed: 'exact' gives the same "
-        "detections and is the default"
-    )
-    return torch_npu.npu_batch_nms
+    return ascend.batch_nms(_chip(device))
 
 
 def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
@@ -310,6 +286,32 @@ def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor]
 
     # The argument called num_classes is the axis; an index out of range gives a row of zeros.
     return lambda indices, width: torch_npu.npu_one_hot(indices, -1, width, 1, 0)
+
+
+def make_profiler(device: torch.device, folder: Path, steps: int) -> Any:
+    """Make the profiler of a kind of device: torch_npu's on NPUs, else torch's, whose methods are the same.
+
+    Args:
+        device: where the work runs; the host is traced as well.
+        folder: existing folder that receives the trace when it is complete, or when the profiler is stopped.
+        steps: calls of its `step` that are traced, behind the first one.
+    """
+    profiler: Any = torch.profiler
+    activities = [profiler.ProfilerActivity.CPU]
+    if device.type == "npu":
+        ascend.npu_module()
+        import torch_npu
+
+        profiler = torch_npu.profiler
+        activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
+    elif device.type == "cuda":
+        activities.append(profiler.ProfilerActivity.CUDA)
+    return profiler.profile(
+        activities=activities,
+        schedule=profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
+        on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
+        record_shapes=True,
+    )
 
 
 def synchronize(device: torch.device) -> None:
@@ -343,17 +345,28 @@ def _rebuild_old_npu_tensor(
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
-def tune(device: torch.device) -> list[str]:
+def tune(
+    device: torch.device, hf32: bool | None = None, full_precision: bool = True, keep_defaults: bool = False
+) -> list[str]:
     """Choose process-wide settings that are faster on `device` and keep the results, and say which.
 
     To be called before the first operator on the device: torch_npu lets some operators choose at their first call.
+
+    Args:
+        device: where the process computes.
+        hf32: whether an NPU may shorten float32 to HF32 in convolutions and matrix products; None: not in products, and
+            in convolutions unless `full_precision`.
+        full_precision: the work is in float32, not in mixed precision.
+        keep_defaults: leave an NPU's compile mode and formats as torch_npu has them.
 
     Returns:
         One line for each setting, with its reason; empty when there is nothing to set.
     """
     if device.type == "npu":
-        return _tune_npu()
-    return keep_freed_memory() if is_host(device) else []
+        return ascend.tune(_chip(device), hf32, full_precision, keep_defaults)
+    lines = keep_freed_memory() if is_host(device) else []
+    given = [flag for flag, value in (("--hf32", hf32), ("--npu-defaults", keep_defaults)) if value]
+    return [*lines, *(f"{flag} has no effect on {device.type}" for flag in given)]
 
 
 def make_deterministic(device: torch.device) -> list[str]:
@@ -374,25 +387,3 @@ def make_deterministic(device: torch.device) -> list[str]:
         f"deterministic: as far as {device.type} has such algorithms (torch warns of operators without one), on "
         "the same kind and number of devices with the same libraries"
     ]
-
-
-def _tune_npu() -> list[str]:
-    module = _npu_module()
-    module.set_compile_mode(jit_compile=False)
-    module.config.allow_internal_format = False
-    lines = [
-        "jit_compile=False: ready-made kernels instead of compiling each shape at its first use",
-        "allow_internal_format=False: tensors stay NCHW, so no format is converted back and forth and the fused "
-        "optimizer's flat memory is that of the weights",
-    ]
-    if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1" or os.environ.get("TASK_QUEUE_ENABLE") == "0":
-        lines.append(
-            "the task queue is off (ASCEND_LAUNCH_BLOCKING or TASK_QUEUE_ENABLE): good for finding the "
-            "operator that fails, slow for training"
-        )
-    else:
-        lines.append(
-            f"TASK_QUEUE_ENABLE={os.environ.get('TASK_QUEUE_ENABLE', '1')}: operators are launched from a "
-            "thread of their own"
-        )
-    return lines

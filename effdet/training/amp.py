@@ -35,7 +35,8 @@ class Precision:
     optimizer works on float32 masters; autocast stays on, so that both kinds of layer get inputs they accept.
 
     float16 is used with a loss scale, static or dynamic; both check for overflow and skip the step, a static scale then
-    stays as it is. bfloat16 and float32 have the exponents to do without. Whatever the format, a step with an inf or a
+    stays as it is. bfloat16 and float32 have the exponents to do without; only where the device's float32 has not
+    (`device.has_float32_range`) is a static scale taken in float32, too. Whatever the format, a step with an inf or a
     NaN in its gradients changes neither weights nor optimizer state, and is counted.
 
     With DistributedDataParallel all ranks skip together: it averages gradients, and an inf or NaN on one rank makes the
@@ -63,24 +64,15 @@ class Precision:
         loss_scale: float | str = "dynamic",
         init_scale: float = 2.0**16,
     ) -> None:
-        if opt_level not in OPT_LEVELS:
-            raise ValueError(
-                f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
-                "with float32 masters."
-            )
-        half_dtype = _HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-        if half_dtype is None or half_dtype not in _HALF_DTYPES.values():
-            raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
+        half_dtype, static_scale = check_precision(device, enabled, opt_level, dtype, loss_scale)
         self.device = device
         self.level = opt_level if enabled else "O0"
         self.dtype = torch.float32 if self.level == "O0" else half_dtype
-        device_layer.check_dtype(device, self.dtype)
         self._half_dtype = half_dtype
-        static_scale = _read_loss_scale(loss_scale, self.dtype)
         self._scale_moves = static_scale is None
         self._scale: Tensor | None = None  # both on the device, where they are updated without the host
         self._clean_steps = torch.zeros((), device=device)  # since the scale last changed
-        if self.dtype == torch.float16:
+        if self.dtype == torch.float16 or static_scale is not None:
             self._scale = torch.full((), init_scale if static_scale is None else static_scale, device=device)
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
         self._skipped: Tensor | None = None  # on the device; read by skipped()
@@ -245,8 +237,32 @@ class Precision:
             self._clean_steps.fill_(int(state["dynamic_scale"]["_growth_tracker"]))
 
 
-def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | None:
-    """Return a static scale, or None for a dynamic one."""
+def check_precision(
+    device: torch.device, enabled: bool, opt_level: str, dtype: torch.dtype | str, loss_scale: float | str = "dynamic"
+) -> tuple[torch.dtype, float | None]:
+    """Check the settings of a Precision, whose arguments these are, before anything is built.
+
+    Returns:
+        The half-precision dtype, and the static loss scale; None for a dynamic one.
+
+    Raises:
+        ValueError: a setting is unknown, out of range, or would have no effect.
+    """
+    if opt_level not in OPT_LEVELS:
+        raise ValueError(
+            f"Unknown opt level '{opt_level}': O0 is float32, O1 autocast, O2 half-precision weights "
+            "with float32 masters."
+        )
+    half_dtype = _HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if half_dtype is None or half_dtype not in _HALF_DTYPES.values():
+        raise ValueError(f"Unknown half-precision dtype {dtype}: choose {' or '.join(_HALF_DTYPES)}.")
+    used = half_dtype if enabled and opt_level != "O0" else torch.float32
+    device_layer.check_dtype(device, used)
+    return half_dtype, _read_loss_scale(loss_scale, used, device)
+
+
+def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype, device: torch.device) -> float | None:
+    """Return a static scale, or None for a dynamic one, which float32 goes without."""
     if loss_scale == "dynamic":
         return None
     try:
@@ -255,7 +271,7 @@ def _read_loss_scale(loss_scale: float | str, dtype: torch.dtype) -> float | Non
         value = 0.0
     if not 0 < value < float("inf"):
         raise ValueError(f"The loss scale must be 'dynamic' or a number above 0, got {loss_scale!r}.")
-    if dtype != torch.float16:
+    if dtype != torch.float16 and (dtype != torch.float32 or device_layer.has_float32_range(device)):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"A loss scale of {value:g} would have no effect: {name} has the range to do without. "

@@ -110,7 +110,8 @@ def settle_config(cfg: RunConfig, folder: Path, resumed: str = "") -> RunConfig:
 
 def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
     """Choose the device's settings and log them, and where the run takes place."""
-    lines = device_layer.tune(place.device)
+    amp = cfg.amp
+    lines = device_layer.tune(place.device, amp.hf32, amp.is_full_precision, cfg.run.npu_defaults)
     if cfg.run.deterministic:
         lines += device_layer.make_deterministic(place.device)
     if cfg.run.compile:
@@ -120,6 +121,11 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
     )
     for line in lines:
         _logger.info("setting: %s", line)
+    if amp.is_full_precision and amp.loss_scale == "dynamic" and not device_layer.has_float32_range(place.device):
+        _logger.warning(
+            "float32 convolutions compute in float16 on this device: small gradients are lost, unless a loss scale is "
+            "given (--loss-scale 128)"
+        )
     for line in inert_settings(cfg):
         _logger.warning("setting: %s", line)
     size = cfg.run.batch_size
@@ -318,6 +324,7 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         patience=sched.patience_epochs,
         seed=cfg.run.seed,
         updates_per_epoch=updates,
+        per_epoch=sched.per_epoch,
     )
     if updates < FEW_STEPS and not cfg.run.overfit:
         _logger.warning(

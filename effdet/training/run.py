@@ -13,6 +13,7 @@ from effdet.runtime import distributed
 
 from .build import Data, Loaders, Placement
 from .engine import Training
+from .profiling import StepProfiler
 from .recorder import RunRecorder
 from .resume import Position
 
@@ -44,10 +45,13 @@ class Run:
     recorder: RunRecorder
     started: float  # time.time()
     lock: IO[str] | None  # holds the folder as long as it is open
+    profiler: StepProfiler | None = None  # of the first process, with --profile
     vote: distributed.LateMax = field(default_factory=distributed.LateMax)  # on signals, see EpochState.after_update
 
     def close(self) -> None:
-        """End the loader processes and give the folder up."""
+        """End the loader processes, write what was traced, and give the folder up."""
+        if self.profiler is not None:
+            self.profiler.close()
         self.loaders.close()
         if self.lock is not None:
             self.lock.close()

@@ -1,8 +1,8 @@
 """The learning rate over a run.
 
 Lives here: the schedule's shape (timm's classes), warm-up, noise, and what of it survives a restart. Everything is
-stepped by optimizer updates, so that runs of a few epochs warm up smoothly; timm's own default changes the rate once
-per epoch.
+stepped by optimizer updates, so that runs of a few epochs warm up smoothly; timm's own default, which `per_epoch` asks
+for, changes the rate once per epoch.
 
 Source: timm.scheduler, whose formulas, noise and meaning of the arguments are kept.
 """
@@ -113,6 +113,7 @@ class Schedule:
         warmup_epochs: float,
         noise: Noise | None = None,
         plateau: Plateau | None = None,
+        per_epoch: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.updates = 0
@@ -121,6 +122,7 @@ class Schedule:
         self._warmup_epochs = warmup_epochs
         self._noise = noise
         self._plateau = plateau
+        self._per_epoch = per_epoch
         self._noise_of_epoch = (-1, 0.0)
         self.step_update(0)
 
@@ -136,8 +138,9 @@ class Schedule:
             num_updates: updates done since the start of the whole run (a skipped step counts).
         """
         self.updates = num_updates
-        self._shape.step_update(num_updates)
-        factor = 1.0 + self._noise_now(num_updates // self.updates_per_epoch)
+        epoch = num_updates // self.updates_per_epoch
+        self._shape.step_update(epoch * self.updates_per_epoch if self._per_epoch else num_updates)
+        factor = 1.0 + self._noise_now(epoch)
         if self._plateau is None and factor == 1.0:
             return
         for group in self.optimizer.param_groups:
@@ -206,6 +209,7 @@ def build_schedule(
     seed: int = 42,
     *,
     updates_per_epoch: int,
+    per_epoch: bool = False,
 ) -> tuple[Schedule, int]:
     """Build the learning-rate schedule of a run; build it before any optimizer state is loaded.
 
@@ -232,6 +236,8 @@ def build_schedule(
         maximize: whether a larger metric is better ('plateau').
         seed: of the noise: the run's seed without the rank, so that all ranks agree.
         updates_per_epoch: optimizer updates in one epoch, >= 1.
+        per_epoch: keep the rate of an epoch's first update throughout the epoch, as timm does by default; the first
+            epoch of a warm-up is then trained at `warmup_lr`.
 
     Returns:
         The schedule, with the rate of the first update already set, and the number of epochs to train in all.
@@ -268,7 +274,7 @@ def build_schedule(
             epochs,
             base_lr,
         )
-    return Schedule(optimizer, shape, updates_per_epoch, warmup_epochs, noise, plateau), int(total_epochs)
+    return Schedule(optimizer, shape, updates_per_epoch, warmup_epochs, noise, plateau, per_epoch), int(total_epochs)
 
 
 def _build_noise(span: float | Sequence[float], epochs: int, limit: float, std: float, seed: int) -> Noise:

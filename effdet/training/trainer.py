@@ -28,6 +28,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, memory, seeding, signals
 
 from . import auto_batch, build, footprint, initial_weights, overfit, resume
+from .amp import check_precision
 from .build import (
     Placement,
     build_loaders,
@@ -40,6 +41,7 @@ from .build import (
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
+from .profiling import StepProfiler
 from .recipe import apply_recipe, fit_to_data, keep_recipe, name_backbone
 from .recorder import RunRecorder, check_tensorboard
 from .run import Run, Start
@@ -66,6 +68,8 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
     check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
+    amp = cfg.amp
+    check_precision(device, amp.enabled, amp.opt_level, amp.dtype, amp.loss_scale)
     auto_batch.check_device(cfg, device)
     if cfg.run.compile:
         device_layer.check_compile(device)
@@ -159,6 +163,9 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
         recorder,
         started,
         lock,
+        StepProfiler(device, start.output_dir, cfg.run.profile)
+        if cfg.run.profile and distributed.is_primary()
+        else None,
     )
 
 
@@ -257,6 +264,8 @@ class EpochState:
         Ranks agree by a reduction on the hosts whose result is read one update later, so nobody waits for it.
         """
         self.progress = progress
+        if self.run.profiler is not None:
+            self.run.profiler.step()
         self.run.data.bad_images.look()
         signum = self.run.vote(signals.requested())
         interval = self.run.cfg.run.recovery_interval

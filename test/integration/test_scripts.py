@@ -183,6 +183,16 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(output / "straight", argv, done.stdout)
 
 
+@pytest.mark.slow
+def test_a_profile_lies_in_the_runs_folder(data: Path, tmp_path: Path):
+    code, printed = call(train, *train_argv(data, tmp_path, "traced", "--profile", "2", "--max-steps", "8"))
+    assert code == 0, printed
+    (trace,) = (tmp_path / "traced" / "profile").iterdir()
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert sum(str(name).startswith("ProfilerStep") for name in names) == 2
+    assert "aten::convolution_backward" in names
+
+
 def interrupt(place: str, count: int) -> contextlib.AbstractContextManager:
     """Send this process a real signal at a place in the run, at its `count`-th call from now."""
     owner, name = {

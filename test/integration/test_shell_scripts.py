@@ -432,7 +432,9 @@ def test_recipe(dry: Callable, checkout: Checkout, pth: Path, tmp_path: Path, sc
     cfg = parse_train_args(dry(f"test/{script}", *arguments, *flags))
     assert (cfg.dist.device_list, cfg.run.batch_size, cfg.data.workers) == (devices, batch, batch)
     assert (cfg.amp.loss_scale, cfg.sched.epochs, cfg.run.max_steps) == (scale, epochs, steps)
-    assert (cfg.model.name, cfg.dist.sync_bn, cfg.run.device) == ("tf_efficientdet_d0", True, "npu")
+    assert (cfg.model.name, cfg.run.device) == ("tf_efficientdet_d0", "npu")
+    assert (cfg.dist.sync_bn, cfg.dist.dist_bn) == (False, "")  # the port's --sync-bn had no effect
+    assert (cfg.sched.per_epoch, cfg.ema.warmup) == (True, False)
     assert (cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype) == (True, "O1", "float16")
     assert (cfg.optim.lr, cfg.optim.opt, cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.clip_grad) == (
         0.16,
@@ -484,7 +486,7 @@ def test_flags_behind_the_dashes_win_in_any_spelling(dry: Callable, tmp_path: Pa
             "--device",
             "cpu",
             "--max-steps=7",
-            "--no-sync-bn",
+            "--sync-bn",
             "-c",
             tmp_path / "mine.yaml",
             "--device-list",
@@ -494,7 +496,7 @@ def test_flags_behind_the_dashes_win_in_any_spelling(dry: Callable, tmp_path: Pa
             "optim.lr=0.01",
         )
     )
-    assert (cfg.run.batch_size, cfg.data.workers, cfg.amp.enabled, cfg.dist.sync_bn) == (24, 3, False, False)
+    assert (cfg.run.batch_size, cfg.data.workers, cfg.amp.enabled, cfg.dist.sync_bn) == (24, 3, False, True)
     assert (cfg.run.device, cfg.run.max_steps, cfg.dist.device_list, cfg.data.root) == (
         "cpu",
         7,

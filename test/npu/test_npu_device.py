@@ -103,6 +103,44 @@ def test_settings_are_made_and_said(device, monkeypatch):
     assert "TASK_QUEUE_ENABLE=2" in device_layer.tune(device)[-1]
 
 
+def test_float32_is_full_only_where_the_run_is_in_float32(device, is_910a):
+    """HF32 is torch_npu's default for convolutions; on the first generation there is none."""
+    if is_910a:
+        assert "compute in float16" in "".join(device_layer.tune(device))
+        return
+    for keys, conv, matmul in (
+        ({"full_precision": True}, False, False),
+        ({"full_precision": False}, True, False),
+        ({"full_precision": True, "hf32": True}, True, True),
+        ({"full_precision": False, "hf32": False}, False, False),
+    ):
+        device_layer.tune(device, **keys)
+        assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (conv, matmul), keys
+
+
+def test_torch_npus_own_settings_can_stay(device, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.npu, "set_compile_mode", lambda **keys: made.append(keys))
+    device_layer.tune(device, keep_defaults=True)
+    assert made == []
+    device_layer.tune(device)
+    assert made == [{"jit_compile": False}]
+
+
+def test_a_loss_scale_in_float32_is_for_chips_that_compute_it_in_half(device, is_910a):
+    assert device_layer.has_float32_range(device) is not is_910a
+    if is_910a:
+        assert Precision(device, enabled=False, loss_scale=128.0).loss_scale() == 128.0
+    else:
+        with pytest.raises(ValueError, match="128 would have no effect: float32"):
+            Precision(device, enabled=False, loss_scale=128.0)
+
+
+def test_compiling_is_let_through_with_a_word(device, caplog):
+    device_layer.check_compile(device)
+    assert "never run on an NPU" in caplog.text
+
+
 def test_formats_the_chip_lacks_are_refused(device, is_910a):
     with pytest.raises(ValueError, match="does not support the channels-last layout"):
         device_layer.use_channels_last(device, True)

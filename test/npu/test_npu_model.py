@@ -139,8 +139,10 @@ def test_post_processing_equals_the_cpu(device, soft):
 
 
 @pytest.mark.parametrize("max_det", [20, 100])
-def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
+def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, is_910a, max_det):
     """Without clipping, which makes boxes empty: the operator drops those. Equal scores may come in another order."""
+    if not is_910a:
+        pytest.skip("documented for the first generation only, and refused elsewhere")
     model = create_model(
         "tf_efficientdet_d0",
         num_classes=5,

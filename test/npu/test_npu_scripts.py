@@ -158,7 +158,7 @@ def test_a_checkpoint_evaluates_alike_everywhere(runs, data, tmp_path):
         assert {row["category_id"] for row in rows[0]} == {row["category_id"] for row in rows[1]}
 
 
-def test_half_precision_evaluation_and_the_npus_own_nms_run(runs, data, tmp_path):
+def test_half_precision_evaluation_runs(runs, data, tmp_path):
     metrics = tmp_path / "metrics.json"
     assert (
         validate.main(
@@ -174,8 +174,6 @@ def test_half_precision_evaluation_and_the_npus_own_nms_run(runs, data, tmp_path
                 "--device",
                 "npu",
                 "--amp",
-                "--nms",
-                "npu",
                 "--output",
                 "",
                 "--metrics",
@@ -220,6 +218,8 @@ def test_wrong_requests_end_in_one_line(data, tmp_path, runs):
     for more, text in (
         (["--channels-last"], "does not support the channels-last layout"),
         (["--nms", "fast"], "Unknown NMS 'fast'"),
+        (["--nms", "npu"], "not for Ascend910B1"),
+        (["--loss-scale", "8", "--no-amp"], "8 would have no effect: float32"),
     ):
         with pytest.raises(SystemExit, match=text):
             train_here(data, tmp_path / "refused", "npu", 1, *more)

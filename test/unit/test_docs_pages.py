@@ -19,7 +19,7 @@ import train
 import validate
 from effdet import create_model
 from effdet.checkpoint.manager import load_checkpoint_file
-from effdet.export import FORMATS
+from effdet.export import FORMATS, OM
 from effdet.training import recorder
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -118,7 +118,8 @@ def test_the_export_page(folder, capsys):
     import onnxruntime
 
     (given,) = onnxruntime.InferenceSession("raw.onnx", providers=["CPUExecutionProvider"]).get_inputs()
-    (atc,) = blocks("export.md", "text")
+    om, atc = blocks("export.md", "text")
+    assert f"--format {OM} --soc " in om
     assert given.name == "images" and given.shape == [1, 3, 128, 128]
     assert f'--model=raw.onnx --output=raw --input_format=NCHW --input_shape="{given.name}:1,3,512,512"' in atc
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +225,92 @@ def test_a_batch_is_a_number_or_dynamic(small_checkpoint, capsys):
         with pytest.raises(SystemExit):
             main([str(small_checkpoint), "--batch", wrong])
         assert f"'{wrong}' is neither a number from 1 nor 'dynamic'" in capsys.readouterr().err
+
+
+# ---- CANN's converter ------------------------------------------------------------------------------------------------
+
+STAND_IN = """#!{python}
+import json, os, sys
+json.dump(sys.argv[1:], open({record!r}, "w"))
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+print("ATC run {ending}")
+if {status} == 0:
+    open(options["output"] + ".om", "wb").write(open(options["model"], "rb").read()[:8])
+sys.exit({status})
+"""
+
+
+@pytest.fixture
+def atc(tmp_path, monkeypatch):
+    """Return a function that puts a stand-in for atc on PATH, whose arguments end in the file that it returns."""
+    folder, record = tmp_path / "bin", tmp_path / "arguments.json"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(status: int = 0) -> Path:
+        program = folder / "atc"
+        ending = "success" if status == 0 else "failed, please check E10001"
+        program.write_text(STAND_IN.format(python=sys.executable, record=str(record), status=status, ending=ending))
+        program.chmod(0o755)
+        return record
+
+    return make
+
+
+@needs_onnx
+def test_an_om_file_is_converted_for_its_chip(small_checkpoint, tmp_path, atc):
+    record, out = atc(), tmp_path / "made" / "heads.om"
+    (tmp_path / "made").mkdir()
+    main([str(small_checkpoint), "--format", "om", "--soc", "Ascend310P3", "--batch", "2", "--out", str(out)])
+    options = dict(word[2:].split("=", 1) for word in json.loads(record.read_text()))
+    source = Path(options.pop("model"))
+    assert options.pop("output").startswith(str(out.parent))
+    assert options == {
+        "framework": "5",
+        "input_format": "NCHW",
+        "input_shape": "images:2,3,128,128",
+        "soc_version": "Ascend310P3",
+    }
+    assert metadata_of(source)["input_shape"] == [2, 3, 128, 128]
+    assert {path.name for path in out.parent.iterdir()} == {"heads.om", source.name}
+    assert out.read_bytes() == source.read_bytes()[:8]
+
+
+@needs_onnx
+def test_a_failed_conversion_leaves_no_om_file(small_checkpoint, tmp_path, atc):
+    atc(status=7)
+    out = tmp_path / "heads.om"
+    with pytest.raises(SystemExit, match="atc ended with status 7 .* ATC run failed, please check E10001"):
+        main([str(small_checkpoint), "--format", "om", "--soc", "Ascend310P3", "--out", str(out)])
+    assert [path.name for path in tmp_path.glob("*heads*")] == ["heads.om.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "dynamic"], "an .om file has a fixed batch"),
+        (["--opset", "16"], "atc takes the operator sets 11 to 15, got --opset 16"),
+        (["--out", "x.onnx"], "ends in .om"),
+        ([], "there is no 'atc' on PATH"),
+    ],
+)
+def test_what_atc_cannot_take_is_refused_before_the_export(
+    small_checkpoint, tmp_path, monkeypatch, flags, message, request
+):
+    if flags:
+        request.getfixturevalue("atc")()
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(export_module, "export", lambda *arguments: pytest.fail("exported all the same"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main([str(small_checkpoint), "--out", "x.om", "--format", "om", "--soc", "Ascend310P3", *flags])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--format", "om"], ["--soc", "X"], ["--format", "om", "--soc", "X", "--outputs", "detections"]]
+)
+def test_a_chip_goes_with_om_and_om_with_raw_heads(small_checkpoint, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main([str(small_checkpoint), *flags])
+    assert stop.value.code == 2 and "om" in capsys.readouterr().err

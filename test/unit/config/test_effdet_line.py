@@ -46,7 +46,7 @@ def test_the_published_recipe_on_four_devices(monkeypatch, capsys):
     assert (cfg.data.root, cfg.model.name) == ("/mscoco", "tf_efficientdet_d0")
     assert (cfg.run.batch_size, cfg.data.workers, cfg.dist.device_list) == (64, 12, [0, 1, 2, 3])
     assert (cfg.optim.lr, cfg.sched.warmup_epochs, cfg.dist.sync_bn, cfg.amp.enabled) == (0.09, 5, True, True)
-    assert (cfg.ema.enabled, cfg.ema.decay, cfg.ema.warmup) == (True, 0.9998, False)
+    assert (cfg.ema.enabled, cfg.ema.decay, cfg.ema.warmup, cfg.sched.per_epoch) == (True, 0.9998, False, True)
     assert cfg.model.pretrained_backbone
 
 

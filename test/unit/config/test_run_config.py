@@ -300,6 +300,21 @@ def test_historic_command_line(script):
     assert workers_per_device(cfg.data.workers, len(cfg.dist.device_list)) == 16
 
 
+def test_the_ports_evaluation_line_is_answered_as_a_whole(capsys):
+    """eval_npu.py took the flags of the training: validate.py names the one with a successor and all without effect."""
+    error = refusal(capsys, HISTORIC["train_eval_8p"][0], parse_validate_args)
+    use, _, rest = error.partition("; ")
+    assert "instead of --resume use --checkpoint FILE" in use
+    gone = "--epoch --loss-scale --sync-bn --lr --opt --warmup-epochs --lr-noise --model-ema --model-ema-decay".split()
+    assert set(re.findall(r"--[\w-]+", rest)) - {"--help"} == set(gone)
+    cfg = parse_validate_args(
+        "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --checkpoint best.pth --amp --opt-level O1 "
+        f"--addr 10.0.0.7 {EIGHT}".split()
+    )  # what is left of the line
+    assert (cfg.run.checkpoint, cfg.run.batch_size, len(cfg.dist.device_list)) == ("best.pth", 128, 8)
+    assert "has no effect here, leave it out" in refusal(capsys, "a.jpg --no-model-ema", parse_demo_args)
+
+
 # ---- refusals ----
 
 
@@ -450,8 +465,8 @@ def test_yaml_that_is_a_single_number(tmp_path, capsys):
         "--amp --loss-scale -1",
         "--amp --loss-scale fast",
         "--amp --loss-scale nan",
-        "--loss-scale 8",
-        "--amp --opt-level O0 --loss-scale 8",
+        "--device cpu --loss-scale 8",
+        "--device cpu --amp --opt-level O0 --loss-scale 8",
         "--amp --amp-dtype bfloat16 --loss-scale 8",
         "--device-list 0,0",
         "--device-list -1",
@@ -527,7 +542,8 @@ def test_range_message_names_field_flag_value_and_limits(capsys):
 
 
 def test_a_fixed_loss_scale_needs_float16(capsys):
-    assert "--loss-scale 8.0 acts in float16 only: give --amp" in refusal(capsys, "--loss-scale 8")
+    assert "--loss-scale 8.0 acts in float16 only: give --amp" in refusal(capsys, "--loss-scale 8 --device cpu")
+    assert parse("--loss-scale 8 --device auto").amp.loss_scale == 8.0  # the device decides, as one may need it
 
 
 def test_check_config_serves_api_users():
@@ -575,7 +591,7 @@ def test_validate_flags():
 
 def test_validate_refusals(capsys):
     assert "--use-ema and --no-use-ema" in refusal(capsys, "--use-ema --no-use-ema", parse_validate_args)
-    assert "validate.py: error: unknown flag --lr" in refusal(capsys, "--lr 1", parse_validate_args)
+    assert "validate.py: error: unknown flag --checkpiont" in refusal(capsys, "--checkpiont a", parse_validate_args)
     assert "--opt-level O2 needs --amp" in refusal(capsys, "--opt-level O2", parse_validate_args)
     assert "--val-images and --val-ann go together" in refusal(capsys, "--val-images a", parse_validate_args)
 

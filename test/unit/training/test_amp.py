@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effdet.runtime import device as device_layer
 from effdet.training.amp import Precision
 from effdet.training.ema import ModelEma
 from effdet.training.optim import build_optimizer
@@ -174,6 +175,20 @@ def test_clipping_acts_on_unscaled_gradients(level: str, scale: float | str) -> 
     norm = push(precision, net, optimizer, 0.5, clip=(0.125, "norm"))
     assert norm == pytest.approx(0.5)
     assert precision.float_state_dict(net)["weight"].item() == pytest.approx(1 - 0.5 * (0.125 + 4e-5), rel=1e-5)
+
+
+def test_a_static_scale_in_float32_where_the_device_computes_it_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for has_range in (True, False):
+        monkeypatch.setattr(device_layer, "has_float32_range", lambda device, answer=has_range: answer)
+        precision = Precision(CPU, enabled=False, loss_scale="dynamic" if has_range else 128)
+        net, optimizer = one_weight(precision, "momentum")
+        assert precision.loss_scale() == (None if has_range else 128)
+        precision.backward((net.weight * 0.5).sum())
+        assert net.weight.grad.item() == (0.5 if has_range else 64.0)
+        assert precision.step(optimizer).item() == 0.5
+        weights.append(net.weight.item())
+    assert weights[0] == weights[1] != 1.0
 
 
 @pytest.mark.parametrize(("level", "dtype"), HALVES)

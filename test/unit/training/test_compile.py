@@ -92,7 +92,7 @@ def test_eval_mode_is_not_compiled(network):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("npu", "Leave it out on an NPU"), ("cpu", "there is no no-such-compiler"), ("cuda", "needs the package triton")],
+    [("cpu", "there is no no-such-compiler"), ("cuda", "needs the package triton")],
 )
 def test_what_it_needs_is_checked_at_the_start(kind, words, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")

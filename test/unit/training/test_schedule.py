@@ -132,6 +132,18 @@ def test_epoch_starts_agree_with_timm_by_epochs(sched: str, noise: float | list[
         assert mine.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9), epoch
 
 
+def test_a_rate_per_epoch_is_that_of_its_first_update() -> None:
+    common = {"epochs": 6, "warmup_epochs": 2, "cooldown_epochs": 1, "lr_noise": [0.4, 0.9], "updates_per_epoch": 5}
+    (smooth, total), (steps, _) = (build_schedule(make_optimizer(), **common, per_epoch=each) for each in (False, True))
+    for epoch in range(total):
+        smooth.step_update(epoch * 5)
+        for updates in range(epoch * 5, epoch * 5 + 5):
+            steps.step_update(updates)
+            assert steps.lr == smooth.lr, updates
+    steps.step_update(4)
+    assert steps.lr == 1e-4  # the whole first epoch is trained at the warm-up's first rate
+
+
 def test_noise_is_one_draw_an_epoch_and_the_same_everywhere() -> None:
     def rates(seed: int, noise: tuple[float, float] | None) -> list[float]:
         torch.manual_seed(random.randrange(10**6))  # ranks differ in their global generators
