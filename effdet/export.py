@@ -10,6 +10,8 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from effdet.checkpoint.io import ensure_writable, replacing
+from effdet.config.model_spec import ModelSpec
 from effdet.config.schema import DemoModelConfig
 from effdet.data import resolve_input_config
 from effdet.ops.boxes import decode_boxes
@@ -31,7 +34,7 @@ from .bench import DetBenchPredict
 
 _logger = logging.getLogger(__name__)
 
-FORMATS = {"onnx": ".onnx", "torchscript": ".ts.pt", "torch_export": ".pt2"}
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".ts.pt", "torch_export": ".pt2"}
 OUTPUTS = ("raw", "detections")
 DEFAULT_OPSET = 15
 _FIRST_OPSET, _LAST_OPSET = 13, 20
@@ -89,7 +92,7 @@ def export(
     Args:
         detector: of `build.load_detector`, on the CPU.
         path: the file; its folder is made.
-        file_format: 'onnx', 'torchscript' or 'torch_export'.
+        file_format: 'onnx', 'openvino' (the weights are in a .bin beside the .xml), 'torchscript' or 'torch_export'.
         outputs: 'raw' for the heads' outputs `class_p3`.. [B, A * K, h, w] and `box_p3`.. [B, A * 4, h, w];
             'detections' for one output [B, max_det, 6]: x_min, y_min, x_max, y_max in input pixels, score, class from
             1, by falling score, zero rows as padding.
@@ -103,6 +106,8 @@ def export(
         ValueError: an unknown format, a setting that cannot be exported, or a package is missing.
     """
     _check(file_format, outputs, opset, detector)
+    if file_format == "openvino":
+        return _export_openvino(detector, Path(path), outputs, batch_size, opset)
     bench = DetBenchPredict(detector.model).eval()
     config = detector.model.config
     facts = _describe(detector, outputs, batch_size)
@@ -133,16 +138,17 @@ def _check(file_format: str, outputs: str, opset: int, detector: Detector) -> No
             f"format '{file_format}' with outputs '{outputs}': the formats are {', '.join(FORMATS)}, the "
             f"outputs {', '.join(OUTPUTS)}"
         )
-    if file_format != "onnx":
+    if file_format not in ("onnx", "openvino"):
         return
     if not _FIRST_OPSET <= opset <= _LAST_OPSET:
         raise ValueError(f"opset {opset} is not in {_FIRST_OPSET}..{_LAST_OPSET}")
     needed = ["onnx", *(["onnxscript"] if opset >= _FIRST_OPSET_OF_NEW_EXPORTER else [])]
+    needed += ["openvino"] if file_format == "openvino" else []
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"ONNX needs the package {' and '.join(missing)}: pip install {' '.join(missing)} (the tested "
-            "versions are in requirements-dev.txt), or choose --format torchscript or torch_export"
+            f"--format {file_format} needs the package {' and '.join(missing)}: pip install {' '.join(missing)} "
+            "(tested versions: requirements-dev.txt and -extras.txt), or choose --format torchscript or torch_export"
         )
     config = detector.model.config
     if outputs == "detections" and config.soft_nms:
@@ -170,6 +176,8 @@ def _describe(detector: Detector, outputs: str, batch_size: int | None) -> dict[
         "num_classes": int(config.num_classes),
         "class_names": list(categories.class_names) if categories else None,
         "category_ids": categories.idx_to_id.tolist() if categories else None,
+        "category_map": categories.to_dict() if categories else None,
+        "model_config": ModelSpec(config).to_plain(),
     }
 
 
@@ -201,6 +209,24 @@ def _write_onnx(
     onnx.helper.set_model_props(content, {"effdet": json.dumps(facts)})
     onnx.checker.check_model(content)
     onnx.save(content, str(path))
+
+
+def _export_openvino(
+    detector: Detector, path: Path, outputs: str, batch_size: int | None, opset: int
+) -> dict[str, Any]:
+    """Convert the ONNX file; .xml and .bin appear whole, the .xml, which names what is in the other, last."""
+    import openvino
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        onnx_file, made = Path(folder, "model.onnx"), Path(folder, "model.xml")
+        facts = export(detector, onnx_file, "onnx", outputs, batch_size, opset)
+        model = openvino.convert_model(str(onnx_file))
+        model.set_rt_info(json.dumps(facts), "effdet")
+        openvino.save_model(model, str(made), compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):
+            os.replace(made.with_suffix(suffix), path.with_suffix(suffix))
+    return facts
 
 
 def _batch(text: str) -> int | None:

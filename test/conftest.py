@@ -27,7 +27,7 @@ CORE = """
     unit/commands/test_checkpoint_tools.py
     unit/config/test_run_config.py
     unit/data/test_coco.py unit/data/test_formats.py unit/data/test_images.py unit/data/test_transforms.py
-    unit/datacheck/test_data_check.py
+    unit/datacheck/test_anchor_reach.py unit/datacheck/test_data_check.py unit/datacheck/test_scan.py
     unit/metrics/test_errors.py unit/metrics/test_evaluator.py
     unit/network/test_network.py
     unit/ops/test_anchors.py unit/ops/test_boxes.py unit/ops/test_loss.py unit/ops/test_nms.py

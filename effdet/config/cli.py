@@ -290,7 +290,7 @@ def read_train_args(words: Sequence[str]) -> RunConfig:
     return _read(parser, RunConfig, words, False, None)
 
 
-def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
+def parse_check_args(argv: Sequence[str] | None = None, base: Mapping[str, Any] | None = None) -> RunConfig:
     """Parse the command line of `python -m effdet.datacheck [ROOT]`: train.py's flags; see `parse_train_args`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and "=" not in words[0]:
@@ -302,6 +302,7 @@ def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:
         "--root ROOT), then the flags that the training will get, as a command line of train.py has them; "
         "those that count here are the data's, --model, --image-size, the anchors', -j and --html.",
         [*words, "--check"],
+        base=base,
     )
 
 

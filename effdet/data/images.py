@@ -4,9 +4,11 @@ What an image's pixels mean is decided here (gray, palette, CMYK, 16 bit, EXIF);
 about datasets.
 """
 
+import contextlib
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def read_image(
                 raise _wrong_size(img, width, height)  # before any pixel: a bomb of another size costs nothing
             if None in (width, height):  # else the json says that it is as large as that
                 _check_pixels(img)
-            img.load()
+            _load(img)
             rgb = to_rgb(img, upright or _is_turned(img, width, height))
     except FileNotFoundError as e:
         raise ImageError(f"{path}: no such file") from e
@@ -130,17 +132,31 @@ if hasattr(os, "register_at_fork"):  # no loader process begins with a lock that
     )
 
 
+@contextlib.contextmanager
+def _without_limit() -> Iterator[None]:
+    with _limit_lock:  # two threads could leave Pillow without a limit
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(img: Image.Image) -> None:
+    """Decode an opened image; of some formats, TIFF for one, Pillow looks at the size here again."""
+    with _limit_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+    with _without_limit() if limit is not None and img.width * img.height > limit else contextlib.nullcontext():
+        img.load()
+
+
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image of any size: whether it is too large is decided where more is known than in Pillow."""
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise OSError("a pipe, socket or device, which may block or never end")
-    with _limit_lock:  # two threads could leave Pillow without a limit
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            img = Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    with _without_limit():
+        img = Image.open(path)
     if img.format == "TIFF":
         # Pillow (13.0) maps uncompressed gray files into memory by the size they have once upright, which scrambles
         # them where that is a quarter turn away; a file without a name it reads. test_images.py tells when this can go.

@@ -25,8 +25,13 @@ _SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 _SIZE_FACTORS = (1.25, 1.5, 2.0)
 _LARGEST_SIDE_PX = 1536  # of a square input; others may have as many pixels, and as long a side as the images
 _OTHER_SHAPE = 0.1  # of the input: how much less padding makes another shape worth a try
+_STRIDES = (
+    128,
+    64,
+    IMAGE_STRIDE,
+)  # of sides to offer: the pyramid's coarsest, or what is small enough beside the input
 _ENOUGH = 0.98  # share from which on nothing else is tried
-_WORTH = 0.02  # points of share that make a change worth it
+_WORTH = 0.02  # points of share that make a change worth it, and a larger input worth a line
 _EQUAL = 0.005  # shares this close count as equal
 
 
@@ -120,11 +125,12 @@ def suggest_anchors(boxes_yxyx: np.ndarray, sizes_wh: np.ndarray, config: Any, k
         longest = max(_LARGEST_SIDE_PX, float(np.median(sizes_wh.max(axis=1))))
         for larger in _larger_sizes(size, longest):
             add_tried(larger, [])
-        for larger in _larger_sizes(shape, longest) if shape else ():
+        for larger in _larger_shapes(sizes_wh, size, longest) if shape else ():
             add_tried(larger, fitted)
     better: list[Candidate] = []
     for one in sorted(tried, key=lambda one: round(one.cost, 1)):  # what reaches no more than cheaper ones is no line
-        if one.share > max([present.share, *(other.share for other in better)]) + _EQUAL:
+        cheaper = max([present.share, *(other.share for other in better)])
+        if one.share > cheaper + (_WORTH if one.cost > 1 else _EQUAL):
             better.append(one)
     padding = padding_share(sizes_wh, size)
     return Suggestion(present, tuple(better), take if take.flags else None, len(boxes_yxyx), padding, shape)
@@ -143,11 +149,20 @@ def fit_shape(sizes_wh: np.ndarray, input_hw: Sequence[int]) -> tuple[int, ...]:
         sizes_wh: width and height of the images, [n, 2].
         input_hw: the present height and width.
     """
-    aspect = float(np.exp(np.median(np.log(sizes_wh[:, 0] / sizes_wh[:, 1]))))
-    height = max(1, round(np.sqrt(input_hw[0] * input_hw[1] / aspect) / IMAGE_STRIDE)) * IMAGE_STRIDE
-    shape = height, max(1, int(input_hw[0] * input_hw[1] / height / IMAGE_STRIDE)) * IMAGE_STRIDE
+    area = input_hw[0] * input_hw[1]
+    stride = _stride_of(area)
+    height = max(1, round(np.sqrt(area / _aspect(sizes_wh)) / stride)) * stride
+    shape = height, max(1, int(area / height / stride)) * stride
     gain = padding_share(sizes_wh, input_hw) - padding_share(sizes_wh, shape)
     return shape if gain >= _OTHER_SHAPE else ()
+
+
+def _aspect(sizes_wh: np.ndarray) -> float:
+    return float(np.exp(np.median(np.log(sizes_wh[:, 0] / sizes_wh[:, 1]))))
+
+
+def _stride_of(area: float) -> int:
+    return next((stride for stride in _STRIDES if 4 * stride <= np.sqrt(area)), IMAGE_STRIDE)
 
 
 def fit_ratios(boxes_yxyx: np.ndarray, count: int) -> list[float]:
@@ -165,6 +180,19 @@ def _larger_sizes(size: tuple[int, ...], longest: float) -> list[tuple[int, ...]
         for larger in dict.fromkeys(sizes)
         if larger > size and max(larger) <= longest + IMAGE_STRIDE and np.prod(larger) <= _LARGEST_SIDE_PX**2
     ]
+
+
+def _larger_shapes(sizes_wh: np.ndarray, size: tuple[int, ...], longest: float) -> list[tuple[int, ...]]:
+    """Return larger inputs of the images' shape, height and width."""
+    aspect, found = _aspect(sizes_wh), []
+    for factor in _SIZE_FACTORS:
+        area = size[0] * size[1] * factor**2
+        stride = _stride_of(area)
+        height = max(1, round(np.sqrt(area / aspect) / stride)) * stride
+        shape = height, max(1, round(height * aspect / stride)) * stride
+        if np.prod(size) < np.prod(shape) <= _LARGEST_SIDE_PX**2 and max(shape) <= longest + stride:
+            found.append(shape)
+    return list(dict.fromkeys(found))
 
 
 def _candidate(

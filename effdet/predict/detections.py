@@ -103,7 +103,7 @@ class Detections:
 
     def to_supervision(self) -> Any:
         """Return a supervision.Detections, with class names in its data; needs the package supervision."""
-        import supervision  # type: ignore[import-not-found]  # a user's own package
+        import supervision
 
         return supervision.Detections(
             xyxy=self.boxes_xyxy.reshape(-1, 4),

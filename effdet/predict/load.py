@@ -21,6 +21,7 @@ from effdet.network.folding import fold_batch_norm
 from effdet.ops.sizes import nearest_image_size, to_height_width
 from effdet.runtime import device as device_layer
 
+from .engines import EngineBench, EngineNetwork, is_engine_file, load_engine
 from .predictor import Predictor
 from .tta import TtaBench, build_network_of_size
 
@@ -29,7 +30,7 @@ from .tta import TtaBench, build_network_of_size
 class Detector:
     """A network with weights, and what its checkpoint says about it."""
 
-    model: EfficientDet
+    model: EfficientDet | EngineNetwork
     category_map: CategoryMap | None  # None for files that hold weights only
     source: str  # one line for the log
 
@@ -39,7 +40,8 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
 
     Args:
         path: a checkpoint of train.py, which says all there is to know; or any file with weights of a known model, such
-            as the published ones, for which `model.name` is needed unless the file still has its published name.
+            as the published ones, for which `model.name` is needed unless the file still has its published name; or
+            what effdet.export made of one, .onnx or OpenVINO's .xml.
         model: the model section of a script; what it sets goes before the checkpoint.
         use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.
         num_classes: class count asked for.
@@ -50,6 +52,8 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     Raises:
         CheckpointError: the file is unusable, does not say which model it is, or contradicts what was asked for.
     """
+    if is_engine_file(path):
+        return _load_exported(path, model)
     payload = load_checkpoint_file(path)
     state = extract_state_dict(payload, use_ema)
     name = model.name or payload.get("arch") or published_model_name(Path(path).name)
@@ -85,6 +89,18 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     return Detector(network.eval(), CategoryMap.from_dict(stored) if stored else None, source)
 
 
+def _load_exported(path: str, model: Any) -> Detector:
+    """Open a file of effdet.export; its size is fixed."""
+    network, categories = load_engine(path)
+    config = apply_settings(network.config, model)
+    if config.image_size != network.config.image_size:
+        height, width = network.config.image_size
+        raise CheckpointError(f"{path} takes {height}x{width} px and no other size: leave --image-size out.")
+    network.config = config
+    source = f"{config.name}, {config.num_classes} classes, {config.image_size[0]}x{config.image_size[1]}, {path}"
+    return Detector(network, categories, source)
+
+
 def _count_classes(state: Mapping[str, torch.Tensor], config: Any) -> int:
     """Return how many classes a state dict's class head has."""
     for key in ("class_net.predict.conv_pw.bias", "class_net.predict.conv.bias"):
@@ -116,13 +132,13 @@ def load_published(model: Any) -> Detector:
 
 
 def build_predict_bench(
-    model: EfficientDet,
+    model: EfficientDet | EngineNetwork,
     device: torch.device,
     same_padding: str = "auto",
     flip: bool = False,
     scales: Sequence[float] = (),
     nms: str = "exact",
-) -> DetBenchPredict | TtaBench:
+) -> DetBenchPredict | TtaBench | EngineBench:
     """Put post-processing, and test-time augmentation if asked for, around a network.
 
     Args:
@@ -134,11 +150,21 @@ def build_predict_bench(
         nms: see `bench.DetBenchPredict`.
 
     Raises:
-        ValueError: a scale that gives a size which is there already, or an NMS that is not to be had here.
+        ValueError: a scale that gives a size which is there already, an NMS that is not to be had here, or what an
+            exported file cannot do.
     """
+    if isinstance(model, EngineNetwork):
+        if not device_layer.is_host(device):
+            raise ValueError("an exported file runs on the CPU: give --device cpu, or the checkpoint")
+        if scales or model.has_nms and flip:
+            raise ValueError(
+                "an exported file has one input size, and with NMS inside no mirror images: use the checkpoint"
+            )
+        if model.has_nms:
+            return EngineBench(model)
     bench = DetBenchPredict(model, nms=nms, drop_empty=True).to(device).eval()
-    if not flip and not scales:
-        return bench
+    if isinstance(model, EngineNetwork) or not scales:
+        return TtaBench([bench], flip) if flip else bench
     sizes = [to_height_width(model.config.image_size)]
     benches = [bench]
     for scale in scales:
@@ -174,11 +200,12 @@ def build_predictor(
         scales: the same.
         upright: see Predictor.
     """
-    device = device_layer.pick_device(device_name)
+    exported = isinstance(detector.model, EngineNetwork)
+    device = device_layer.pick_device("cpu" if exported and device_name == "auto" else device_name)
     device_layer.set_device(device)
     device_layer.tune(device)
     place_model(detector.model, device, model.same_padding, device_layer.use_channels_last(device))
-    if not scales:  # networks of other sizes are built from unfolded weights
+    if not scales and not exported:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
     bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales, model.nms)
     return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench, upright=upright)
@@ -199,7 +226,8 @@ def load(
     """Load a detector for prediction: `effdet.load(checkpoint).predict(images)`.
 
     Args:
-        checkpoint: a checkpoint of train.py, or any file with weights of a known model.
+        checkpoint: a checkpoint of train.py, any file with weights of a known model, or an exported .onnx or .xml
+            file, which runs in onnxruntime or OpenVINO.
         device: 'auto', 'cpu', or another kind of device that `pick_device` knows.
         batch_size: images predicted together.
         use_ema: True for the averaged weights, False for the trained ones, None for the averaged ones if there are any.

@@ -23,7 +23,7 @@ from effdet.config.recipe import FEW_STEPS
 from effdet.config.schema import RunConfig
 from effdet.data import settle
 from effdet.data.build import build_dataset, build_loader, multi_scale_sizes
-from effdet.data.coco.categories import CategoryMap
+from effdet.data.coco.categories import CategoryMap, find_empty_classes
 from effdet.data.corrupt import BadImageWatch
 from effdet.efficientdet import EfficientDet
 from effdet.evaluator import CocoEvaluator
@@ -161,6 +161,10 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
             f"have nothing to do. Give at most {len(train_set)}."
         )
     _logger.info("data: %d training and %d validation images, %s", len(train_set), len(val_set), categories)
+    table = train_set.parser.box_table()
+    empty = find_empty_classes(categories, set(table["category_id"][~table["crowd"]].tolist()))
+    if empty:
+        _logger.warning("data: classes without a box in training, which will not be found: %s", ", ".join(empty))
     return Data(train_set, val_set, categories, bad_images)
 
 

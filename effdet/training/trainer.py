@@ -40,7 +40,7 @@ from .build import (
 from .engine import NonFiniteError, Progress, Training, evaluate, train_one_epoch
 from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
-from .recipe import apply_recipe, fit_anchors, keep_recipe, name_backbone
+from .recipe import apply_recipe, fit_to_data, keep_recipe, name_backbone
 from .recorder import RunRecorder, check_tensorboard
 from .run import Run, Start
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
@@ -109,7 +109,7 @@ def build_run(cfg: RunConfig, device: torch.device, start: Start, lock: IO[str] 
     cfg = build.settle_config(cfg, start.output_dir, start.source if payload else "")
     data = open_data(cfg, payload.get("category_map"))
     if cfg.model.anchors == "auto":
-        cfg = fit_anchors(cfg, data.train_set.parser) if not payload else resume.keep_anchors(cfg, payload)
+        cfg = fit_to_data(cfg, data.train_set.parser) if not payload else resume.keep_anchors(cfg, payload)
     if cfg.run.batch_size == auto_batch.AUTO:
         cfg = auto_batch.choose_batch_size(cfg, place, data.train_set.parser, data.categories.num_classes)
     batch_size = cfg.run.batch_size

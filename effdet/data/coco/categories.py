@@ -5,8 +5,9 @@ holds the map between the two and the rule that picks it. What the annotations l
 this file's.
 """
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -140,6 +141,24 @@ class CategoryMap:
         return f"{self.num_classes} classes, {kind}, category ids {_short(self.ids)}"
 
 
+def find_shared_names(categories: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names that several categories have, letter case and white space aside, each with its ids."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for category in categories:
+        name = str(category["name"])
+        groups.setdefault(" ".join(name.casefold().split()), []).append((name, category["id"]))
+    return [
+        f"{' = '.join(map(repr, dict(group)))} of {', '.join(str(i) for _, i in group)}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def find_empty_classes(category_map: CategoryMap, used_ids: Collection[int]) -> list[str]:
+    """Return the categories that are none of `used_ids`, those of boxes: id and name of each."""
+    return [f"{i} {name!r}" for i, name in zip(category_map.ids, category_map.names, strict=True) if i not in used_ids]
+
+
 def effdet_category_map(categories: Iterable[Mapping[str, Any]]) -> CategoryMap:
     """Number classes as effdet 0.4.1 does: the label is the category id.
 
@@ -220,23 +239,25 @@ def _match_names(json_map: CategoryMap, stored: CategoryMap, owner: str) -> Cate
         f"{i} {name!r}" for i, name in zip(json_map.ids, json_map.names, strict=True) if name not in theirs.values()
     ]
     if unknown:
+        by_id = ", rename the classes"
+        if theirs.keys() >= set(json_map.ids):
+            by_id += ", or, where the ids mean the same under other names, match them by --match-classes id"
         raise ValueError(
             f"the json has the classes {_short(names)}, {owner} has {_short(f'{i} {n!r}' for i, n in theirs.items())}: "
-            f"it does not know {_short(unknown)}. {_remedy(owner)}, rename the classes, or, where the "
-            "ids mean the same under other names, give --match-classes id."
+            f"it does not know {_short(unknown)}. {_remedy(owner)}{by_id}."
         )
     shared = sorted(name for name in set(json_map.names) if json_map.names.count(name) + stored.names.count(name) > 2)
     if shared:
         raise ValueError(
             f"the json and {owner} number their classes differently, and {_short(map(repr, shared))} is the name of "
-            "several: give each class a name of its own, or give --match-classes id where the ids mean the same."
+            "several: give each class a name of its own, or match by --match-classes id where the ids mean the same."
         )
     index = {name: stored.id_to_idx[i] for i, name in theirs.items()}
     ids = {index[name]: i for i, name in zip(json_map.ids, json_map.names, strict=True)}
-    free = max((*json_map.ids, *stored.ids)) + 1  # classes that the json lacks get ids that nothing in it has
-    for k in range(stored.num_classes):
+    free = itertools.filterfalse({*json_map.ids, *stored.ids}.__contains__, itertools.count(1))
+    for k in range(stored.num_classes):  # classes that the json lacks get ids that nothing in it has
         if k not in ids:
-            ids[k], free = free, free + 1
+            ids[k] = next(free)
     moved = [
         f"{i} {name!r} is {stored.idx_to_id[index[name]]} in {owner}"
         for i, name in zip(json_map.ids, json_map.names, strict=True)

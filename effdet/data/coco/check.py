@@ -6,7 +6,6 @@ half way: the caller raises once, with all of them. Reading files is `read.py`'s
 """
 
 import posixpath
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from ..corrupt import default_limit
 from ..images import ImageError, read_size
 from .boxes import check_boxes, to_array
+from .categories import find_shared_names
 from .foreign import describe_json
 from .locate import escapes, find_files, find_lfs_pointers, is_image_outside
 from .mend import mend_json
@@ -133,10 +133,7 @@ def _check_categories(rows: list, report: DatasetReport, has_labels: bool) -> li
         else:
             seen[cat_id] = {"id": cat_id, "name": shown(str(row.get("name", cat_id)))}
     categories = [seen[k] for k in sorted(seen)]
-    for name, count in Counter(c["name"] for c in categories).items():
-        if count > 1:
-            ids = ", ".join(str(c["id"]) for c in categories if c["name"] == name)
-            report.add("shared_name", f"{name!r} of {ids}")
+    report.add_all("shared_name", find_shared_names(categories))
     return categories
 
 

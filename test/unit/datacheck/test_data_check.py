@@ -14,160 +14,15 @@ import torch
 from PIL import Image
 
 import train
-from effdet.anchors import Anchors
-from effdet.config import get_efficientdet_config
+from effdet.config.cli import parse_train_args
+from effdet.data.build import build_dataset
 from effdet.data.coco.check import check_coco
+from effdet.data.coco.report import DatasetError
 from effdet.data.synthetic.dataset import make_synthetic_dataset
-from effdet.data.transforms import ResizePad
 from effdet.datacheck import check
-from effdet.datacheck import scan as image_scan
-from effdet.datacheck.anchor_reach import find_reached, fit_ratios, letterbox_boxes, suggest_anchors
-from effdet.datacheck.scan import read_hashes, repeats_within, scan_images, shared_between
 from effdet.datacheck.stats import draw_sample
-from effdet.ops.boxes import pairwise_iou
-
-
-def config_of(size: int = 128, scale: float | None = None):
-    config = get_efficientdet_config("tf_efficientdet_d0")
-    config.image_size = (size, size)
-    config.anchor_scale = scale or config.anchor_scale
-    return config
-
-
-# ---- anchors ----
-
-
-def test_reached_boxes_are_those_of_a_full_search():
-    rng = np.random.default_rng(0)
-    low, sides = rng.uniform(0, 120, (400, 2)), np.exp(rng.uniform(0.5, 5, (400, 2)))
-    boxes = np.concatenate((low, np.minimum(low + sides, 128)), 1).astype(np.float32)
-    config = config_of()
-    best = pairwise_iou(torch.from_numpy(boxes), Anchors.from_config(config).boxes).amax(1).numpy()
-    reached = find_reached(boxes, config)
-    assert 50 < reached.sum() < 350
-    assert (reached == (best >= 0.5)).all()
-
-
-def test_boxes_are_put_where_the_evaluation_puts_them():
-    target = {"bbox": np.array([[10, 20, 60, 100]], dtype=np.float32), "cls": np.array([1])}
-    moved = ResizePad((128, 192))(Image.new("RGB", (300, 100)), target)[1]["bbox"]
-    ours = letterbox_boxes(np.array([[10, 20, 60, 100]]), np.array([[300, 100]]), (128, 192))
-    np.testing.assert_allclose(ours, moved)
-
-
-def squares(side: float, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    low = np.random.default_rng(1).uniform(0, 128 - side, (count, 2))
-    return np.concatenate((low, low + side), 1), np.full((count, 2), 128)
-
-
-def test_smaller_anchors_are_suggested_for_small_boxes_and_nothing_for_good_ones():
-    found = suggest_anchors(*squares(16.0), config_of())
-    assert found.present.share == 0.0 and found.boxes == 60
-    assert found.take.flags == "--anchor-scale 1.25" and found.take.share > 0.9 and found.take.cost == 1.0
-    assert found.better[0] == found.take
-    fine = suggest_anchors(*squares(32.0), config_of())
-    assert (fine.present.share, fine.better, fine.take) == (1.0, (), None)
-
-
-def test_the_share_of_a_suggestion_is_what_its_flags_reach():
-    rng = np.random.default_rng(2)
-    boxes, sizes = squares(6.0, 200)
-    boxes[:, 3] = boxes[:, 1] + rng.uniform(20, 40, 200)
-    found = suggest_anchors(boxes, sizes, config_of())
-    for one in found.better:
-        words = one.flags.split()
-        flags = dict(zip(words[::2], words[1::2], strict=True))
-        tried = config_of(int(flags.get("--image-size", 128)), float(flags.get("--anchor-scale", 4)))
-        if "--aspect-ratios" in flags:
-            tried.aspect_ratios = [float(ratio) for ratio in flags["--aspect-ratios"].split(",")]
-        assert find_reached(letterbox_boxes(boxes, sizes, tried.image_size), tried).mean() == one.share
-        assert one.cost == (tried.image_size[0] / 128) ** 2
-    shares = [one.share for one in found.better]
-    assert shares == sorted(shares) and found.take.share > found.present.share + 0.3
-    assert "--aspect-ratios" in found.take.flags  # these boxes are five times as wide as high
-
-
-def test_ratios_are_those_in_the_middle_of_each_third():
-    boxes = np.array([[0, 0, 10, 10 * ratio] for ratio in (0.5, 0.5, 1.0, 1.0, 3.0, 3.0)])
-    assert fit_ratios(boxes, 3) == [0.5, 1.0, 3.0]
-    assert fit_ratios(boxes[:2], 3) == []
-
-
-# ---- image files ----
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "good.png")
-    Image.fromarray(pixels).save(tmp_path / "again.png", compress_level=1)
-    Image.fromarray(pixels[::-1]).save(tmp_path / "other.jpg")
-    whole = (tmp_path / "other.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("404 not found")
-    Image.fromarray(np.zeros((40, 60), dtype=np.float32)).save(tmp_path / "float.tiff")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("good.png", ""),
-        ("other.jpg", ""),
-        ("cut.jpg", "damaged"),
-        ("empty.jpg", "empty"),
-        ("text.jpg", "unknown"),
-        ("float.tiff", "float_pixels"),
-        ("nowhere.jpg", "missing"),
-    ],
-)
-def test_kinds_of_broken_files(folder, name, kind):
-    file_hash, pixel_hash, found, text = read_hashes((str(folder / name), 60, 40))
-    assert found == kind
-    assert (name in text) if kind else (len(file_hash), len(pixel_hash), text) == (16, 16, "")
-
-
-def test_a_size_other_than_the_json_says(folder):
-    assert read_hashes((str(folder / "good.png"), 61, 40))[2] == "other_size"
-    assert read_hashes((str(folder / "good.png"), None, None))[2] == ""
-
-
-def infos_of(names) -> list[dict]:
-    return [{"file_name": name, "width": 60, "height": 40} for name in names]
-
-
-def test_repeats_are_found_by_pixels_and_by_files(folder):
-    shutil.copy(folder / "good.png", folder / "copy.png")
-    first = scan_images(folder, infos_of(["good.png", "cut.jpg", "other.jpg"]), 3, 0)
-    second = scan_images(folder, infos_of(["text.jpg", "again.png", "copy.png"]), 3, 0)
-    assert shared_between(first, second) == [("good.png", "again.png", False), ("good.png", "copy.png", True)]
-    assert repeats_within(second.pixel_hashes) == [(1, 2)]
-    assert dict(first.broken) == {"damaged": 1} and "cut.jpg" in first.examples["damaged"][0]
-
-
-def test_several_processes_give_what_one_gives(folder, monkeypatch):
-    monkeypatch.setattr(image_scan, "_CHUNK", 2)
-    names = ["good.png", "cut.jpg", "other.jpg", "empty.jpg", "again.png"] * 2
-    one, two = (scan_images(folder, infos_of(names), 10, processes) for processes in (0, 2))
-    assert one.pixel_hashes == two.pixel_hashes and one.file_hashes == two.file_hashes
-    assert one.broken == two.broken == {"damaged": 2, "empty": 2}
-
-
-def test_a_image_that_ends_its_process_is_near_the_one_named(folder, monkeypatch):
-    monkeypatch.setattr(image_scan, "_CHUNK", 1)
-    monkeypatch.setattr(image_scan, "read_hashes", killed_by_other)
-    with pytest.raises(RuntimeError, match="a process that decodes images was ended"):
-        scan_images(folder, infos_of(["good.png", "other.jpg", "again.png"]), 3, 2)
-
-
-def killed_by_other(job):
-    import os
-
-    return os._exit(9) if "other" in job[0] else read_hashes(job)
-
-
-# ---- the command ----
+from effdet.factory import resolve_model_config
+from effdet.training.recipe import apply_recipe, fit_to_data
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +50,7 @@ def run(capsys, data: Path, *more: str, script=check.main) -> tuple[int, str]:
             "0",
             "--image-size",
             "256",
+            *(() if "--recipe" in more else ("--recipe", "coco")),
             *(more or ("--anchor-scale", "2.5")),
         ]
     )
@@ -318,6 +174,129 @@ def test_classes_of_one_split_only(data, capsys):
         assert status == 4 and re.search("does not know .*4242", "\n".join(found(output, "error")))
 
 
+def test_classes_with_other_ids_in_val_are_counted_by_name(data, capsys):
+    coco = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    plain = run(capsys, data)[1]
+    first, second = coco["categories"][0], coco["categories"][1]
+    swap = {first["id"]: second["id"], second["id"]: first["id"]}
+
+    def permute(coco):
+        for row in coco["annotations"]:
+            row["category_id"] = swap.get(row["category_id"], row["category_id"])
+        for row in coco["categories"]:
+            row["id"] = swap.get(row["id"], row["id"])
+
+    edit(data, "val", permute)
+    status, output = run(capsys, data)
+    assert table_of(output) == table_of(plain) and len(table_of(output)) == len(coco["categories"])
+    (note,) = [text for text in found(output, "note") if f"'{first['name']}'" in text]
+    assert f"is {first['id']} in train, {second['id']} in val" in note
+    assert table_of(run(capsys, data, "--match-classes", "id")[1]) != table_of(plain)
+
+
+def table_of(output: str) -> list[str]:
+    return re.findall(r"^ +\d+  \w+ +\d+ \(\d+\) +\d+ \(\d+\)$", output, re.MULTILINE)
+
+
+def test_equal_names_and_classes_without_boxes_are_named(data, capsys):
+    def spoil(coco):
+        coco["categories"] += [{"id": 900, "name": "Ball "}, {"id": 901, "name": "nothing"}]
+
+    for split in ("train", "val"):
+        edit(data, split, spoil)
+    status, output = run(capsys, data, "--anchor-scale", "2.5")
+    assert status == 3
+    assert any("'ball' = 'Ball ' of 1, 900" in text for text in found(output, "warning"))
+    (empty,) = [text for text in found(output, "note") if text.startswith("classes: 2 have no boxes")]
+    assert "900 'Ball '" in empty and "901 'nothing'" in empty
+
+
+@pytest.mark.parametrize("more", [(), ("--anchors", "auto", "--recipe", "coco")])
+def test_the_anchors_are_those_of_the_run(data, more):
+    def shrink(coco):  # boxes that the model's own anchors miss, and images that a training leaves out
+        for row in coco["annotations"]:
+            row["bbox"][2:] = [row["bbox"][2] / 3, row["bbox"][3] / 9 + 1]
+        small = [
+            {"id": 10**6 + k, "file_name": coco["images"][0]["file_name"], "width": 20, "height": 20} for k in range(9)
+        ]
+        coco["images"] += small
+        coco["annotations"] += [
+            {"id": 10**6 + k, "image_id": row["id"], "category_id": 1, "bbox": [1, 1, 18, 2]}
+            for k, row in enumerate(small)
+        ]
+
+    edit(data, "train", shrink)
+    argv = ["--root", str(data), "-j", "0", "--device", "cpu", *more]
+
+    def parse(base):
+        return parse_train_args(argv, base=base)
+
+    cfg, _ = apply_recipe(parse({}), torch.device("cpu"), parse)
+    run_cfg = fit_to_data(cfg, build_dataset(cfg.data, "train").parser).model
+    _, config = check.check(parse({}), parse)
+    assert run_cfg.anchor_scale is not None or run_cfg.aspect_ratios is not None  # some were fitted
+    want = resolve_model_config(run_cfg)
+    for key in ("name", "image_size", "anchor_scale", "aspect_ratios"):
+        assert config[key] == want[key]
+    argv += ["--anchor-scale", "7"]
+    assert check.check(parse({}), parse)[1].anchor_scale == 7
+
+
+def test_images_too_small_for_a_training_are_an_error_with_the_reason(data, capsys):
+    for path in (data / "train2017").iterdir():
+        Image.open(path).resize((40, 31)).save(path)
+
+    def shrink(coco):
+        for image in coco["images"]:
+            image["width"], image["height"] = 40, 31
+        for row in coco["annotations"]:
+            row["bbox"] = [5, 5, 20, 20]
+
+    edit(data, "train", shrink)
+    status, output = run(capsys, data)
+    (reason,) = [text for text in found(output, "error") if "32 px" in text]
+    assert status == 4 and "all 10 images" in reason
+    with pytest.raises(DatasetError, match="all 10 of .* under 32 px"):
+        build_dataset(parse_train_args(["--root", str(data)]).data, "train")
+
+
+def test_more_classes_than_asked_for_are_an_error(data, capsys):
+    status, output = run(capsys, data, "--num-classes", "2")
+    assert status == 4 and "num_classes is 2" in "\n".join(found(output, "error"))
+
+
+def test_doubtful_boxes_and_images_are_counted_with_an_example(data, capsys):
+    coco = json.loads((data / "annotations" / "instances_train2017.json").read_text())
+    first, second, third = coco["images"][:3]
+    shutil.copy(data / "train2017" / second["file_name"], data / "train2017" / "copy.png")
+
+    def spoil(coco):
+        box = next(row for row in coco["annotations"] if not row["iscrowd"])
+        x, y, width, height = box["bbox"]
+        number = iter(range(10**6, 2 * 10**6))
+
+        def add_image(like, name):
+            coco["images"].append({**like, "id": next(number), "file_name": name})
+            return coco["images"][-1]["id"]
+
+        def add_box(image_id, bbox):
+            coco["annotations"].append({**box, "id": next(number), "image_id": image_id, "bbox": bbox})
+
+        add_box(box["image_id"], list(box["bbox"]))
+        add_box(first["id"], [-5, 3, 30, 30])
+        add_box(add_image(third, third["file_name"]), [3, 3, 30, 30])  # a second id, with another box
+        add_box(add_image(second, "copy.png"), [7, 7, 30, 30])  # the same pixels, with another box
+
+    edit(data, "train", spoil)
+    status, output = run(capsys, data, "--anchor-scale", "2.5")
+    warnings, notes = "\n".join(found(output, "warning")), "\n".join(found(output, "note"))
+    assert status == 3
+    assert re.search(r"1 boxes given twice.*annotation 1000000 of image", notes)
+    assert re.search(rf"1 boxes partly outside.*annotation 1000001 of image {first['id']}\)", notes)
+    assert re.search(rf"1 files listed under several ids.*{third['file_name']} with ids {third['id']}, ", warnings)
+    assert re.search(rf"1 images repeat an earlier one \({second['file_name']} = copy.png\), with other", warnings)
+
+
 def test_anchors_that_miss_are_a_warning_with_a_setting_that_helps(data, capsys):
     status, output = run(capsys, data, "--anchor-scale", "8")
     (line,) = [text for text in found(output, "warning") if text.startswith("anchors:")]
@@ -329,7 +308,9 @@ def test_anchors_that_miss_are_a_warning_with_a_setting_that_helps(data, capsys)
 
 
 def test_train_py_check_is_the_same_check(data, capsys):
-    assert run(capsys, data, script=train.main) == run(capsys, data)
+    one, other = (run(capsys, data, script=script) for script in (train.main, check.main))
+    assert one[0] == other[0]
+    assert re.sub(r"in [\d.]+ s$", "", one[1], flags=re.M) == re.sub(r"in [\d.]+ s$", "", other[1], flags=re.M)
     assert not (data / "output").exists()
 
 

@@ -16,7 +16,7 @@ from effdet.factory import resolve_model_config
 from effdet.runtime import memory
 from effdet.training.build import Placement
 from effdet.training.footprint import bytes_per_image, explain_out_of_memory, images_that_fit
-from effdet.training.recipe import apply_recipe, find_facts, fit_anchors, keep_recipe
+from effdet.training.recipe import apply_recipe, find_facts, fit_to_data, keep_recipe
 from effdet.training.trainer import is_tired
 
 CPU = torch.device("cpu")
@@ -90,10 +90,10 @@ def test_fitted_anchors_reach_more_boxes(root):
         boxes = letterbox_boxes(table["bbox"], np.array(sizes), cfg.model.image_size)
         return find_reached(boxes, resolve_model_config(cfg.model)).mean()
 
-    fitted = fit_anchors(cfg, parser)
+    fitted = fit_to_data(cfg, parser)
     assert share(fitted) > share(cfg) + 0.02
     given = replace_settings(cfg, model={"anchor_scale": 7.0})
-    assert fit_anchors(given, parser) == given
+    assert fit_to_data(given, parser) == given
 
 
 # ---- memory ----
