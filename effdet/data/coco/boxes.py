@@ -75,16 +75,15 @@ def check_boxes(
         partly = (
             np.maximum.reduce([-x0, -y0, x1 - width, y1 - height]) > 1e-3 if len(image) else np.zeros(0, dtype=bool)
         )
-        reach = np.maximum.reduce([-x0, -y0, w - 1, h - 1])
-        relative = (reach <= _RELATIVE_SLACK) & (np.maximum(x0, y0) < 1) & ~empty
 
     left = np.ones(len(image), dtype=bool)
     steps = [("bad_bbox", ~finite), ("empty_bbox", empty), ("outside_bbox", outside), ("tiny_bbox", tiny)]
     real = finite & ~empty
-    if (count := np.count_nonzero(tiny & relative)) >= _FEWEST_RELATIVE and count >= _RELATIVE_SHARE * np.count_nonzero(
-        real
-    ):
-        steps.insert(0, ("relative_bbox", finite & relative))
+    if np.count_nonzero(tiny & real) >= max(_FEWEST_RELATIVE, _RELATIVE_SHARE * np.count_nonzero(real)):
+        within = np.maximum.reduce([-x0, -y0, w - 1, h - 1]) <= _RELATIVE_SLACK
+        relative = within & (np.maximum(x0, y0) < 1) & real
+        if np.count_nonzero(relative) >= max(_FEWEST_RELATIVE, _RELATIVE_SHARE * np.count_nonzero(real)):
+            steps.insert(0, ("relative_bbox", relative))
     for kind, mask in steps + ([] if keep_crowd else [("crowd", is_crowd)]):
         _add_rows(report, kind, left & mask, rows, image, infos)
         left &= ~mask

@@ -21,7 +21,7 @@ from .foreign import describe_json
 from .locate import escapes, find_files, find_lfs_pointers, is_image_outside
 from .mend import mend_json
 from .report import DatasetError, DatasetReport, shown
-from .rows import IDS, NUMBERS, Refused, column, is_set, sound_rows
+from .rows import IDS, NUMBERS, Columns, Refused, column, is_set, sound_rows
 
 MADE_FROM = "made_from"  # key in the info of a json that was made for a run
 _UNKNOWN_PX = 64  # side of an image without a size and without boxes
@@ -64,7 +64,7 @@ def check_coco(
     """
     require_lists(data, source, ("images", "annotations", "categories") if has_labels else ("images",))
     report = DatasetReport(source=source)
-    sound = mend_json(data, report)
+    columns = mend_json(data, report)
     refused = Refused()
     rows = data.get("categories")
     categories = _check_categories(rows if isinstance(rows, list) else [], report, has_labels)
@@ -72,11 +72,14 @@ def check_coco(
     infos = _check_images(data["images"], report, img_dir, max_bad, refused)
     annotations = data["annotations"] if has_labels else []
     image_at = {info["id"]: k for k, info in enumerate(infos)}
-    if not sound or report.errors:  # else what was sound with all images and categories is so with these
+    if (
+        columns is None or report.errors or not has_labels
+    ):  # else what was sound with all images and categories is so with these
         used = sound_rows(annotations, image_at.keys(), {c["id"] for c in categories}, report, refused)
+        columns = Columns(*(column(used, key) for key in ("image_id", "category_id", "bbox")))
     else:
         used = annotations
-    packed = _pack_annotations(used, image_at, infos, report, keep_crowd)
+    packed = _pack_annotations(used, columns, image_at, infos, report, keep_crowd)
     arrays = CocoArrays(categories, infos, *packed)
     _give_sizes(arrays)
     report.num_images, report.num_annotations, report.num_categories = len(infos), len(annotations), len(categories)
@@ -231,15 +234,16 @@ def check_files(
 
 def _pack_annotations(
     rows: list[dict[str, Any]],
+    columns: Columns,
     image_at: dict[Any, int],
     infos: list[dict[str, Any]],
     report: DatasetReport,
     keep_crowd: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns (offsets, boxes_yxyx, category_ids, is_crowd) of CocoArrays."""
-    xywh = to_array(column(rows, "bbox"))
-    image = np.array(list(map(image_at.__getitem__, column(rows, "image_id"))), dtype=np.int64)
-    cats = np.array(column(rows, "category_id"), dtype=np.int64)
+    xywh = to_array(columns.boxes)
+    image = np.fromiter(map(image_at.__getitem__, columns.image_ids), dtype=np.int64, count=len(rows))
+    cats = np.fromiter(columns.category_ids, dtype=np.int64, count=len(rows))
     is_crowd = _flags(column(rows, "iscrowd")) | _flags(column(rows, "ignore"))
     yxyx, keep = check_boxes(xywh, image, cats, is_crowd, infos, rows, report, keep_crowd)
     order = np.flatnonzero(keep)

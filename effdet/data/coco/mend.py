@@ -12,7 +12,7 @@ from typing import Any
 
 from .read import NAME_KEYS, POLYGON_KEY
 from .report import DatasetReport
-from .rows import IDS, NUMBERS, all_sound, column, dicts, four_numbers
+from .rows import IDS, NUMBERS, Columns, column, dicts, four_numbers, sound_columns
 from .shapes import box_of_object, box_of_outline, box_of_text
 
 # Kinds of the report that tell of a change to the json.
@@ -24,7 +24,7 @@ _SPELLED = frozenset((int, float, str))  # types an id may be written in
 _WHOLE = re.compile(r"\s*[+-]?\d{1,18}(\.0*)?\s*", re.ASCII)
 
 
-def mend_json(data: dict[str, Any], report: DatasetReport) -> bool:
+def mend_json(data: dict[str, Any], report: DatasetReport) -> Columns | None:
     """Mend the lists of a parsed json in place.
 
     Args:
@@ -32,21 +32,22 @@ def mend_json(data: dict[str, Any], report: DatasetReport) -> bool:
         report: counts what was changed.
 
     Returns:
-        True when nothing is wrong with any annotation, as `all_sound` tells.
+        The columns of the annotations when nothing is wrong with any of them, as `sound_columns` gives them.
     """
     images, annotations, categories = (_listed(data, key) for key in ("images", "annotations", "categories"))
     numbers = _mend_category_ids(dicts(categories), report)
     _mend_images(dicts(images), report)
     image_ids = {row.get("id") for row in dicts(images) if type(row.get("id")) in IDS}
     category_ids = {row.get("id") for row in dicts(categories) if type(row.get("id")) is int}
-    sound = numbers is None and all_sound(annotations, image_ids, category_ids)
-    if not sound:
-        _mend_annotations(dicts(annotations), image_ids, category_ids, numbers, report)
-    _note_rotations(dicts(annotations), report)
+    columns = None if numbers is not None else sound_columns(annotations, image_ids, category_ids)
+    if columns is None:
+        annotations = dicts(annotations)
+        _mend_annotations(annotations, image_ids, category_ids, numbers, report)
+    _note_rotations(annotations, report)
     if categories:
         categories = _without_repeats(categories, report)
-        data["categories"] = _without_placeholder(categories, dicts(annotations), report)
-    return sound
+        data["categories"] = _without_placeholder(categories, annotations, report)
+    return columns
 
 
 def _listed(data: dict[str, Any], key: str) -> list:
@@ -99,8 +100,10 @@ def _respelled(value: Any, example: str, report: DatasetReport) -> Any:
 
 
 def _mend_images(rows: list[dict[str, Any]], report: DatasetReport) -> None:
-    columns = (column(rows, key) for key in ("id", "file_name", "width", "height"))
-    for row, img_id, name, *sides in zip(rows, *columns, strict=True):
+    ids, names, widths, heights = (column(rows, key) for key in ("id", "file_name", "width", "height"))
+    if float not in set(map(type, ids)) and all(names) and str not in {*map(type, widths), *map(type, heights)}:
+        return
+    for row, img_id, name, *sides in zip(rows, ids, names, widths, heights, strict=True):
         if type(img_id) is float:
             row["id"] = _respelled(img_id, f"id {img_id!r} of an image", report)
         if not name:

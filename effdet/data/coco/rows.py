@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .report import DatasetReport
 
@@ -51,12 +51,20 @@ def dicts(rows: list) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def all_sound(rows: list, image_ids: Set, cat_ids: Set) -> bool:
-    """Tell whether `sound_rows` would give all rows and find nothing; a column at a time, several times as fast."""
+class Columns(NamedTuple):
+    """What is used of annotations in which nothing is wrong, a list for each key."""
+
+    image_ids: list[int | str]
+    category_ids: list[int]
+    boxes: list[list[float]]
+
+
+def sound_columns(rows: list, image_ids: Set, cat_ids: Set) -> Columns | None:
+    """Return the columns where `sound_rows` would give all rows and find nothing, else None; several times as fast."""
     if not {dict}.issuperset(map(type, rows)):
-        return False
+        return None
     ids, images, cats, boxes = (column(rows, key) for key in ("id", "image_id", "category_id", "bbox"))
-    return (
+    sound = (
         IDS.issuperset(map(type, ids))
         and len(set(ids)) == len(ids)
         and IDS.issuperset(map(type, images))
@@ -67,6 +75,7 @@ def all_sound(rows: list, image_ids: Set, cat_ids: Set) -> bool:
         and {4}.issuperset(map(len, boxes))
         and NUMBERS.issuperset(map(type, itertools.chain.from_iterable(boxes)))
     )
+    return Columns(images, cats, boxes) if sound else None
 
 
 def sound_rows(

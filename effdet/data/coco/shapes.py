@@ -58,6 +58,10 @@ def box_of_polygons(value: Any) -> list[float] | None:
     points = [number for pair in flat for number in pair] if all(isinstance(pair, list) for pair in flat) else flat
     if len(points) < 6 or len(points) % 2 or not NUMBERS.issuperset(map(type, points)):
         return None
+    try:
+        points = list(map(float, points))
+    except OverflowError:
+        return None
     x, y = points[::2], points[1::2]
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 

@@ -628,6 +628,33 @@ def test_what_is_no_mask_has_no_box(mask):
     assert box_of_mask(mask) is None
 
 
+NO_BOXES = [
+    "1 2 3",
+    "a b c d",
+    ["1", "2", None, "4"],
+    {"x": 1, "y": 2, "width": 3},
+    {"x": True, "y": 2, "width": 3, "height": 4},
+    [[1, 2], [3, 4]],
+    [10**400, 1, 2, "3"],
+]
+NO_OUTLINES = [
+    [],
+    [[]],
+    "1 2 3 4 5 6",
+    [[1, 2, 3, 4]],
+    [[1, 2, 3, 4, 5, None]],
+    [[0, 0.5, 10**400, 1, 2, 3]],
+    {"size": 3},
+]
+
+
+@pytest.mark.parametrize("broken", [{"bbox": box} for box in NO_BOXES] + [{"segmentation": o} for o in NO_OUTLINES])
+def test_what_is_no_box_is_left_out_and_counted(images, broken):
+    data = good()
+    data["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, **broken})
+    assert found(open_json(images, data)) == {"no_bbox": 1}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names with colons")
 def test_a_name_that_only_looks_like_an_address_is_taken_as_it_stands(tmp_path):
     names = [f"a%20{k}:x.jpg" for k in range(COUNT)]
