@@ -74,7 +74,7 @@ def check(cfg: RunConfig, parse: Parse) -> tuple[DataStats, object]:
         ValueError: an image size that no model has, or no data named at all.
     """
     check_image_size(resolve_model_config(cfg.model).image_size)
-    stats = read_splits(find_splits(cfg.data))
+    stats = read_splits(find_splits(cfg.data), cfg.data.max_bad_images)
     train = stats.split("train")
     if train is not None:
         cfg = settle_model(cfg, train, parse)

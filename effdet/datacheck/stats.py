@@ -110,21 +110,26 @@ def image_sizes(arrays: CocoArrays) -> np.ndarray:
     return np.array(sizes, dtype=np.float64).reshape(-1, 2)
 
 
-def read_splits(paths: Mapping[str, tuple[Path, Path] | Exception]) -> DataStats:
-    """Read the annotations of 'train' and 'val', by folder and json or the error in their place, which is a finding."""
+def read_splits(paths: Mapping[str, tuple[Path, Path] | Exception], max_bad: int | None = 0) -> DataStats:
+    """Read the annotations of 'train' and 'val'.
+
+    Args:
+        paths: folder and json of each, or the error in their place, which is a finding.
+        max_bad: images that may be absent without being an error, see `check_coco`.
+    """
     stats = DataStats()
     for name, where in paths.items():
         try:
             if isinstance(where, Exception):
                 raise where
-            stats.splits.append(read_split(name, *where))
+            stats.splits.append(read_split(name, *where, max_bad))
         except (ValueError, OSError) as error:
             stats.add("error", f"{name}: {error}")
     return stats
 
 
-def read_split(name: str, img_dir: Path, ann: Path) -> SplitStats:
-    """Read a split's annotations.
+def read_split(name: str, img_dir: Path, ann: Path, max_bad: int | None = 0) -> SplitStats:
+    """Read a split's annotations; for `max_bad` see `read_splits`.
 
     Raises:
         DatasetError: the json is not in COCO's form; FileNotFoundError: no json, or no image folder.
@@ -132,7 +137,7 @@ def read_split(name: str, img_dir: Path, ann: Path) -> SplitStats:
     if not img_dir.is_dir():
         raise FileNotFoundError(f"image directory {img_dir} does not exist")
     with collector_paused():
-        arrays, report = check_coco(read_json(ann), str(ann), img_dir, has_labels=True, keep_crowd=False)
+        arrays, report = check_coco(read_json(ann), str(ann), img_dir, True, keep_crowd=False, max_bad=max_bad)
     split = SplitStats(name, img_dir, arrays, report)
     if name == "train":
         for k in np.flatnonzero(~split.is_trained_on):

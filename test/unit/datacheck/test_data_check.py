@@ -320,6 +320,14 @@ def test_a_missing_split_is_an_error_and_the_other_is_checked(data, capsys):
     assert status == 4 and "val2017" in found(output, "error")[0] and "10 images decoded" in output
 
 
+@pytest.mark.parametrize(("allowed", "status"), [("0", 4), ("1", 3)])
+def test_an_absent_image_counts_as_in_training(data, capsys, allowed, status):
+    next((data / "train2017").iterdir()).unlink()
+    got, output = run(capsys, data, "--anchor-scale", "2.5", "--max-bad-images", allowed)
+    assert got == status and bool(found(output, "error")) == (status == 4)
+    assert "1 broken or missing" in output or status == 4
+
+
 def test_wrong_calls_end_with_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no data set of a known form.*--train-images DIR --train-ann"):
         check.main([str(tmp_path)])
