@@ -1,4 +1,4 @@
-"""docker/Dockerfile.npu as text: what it copies is there, and what it installs leaves the image's torch alone."""
+"""The Dockerfiles as text: what they copy is there, their commands are ours, and the image's torch stays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from effdet.config.cli import parse_train_args
+
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def instructions() -> list[tuple[str, str]]:
+    return read("npu")
+
+
+def read(kind: str) -> list[tuple[str, str]]:
     """Return (word, rest) of each instruction, continued lines joined."""
-    text = (REPO / "docker" / "Dockerfile.npu").read_text()
+    text = (REPO / "docker" / f"Dockerfile.{kind}").read_text()
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines()]
@@ -32,7 +38,8 @@ def test_the_base_is_a_tag_of_torch_npus_image(instructions):
     assert re.fullmatch(tag, base)
 
 
-def test_everything_that_is_copied_is_in_the_repository(instructions):
+def check_copies(instructions: list[tuple[str, str]]) -> set[str]:
+    """Return what is copied, all of which is there."""
     copied = set()
     for rest in of(instructions, "COPY"):
         *sources, target = rest.split()
@@ -41,6 +48,27 @@ def test_everything_that_is_copied_is_in_the_repository(instructions):
             assert found, source
             copied |= {path.relative_to(REPO).as_posix() for path in found}
         assert len(sources) == 1 or target.endswith("/"), rest
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_command_is_installed_as_it_is_documented(kind):
+    instructions = read(kind)
+    copied = check_copies(instructions)
+    assert {"effdet", "timm_patches", "configs", "pyproject.toml", "README.md", "LICENSE"} <= copied
+    assert json.loads(of(instructions, "ENTRYPOINT")[0]) == ["effdet"]
+    assert of(instructions, "RUN")[-1].endswith("--no-deps .")
+    head = (REPO / "docker" / f"Dockerfile.{kind}").read_text().partition("FROM")[0]
+    line = re.sub(r"\\\n#\s*", "", head)
+    run = re.search(r"docker run (.*)", line)[1]
+    image, _, command = run.partition(" effdet-cuda " if kind == "cuda" else " effdet ")
+    assert "--shm-size=" in image and "/work/output" in image
+    words = command.split()
+    assert words[0] == "train" and parse_train_args(words[1:]).data.root == "/data"
+
+
+def test_everything_that_is_copied_is_in_the_repository(instructions):
+    copied = check_copies(instructions)
     scripts = {path.name for path in (REPO / "test").glob("train_*.sh")}
     assert {f"test/{name}" for name in scripts} <= copied
     assert {"train.py", "validate.py", "demo.py", "effdet", "timm_patches", "configs", "run_train.sh"} <= copied
