@@ -323,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.format == OM and path.suffix != ".om":
             raise ValueError(f"--out {path}: a file for Ascend chips ends in .om")
-        detector = load_detector(args.checkpoint, section, args.ema)
         ensure_writable(path, "--out")
+        detector = load_detector(args.checkpoint, section, args.ema)
         if args.format == OM:
             facts = export_om(detector, path, args.soc, args.batch, args.opset)
         else:

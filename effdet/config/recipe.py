@@ -15,9 +15,11 @@ from .schema import RunConfig
 SMALL_SET = 20_000  # training images up to which COCO's recipe, made for 118,000, does not fit
 FEW_STEPS = 20  # in an epoch of fewer updates, what counts in epochs (schedule, evaluation, log) is too coarse
 _CPU_PIXELS = 256 * 320  # of the network input: what two cores learn from in minutes
+_CPU_MOST_PIXELS = 384 * 512  # with weights, where the images have so many: fewer epochs, and still better
 _STRIDE = 64  # the sides of an input that is not square are multiples of it
 _CPU_BATCH, _BATCH = 4, 8  # images a step and device: of a small set, many small updates teach more than few large ones
-_CPU_IMAGES, _IMAGES = 6000, 20_000  # that a run sees at least: about ten minutes on two cores
+_CPU_WORK = 6200 * _CPU_PIXELS  # pixels that a run on CPUs sees: about ten minutes on two cores
+_IMAGES = 20_000  # that a run on other devices sees
 
 
 @dataclass(frozen=True)
@@ -126,20 +128,26 @@ def _small_set(facts: Facts) -> dict[str, Any]:
 
 
 def _finetune(facts: Facts) -> dict[str, Any]:
-    images = _CPU_IMAGES if facts.is_cpu else _IMAGES
+    height, width = facts.image_hw
+    size = _input_size(facts, max(_CPU_PIXELS, min(_CPU_MOST_PIXELS, height * width)))
     return {
         "model.name": facts.model or "tf_efficientdet_d0",
-        **_input_size(facts),
+        **size,
         "model.freeze_stages": 4,
         "model.freeze_bn": "backbone",
         "optim.backbone_lr": 0.1,
-        **_length(facts, images, at_least=8),
+        **_length(facts, _images_to_see(size), at_least=8),
     }
 
 
 def _scratch(facts: Facts) -> dict[str, Any]:
-    images = 2 * (_CPU_IMAGES if facts.is_cpu else _IMAGES)
-    return {"model.name": "tf_efficientdet_d0", **_input_size(facts), **_length(facts, images, at_least=30)}
+    size = _input_size(facts, _CPU_PIXELS)
+    return {"model.name": "tf_efficientdet_d0", **size, **_length(facts, 2 * _images_to_see(size), at_least=30)}
+
+
+def _images_to_see(size: dict[str, Any]) -> int:
+    """Return how many images a run sees: on CPUs as many as cost the same, elsewhere a number."""
+    return round(_CPU_WORK / math.prod(size["model.image_size"])) if size else _IMAGES
 
 
 def _length(facts: Facts, images: int, at_least: int) -> dict[str, Any]:
@@ -153,11 +161,11 @@ def _length(facts: Facts, images: int, at_least: int) -> dict[str, Any]:
     }
 
 
-def _input_size(facts: Facts) -> dict[str, Any]:
-    """Return an input of the images' aspect, for CPUs; elsewhere the model's own."""
+def _input_size(facts: Facts, pixels: float) -> dict[str, Any]:
+    """Return an input of the images' aspect with about so many pixels, for CPUs; elsewhere the model's own."""
     if not facts.is_cpu:
         return {}
     height, width = facts.image_hw
     aspect = min(4.0, max(0.25, width / height))
-    sides = [math.sqrt(_CPU_PIXELS / aspect), math.sqrt(_CPU_PIXELS * aspect)]
+    sides = [math.sqrt(pixels / aspect), math.sqrt(pixels * aspect)]
     return {"model.image_size": [max(_STRIDE * 2, round(side / _STRIDE) * _STRIDE) for side in sides]}

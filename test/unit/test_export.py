@@ -15,6 +15,7 @@ from PIL import Image
 
 from effdet import export as export_module
 from effdet.bench import DetBenchPredict
+from effdet.config.model_config import stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.transforms import transforms_coco_eval
 from effdet.export import export, main
@@ -30,7 +31,16 @@ FACTS = {
     "num_classes": 3,
     "class_names": ["ball", "box", "star"],
     "category_ids": [3, 7, 12],
+    "category_map": {"ids": [3, 7, 12], "names": ["ball", "box", "star"], "num_classes": 3, "id_indexed": False},
 }
+
+
+def facts_of(path: Path) -> dict:
+    """Return what a file says about itself, but for the model's configuration, which must build that model."""
+    facts = metadata_of(path)
+    spec = stored_model_spec(facts.pop("model_config"))
+    assert spec.name == "pocket" and spec.num_classes == 3 and tuple(spec.image_size) == (128, 128)
+    return facts
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +96,7 @@ def assert_close_heads(outputs, bench, images) -> None:
 def test_onnx_with_nms_and_an_open_batch_gives_pytorchs_detections(small_checkpoint, bench, images, tmp_path):
     path = tmp_path / "made" / "detector.onnx"
     main([str(small_checkpoint), "--outputs", "detections", "--batch", "dynamic", "--out", str(path)])
-    assert metadata_of(path) == FACTS | {"outputs": ["detections"], "input_shape": ["batch", 3, 128, 128]}
+    assert facts_of(path) == FACTS | {"outputs": ["detections"], "input_shape": ["batch", 3, 128, 128]}
     for batch in (images, images[:1]):
         with torch.no_grad():
             expected = bench(batch)
@@ -107,7 +117,7 @@ def test_onnx_raw_heads_with_a_fixed_batch(small_checkpoint, bench, images, tmp_
     path = tmp_path / "raw.onnx"
     main([str(small_checkpoint), "--batch", "2", "--opset", "13", "--out", str(path)])
     names = [f"{head}_p{level}" for head in ("class", "box") for level in range(3, 8)]
-    assert metadata_of(path) == FACTS | {"outputs": names, "input_shape": [2, 3, 128, 128]}
+    assert facts_of(path) == FACTS | {"outputs": names, "input_shape": [2, 3, 128, 128]}
     assert_close_heads(run_onnx(path, images[:2]), bench, images[:2])
     with pytest.raises(Exception, match="(?i)invalid dimension|got: 4 expected: 2"):
         run_onnx(path, images)

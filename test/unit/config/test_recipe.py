@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from effdet.config.cli import parse_train_args
@@ -41,17 +43,31 @@ def test_every_recipe_is_a_valid_config(images, is_cpu, devices, name):
     assert cfg.run.batch_size % devices == 0
     assert cfg.run.batch_size == devices or images >= FEW_STEPS * cfg.run.batch_size
     assert cfg.model.freeze_bn_epochs < cfg.sched.epochs
-    assert cfg.sched.epochs * images >= 6000 or cfg.sched.epochs == 150
+    seen = cfg.sched.epochs * images * (math.prod(cfg.model.image_size) / (256 * 320) if is_cpu else 1)
+    assert seen >= 6000 or cfg.sched.epochs == 150
     assert cfg == parse_train_args(["--root", "x", *show_settings(recipe.settings).split()])
 
 
 @pytest.mark.parametrize(
-    "hw, size",
-    [((480, 640), [256, 320]), ((640, 480), [320, 256]), ((99, 99), [256, 256]), ((250, 5000), [128, 576])],
+    "hw, scratch, finetune",
+    [
+        ((480, 640), [256, 320], [384, 512]),
+        ((640, 480), [320, 256], [512, 384]),
+        ((192, 256), [256, 320], [256, 320]),
+        ((99, 99), [256, 256], [256, 256]),
+        ((250, 5000), [128, 576], [192, 896]),
+    ],
 )
-def test_the_input_has_the_aspect_of_the_images(hw, size):
-    assert choose_recipe("scratch", facts(hw=hw)).settings["model.image_size"] == size
-    assert "model.image_size" not in choose_recipe("scratch", facts(hw=hw, is_cpu=False)).settings
+def test_the_input_has_the_aspect_of_the_images(hw, scratch, finetune):
+    for name, size in (("scratch", scratch), ("finetune", finetune)):
+        assert choose_recipe(name, facts(hw=hw)).settings["model.image_size"] == size
+        assert "model.image_size" not in choose_recipe(name, facts(hw=hw, is_cpu=False)).settings
+
+
+def test_a_larger_input_costs_epochs():
+    large, small = (choose_recipe("finetune", facts(hw=hw)).settings for hw in ((480, 640), (192, 256)))
+    work = [each["sched.epochs"] * math.prod(each["model.image_size"]) for each in (large, small)]
+    assert large["sched.epochs"] < small["sched.epochs"] and work[0] == pytest.approx(work[1], rel=0.1)
 
 
 def test_what_is_given_wins_and_who_brings_a_recipe_gets_no_other(tmp_path):
