@@ -62,10 +62,10 @@ class TtaBench(nn.Module):
         views = []
         for bench, sides in zip(self.benches, self._sizes, strict=True):
             resized = x if sides == (height, width) else F.interpolate(x, sides, mode="bilinear", align_corners=False)
-            factor = x.new_tensor([width / sides[1], height / sides[0]] * 2, dtype=torch.float32)
+            factor = torch.tensor([width / sides[1], height / sides[0]] * 2)
             for mirrored in (False, True) if self.flip else (False,):
                 rows = bench(resized.flip(-1) if mirrored else resized)
-                boxes = rows[..., :4] * factor
+                boxes = rows[..., :4] * factor.to(rows.device)
                 if mirrored:
                     x_min, y_min, x_max, y_max = boxes.unbind(-1)
                     boxes = torch.stack((width - x_max, y_min, width - x_min, y_max), -1)
@@ -73,9 +73,9 @@ class TtaBench(nn.Module):
         stacked = torch.stack(views, 1)  # [B, V, D, 6]
         scale, size = info.get("img_scale"), info.get("img_size")
         if scale is not None:
-            scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1, 1)
+            scale = scale.to(device=stacked.device, dtype=torch.float32).reshape(-1, 1)
             if size is not None:
-                limits = size.to(device=x.device, dtype=torch.float32) / scale
+                limits = size.to(device=stacked.device, dtype=torch.float32) / scale
                 flat = clip_boxes_xyxy(stacked[..., :4].flatten(1, 2), limits)
                 stacked = torch.cat((flat.view(*stacked.shape[:3], 4), stacked[..., 4:]), -1)
         fused = fuse_detections(stacked)

@@ -139,8 +139,8 @@ def test_post_processing_equals_the_cpu(device, soft):
 
 
 @pytest.mark.parametrize("max_det", [20, 100])
-def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
-    """Without clipping, which makes boxes empty: the operator drops those. Equal scores may come in another order."""
+def test_every_nms_gives_the_detections_of_the_exact_one(device, max_det):
+    """Without clipping, which makes boxes empty: npu_batch_nms drops those. Its equal scores may come in any order."""
     model = create_model(
         "tf_efficientdet_d0",
         num_classes=5,
@@ -151,20 +151,21 @@ def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, max_det):
     )
     generator = torch.Generator().manual_seed(3)
     model.to(device).eval()
-    benches = {name: DetBenchPredict(model, nms=name).to(device) for name in ("exact", "npu")}
+    benches = {name: DetBenchPredict(model, nms=name).to(device) for name in ("exact", "npu", "host", "auto")}
     sizes = benches["npu"].anchors.level_sizes
     heads = [
         [torch.randn(2, channels, *size, generator=generator) * scale for size in sizes]
         for channels, scale in ((9 * 5, 2.0), (36, 0.3))
     ]
     _, target = make_batch()
-    exact, npu = (
+    exact, npu, host, auto = (
         bench.post_process(
             [x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]], target["img_scale"].to(device), None
         ).cpu()
         for bench in benches.values()
     )
     assert exact.shape == npu.shape == (2, max_det, 6) and npu.dtype == torch.float32
+    assert torch.equal(host, exact) and torch.equal(auto, exact)
     for one, other in zip(exact, npu, strict=True):
         assert_close(
             other[other[:, 4].argsort(descending=True, stable=True)],
@@ -184,7 +185,7 @@ def test_npu_batch_nms_refuses_what_it_cannot_do(device):
     model.to(device)
     with pytest.raises(ValueError, match="1 to 1000 boxes per image, but max_det is 1001"):
         DetBenchPredict(model, nms="npu")
-    with pytest.raises(ValueError, match="Unknown NMS 'fast': choose exact"):
+    with pytest.raises(ValueError, match="Unknown NMS 'fast': choose one of auto, exact"):
         DetBenchPredict(model, nms="fast")
 
 
