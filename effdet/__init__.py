@@ -16,6 +16,7 @@ _IS_EFFDET_ASCEND = True  # what the package of effdet 0.4.1 does not say
 check_installation()
 
 if TYPE_CHECKING:
+    from effdet.commands.train import TrainedRun, train
     from effdet.config import default_detection_model_configs, get_efficientdet_config
     from effdet.data import DetectionDatset, SkipSubset, create_dataset, create_loader, create_parser
     from effdet.predict.load import load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .helpers import load_checkpoint, load_pretrained
 
 _HOMES = {
+    "commands.train": ("TrainedRun", "train"),
     "bench": ("DetBenchPredict", "DetBenchTrain", "unwrap_bench"),
     "predict.load": ("load",),
     "config": ("default_detection_model_configs", "get_efficientdet_config"),
@@ -51,6 +53,7 @@ __all__ = [
     "PascalEvaluator",
     "Predictor",
     "SkipSubset",
+    "TrainedRun",
     "__version__",
     "create_dataset",
     "create_evaluator",
@@ -63,6 +66,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_pretrained",
+    "train",
     "unwrap_bench",
 ]
 

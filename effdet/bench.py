@@ -252,9 +252,7 @@ class DetBenchTrain(_DetBench):
                 the config's number of classes.
         """
         class_targets, box_targets, num_positives = self._labels(target, tuple(x.shape[-2:]))
-        if (
-            not self._labels_checked
-        ):  # of the first batch, as an accelerator has to be waited for; on a host the loss looks
+        if not self._labels_checked:  # once, as an accelerator has to be waited for; on a host the loss always looks
             check_class_targets(class_targets, self.num_classes)
             self._labels_checked = True
         if self.normalize_over_ranks:

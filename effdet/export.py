@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effdet.checkpoint.io import ensure_writable
+from effdet.checkpoint.io import ensure_writable, replacing
 from effdet.config.schema import DemoModelConfig
 from effdet.data import resolve_input_config
 from effdet.ops.boxes import decode_boxes
@@ -103,8 +103,6 @@ def export(
         ValueError: an unknown format, a setting that cannot be exported, or a package is missing.
     """
     _check(file_format, outputs, opset, detector)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     bench = DetBenchPredict(detector.model).eval()
     config = detector.model.config
     facts = _describe(detector, outputs, batch_size)
@@ -112,18 +110,20 @@ def export(
     module = (_RawHeads if outputs == "raw" else _Candidates if file_format == "onnx" else _Detections)(bench).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    if file_format == "onnx":
-        _write_onnx(module, images, path, facts, batch_size is None, opset)
-    elif file_format == "torchscript":
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warns of shapes that become constants, and of its own age
-            traced = torch.jit.trace(module, images, check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={"effdet.json": json.dumps(facts)})
-    else:
-        shapes = ({0: torch.export.Dim("batch", min=1)},) if batch_size is None else None
-        with torch.no_grad():
-            program = torch.export.export(module, (images,), dynamic_shapes=shapes)
-        torch.export.save(program, path, extra_files={"effdet.json": json.dumps(facts)})
+    with replacing(path) as temporary:
+        if file_format == "onnx":
+            _write_onnx(module, images, temporary, facts, batch_size is None, opset)
+        elif file_format == "torchscript":
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tracing warns of shapes that become constants, and of its own age
+                traced = torch.jit.trace(module, images, check_trace=False)
+            torch.jit.save(traced, str(temporary), _extra_files={"effdet.json": json.dumps(facts)})
+        else:
+            shapes = ({0: torch.export.Dim("batch", min=1)},) if batch_size is None else None
+            with torch.no_grad():
+                program = torch.export.export(module, (images,), dynamic_shapes=shapes)
+            with temporary.open("wb") as file:  # a path would have to end in .pt2
+                torch.export.save(program, file, extra_files={"effdet.json": json.dumps(facts)})
     return facts
 
 
@@ -253,8 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section = DemoModelConfig(name=args.model, image_size=size, max_det=args.max_det, soft_nms=args.soft_nms)
         name = Path(args.checkpoint).name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")
         path = Path(args.out) if args.out else Path(args.checkpoint).with_name(name + FORMATS[args.format])
-        detector = load_detector(args.checkpoint, section, args.ema)
         ensure_writable(path, "--out")
+        detector = load_detector(args.checkpoint, section, args.ema)
         facts = export(detector, path, args.format, args.outputs, args.batch, args.opset)
     _logger.info("%s", detector.source)
     _logger.info(

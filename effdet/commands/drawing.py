@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
-from effdet.checkpoint.io import JsonList, ensure_writable
+from effdet.checkpoint.io import JsonList, ensure_writable, replacing
 from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.schema import DemoConfig
 from effdet.data.corrupt import BadImagesError
@@ -43,7 +44,7 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     output_dir = Path(cfg.run.output)
     checkpoint = find_checkpoint(cfg)
     ensure_writable(output_dir / RESULTS_NAME, "--output")
-    paths = find_images(cfg.run.images, cfg.run.recursive)
+    paths = find_images(cfg.run.images, cfg.run.recursive, output_dir)
     targets = name_drawings(paths, output_dir)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
     predictor = build_predictor(
@@ -90,30 +91,28 @@ def _read(path: Path) -> Image.Image | None:
         return None
 
 
-def find_images(names: list[str], recursive: bool = False) -> list[Path]:
+def find_images(names: list[str], recursive: bool = False, output_dir: Path | None = None) -> list[Path]:
     """Return the image files that the arguments name: files, folders and glob patterns.
 
     Args:
         names: the arguments; none stands for images of the embedded data set.
         recursive: search folders within folders.
+        output_dir: left out of that search, as it may hold what an earlier run drew.
 
     Raises:
-        FileNotFoundError: an argument names no image.
+        FileNotFoundError: an argument names no image; OSError: the embedded data set cannot be made here.
     """
     if not names:
-        from effdet.data.synthetic.dataset import make_synthetic_dataset
-
-        folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
-        return sorted(folder.iterdir())[:DEFAULT_IMAGES]
+        return _default_images()
     found: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = images_in(path, recursive)
+            inside = images_in(path, recursive, output_dir)
         elif path.is_file():
             inside = [path]
         else:
-            inside = [Path(match) for match in sorted(glob.glob(name)) if Path(match).is_file()]
+            inside = [Path(match) for match in sorted(glob.glob(name, recursive=recursive)) if Path(match).is_file()]
         if not inside:
             raise FileNotFoundError(
                 f"no image found for '{name}': {_images_below(path)}give an existing file, a folder with images "
@@ -123,10 +122,35 @@ def find_images(names: list[str], recursive: bool = False) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def images_in(folder: Path, recursive: bool) -> list[Path]:
-    """Return the images of a folder, by name."""
-    entries = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(entry for entry in entries if entry.suffix.lower() in image_suffixes() and entry.is_file())
+def _default_images() -> list[Path]:
+    from effdet.data.synthetic.dataset import make_synthetic_dataset
+
+    try:
+        folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
+    except OSError as error:
+        raise OSError(
+            f"the default images cannot be made in {DEFAULT_DATA} ({error}): name images of your own, or start in a "
+            "folder that you may write to"
+        ) from error
+    return sorted(folder.iterdir())[:DEFAULT_IMAGES]
+
+
+def images_in(folder: Path, recursive: bool, output_dir: Path | None = None) -> list[Path]:
+    """Return a folder's images by name, without hidden ones (macOS' "._a.jpg") and those that a run drew."""
+    left_out = None if output_dir is None else output_dir.resolve()
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        found += [
+            Path(place, name)
+            for name in files
+            if Path(name).suffix.lower() in image_suffixes()
+            and not name.startswith(".")
+            and Path(place, name).is_file()
+        ]
+        folders[:] = [
+            name for name in folders if recursive and name[0] != "." and Path(place, name).resolve() != left_out
+        ]
+    return sorted(found)
 
 
 def _images_below(folder: Path) -> str:
@@ -153,21 +177,27 @@ def find_checkpoint(cfg: DemoConfig) -> str:
 def name_drawings(paths: list[Path], output_dir: Path) -> list[Path]:
     """Return the file for each image's drawing; images of one name (a.jpg and a.png, two folders) get numbers."""
     sources = {path.resolve() for path in paths}
-    targets: list[Path] = []
+    targets: dict[Path, None] = {}  # in order
+    numbers: Counter[str] = Counter()
     for path in paths:
-        target, number = output_dir / f"{path.stem}.png", 1
+        numbers[path.stem] += 1
+        target = output_dir / (
+            f"{path.stem}.png" if numbers[path.stem] == 1 else f"{path.stem}_{numbers[path.stem]}.png"
+        )
         while target in targets:
-            number += 1
-            target = output_dir / f"{path.stem}_{number}.png"
+            numbers[path.stem] += 1
+            target = output_dir / f"{path.stem}_{numbers[path.stem]}.png"
         if target.resolve() in sources:
             raise ValueError(f"the drawn image would replace {target}: choose another --output")
-        targets.append(target)
-    return targets
+        targets[target] = None
+    return list(targets)
 
 
 def write_image(path: Path, image: Image.Image, found: Detections, colors: dict | None, target: Path) -> dict:
     """Draw one image's detections, print them, and return them for the json."""
-    draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), colors).save(target)
+    drawn = draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), colors)
+    with replacing(target) as temporary:
+        drawn.save(temporary, "PNG")
     _logger.info("%s: %d object(s)", path, len(found))
     objects = []
     for name, category_id, score, box in zip(

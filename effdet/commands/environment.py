@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from effdet.runtime.cores import core_count, cpu_quota
 from effdet.runtime.ranks import take_ranks
 
-# How threads wait for each other: asleep. Spinning ones take the core from the one they wait for, where something else
-# runs on the machine; benchmarks/busy_machine.py measures it.
-WAITING = {"OMP_WAIT_POLICY": "passive"}
+# How often a waiting thread looks before it sleeps. Those that look for long take the core from the one they wait for,
+# where something else runs on the machine; those that sleep at once wake too late where nothing does. Measured with
+# benchmarks/busy_machine.py.
+WAITING = {"GOMP_SPINCOUNT": "10000"}
 
 
 def prepare_environment(program: str = "", device_list: Sequence[int] = ()) -> None:
@@ -28,8 +29,9 @@ def prepare_environment(program: str = "", device_list: Sequence[int] = ()) -> N
     # torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py loads it when an NPU is
     # asked for, with an error that says what to do.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    for name, value in WAITING.items():
-        os.environ.setdefault(name, value)
+    if "OMP_WAIT_POLICY" not in os.environ:  # which it would overrule
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)
     line = take_ranks(os.environ) if program else ""
     if line:
         sys.stderr.write(f"{program}: {line}\n")

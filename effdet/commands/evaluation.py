@@ -32,7 +32,7 @@ from effdet.report import html, progress
 from effdet.report.log import METRICS_NAME, setup_logging
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
-from effdet.runtime.console import dead_workers_in_one_line, one_line_errors
+from effdet.runtime.console import dead_workers_in_one_line, one_line_errors, typed
 from effdet.training.amp import Precision
 from effdet.training.engine import evaluate
 
@@ -42,7 +42,7 @@ _logger = logging.getLogger("effdet.validate")
 def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
     """Build what the config names, evaluate it, print the numbers and write the files asked for."""
     setup_logging(None, distributed.rank())
-    with one_line_errors("validate.py"):
+    with one_line_errors(typed("validate.py")):
         detector = find_detector(cfg)
         data, lines = settle_data(cfg.data, ("val",), Path(cfg.run.output) / FOLDER if cfg.run.output else None)
         cfg = dataclasses.replace(cfg, data=data)
@@ -75,8 +75,8 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
         )
     with (
         contextlib.closing(loader),
-        dead_workers_in_one_line("validate.py"),
-        one_line_errors("validate.py", (BadImagesError,)),
+        dead_workers_in_one_line(typed("validate.py")),
+        one_line_errors(typed("validate.py"), (BadImagesError,)),
     ):
         run(cfg, detector, bench, loader, device, precision)
 

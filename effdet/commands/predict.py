@@ -13,8 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from effdet.config.cli import parse_demo_args
+from effdet.runtime.console import one_line_errors, typed
 
 from .environment import prepare_environment
+
+PROGRAM = typed("demo.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,16 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     from effdet.report.log import setup_logging  # torch comes with these
     from effdet.runtime import signals
-    from effdet.runtime.console import one_line_errors
 
     from .drawing import detect_and_draw
 
     setup_logging(None)
     try:
-        with signals.listening(), one_line_errors("demo.py"):
+        with signals.listening(), one_line_errors(PROGRAM):
             return detect_and_draw(cfg)
     except signals.StopRequested as stop:
-        print(f"demo.py: {stop}; status {stop.exit_code}", file=sys.stderr)
+        print(f"{PROGRAM}: {stop}; status {stop.exit_code}", file=sys.stderr)
         return stop.exit_code
 
 

@@ -17,17 +17,19 @@ from collections.abc import Sequence
 
 from effdet.config.cli import in_our_words, parse_validate_args
 from effdet.config.load import split_over_devices
-from effdet.runtime.console import one_line_errors
+from effdet.runtime.console import one_line_errors, typed
 
 from .environment import prepare_environment
+
+PROGRAM = typed("validate.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate, and return the exit status."""
     arguments = in_our_words("validate.py", argv)
     cfg = parse_validate_args(arguments, __doc__)
-    with one_line_errors("validate.py"):
-        prepare_environment("validate.py", cfg.dist.device_list)
+    with one_line_errors(PROGRAM):
+        prepare_environment(PROGRAM, cfg.dist.device_list)
     from effdet.runtime import distributed, signals  # torch comes with these
     from effdet.runtime.launch import launch, needs_launch, start
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with signals.listening(), signals.interruptible():
-            with one_line_errors("validate.py"):
+            with one_line_errors(PROGRAM):
                 if cfg.run.speed and (cfg.run.tta_flip or cfg.run.tta_scales):
                     raise ValueError("--speed measures one pass: leave --tta-flip and --tta-scales out")
                 check_outputs(cfg)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 device = start(cfg.run.device, cfg.dist.device_list)
             evaluate_detector(cfg, device)
     except signals.StopRequested as stop:
-        sys.stderr.write(f"validate.py: {stop}; status {stop.exit_code}\n")
+        sys.stderr.write(f"{PROGRAM}: {stop}; status {stop.exit_code}\n")
         return stop.exit_code
     finally:
         distributed.shutdown()

@@ -14,6 +14,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from effdet.runtime.console import typed
+
 from . import effdet_line
 from .effdet_flags import REFUSED
 from .foreign_flags import FOREIGN
@@ -39,7 +41,12 @@ class _Record(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     """Report an error in one line, without the usage of a hundred flags."""
 
+    raises = False
+    """Whether an error is raised, for a caller in Python."""
+
     def error(self, message: str) -> NoReturn:
+        if self.raises:
+            raise ConfigError(message)
         self.exit(2, f"{self.prog}: error: {message} (--help lists everything)\n")
 
 
@@ -201,10 +208,10 @@ def in_our_words(prog: str, argv: Sequence[str] | None = None) -> list[str]:
     try:
         line = effdet_line.translate(prog, sys.argv[1:] if argv is None else argv, read_yaml)
     except ConfigError as error:
-        parser = _Parser(prog=prog)
+        parser = _Parser(prog=typed(prog))
         parser.error(str(error)) if is_first else parser.exit(2)
     for note in line.notes if is_first else ():
-        _logger.warning("%s: %s", prog, note)
+        _logger.warning("%s: %s", typed(prog), note)
     return line.words
 
 
@@ -217,28 +224,40 @@ def _parse(
     base: Mapping[str, Any] | None = None,
 ) -> _ConfigT:
     """Parse one script's command line; print one line and exit with status 2 when it is wrong."""
-    options = list_options(root)
-    parser = _build_parser(root, prog, about, "\n               [IMAGE ...]" if images else "")
-    namespace, extras = parser.parse_known_args(_prepare_argv(in_our_words(prog, argv), options))
+    about = about if typed(prog) == prog else about.replace(f"python {prog}", typed(prog))
+    parser = _build_parser(root, typed(prog), about, "\n               [IMAGE ...]" if images else "")
     try:
-        _refuse_unknown(extras, parser)
-        overrides = [_split_override(token, options) for token in extras]
-        stray = [token for token, override in zip(extras, overrides, strict=True) if override is None]
-        flags = _flag_values(namespace, options)
-        if images and stray:
-            flags["run.images"] = ("IMAGE", stray)
-        elif len(stray) == 1 and "=" not in stray[0] and "data.root" not in flags:
-            flags["data.root"] = ("DIR", stray[0])
-            _logger.warning("%s: %s is taken for the data folder, as if --root came before it", prog, stray[0])
-        elif stray:
-            key, equals, _ = stray[0].partition("=")
-            if equals and (name := "--" + key.replace("_", "-")) in FOREIGN:
-                raise ConfigError(f"{key} is another trainer's: {FOREIGN[name]}")
-            hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
-            raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
-        return load_config(root, namespace.config, flags, [pair for pair in overrides if pair], base)
+        return _read(parser, root, in_our_words(prog, argv), images, base)
     except ConfigError as error:
         parser.error(str(error))
+
+
+def _read(
+    parser: _Parser, root: type[_ConfigT], words: Sequence[str], images: bool, base: Mapping[str, Any] | None
+) -> _ConfigT:
+    """Return the config of a command line.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    options = list_options(root)
+    namespace, extras = parser.parse_known_args(_prepare_argv(words, options))
+    _refuse_unknown(extras, parser)
+    overrides = [_split_override(token, options) for token in extras]
+    stray = [token for token, override in zip(extras, overrides, strict=True) if override is None]
+    flags = _flag_values(namespace, options)
+    if images and stray:
+        flags["run.images"] = ("IMAGE", stray)
+    elif len(stray) == 1 and "=" not in stray[0] and "data.root" not in flags:
+        flags["data.root"] = ("DIR", stray[0])
+        _logger.warning("%s: %s is taken for the data folder, as if --root came before it", parser.prog, stray[0])
+    elif stray:
+        key, equals, _ = stray[0].partition("=")
+        if equals and (name := "--" + key.replace("_", "-")) in FOREIGN:
+            raise ConfigError(f"{key} is another trainer's: {FOREIGN[name]}")
+        hint = nearest(key, list(options)) if equals else ". The data folder is given with --root DIR"
+        raise ConfigError(f"unknown setting {key}{hint}" if equals else f"unexpected argument {stray[0]}{hint}")
+    return load_config(root, namespace.config, flags, [pair for pair in overrides if pair], base)
 
 
 def parse_train_args(
@@ -258,6 +277,17 @@ def parse_train_args(
         SystemExit: status 2 after one line on standard error when something is wrong; status 0 after --help.
     """
     return _parse(RunConfig, "train.py", about, argv, base=base)
+
+
+def read_train_args(words: Sequence[str]) -> RunConfig:
+    """Return the config of train.py's command line for a caller in Python.
+
+    Raises:
+        ConfigError: it is wrong, a kind of ValueError.
+    """
+    parser = _build_parser(RunConfig, "train", "", "")
+    parser.raises = True
+    return _read(parser, RunConfig, words, False, None)
 
 
 def parse_check_args(argv: Sequence[str] | None = None) -> RunConfig:

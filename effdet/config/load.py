@@ -96,12 +96,12 @@ def _apply(node: Any, options: dict[str, Option], key: str, value: Any, source: 
         raise ConfigError(f"{source}: got {value!r}, must be {allowed}") from error
 
 
-_PRESETS = Path(__file__).parents[2] / "configs"
+_PRESETS = Path(__file__).parent / "presets"  # the checkout's configs/, by a link; in a wheel a folder of its own
 
 
 def read_yaml(path: str | Path) -> Any:
     """Read a YAML file, or the preset of that name, into plain types; an empty file gives an empty dict."""
-    preset = _PRESETS / f"{path}.yaml"
+    preset = _PRESETS / f"{str(path).removeprefix('configs/').removesuffix('.yaml')}.yaml"
     if not Path(path).exists() and preset.is_file():
         path = preset
     try:

@@ -25,7 +25,7 @@ class Facts:
     """What a recipe is chosen by.
 
     Attributes:
-        images: of the training split.
+        images: of the training split; None where there are more than anybody counted.
         image_hw: the median image's height and width, pixels.
         is_cpu: whether the run is on CPUs.
         devices: processes of the run.
@@ -34,7 +34,7 @@ class Facts:
         has_heads: they are a whole detector's, whose heads know its anchors.
     """
 
-    images: int
+    images: int | None
     image_hw: tuple[float, float]
     is_cpu: bool
     devices: int = 1
@@ -93,8 +93,9 @@ def choose_recipe(wanted: str, facts: Facts) -> Recipe:
     """
     name = wanted
     if wanted == "auto":
-        name = "coco" if facts.images > SMALL_SET else "finetune" if facts.model else "scratch"
-    count = f"{facts.images} training images"
+        is_large = facts.images is None or facts.images > SMALL_SET
+        name = "coco" if is_large else "finetune" if facts.model else "scratch"
+    count = f"{f'more than {SMALL_SET}' if facts.images is None else facts.images} training images"
     if name == "coco":
         return Recipe(name, f"{count}, as many as COCO's recipe is for" if wanted == "auto" else "asked for")
     start = f"weights from {facts.weights}" if name == "finetune" else "no weights at hand"
@@ -104,8 +105,9 @@ def choose_recipe(wanted: str, facts: Facts) -> Recipe:
 
 def _small_set(facts: Facts) -> dict[str, Any]:
     """Return what both recipes for small sets share."""
+    images = max(1, facts.images or 0)
     batch = (_CPU_BATCH if facts.is_cpu else _BATCH) * facts.devices
-    while batch > facts.devices and facts.images < FEW_STEPS * batch:
+    while batch > facts.devices and images < FEW_STEPS * batch:
         batch -= facts.devices
     return {
         "model.anchors": "table" if facts.has_heads else "auto",
@@ -119,7 +121,7 @@ def _small_set(facts: Facts) -> dict[str, Any]:
         "sched.warmup_epochs": 1.0,
         "sched.cooldown_epochs": 0,
         "run.batch_size": batch,
-        "run.log_interval": min(50, max(1, facts.images // batch // 2)),
+        "run.log_interval": min(50, max(1, images // batch // 2)),
     }
 
 
@@ -142,7 +144,7 @@ def _scratch(facts: Facts) -> dict[str, Any]:
 
 def _length(facts: Facts, images: int, at_least: int) -> dict[str, Any]:
     """Return the settings that follow from the number of epochs: as many as show the network `images` images."""
-    epochs = min(150, max(at_least, math.ceil(images / facts.images)))
+    epochs = min(150, max(at_least, math.ceil(images / max(1, facts.images or 0))))
     return {
         "sched.epochs": epochs,
         "model.freeze_bn_epochs": epochs // 4,

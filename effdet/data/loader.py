@@ -12,6 +12,7 @@ import torch.utils.data
 
 from effdet.anchors import AnchorLabeler
 from effdet.runtime.device import pick_device
+from effdet.runtime.distributed import local_world_size
 from effdet.runtime.memory import supports_pinning, to_device
 from effdet.runtime.workers import check_shared_memory, make_context
 
@@ -300,8 +301,6 @@ def create_loader(
 
 def _batches_ahead(loader: Any) -> int:
     """Return how many batches are in shared memory at once: made ahead, or worked on; of all processes here."""
-    from effdet.runtime.distributed import local_world_size
-
     batches = loader.prefetch_factor * loader.num_workers + 1
     if hasattr(loader.sampler, "__len__"):
         batches = min(batches, len(loader))

@@ -67,7 +67,7 @@ def batched_nms(
 
     Args:
         boxes_xyxy: float [B, k, 4].
-        scores: float [B, k], at least 0.
+        scores: float [B, k], at least 0, or -1 of boxes that are left out.
         classes: [B, k]; boxes of different classes never suppress each other.
         max_det: number of boxes to keep at most.
         iou_threshold: in 0..1.
@@ -233,7 +233,8 @@ def make_detections(
     if on_host:
         boxes, scores, classes, img_scale = _to_host(boxes, scores, classes, img_scale)
     if drop_empty:
-        boxes, scores, classes = _empty_last(boxes, scores, classes)
+        final = boxes if img_scale is None else boxes * img_scale.unsqueeze(-1)  # rounding may close a last gap
+        scores = scores.masked_fill((final[..., 2:] <= final[..., :2]).any(-1), _SUPPRESSED)
     if suppress is not None:
         boxes, scores, classes = suppress(boxes, scores, classes, max_det)
     else:
@@ -260,16 +261,6 @@ def _to_host(
         rows, img_scale = rows[:, :-1], rows[:, -1, :1]
     boxes, scores, classes = rows.split((4, 1, 1), -1)
     return boxes, scores.squeeze(-1), classes.squeeze(-1), img_scale
-
-
-def _empty_last(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move boxes without width or height behind all others, which keep their order, and give them the score -1."""
-    empty = (boxes[..., 2:] <= boxes[..., :2]).any(-1)
-    if is_host(boxes.device) and not bool(empty.any()):
-        return boxes, scores, classes
-    order = empty.to(torch.int32).argsort(dim=1, stable=True)
-    scores = scores.masked_fill(empty, -1.0).gather(1, order)
-    return boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), scores, classes.gather(1, order)
 
 
 def generate_detections(

@@ -21,6 +21,8 @@ from effdet.efficientdet import EfficientDet
 from effdet.ops.boxes import clip_boxes_xyxy, pairwise_iou
 from effdet.ops.nms import IOU_THRESHOLD, batched_nms
 
+_ROUNDING_PX = 1e-3  # the image's width in the input is a whole number that went through a division
+
 
 def build_network_of_size(model: EfficientDet, image_size: tuple[int, int]) -> EfficientDet:
     """Build the same network for another input size (height, width) in pixels; its weights are the given one's."""
@@ -34,7 +36,8 @@ class TtaBench(nn.Module):
 
     The views are the image at each size, and its mirror image at each size where `flip` is set. A box of the result
     is the average of the boxes of its class that overlap it, weighted by score; its score is the mean over the views of
-    the best score there, so an object that only some views see counts for less.
+    the best score there, so an object that only some views see counts for less. Where the benches leave out boxes that
+    lie wholly in the padding (their `drop_empty`), so does this one.
     """
 
     def __init__(self, benches: Sequence[DetBenchPredict], flip: bool) -> None:
@@ -59,27 +62,46 @@ class TtaBench(nn.Module):
         """Detect objects; arguments and result are those of DetBenchPredict.forward."""
         info = img_info or {}
         height, width = x.shape[-2:]
+        scale, size = info.get("img_scale"), info.get("img_size")
+        limits: Tensor | None = None
+        widths = x.new_full((len(x), 1), width, dtype=torch.float32)
+        if scale is not None:
+            scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1, 1)
+            if size is not None:
+                limits = size.to(device=x.device, dtype=torch.float32) / scale  # right and lower of these is padding
+                widths = (limits[:, :1] + _ROUNDING_PX).floor().clamp(1, width)
+        mirror_image = _mirror(x, widths) if self.flip else x
         views = []
         for bench, sides in zip(self.benches, self._sizes, strict=True):
-            resized = x if sides == (height, width) else F.interpolate(x, sides, mode="bilinear", align_corners=False)
-            factor = torch.tensor([width / sides[1], height / sides[0]] * 2)
+            factor = x.new_tensor([width / sides[1], height / sides[0]], dtype=torch.float32)
+            inside = (
+                None
+                if limits is None
+                else {"img_scale": x.new_ones(len(x), dtype=torch.float32), "img_size": limits / factor}
+            )
             for mirrored in (False, True) if self.flip else (False,):
-                rows = bench(resized.flip(-1) if mirrored else resized)
-                boxes = rows[..., :4] * factor.to(rows.device)
+                image = mirror_image if mirrored else x
+                if sides != (height, width):
+                    image = F.interpolate(image, sides, mode="bilinear", align_corners=False)
+                rows = bench(image, inside).to(x.device)  # a bench may suppress on the host
+                boxes, scores = rows[..., :4] * factor.repeat(2), rows[..., 4:5]
                 if mirrored:
                     x_min, y_min, x_max, y_max = boxes.unbind(-1)
-                    boxes = torch.stack((width - x_max, y_min, width - x_min, y_max), -1)
-                views.append(torch.cat((boxes, rows[..., 4:]), -1))
+                    boxes = torch.stack((widths - x_max, y_min, widths - x_min, y_max), -1)
+                if limits is not None:
+                    boxes = clip_boxes_xyxy(boxes, limits)
+                    scores = scores.masked_fill((boxes[..., 2:] <= boxes[..., :2]).any(-1, keepdim=True), 0)
+                views.append(torch.cat((boxes, scores, rows[..., 5:]), -1))
         stacked = torch.stack(views, 1)  # [B, V, D, 6]
-        scale, size = info.get("img_scale"), info.get("img_size")
-        if scale is not None:
-            scale = scale.to(device=stacked.device, dtype=torch.float32).reshape(-1, 1)
-            if size is not None:
-                limits = size.to(device=stacked.device, dtype=torch.float32) / scale
-                flat = clip_boxes_xyxy(stacked[..., :4].flatten(1, 2), limits)
-                stacked = torch.cat((flat.view(*stacked.shape[:3], 4), stacked[..., 4:]), -1)
         fused = fuse_detections(stacked)
         return fused if scale is None else torch.cat((fused[..., :4] * scale.unsqueeze(-1), fused[..., 4:]), -1)
+
+
+def _mirror(x: Tensor, widths: Tensor) -> Tensor:
+    """Mirror images [B, 3, H, W] within their widths [B, 1], so that the padding stays on the right."""
+    columns = torch.arange(x.shape[-1], dtype=torch.float32, device=x.device)
+    source = torch.where(columns < widths, widths - 1 - columns, columns).long()
+    return x.gather(-1, source[:, None, None].expand_as(x))
 
 
 def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effdet.checkpoint.manager import LAST_NAME
 from effdet.config.schema import RunConfig
+from effdet.runtime.console import typed
 from timm_patches.same_padding import convert_same_padding
 
 _NAMES_SHOWN = 8
@@ -129,7 +130,7 @@ def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, image: Path | 
     """
     data, run, amp = cfg.data, cfg.run, cfg.amp
     where = [] if run.device == "auto" else ["--device", run.device]
-    validate = ["validate.py", "--checkpoint", str(checkpoint), "-b", str(run.batch_size), *where]
+    validate = ["--checkpoint", str(checkpoint), "-b", str(run.batch_size), *where]
     for flag, value in (("--root", data.root), ("--val-images", data.val_images), ("--val-ann", data.val_ann)):
         validate += [flag, value] if value else []
     validate += [] if data.workers is None else ["-j", str(data.workers)]
@@ -137,7 +138,9 @@ def next_commands(cfg: RunConfig, folder: Path, checkpoint: Path, image: Path | 
         validate += ["--device-list", ",".join(map(str, cfg.dist.device_list))]
     if amp.enabled:
         validate += ["--amp", "--opt-level", amp.opt_level, "--amp-dtype", amp.dtype]
-    demo = ["demo.py", str(image), "--checkpoint", str(checkpoint), *where]
+    demo = [str(image), "--checkpoint", str(checkpoint), *where]
     longer = ["--max-steps", str(2 * run.max_steps)] if run.max_steps else ["--epochs", str(2 * cfg.sched.epochs)]
-    resume = ["train.py", "-c", str(folder / "config.yaml"), "--resume", str(folder / LAST_NAME), *longer]
-    return [f"python {shlex.join(words)}" for words in (validate, demo, resume) if "None" not in words]
+    resume = ["-c", str(folder / "config.yaml"), "--resume", str(folder / LAST_NAME), *longer]
+    lines = {"validate.py": validate, "demo.py": demo, "train.py": resume}
+    scripts = {script: typed(script) if typed(script) != script else f"python {script}" for script in lines}
+    return [f"{scripts[script]} {shlex.join(words)}" for script, words in lines.items() if "None" not in words]

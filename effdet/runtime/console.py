@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -13,6 +14,26 @@ from collections.abc import Iterator
 _logger = logging.getLogger(__name__)
 
 INPUT_ERRORS = (ValueError, OSError, RuntimeError)
+
+AS_COMMAND = "EFFDET_AS_COMMAND"
+"""Environment variable, set where the command `effdet VERB` was typed and not a script; its processes inherit it."""
+
+_VERBS = {
+    "train.py": "train",
+    "validate.py": "validate",
+    "demo.py": "predict",
+    "datacheck": "check",
+    "data.formats": "data convert",
+    "data.synthetic": "data synthetic",
+}
+
+
+def typed(program: str) -> str:
+    """Return what the user types for a script, `train.py`, or a module, `python -m effdet.export`."""
+    if not os.environ.get(AS_COMMAND):
+        return program
+    verb = program.rpartition("effdet.")[2].rpartition("commands.")[2]
+    return f"effdet {_VERBS.get(verb, verb)}"
 
 
 @contextlib.contextmanager
@@ -81,7 +102,7 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
         example: arguments of a typical call; several, one a line.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    program = f"python -m {module}"
+    program = typed(f"python -m {module}")
     examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
     return argparse.ArgumentParser(
         prog=program,

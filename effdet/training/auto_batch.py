@@ -6,7 +6,6 @@ it, those of a network, an optimizer and an average that are made for the search
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,8 @@ from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 from effdet.runtime import memory as memory_layer
 
-from .build import Placement, Step, build_step
+from .build import Placement, Step
+from .footprint import build_trial, make_up_batch
 
 _logger = logging.getLogger("effdet.train")
 
@@ -106,33 +106,27 @@ def make_probe(run_step: Callable[[int], None], release: Callable[[], None]) -> 
     return fits
 
 
-def make_step(
-    step: Step, device: torch.device, slots: int, channels_last: bool, clip: tuple[float | None, str]
-) -> Callable[[int], None]:
+def make_step(step: Step, place: Placement, slots: int, clip: tuple[float | None, str]) -> Callable[[int], None]:
     """Return a function that takes a training step on a made-up batch of a size.
 
     Args:
         step: what to train; it is of no use afterwards.
-        device: where it is.
+        place: where it is.
         slots: objects in the fullest image.
-        channels_last: memory layout of the images.
         clip: as in engine.Training.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     step.bench.train()
 
     def run_step(size: int) -> None:
         try:
-            images = torch.zeros(size, 3, *step.model.config.image_size, device=device).to(memory_format=layout)
-            boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=device).expand(size, slots, 4).contiguous()
-            target = {"bbox": boxes, "cls": torch.ones(size, slots, dtype=torch.int64, device=device)}
+            images, target = make_up_batch(step, place, size, slots)
             with step.precision.autocast():
                 output = step.bench(images, target)
             step.precision.backward(output["loss"])
             step.precision.step(step.optimizer, clip)
             if step.ema is not None:
                 step.ema.update(step.precision.float_state_dict(step.model))
-            device_layer.synchronize(device)
+            device_layer.synchronize(place.device)
         finally:
             step.optimizer.zero_grad()
 
@@ -161,22 +155,10 @@ def choose_batch_size(cfg: RunConfig, place: Placement, parser: Any, num_classes
     most = max(1, min(_LARGEST, len(parser.img_ids) // world))
     # Alone, as a process that runs out of memory would keep the others waiting.
     with distributed.alone(), torch.random.fork_rng(devices=[]):
-        logging.disable(logging.INFO)  # the run builds all of this again, and says so then
-        try:
-            step = build_step(
-                replace_settings(cfg, run={"compile": False}), dataclasses.replace(place, world=1), num_classes, {}
-            )
-        finally:
-            logging.disable(logging.NOTSET)
+        step = build_trial(cfg, place, num_classes)
         reserve = torch.empty(sum(p.numel() for p in step.model.parameters()) if world > 1 else 0, device=device)
         fits = make_probe(
-            make_step(
-                step,
-                device,
-                padded_instances(most_objects),
-                place.channels_last,
-                (cfg.optim.clip_grad or None, cfg.optim.clip_mode),
-            ),
+            make_step(step, place, padded_instances(most_objects), (cfg.optim.clip_grad or None, cfg.optim.clip_mode)),
             lambda: memory_layer.release_memory(device),
         )
         largest = largest_that_fits(fits, most)

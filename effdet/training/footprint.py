@@ -12,15 +12,34 @@ from torch import Tensor
 from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
 from effdet.factory import resolve_model_config
-from effdet.runtime import memory
+from effdet.runtime import device as device_layer
+from effdet.runtime import distributed, memory
 
-from .build import Placement, build_step
+from .build import Placement, Step, build_step
 
 _logger = logging.getLogger("effdet.train")
 
 _SIDE_PX, _IMAGES = 128, 2
 _OVER_KEPT = 1.2  # a step's peak over what autograd keeps for backward: gradients of activations, temporary tensors
 _USABLE = 0.85  # of the memory there is
+
+
+def build_trial(cfg: RunConfig, place: Placement, num_classes: int) -> Step:
+    """Build a step to try memory with, for this process alone; nothing is said, as the run builds all of it itself."""
+    logging.disable(logging.INFO)
+    try:
+        cfg = replace_settings(cfg, run={"compile": False})
+        return build_step(cfg, dataclasses.replace(place, world=1), num_classes, {})
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def make_up_batch(step: Step, place: Placement, size: int, slots: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return images and targets for a step, of a size and with so many objects in the fullest image."""
+    layout = torch.channels_last if place.channels_last else torch.contiguous_format
+    images = torch.zeros(size, 3, *step.model.config.image_size, device=place.device).to(memory_format=layout)
+    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=place.device).expand(size, slots, 4).contiguous()
+    return images, {"bbox": boxes, "cls": torch.ones(size, slots, dtype=torch.int64, device=place.device)}
 
 
 @torch.random.fork_rng(devices=[])  # initial weights and drop path leave the run's random numbers alone
@@ -33,12 +52,7 @@ def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
         "pretrained_backbone": "",
     }
     height, width = resolve_model_config(cfg.model).image_size
-    cfg = replace_settings(cfg, model=small, ema={"enabled": False}, run={"compile": False})
-    logging.disable(logging.INFO)  # the run builds all of this itself, and says so
-    try:
-        step = build_step(cfg, dataclasses.replace(place, world=1), num_classes, {})
-    finally:
-        logging.disable(logging.NOTSET)
+    step = build_trial(replace_settings(cfg, model=small, ema={"enabled": False}), place, num_classes)
     own = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -49,9 +63,7 @@ def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
         return tensor
 
     step.bench.train()
-    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=place.device).expand(_IMAGES, 1, 4).contiguous()
-    target = {"bbox": boxes, "cls": torch.ones(_IMAGES, 1, dtype=torch.int64, device=place.device)}
-    images = torch.zeros(_IMAGES, 3, _SIDE_PX, _SIDE_PX, device=place.device)
+    images, target = make_up_batch(step, place, _IMAGES)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), step.precision.autocast():
         loss = step.bench(images, target)
     total = sum(kept.values())
@@ -62,7 +74,11 @@ def bytes_per_image(cfg: RunConfig, place: Placement, num_classes: int) -> int:
 def images_that_fit(cfg: RunConfig, place: Placement, num_classes: int) -> int | None:
     """Return about how many images a step of this process can have; None where the memory is unknown."""
     free = memory.available_memory_bytes(place.device)
-    return None if free is None else int(_USABLE * free / bytes_per_image(cfg, place, num_classes))
+    if free is None:
+        return None
+    if device_layer.is_host(place.device):
+        free //= distributed.local_world_size()  # the machine's, for all of its processes
+    return int(_USABLE * free / bytes_per_image(cfg, place, num_classes))
 
 
 def warn_of_size(cfg: RunConfig, place: Placement, num_classes: int, batch_size: int) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from effdet.checkpoint.backbone import AUTO, resolve_backbone
 from effdet.config.load import replace_settings
 from effdet.config.options import list_options
-from effdet.config.recipe import SMALL_SET, Facts, Parse, Recipe, choose_recipe, is_given, show_settings, wants_recipe
+from effdet.config.recipe import Facts, Parse, Recipe, choose_recipe, is_given, show_settings, wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
 from effdet.data.settle import settle_data
@@ -31,7 +31,7 @@ from .footprint import images_that_fit
 _logger = logging.getLogger("effdet.train")
 
 _MODELS = ("tf_efficientdet_lite0", "tf_efficientdet_d0")  # with weights at hand, the first is for CPUs
-_LARGE_JSON = 64 * 2**20  # bytes; a small set's file has less, and a large one is not worth reading twice
+_LARGE_JSON = 256 * 2**20  # bytes; with polygons a small set's has less; a large one is not worth reading twice
 _BOXES = 2000  # that anchors are fitted to
 
 
@@ -49,12 +49,14 @@ def apply_recipe(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Ru
     if not wants_recipe(parse):
         return cfg, None
     facts, num_classes = find_facts(cfg, device, parse)
+    facts = distributed.run_on_primary(lambda: facts)  # machines may have other weights at hand
     recipe = choose_recipe(cfg.run.recipe, facts)
     cfg = replace_settings(parse(recipe.settings), run={"recipe": recipe.name})
     batch_size = recipe.settings.get("run.batch_size")
     if batch_size is not None and cfg.run.batch_size == batch_size:
         channels_last = device_layer.use_channels_last(device, cfg.run.channels_last)
-        fits = images_that_fit(cfg, Placement(device, facts.devices, 0, channels_last), num_classes)
+        found = images_that_fit(cfg, Placement(device, facts.devices, 0, channels_last), num_classes)
+        fits = min((one for one in distributed.all_gather_object(found) if one is not None), default=None)
         if fits is not None and fits * facts.devices < batch_size:
             recipe.settings["run.batch_size"] = max(1, fits) * facts.devices
             cfg = replace_settings(cfg, run={"batch_size": recipe.settings["run.batch_size"]})
@@ -95,8 +97,8 @@ def find_facts(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Fact
     is_cpu, devices = device_layer.is_host(device), distributed.world_size()
     data, _ = settle_data(cfg.data, ("train",))
     _, ann = split_paths(data, "train")
-    if ann.stat().st_size > _LARGE_JSON:
-        return Facts(SMALL_SET + 1, (1.0, 1.0), is_cpu, devices), 0
+    if cfg.run.recipe == "auto" and ann.stat().st_size > _LARGE_JSON:
+        return Facts(None, (1.0, 1.0), is_cpu, devices), 0
     parser = build_dataset(data, "train", cfg.model.num_classes).parser
     sizes = np.array([(info["height"], info["width"]) for info in parser.img_infos])
     height, width = np.median(sizes, axis=0) if len(sizes) else (1.0, 1.0)

@@ -72,8 +72,10 @@ def is_restart() -> bool:
 
 
 def keep_anchors(cfg: RunConfig, payload: Mapping[str, Any]) -> RunConfig:
-    """Return the config with the anchors that a checkpoint was trained with."""
-    stored = payload["config"]["model"]
+    """Return the config with the anchors that a checkpoint was trained with, where it names any."""
+    stored = payload.get("config", {}).get("model")
+    if stored is None:
+        return cfg
     return replace_settings(cfg, model={key: stored[key] for key in ("anchor_scale", "aspect_ratios")})
 
 
@@ -198,9 +200,7 @@ def restore(
                 "start anew with --initial-checkpoint, which takes the weights alone."
             ) from error
     if training.ema is not None and "state_dict_ema" in payload:
-        counters = payload.get(
-            "ema", {"updates": 0, "share_of_init": 0.0}
-        )  # averaged weights without a trainer's state
+        counters = payload.get("ema", {"updates": 0, "share_of_init": 0.0})  # else weights without a trainer's state
         training.ema.load_state_dict({**counters, "module": extract_state_dict(payload, use_ema=True)})
     if "scaler" in payload:
         training.precision.load_state_dict(payload["scaler"])

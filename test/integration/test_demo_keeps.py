@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from real_process import ENVIRONMENT, REPO
 
 from effdet.checkpoint.io import JsonList
-from effdet.commands.drawing import find_images
+from effdet.commands.drawing import find_images, name_drawings
 
 
-def start(*argv: object) -> subprocess.Popen:
+def start(*argv: object, cwd: Path | None = None) -> subprocess.Popen:
     command = [sys.executable, str(REPO / "demo.py"), *map(str, argv), "--device", "cpu", "--score-thr", "0.01"]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def truncate(source, target):
@@ -81,7 +85,56 @@ def test_images_further_down(synthetic_images, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"2 images .*2 in .*b.*--recursive"):
         find_images([str(tmp_path)])
     assert find_images([str(tmp_path)], recursive=True) == [below / "x.jfif", below / "y.JPG"]
+    (below / "._x.jpg").write_bytes(b"not an image")
+    (below / "drawn").mkdir()
+    (below / "drawn" / "x.png").touch()  # of an earlier run
+    assert find_images([str(tmp_path)], True, below / "drawn") == [below / "x.jfif", below / "y.JPG"]
+    assert find_images([str(tmp_path / "**" / "*.jfif")], True) == [below / "x.jfif"]
     assert find_images([str(below)]) == [below / "x.jfif", below / "y.JPG"]
+
+
+def test_a_second_run_with_its_output_among_the_images(small_checkpoint, synthetic_images, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes(synthetic_images[0].read_bytes())
+    for _ in range(2):
+        options = ("--checkpoint", small_checkpoint, "--output", tmp_path / "drawn", "--recursive")
+        process = start(tmp_path, *options)
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+        assert files_in(tmp_path / "drawn") == [str(tmp_path / "a" / "x.jpg")]
+
+
+def test_drawings_have_names_of_their_own_however_many_are_alike(tmp_path):
+    paths = [Path(f"{k}/a.jpg") for k in range(3)] + [Path("a_2.jpg"), Path("a_2.png"), Path("b.jpg")]
+    names = [target.name for target in name_drawings(paths, tmp_path)]
+    assert names == ["a.png", "a_2.png", "a_3.png", "a_2_2.png", "a_2_3.png", "b.png"]
+    began = time.monotonic()
+    many = [Path(f"{k}/a.jpg") for k in range(5000)] + [Path(f"b{k}.jpg") for k in range(5000)]
+    assert len(set(name_drawings(many, tmp_path))) == 10_000
+    assert time.monotonic() - began < 20  # each against all others would take minutes
+
+
+def test_default_images_that_cannot_be_made_end_with_the_remedy(small_checkpoint, tmp_path):
+    (tmp_path / "data").write_text("a file where the folder would be")
+    process = start("--checkpoint", small_checkpoint, cwd=tmp_path)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "name images of your own" in printed and "Traceback" not in printed
+
+
+def test_a_full_disk_leaves_the_list_as_it_was(tmp_path):
+    path = tmp_path / "list.json"
+    written = JsonList(path)
+    written.add(["x" * 3000])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            written.add(["y" * 3000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert json.loads(path.read_text()) == ["x" * 3000]
+    written.add(["z"])
+    assert json.loads(path.read_text()) == ["x" * 3000, "z"]
 
 
 def test_a_list_is_whole_after_each_item(tmp_path):

@@ -27,7 +27,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def our_wheel(tmp_path_factory) -> Path:
     """Build the wheel from a copy, as building leaves folders behind."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("effdet", "timm_patches"):
+    for name in ("effdet", "timm_patches", "configs"):
         shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)
@@ -111,6 +111,16 @@ def test_ours_alone_says_nothing(environment, our_wheel):
     environment.install(our_wheel)
     done = environment.say("-c", "import effdet")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_and_its_presets_come_with_the_package(environment, our_wheel):
+    environment.install(our_wheel)
+    command = environment.python.with_name("effdet")
+    assert run(command, "--version").stdout.split()[-1] == our_wheel.name.split("-")[1]
+    for preset in ("own_data", "configs/ascend_8p.yaml"):
+        done = run(command, "check", "/no/such/folder", "-c", preset)
+        assert done.returncode == 1 and "/no/such/folder" in done.stderr
+    assert run(command, "check", "/no/such/folder", "-c", "own_dat").returncode == 2
 
 
 def test_ours_over_effdet_warns_and_the_remedy_works(environment, our_wheel, effdets_wheel):

@@ -203,6 +203,12 @@ def test_what_cannot_be_exported_is_refused(small_checkpoint, tmp_path, flags, m
         main([str(small_checkpoint), "--out", str(tmp_path / "x.onnx"), *flags])
 
 
+def test_a_file_that_cannot_be_written_is_named_before_the_checkpoint_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--out"):
+        main([str(tmp_path / "absent.pth"), "--out", str(tmp_path / "file" / "x.onnx")])
+
+
 @pytest.mark.parametrize(("opset", "missing"), [(15, "onnx"), (18, "onnx and onnxscript")])
 def test_missing_packages_are_named(small_checkpoint, tmp_path, monkeypatch, opset, missing):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)

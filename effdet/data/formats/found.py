@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..coco.report import MAX_EXAMPLES, DatasetError, shown
 from ..corrupt import default_limit
-from ..images import ImageError, read_size
+from ..images import ImageError, image_suffixes, read_size
 
 _logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".pgm"))
 _DEEPEST = 6  # folders below the root
 _IMAGES = "images"  # key of a folder's image files, beside those of suffixes
 _PARTS = {
@@ -149,7 +148,7 @@ def look_into(root: Path, deepest: int = _DEEPEST) -> Tree:
             if entry.name.startswith((".", "__")):
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in image_suffixes():
                 kinds.setdefault(_IMAGES, []).append(entry.name)
             elif entry.is_dir():
                 if folder.count("/") + bool(folder) < deepest:
@@ -244,6 +243,33 @@ def make_coco(items: Iterable[Labelled], names: dict[int, str]) -> dict[str, Any
 UNREADABLE = "images that cannot be read: replace them, or take them out"
 MISSING = "images that are not there: add them, or take them out of the annotations"
 """Kinds for `Faults`: an image whose size is needed, and one that annotations name."""
+
+
+def place_image(
+    tree: Tree, faults: Faults, ann: str, name: str, size_wh: tuple[int, int] | None
+) -> tuple[str, tuple[int, int]] | None:
+    """Find the image of an annotation file that is for one image, and its size.
+
+    Args:
+        tree: of the data set.
+        faults: get the image that is not there, or cannot be read where its size is needed.
+        ann: relative path of the annotation file.
+        name: the image's file name in it; where no image has it, the file's own stem decides.
+        size_wh: what the file says, None for nothing.
+
+    Returns:
+        The image's relative path, and its width and height in pixels; None after a fault.
+    """
+    candidates = tree.by_name.get(name) or tree.by_stem.get(PurePosixPath(ann).stem)
+    if not candidates:
+        faults.add(MISSING, f"{name} of {ann}".strip())
+        return None
+    place = nearest_path(candidates, ann)
+    size = size_wh or size_or_none(tree.root / place)
+    if size is None:
+        faults.add(UNREADABLE, place)
+        return None
+    return place, size
 
 
 def size_or_none(path: Path) -> tuple[int, int] | None:

@@ -22,9 +22,8 @@ from .found import (
     bounding_box,
     make_coco,
     map_files,
-    nearest_path,
     part_of,
-    size_or_none,
+    place_image,
 )
 
 _AREAS = ("rectangle", "polygon", "circle", "rotation", "mask", "bitmap")  # shapes that have a box
@@ -128,15 +127,10 @@ def _to_coco(tree: Tree, part: str, images: dict[str, _Image], names: list[str])
         if image.fault:
             faults.add(image.fault, path)
             continue
-        candidates = tree.by_name.get(image.name) or tree.by_stem.get(PurePosixPath(path).stem)
-        if not candidates:
-            faults.add(MISSING, f"{image.name} of {path}")
+        found = place_image(tree, faults, path, image.name, image.size)
+        if found is None:
             continue
-        place = nearest_path(candidates, path)
-        size = image.size or size_or_none(tree.root / place)
-        if size is None:
-            faults.add(UNREADABLE, place)
-            continue
+        place, size = found
         boxes: list[Box] = [bounding_box(ids[shape.label], shape.xs, shape.ys) for shape in image.shapes]
         items.append(Labelled(place, *size, boxes))
     for kind in (MISSING, UNREADABLE):

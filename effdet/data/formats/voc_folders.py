@@ -23,9 +23,8 @@ from .found import (
     join,
     make_coco,
     map_files,
-    nearest_path,
     part_of,
-    size_or_none,
+    place_image,
 )
 from .voc import VOC_CLASSES
 
@@ -147,16 +146,10 @@ def read_parts(tree: Tree, paths: list[str], read: dict[str, _Annotation], part:
         if annotation.fault:
             faults.add(annotation.fault, path)
             continue
-        stem = PurePosixPath(path).stem
-        candidates = tree.by_name.get(annotation.image) or tree.by_stem.get(stem)
-        if not candidates:
-            faults.add(MISSING, f"of {path}")
+        found_image = place_image(tree, faults, path, annotation.image, annotation.size)
+        if found_image is None:
             continue
-        image = nearest_path(candidates, path)
-        size = annotation.size or size_or_none(tree.root / image)
-        if size is None:
-            faults.add(UNREADABLE, image)
-            continue
+        image, size = found_image
         boxes = [
             Box(ids[o.name], o.corners[0] - first, o.corners[1] - first, *_sides(o.corners)) for o in annotation.objects
         ]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..coco.report import DatasetError
+from ..images import image_suffixes
 from .found import (
-    IMAGE_SUFFIXES,
     MISSING,
     UNREADABLE,
     Box,
@@ -190,7 +190,7 @@ def _images_of(entry: str, bases: Sequence[Path]) -> list[Path]:
         return []
     if path.is_dir():
         return [path / name for name in look_into(path).images_in()]
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in image_suffixes():
         return [path]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     found = [(line, _locate(line, [path.parent, *bases])) for line in lines]

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from effdet.runtime.console import typed
+
 from .shapes import KINDS, Patch, make_background, make_colours, make_patch, paint_patch
 
 _log = logging.getLogger(__name__)
@@ -268,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
-        prog="python -m effdet.data.synthetic",
+        prog=typed("python -m effdet.data.synthetic"),
         description="Make the embedded data set in COCO's layout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Examples:\n  python -m effdet.data.synthetic --out data/synthetic\n"

@@ -20,6 +20,8 @@ def facts(images=292, hw=(480.0, 640.0), is_cpu=True, devices=1, model="tf_effic
         ("auto", 292, "", "scratch"),
         ("auto", SMALL_SET, "", "scratch"),
         ("auto", SMALL_SET + 1, "tf_efficientdet_lite0", "coco"),
+        ("auto", None, "tf_efficientdet_lite0", "coco"),
+        ("finetune", 0, "tf_efficientdet_lite0", "finetune"),
         ("scratch", 292, "tf_efficientdet_lite0", "scratch"),
         ("coco", 292, "", "coco"),
     ],
@@ -30,7 +32,7 @@ def test_the_name(wanted, images, model, name):
     assert bool(recipe.settings) == (name != "coco")
 
 
-@pytest.mark.parametrize("images", [3, 292, SMALL_SET])
+@pytest.mark.parametrize("images", [0, 3, 292, SMALL_SET])
 @pytest.mark.parametrize("is_cpu, devices", [(True, 1), (True, 2), (False, 1), (False, 8)])
 @pytest.mark.parametrize("name", ["finetune", "scratch"])
 def test_every_recipe_is_a_valid_config(images, is_cpu, devices, name):

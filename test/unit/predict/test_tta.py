@@ -43,7 +43,7 @@ class _Finder(torch.nn.Module):
         self.anchors = torch.nn.Module()
         self.anchors.image_size = image_size
 
-    def forward(self, x):
+    def forward(self, x, img_info):
         rows = torch.zeros(len(x), 4, 6)
         for row, image in zip(rows, x, strict=True):
             y, x_ = torch.nonzero(image[0] > 0.5, as_tuple=True)
@@ -74,6 +74,24 @@ def test_a_real_detector_with_flip_sees_a_mirrored_image_mirrored(small_checkpoi
     assert len(found) == len(mirrored) > 3
     np.testing.assert_allclose(found.scores, mirrored.scores, atol=1e-4)
     boxes = mirrored.boxes_xyxy[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1]) + np.array([128, 0, 128, 0])
+    np.testing.assert_allclose(found.boxes_xyxy[0], boxes[0], atol=0.05)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 25), (25, 500), (130, 90)])
+def test_the_views_of_a_long_image_have_no_boxes_in_the_padding(small_checkpoint, width, height):
+    image = Image.effect_noise((width, height), 80).convert("RGB")
+    for settings in ({"flip": True}, {"flip": True, "scales": [0.5]}, {"scales": [1.5]}):
+        (rows,) = effdet.load(small_checkpoint, device="cpu", **settings).predict_rows(image)
+        assert len(rows) > 50 and (rows[:, 2:4] > rows[:, :2]).all() and (np.diff(rows[:, 4]) <= 0).all()
+
+
+def test_a_long_image_and_its_mirror_image_are_seen_alike(small_checkpoint, synthetic_images):
+    detector = effdet.load(small_checkpoint, device="cpu", flip=True)
+    image = Image.open(synthetic_images[0]).convert("RGB").resize((70, 128))  # 58 columns of padding
+    found, mirrored = detector.predict([image, ImageOps.mirror(image)], 0.2)
+    assert len(found) == len(mirrored) > 0
+    np.testing.assert_allclose(found.scores, mirrored.scores, atol=1e-4)
+    boxes = mirrored.boxes_xyxy[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1]) + np.array([70, 0, 70, 0])
     np.testing.assert_allclose(found.boxes_xyxy[0], boxes[0], atol=0.05)
 
 

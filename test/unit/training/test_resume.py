@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from effdet.checkpoint.manager import CheckpointError
+from effdet.config.cli import parse_train_args
 from effdet.training import resume as run_state
 from effdet.training.run_dir import newest_run_folder
 
@@ -95,3 +96,10 @@ def test_another_model_or_size_is_refused_with_both_sides():
     with pytest.raises(CheckpointError, match="at 64x96, but this run trains at 96x64: resume with --image-size 64 96"):
         run_state.check_fits(payload, "a.pth", "tf_efficientdet_d1", [96, 64])
     run_state.check_fits({}, "other trainers' files say neither", "tf_efficientdet_d1", [96, 64])
+
+
+def test_anchors_are_kept_of_a_checkpoint_that_names_them():
+    cfg = parse_train_args(["--root", "x"])
+    kept = run_state.keep_anchors(cfg, {"config": {"model": {"anchor_scale": 3.0, "aspect_ratios": [1.0, 2.0]}}})
+    assert (kept.model.anchor_scale, kept.model.aspect_ratios) == (3.0, [1.0, 2.0])
+    assert run_state.keep_anchors(cfg, {"arch": "tf_efficientdet_d0"}) == cfg  # of effdet 0.4.1
