@@ -4,9 +4,10 @@ Lives here: what NpuFusedSGD lacks. It moves parameters, gradients and momentum 
 step, so that an update is a handful of kernels instead of hundreds. Its arithmetic is kept; its traps are closed:
 
 - A step can be skipped on the device (`found_inf`), so an overflow costs no wait of the host.
-- A gradient that somebody replaced or set to None would silently be read as the old one: it is moved back into place.
+- Gradients that are None, or not in the flat tensor, would silently be read as the old ones: they are moved there, all
+  together. So `zero_grad` may set them to None, and the backward pass adds none of them to a zero.
 - A parameter without a gradient at the first step would be left out for good: it starts with a zero gradient.
-- `zero_grad(set_to_none=True)`, torch's own default, raises: here it means zero, as there is nothing else to do.
+- `zero_grad(set_to_none=True)`, torch's own default, raises: here gradients are always set to None.
 - `load_state_dict` after the first step would not reach the flat momentum: it does.
 - `state_dict()` has the keys of torch.optim.SGD, so a checkpoint goes from one to the other and back.
 
@@ -16,6 +17,7 @@ Seen in torch_npu 2.13.0. A guard can go when test/npu/test_npu_optim.py passes 
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -38,6 +40,7 @@ class _Guarded:
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self._flat_views: list[tuple[Tensor, Tensor, int]] = []  # parameter, its gradient's view, its address
+        self._flat_order: list[list[Tensor]] = [[], []]  # parameters by dtype, as they lie in the flat tensors
         self.defaults.update(_TORCH_SGD_SETTINGS)
         for group in self.param_groups:
             group.update(_TORCH_SGD_SETTINGS)
@@ -52,18 +55,21 @@ class _Guarded:
         self._collect()
         return [flat for flat in self.get_combined_grads() if flat is not None]
 
-    @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set all gradients to zero in place, whatever `set_to_none` says: they live in one tensor."""
-        if self._flat_views:
-            self._restore_gradients()
-            super().zero_grad()
-            return
+    def flat_parameters(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """Return the memory of all weights: a tensor for each dtype, and the parameters in it, in their order there."""
+        return [
+            (flat, parameters)
+            for flat, parameters in zip(self.get_combined_params(), self._flat_order, strict=True)
+            if flat is not None
+        ]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, whatever `set_to_none` says: the next step writes all of the flat tensor anew."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+                parameter.grad = None
 
+    @torch.no_grad()
     def _collect(self) -> None:
         """Move parameters and gradients into the flat tensors, or check that they are still there."""
         if self._flat_views:
@@ -77,25 +83,40 @@ class _Guarded:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
-                _check_gradient(parameter)
+                _own_gradient(parameter)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch_npu's own use of it
             self._maybe_init_combined_params_and_grads()
+        for dtype_index, members in enumerate(self.params_all_group):
+            self._flat_order[dtype_index] = list(members)
         self._flat_views = [
-            (parameter, parameter.grad, parameter.data_ptr()) for parameter in parameters if parameter.grad is not None
+            (parameter, parameter.grad, parameter.data_ptr()) for members in self._flat_order for parameter in members
         ]
 
+    @torch.no_grad()
     def _restore_gradients(self) -> None:
-        """Bring gradients that backward or the caller replaced back into the flat tensor; None counts as zero."""
-        for parameter, view, _ in self._flat_views:
-            gradient = parameter.grad
-            if gradient is view:
+        """Bring the gradients of the last backward pass into the flat tensors, each in one operation; None is zero."""
+        views = iter(self._flat_views)
+        for flat, members in zip(self.get_combined_grads(), self._flat_order, strict=True):
+            if flat is None:
                 continue
-            if gradient is None:
-                view.zero_()
-            else:
-                view.copy_(gradient)
-            parameter.grad = view
+            of_dtype = list(itertools.islice(views, len(members)))
+            gradients = [parameter.grad for parameter, _, _ in of_dtype]
+            if all(gradient is view for gradient, (_, view, _) in zip(gradients, of_dtype, strict=True)):
+                continue
+            if any(gradient is view for gradient, (_, view, _) in zip(gradients, of_dtype, strict=True)):
+                # Somebody replaced some of them: what is joined must not overlap what it is joined into.
+                gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+            zeros = None
+            if any(gradient is None for gradient in gradients):
+                zeros = flat.new_zeros(max(view.numel() for _, view, _ in of_dtype))
+            parts = [
+                zeros[: view.numel()] if gradient is None else gradient.reshape(-1)
+                for gradient, (_, view, _) in zip(gradients, of_dtype, strict=True)
+            ]
+            torch.cat(parts, out=flat)
+            for parameter, view, _ in of_dtype:
+                parameter.grad = view
 
     def _check_addresses(self) -> None:
         if any(parameter.data_ptr() != address for parameter, _, address in self._flat_views):
@@ -210,16 +231,12 @@ def _check_parameter(parameter: Tensor) -> None:
         )
 
 
-def _check_gradient(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if not gradient.is_contiguous():
-        gradient = parameter.grad = gradient.contiguous()
+def _own_gradient(parameter: Tensor) -> None:
+    """Give a gradient memory of its own, as it is about to be moved: it may be part of a tensor that others share."""
+    gradient = parameter.grad.contiguous()
     if gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size():
-        raise RuntimeError(
-            "A gradient shares its memory with others, as DistributedDataParallel's "
-            "gradient_as_bucket_view=True makes it: NpuFusedSGD keeps gradients in memory of its own. "
-            "Leave gradient_as_bucket_view at False."
-        )
+        gradient = gradient.clone()
+    parameter.grad = gradient
 
 
 @functools.cache

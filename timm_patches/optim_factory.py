@@ -75,6 +75,11 @@ def flat_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | Non
     return optimizer.flat_gradients() if hasattr(optimizer, "flat_gradients") else None
 
 
+def flat_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Return the tensors that hold all weights of an optimizer that keeps them so, each with the parameters in it."""
+    return optimizer.flat_parameters() if hasattr(optimizer, "flat_parameters") else []
+
+
 def create_optimizer(
     model_or_groups: nn.Module | Groups,
     opt: str,

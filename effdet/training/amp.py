@@ -214,6 +214,12 @@ class Precision:
         """Return the present loss scale, None where no loss is scaled; it waits for the device."""
         return None if self._scale is None else float(self._scale)
 
+    def float_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return weights and buffers by name, the tensors themselves, with masters in place of half-precision ones."""
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = {name: self._masters.get(weight, weight) for name, weight in weights.items()}
+        return tensors | dict(model.named_buffers(remove_duplicate=False))
+
     def float_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's state dict with the float32 masters in place of half-precision weights."""
         state = model.state_dict()

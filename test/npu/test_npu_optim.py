@@ -142,11 +142,31 @@ def test_what_it_cannot_train_is_refused(device):
     transposed = nn.Parameter(torch.ones(2, 3, device=device).t())
     with pytest.raises(ValueError, match="contiguous parameters.*channels-last"):
         create_fused_sgd([transposed], 0.1, device_type="npu")
-    parameter = nn.Parameter(torch.ones(4, device=device))
-    bucket = torch.zeros(8, device=device)
-    parameter.grad = bucket[:4]
-    with pytest.raises(RuntimeError, match="gradient_as_bucket_view"):
-        create_fused_sgd([parameter], 0.1, device_type="npu").step()
+
+
+@pytest.mark.parametrize("how", ["in one bucket", "some of them", "added to"])
+def test_gradients_may_be_anywhere(device, how):
+    """In DistributedDataParallel's buckets, replaced by the caller, or the optimizer's own, as in accumulation."""
+    net, twin = Net().to(device), Net()
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+    plain = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    for batch in make_images(4):
+        for model, its in ((net, optimizer), (twin, plain)):
+            its.zero_grad()
+            for part in batch.to(next(model.parameters()).device).split(2):
+                (model(part) - 1).square().mean().backward()
+                if how == "added to":
+                    flat_gradients(its)  # moves them
+            parameters = list(model.parameters())
+            if how == "in one bucket":
+                bucket = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+                for parameter, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+                    parameter.grad = part.view(parameter.shape)
+            elif how == "some of them":
+                flat_gradients(its)
+                parameters[0].grad, parameters[1].grad = parameters[0].grad * 2, None
+            its.step()
+    assert_same(net, twin)
 
 
 def test_the_state_dict_is_that_of_torch_sgd(device):
