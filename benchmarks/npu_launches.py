@@ -90,7 +90,7 @@ def train_step(run: Any, batch: tuple[Any, Any]) -> Callable[[], None]:
     from effdet.training import engine
 
     def step() -> None:
-        with run.precision.autocast():
+        with run.precision.autocast(run.model):
             output = run.bench(*batch)
         run.precision.backward(output["loss"])
         engine._update(run)
@@ -125,14 +125,15 @@ def make_prediction(device: Any, **keys: Any) -> Callable[[], Any]:
 
     from effdet.bench import DetBenchPredict
     from effdet.factory import create_model, place_model
+    from effdet.training.amp import Precision
 
     model = create_model("tf_efficientdet_d0", image_size=SIZE, pretrained_backbone=False)
     bench = DetBenchPredict(place_model(model, device), **keys).to(device).eval()
-    images = make_batch(device)[0]
+    images, precision = make_batch(device)[0], Precision(device)
     info = {"img_scale": torch.ones(BATCH).to(device), "img_size": torch.full((BATCH, 2), 64.0).to(device)}
 
     def predict() -> Any:
-        with torch.no_grad(), torch.autocast(device.type, torch.float16):
+        with torch.no_grad(), precision.autocast(model):
             return bench(images, info)
 
     return predict

@@ -7,8 +7,8 @@ device.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum
 from timm_patches.optim_factory import flat_gradients
 
+from .half_weights import cast_together
 from .optim import clip_gradients
 
 OPT_LEVELS = ("O0", "O1", "O2")
@@ -115,11 +116,22 @@ class Precision:
 
     # -- a training step ---------------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager:
-        """Return the context in which to run the model forward; without effect in float32."""
+    @contextlib.contextmanager
+    def autocast(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Make the context in which to run the model forward; without effect in float32.
+
+        Args:
+            model: the one that will run, whose weights are then cast together where few launches pay; see
+                half_weights.py.
+        """
         if torch.is_grad_enabled():
             self._begin_step()
-        return device_layer.autocast(self.device, self._half_dtype, self.level != "O0")
+        together = model is not None and self.level == "O1" and device_layer.few_launches_pay(self.device)
+        with (
+            device_layer.autocast(self.device, self._half_dtype, self.level != "O0"),
+            cast_together(model, self.dtype) if together else contextlib.nullcontext(),
+        ):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of the (scaled) loss; several calls before one `step` accumulate."""

@@ -141,7 +141,7 @@ def train_one_epoch(
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
         with _no_gradient_sync(run.bench, wanted=not updates_now):
-            with run.precision.autocast():
+            with run.precision.autocast(run.model):
                 output = run.bench(images, target)
             # The last group may be smaller; its update still is the mean over its batches.
             group = min(run.grad_accum, num_batches - index // run.grad_accum * run.grad_accum)

@@ -17,24 +17,24 @@ import npu_launches  # noqa: E402
 
 BUDGETS = {
     "Ascend910B1": {
-        "training step": 2933,
+        "training step": 2066,
         "EMA": 1,
-        "prediction": 966,
-        "prediction, --nms exact": 1313,
-        "momentum": 3452,
-        "adamw": 3957,
-        "O2": 2933,
+        "prediction": 664,
+        "prediction, --nms exact": 1011,
+        "momentum": 2585,
+        "adamw": 3090,
+        "O2": 2502,
         "two devices": 4457,
         "two devices, sync-BN": 5537,
     },
     "Ascend910A": {
-        "training step": 2943,
+        "training step": 2076,
         "EMA": 2,
-        "prediction": 966,
-        "prediction, --nms exact": 1313,
-        "momentum": 5370,
-        "adamw": 7210,
-        "O2": 2943,
+        "prediction": 664,
+        "prediction, --nms exact": 1011,
+        "momentum": 4503,
+        "adamw": 6343,
+        "O2": 2512,
     },
 }
 COLLECTIVES = {"two devices": 3, "two devices, sync-BN": 219}
