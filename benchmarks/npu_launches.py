@@ -90,7 +90,7 @@ def train_step(run: Any, batch: tuple[Any, Any]) -> Callable[[], None]:
     from effdet.training import engine
 
     def step() -> None:
-        with run.precision.autocast(run.model):
+        with engine._no_gradient_sync(run.bench, run.flat_exchange), run.precision.autocast(run.cast_together):
             output = run.bench(*batch)
         run.precision.backward(output["loss"])
         engine._update(run)
@@ -149,6 +149,7 @@ def measure_ranks(wanted: tuple[str, ...] = TWO_DEVICES) -> dict[str, Counter[st
     tune(device)
     settings: dict[str, dict[str, Any]] = {
         "two devices": {"dist": {"sync_bn": False}},
+        "two devices, DDP's buckets": {"dist": {"sync_bn": False, "grad_exchange": "buckets"}},
         "two devices, sync-BN": {"dist": {"sync_bn": True}},
     }
     result = {}

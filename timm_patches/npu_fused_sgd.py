@@ -8,6 +8,7 @@ step, so that an update is a handful of kernels instead of hundreds. Its arithme
   together. So `zero_grad` may set them to None, and the backward pass adds none of them to a zero.
 - A parameter without a gradient at the first step would be left out for good: it starts with a zero gradient.
 - `zero_grad(set_to_none=True)`, torch's own default, raises: here gradients are always set to None.
+- Weights would lie in memory that is freed with the optimizer: they keep it.
 - `load_state_dict` after the first step would not reach the flat momentum: it does.
 - `state_dict()` has the keys of torch.optim.SGD, so a checkpoint goes from one to the other and back.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -89,6 +91,9 @@ class _Guarded:
             self._maybe_init_combined_params_and_grads()
         for dtype_index, members in enumerate(self.params_all_group):
             self._flat_order[dtype_index] = list(members)
+            for parameter in members:  # they do not own the memory that they were moved to, and may outlive this object
+                weakref.finalize(parameter, id, self.get_combined_params()[dtype_index])
+                weakref.finalize(parameter.grad, id, self.get_combined_grads()[dtype_index])
         self._flat_views = [
             (parameter, parameter.grad, parameter.data_ptr()) for members in self._flat_order for parameter in members
         ]

@@ -72,12 +72,17 @@ def create_fused_sgd(
 
 def flat_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | None:
     """Return the tensors that hold all gradients of an optimizer that keeps them so; None for any other."""
-    return optimizer.flat_gradients() if hasattr(optimizer, "flat_gradients") else None
+    return optimizer.flat_gradients() if keeps_flat(optimizer) else None
+
+
+def keeps_flat(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer keeps weights and gradients in few tensors, from its first step on."""
+    return hasattr(optimizer, "flat_gradients")
 
 
 def flat_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Return the tensors that hold all weights of an optimizer that keeps them so, each with the parameters in it."""
-    return optimizer.flat_parameters() if hasattr(optimizer, "flat_parameters") else []
+    return optimizer.flat_parameters() if keeps_flat(optimizer) else []
 
 
 def create_optimizer(

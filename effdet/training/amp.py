@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from effdet.runtime import device as device_layer
-from effdet.runtime.distributed import all_reduce_sum
+from effdet.runtime.distributed import all_reduce_sum, average_
 from timm_patches.optim_factory import flat_gradients
 
 from .half_weights import cast_together
@@ -145,7 +145,12 @@ class Precision:
             self._in_step = True
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, clip: tuple[float | None, str] | None = None) -> Tensor:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: tuple[float | None, str] | None = None,
+        average_gradients: bool = False,
+    ) -> Tensor:
         """Unscale and clip the gradients and take an optimizer step, unless a gradient is inf or NaN.
 
         Fused optimizers are told to skip on the device. Any other makes the host wait for the answer, once per step.
@@ -153,6 +158,8 @@ class Precision:
         Args:
             optimizer: built on `master_parameters`. The caller clears the gradients with its `zero_grad()`.
             clip: value and mode for `clip_gradients`; None clips nothing.
+            average_gradients: average them over the ranks first, which nobody has done yet; for an optimizer that
+                keeps them in few tensors.
 
         Returns:
             The gradient norm before clipping, unscaled, a tensor without dimensions on the device.
@@ -169,10 +176,13 @@ class Precision:
                 "No parameter has a gradient: call backward() first, on a loss of the model, and "
                 "build the optimizer from master_parameters()."
             )
+        flat = flat_gradients(optimizer)
+        for gradients in flat if average_gradients and flat else ():
+            average_(gradients)
         norm = clip_gradients(
             parameters,
             *(clip or (None, "norm")),
-            flat_gradients=flat_gradients(optimizer),
+            flat_gradients=flat,
             unscale=None if self._scale is None else self._scale.reciprocal(),
         )
         found_inf = torch.isfinite(norm).logical_not().float()

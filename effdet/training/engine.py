@@ -57,7 +57,13 @@ class Training:
     updates: int = 0  # optimizer updates done
     steps: int = 0  # batches done
     guard: StatisticsGuard | None = None  # made by the first epoch
+    flat_exchange: bool = False  # gradients are averaged by the update, and not by DistributedDataParallel
     is_laid_out: bool = False  # see _lay_out
+
+    @property
+    def cast_together(self) -> EfficientDet | None:
+        """The model whose weights may be cast together; their gradients then come too late for DDP's buckets."""
+        return self.model if self.flat_exchange or not isinstance(self.bench, DistributedDataParallel) else None
 
     @property
     def is_finished(self) -> bool:
@@ -140,8 +146,8 @@ def train_one_epoch(
         heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
-        with _no_gradient_sync(run.bench, wanted=not updates_now):
-            with run.precision.autocast(run.model):
+        with _no_gradient_sync(run.bench, wanted=run.flat_exchange or not updates_now):
+            with run.precision.autocast(run.cast_together):
                 output = run.bench(images, target)
             # The last group may be smaller; its update still is the mean over its batches.
             group = min(run.grad_accum, num_batches - index // run.grad_accum * run.grad_accum)
@@ -164,7 +170,7 @@ def train_one_epoch(
 
 def _update(run: Training) -> None:
     """Take one optimizer step and move everything that follows the number of updates."""
-    run.precision.step(run.optimizer, run.clip)
+    run.precision.step(run.optimizer, run.clip, run.flat_exchange)
     run.optimizer.zero_grad()
     run.updates += 1
     if few_launches_pay(run.device) and not run.is_laid_out:

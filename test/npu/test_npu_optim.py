@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import npu_sim
@@ -113,6 +114,18 @@ def test_a_parameter_without_gradient_at_first_is_not_left_out(device):
     optimizer.step()
     assert_close(used.detach().cpu(), torch.zeros(3))
     assert_close(late.detach().cpu(), torch.zeros(3))
+
+
+def test_weights_outlive_their_optimizer(device):
+    net = Net().to(device)
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+    train(net, optimizer, make_images(2))
+    before = [parameter.detach().cpu() for parameter in net.parameters()]
+    del optimizer
+    gc.collect()
+    junk = [torch.full((sum(value.numel() for value in before),), 7.0, device=device) for _ in range(4)]
+    for parameter, value in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter.detach().cpu(), value) and junk
 
 
 def test_frozen_parameters_stay_and_cannot_be_thawed_silently(device):

@@ -119,7 +119,7 @@ def train_steps(run: Training, batches: Batches) -> None:
 
     run.bench.train()
     for images, target in batches:
-        with run.precision.autocast(run.model):
+        with run.precision.autocast(run.cast_together):
             output = run.bench(images, target)
         run.precision.backward(output["loss"])
         _update(run)
