@@ -19,7 +19,7 @@ from effdet.runtime import device as device_layer
 from effdet.runtime.distributed import all_reduce_sum, average_
 from timm_patches.optim_factory import flat_gradients
 
-from .half_weights import cast_together
+from .flat import cast_together, join, join_in_place
 from .optim import clip_gradients
 
 OPT_LEVELS = ("O0", "O1", "O2")
@@ -84,6 +84,7 @@ class Precision:
         if self.dtype == torch.float16:
             self._scale = torch.full((), init_scale if static_scale is None else static_scale, device=device)
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
+        self._flat_halves: Tensor | None = None  # the memory of those parameters, where few launches pay
         self._skipped: Tensor | None = None  # on the device; read by skipped()
         self._skipped_before = 0
         self._in_a_row: Tensor | None = None  # on the device: steps skipped since the last that was taken
@@ -122,7 +123,7 @@ class Precision:
 
         Args:
             model: the one that will run, whose weights are then cast together where few launches pay; see
-                half_weights.py.
+                flat.py.
         """
         if torch.is_grad_enabled():
             self._begin_step()
@@ -195,7 +196,11 @@ class Precision:
         self._in_step = False
         if self._scale_moves and self._scale is not None:
             self._move_scale(self._scale, found_inf)
-        if self._masters:
+        if self._masters and device_layer.few_launches_pay(self.device):
+            if self._flat_halves is None:
+                self._flat_halves = join_in_place(list(self._masters))
+            self._flat_halves.copy_(torch.cat([master.reshape(-1) for master in self._masters.values()]))
+        elif self._masters:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
         return norm
 
@@ -209,6 +214,14 @@ class Precision:
 
     def _move_gradients_to_masters(self) -> None:
         """Copy half-precision gradients to the float32 masters and clear them, since the optimizer never will."""
+        pairs = [(master, parameter.grad) for parameter, master in self._masters.items() if parameter.grad is not None]
+        if pairs and device_layer.few_launches_pay(self.device):
+            joined = join([gradient for _, gradient in pairs], torch.float32)
+            for parameter, master in self._masters.items():
+                master.grad = parameter.grad = None
+            for (master, _), gradient in zip(pairs, joined, strict=True):
+                master.grad = gradient
+            return
         to, source = [], []
         for parameter, master in self._masters.items():
             if parameter.grad is None:

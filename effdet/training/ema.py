@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .flat import join_in_place
+
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel and torch.compile wrappers; any other comes back as it is."""
@@ -90,11 +92,11 @@ class ModelEma:
         names = {weights[name].data_ptr(): name for name in self._floats}
         for flat, parts in groups:
             mine = [names.pop(part.data_ptr()) for part in parts]
-            self._flat.append((_join([self._floats.pop(name) for name in mine]), flat))
+            self._flat.append((join_in_place([self._floats.pop(name) for name in mine]), flat))
         for dtype in {weights[name].dtype for name in self._floats}:
             rest = [name for name in self._floats if weights[name].dtype == dtype]
-            flat = _join([weights[name] for name in rest])
-            self._flat.append((_join([self._floats.pop(name) for name in rest]), flat))
+            flat = join_in_place([weights[name] for name in rest])
+            self._flat.append((join_in_place([self._floats.pop(name) for name in rest]), flat))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         self._others = {name: buffers[name] for name in self._others}  # they may have gone to another device
 
@@ -138,14 +140,6 @@ class ModelEma:
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])
         self._share_of_init = float(state["share_of_init"])
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Move tensors into one flat tensor, of which each is a view from then on, and return it."""
-    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.data = part.view(tensor.shape)
-    return flat
 
 
 def _named_tensors(model: nn.Module, once: bool) -> dict[str, Tensor]:

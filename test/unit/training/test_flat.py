@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effdet.training.half_weights import cast_together
+from effdet.training.flat import cast_together
 
 
 class Net(nn.Module):

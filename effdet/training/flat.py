@@ -1,7 +1,4 @@
-"""Half-precision copies of convolution weights, made together: autocast casts each by itself, forward and back.
-
-Lives here: the cast and the time for which layers see its result. Values and gradients are those of autocast.
-"""
+"""Many tensors joined in one, where few launches pay: moved there, copied, or cast for the time of a forward pass."""
 
 from __future__ import annotations
 
@@ -37,11 +34,21 @@ def join(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
+@torch.no_grad()
+def join_in_place(tensors: Sequence[Tensor]) -> Tensor:
+    """Move tensors into one flat tensor, of which each is a view from then on, and return it."""
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.data = part.view(tensor.shape)
+    return flat
+
+
 @contextlib.contextmanager
 def cast_together(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Have the convolutions of a model compute with weights in `dtype` in this block; parameters stay as they are.
 
-    The gradients of all these weights are there at the end of the backward pass and not layer by layer.
+    Outputs and gradients are those of autocast, which casts each weight by itself, forward and back. The gradients of
+    all these weights are there at the end of the backward pass and not layer by layer.
 
     Args:
         model: with float32 weights; layers that it has twice are cast once.
