@@ -273,9 +273,10 @@ class AnchorLabeler:
         first = valid & ~(same & earlier).any(2)
         # Slots that force nothing write to one column past the end; the rest write to distinct columns.
         columns = torch.where(first, best_anchor, torch.full_like(best_anchor, num_anchors))
-        slots = torch.arange(num_slots, device=valid.device).expand(batch, -1)
-        forced = torch.full((batch, num_anchors + 1), -1, dtype=torch.int64, device=valid.device)
-        return forced.scatter(1, columns, slots)[:, :num_anchors]
+        # int32: an accelerator may scatter int64 on a slow core of its own only.
+        slots = torch.arange(num_slots, dtype=torch.int32, device=valid.device).expand(batch, -1)
+        forced = torch.full((batch, num_anchors + 1), -1, dtype=torch.int32, device=valid.device)
+        return forced.scatter(1, columns, slots)[:, :num_anchors].long()
 
     def split_levels(self, flat: Tensor) -> list[Tensor]:
         """Split [B, N] or [B, N, C] into one [B, height, width, anchors (x C)] for each level."""

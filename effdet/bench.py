@@ -46,8 +46,9 @@ class _DetBench(nn.Module):
         self.max_detection_points = config.max_detection_points
         self.max_det_per_image = config.max_det_per_image
         self.soft_nms = config.soft_nms
+        self.nms = nms
         self.nms_operator: Callable[..., tuple[Tensor, ...]] | None = None
-        if nms != "exact":
+        if nms not in ("auto", "exact", "host"):
             if self.soft_nms:
                 raise ValueError(f"Soft-NMS and the device's own NMS ('{nms}') exclude each other: choose one.")
             self.nms_operator = device_layer.nms_operator(nms, _device_of(model), self.max_det_per_image)
@@ -110,7 +111,9 @@ class _DetBench(nn.Module):
         Returns:
             float32 [B, max_det_per_image, 6] as from `nms.make_detections`.
         """
-        with torch.autocast(cls_outputs[0].device.type, enabled=False):
+        device = cls_outputs[0].device
+        on_host = self.nms == "host" or (self.nms == "auto" and device_layer.few_launches_pay(device))
+        with torch.autocast(device.type, enabled=False):
             logits, deltas, indices, classes = select_candidates(
                 cls_outputs, box_outputs, self.num_classes, self.max_detection_points
             )
@@ -128,24 +131,26 @@ class _DetBench(nn.Module):
                 self.soft_nms,
                 suppress,
                 self.drop_empty,
+                on_host,
             )
 
 
 class DetBenchPredict(_DetBench):
     """Model and post-processing: images to detections."""
 
-    def __init__(self, model: nn.Module, *, nms: str = "exact", drop_empty: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, nms: str = "auto", drop_empty: bool = False) -> None:
         """Wrap a model.
 
         Args:
             model: an EfficientDet.
-            nms: how overlapping boxes are suppressed: 'exact' everywhere, or the name of an operator of the device's
-                own, which device.py knows; the model must be on that device already.
+            nms: how overlapping boxes are suppressed, with equal results: 'exact' on the model's device; 'host' on the
+                CPU, to which the candidates go in one copy and where the detections then are; 'npu' by an operator of
+                Ascend's own, with the model on that device already; 'auto' is 'host' on NPUs and 'exact' elsewhere.
             drop_empty: see `nms.make_detections`; effdet keeps such boxes.
 
         Raises:
-            ValueError: the config's image_size was changed after the network was built, or the model's device has no
-                such operator, or the operator does not take this model's settings.
+            ValueError: the config's image_size was changed after the network was built, an unknown `nms`, or the
+                model's device has no such operator, or the operator does not take this model's settings.
         """
         super().__init__(model, nms, drop_empty)
 
@@ -200,7 +205,7 @@ class DetBenchTrain(_DetBench):
             ValueError: the config's image_size was changed after the network was built, or there are further input
                 sizes and no labeler, or the network cannot take such a size (EfficientDet.set_input_size).
         """
-        super().__init__(model, "exact")
+        super().__init__(model, "auto")
         for module in model.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # in place, autograd copies the input for the backward pass: one more pass

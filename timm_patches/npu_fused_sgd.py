@@ -1,133 +1,21 @@
-"""torch_npu's fused SGD, made safe to train with.
-
-Lives here: what NpuFusedSGD lacks. It moves parameters, gradients and momentum into one flat tensor each at the first
-step, so that an update is a handful of kernels instead of hundreds. Its arithmetic is kept; its traps are closed:
-
-- A step can be skipped on the device (`found_inf`), so an overflow costs no wait of the host.
-- A gradient that somebody replaced or set to None would silently be read as the old one: it is moved back into place.
-- A parameter without a gradient at the first step would be left out for good: it starts with a zero gradient.
-- `zero_grad(set_to_none=True)`, torch's own default, raises: here it means zero, as there is nothing else to do.
-- `load_state_dict` after the first step would not reach the flat momentum: it does.
-- `state_dict()` has the keys of torch.optim.SGD, so a checkpoint goes from one to the other and back.
-
-Seen in torch_npu 2.13.0. A guard can go when test/npu/test_npu_optim.py passes without it.
-"""
+"""torch_npu's fused SGD with the guards of npu_flat_memory.py; its arithmetic is kept."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float16)
-# What torch.optim.SGD's groups hold beside NpuFusedSGD's own settings.
-_TORCH_SGD_SETTINGS = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+from .npu_flat_memory import FlatMemory
 
 
-class _Guarded:
-    """Mixed in before NpuFusedSGD, whose methods it calls and completes."""
+class _GuardedSGD(FlatMemory):
+    """NpuFusedSGD that can skip a step on the device."""
 
-    _step_supports_amp_scaling = True  # torch's name for: reads `found_inf` and `grad_scale` in step()
-
-    def __init__(
-        self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
-    ) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        self._flat_views: list[tuple[Tensor, Tensor, int]] = []  # parameter, its gradient's view, its address
-        self.defaults.update(_TORCH_SGD_SETTINGS)
-        for group in self.param_groups:
-            group.update(_TORCH_SGD_SETTINGS)
-            for parameter in group["params"]:
-                _check_parameter(parameter)
-        self.register_load_state_dict_post_hook(_forget_flat_momentum)
-
-    # -- gradients -----------------------------------------------------------------------------------------------------
-
-    def flat_gradients(self) -> list[Tensor]:
-        """Return the memory of all gradients, one tensor for each dtype; empty before the first backward pass."""
-        self._collect()
-        return [flat for flat in self.get_combined_grads() if flat is not None]
-
-    @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set all gradients to zero in place, whatever `set_to_none` says: they live in one tensor."""
-        if self._flat_views:
-            self._restore_gradients()
-            super().zero_grad()
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-
-    def _collect(self) -> None:
-        """Move parameters and gradients into the flat tensors, or check that they are still there."""
-        if self._flat_views:
-            self._check_addresses()
-            self._restore_gradients()
-            return
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if all(parameter.grad is None for parameter in parameters):
-            return
-        for parameter in parameters:
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad is not None:
-                _check_gradient(parameter)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch_npu's own use of it
-            self._maybe_init_combined_params_and_grads()
-        self._flat_views = [
-            (parameter, parameter.grad, parameter.data_ptr()) for parameter in parameters if parameter.grad is not None
-        ]
-
-    def _restore_gradients(self) -> None:
-        """Bring gradients that backward or the caller replaced back into the flat tensor; None counts as zero."""
-        for parameter, view, _ in self._flat_views:
-            gradient = parameter.grad
-            if gradient is view:
-                continue
-            if gradient is None:
-                view.zero_()
-            else:
-                view.copy_(gradient)
-            parameter.grad = view
-
-    def _check_addresses(self) -> None:
-        if any(parameter.data_ptr() != address for parameter, _, address in self._flat_views):
-            raise RuntimeError(
-                "A parameter was moved after NpuFusedSGD's first step (model.to(), .half() or a new "
-                ".data): the optimizer would go on updating the old memory. Move the model first, then "
-                "build the optimizer."
-            )
-        known = len(self._flat_views)
-        present = sum(
-            parameter.grad is not None or parameter.requires_grad
-            for group in self.param_groups
-            for parameter in group["params"]
-        )
-        if present > known:
-            raise RuntimeError(
-                f"{present - known} parameter(s) became trainable after NpuFusedSGD's first step: it "
-                "cannot take them in. Build a new optimizer after unfreezing."
-            )
-
-    # -- the step --------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update the parameters, unless the caller has set `found_inf` to a tensor that is not 0."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._collect()
-        super().step()
-        return loss
+    _name = "NpuFusedSGD"
+    _torch_settings = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
     def _init_param_state(self, p: Tensor, weight_decay: float) -> None:
         """Start momentum at zero, which gives the same first step as starting it with the gradient."""
@@ -136,99 +24,36 @@ class _Guarded:
         buffer = torch.zeros_like(p.grad)
         state["momentum_buffer"] = buffer if loaded is None else buffer.copy_(loaded)
 
-    def _group_step(self, group_index: int) -> None:
-        group = self.param_groups[group_index]
-        parts = zip(
-            self.combined_params_indexed_by_group[group_index],
-            self.combined_grads_indexed_by_group[group_index],
-            self.combined_param_states_indexed_by_group[group_index],
-            strict=True,
-        )
-        for weights, gradient, state in parts:
-            if weights is None or gradient is None:
-                continue
-            _update(
-                weights,
-                gradient,
-                state["momentum_buffer"],
-                group,
-                getattr(self, "found_inf", None),
-                getattr(self, "grad_scale", None),
-            )
+    def _update(
+        self, weights: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
+        """Take one step of SGD.
 
-
-def _update(
-    weights: Tensor,
-    gradient: Tensor,
-    momentum_buffer: Tensor | None,
-    group: dict[str, Any],
-    found_inf: Tensor | None,
-    grad_scale: Tensor | None,
-) -> None:
-    """Take one step of SGD on flat tensors; where `found_inf` is 1 nothing changes.
-
-    Source: the update of torch.optim.SGD; buffer = momentum * buffer + (gradient + decay * weights).
-    """
-    if grad_scale is not None:
-        gradient = gradient / grad_scale
-    if found_inf is not None:
-        gradient = gradient.masked_fill(found_inf > 0, 0)  # NaN times 0 is NaN, so it has to be replaced
-        found_inf = found_inf.to(weights.dtype)
-        keep = 1 - found_inf
-    if group["weight_decay"] != 0:
-        gradient = gradient.add(weights, alpha=group["weight_decay"])
-    if momentum_buffer is not None:
-        if found_inf is None:
-            momentum_buffer.mul_(group["momentum"]).add_(gradient)
+        Source: the update of torch.optim.SGD; buffer = momentum * buffer + (gradient + decay * weights).
+        """
+        keep = None if found_inf is None else 1 - found_inf
+        if group["weight_decay"] != 0:
+            gradient = gradient.add(weights, alpha=group["weight_decay"])
+        momentum_buffer = state["momentum_buffer"]
+        if momentum_buffer is not None:
+            if keep is None:
+                momentum_buffer.mul_(group["momentum"]).add_(gradient)
+            else:
+                momentum_buffer.mul_(keep * group["momentum"] + found_inf).addcmul_(gradient, keep)
+            gradient = gradient.add(momentum_buffer, alpha=group["momentum"]) if group["nesterov"] else momentum_buffer
+        if keep is None:
+            weights.add_(gradient, alpha=-group["lr"])
         else:
-            momentum_buffer.mul_(keep * group["momentum"] + found_inf).addcmul_(gradient, keep)
-        gradient = gradient.add(momentum_buffer, alpha=group["momentum"]) if group["nesterov"] else momentum_buffer
-    if found_inf is None:
-        weights.add_(gradient, alpha=-group["lr"])
-    else:
-        weights.addcmul_(gradient, keep, value=-group["lr"])
-
-
-def _forget_flat_momentum(optimizer: Any) -> None:
-    """Have the flat momentum made anew from what was loaded, and keep this optimizer's group settings."""
-    optimizer.is_states_combined = False
-    for group in optimizer.param_groups:
-        group.update(_TORCH_SGD_SETTINGS)
-        group.setdefault("dampening", 0.0)
-
-
-def _check_parameter(parameter: Tensor) -> None:
-    if parameter.dtype not in _DTYPES:
-        raise TypeError(
-            f"NpuFusedSGD takes float32 and float16 parameters, got {parameter.dtype}: train with float32 "
-            "weights (opt level O1), or with float32 masters (O2)."
-        )
-    if not parameter.is_contiguous():
-        raise ValueError(
-            f"NpuFusedSGD takes contiguous parameters, got one of shape {tuple(parameter.shape)} with "
-            f"strides {parameter.stride()}: leave the channels-last layout off on this device."
-        )
-
-
-def _check_gradient(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if not gradient.is_contiguous():
-        gradient = parameter.grad = gradient.contiguous()
-    if gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size():
-        raise RuntimeError(
-            "A gradient shares its memory with others, as DistributedDataParallel's "
-            "gradient_as_bucket_view=True makes it: NpuFusedSGD keeps gradients in memory of its own. "
-            "Leave gradient_as_bucket_view at False."
-        )
+            weights.addcmul_(gradient, keep, value=-group["lr"])
 
 
 @functools.cache
 def npu_fused_sgd_class() -> type[torch.optim.Optimizer]:
-    """Return the class: an NpuFusedSGD with the guards of this file.
+    """Return the class: an NpuFusedSGD with the guards.
 
     Raises:
         ImportError: torch_npu is not installed or does not load.
     """
     from torch_npu.optim import NpuFusedSGD
 
-    return type("GuardedNpuFusedSGD", (_Guarded, NpuFusedSGD), {"__doc__": _Guarded.__doc__})
+    return type("GuardedNpuFusedSGD", (_GuardedSGD, NpuFusedSGD), {"__doc__": _GuardedSGD.__doc__})

@@ -20,6 +20,7 @@ from timm.optim import (
 )
 from torch import nn
 
+from .npu_fused_adamw import npu_fused_adamw_class
 from .npu_fused_sgd import npu_fused_sgd_class
 
 Groups = Iterable[torch.Tensor] | Iterable[Mapping[str, object]]
@@ -58,7 +59,7 @@ def create_fused_sgd(
         nesterov: Nesterov's momentum instead of the classical one.
 
     Returns:
-        The optimizer. NpuFusedSGD comes with the guards of npu_fused_sgd.py; its state dict has torch.optim.SGD's form.
+        The optimizer. NpuFusedSGD comes with the guards of npu_flat_memory.py; its state dict is torch.optim.SGD's.
     """
     if device_type == "npu":
         return npu_fused_sgd_class()(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
@@ -72,7 +73,17 @@ def create_fused_sgd(
 
 def flat_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | None:
     """Return the tensors that hold all gradients of an optimizer that keeps them so; None for any other."""
-    return optimizer.flat_gradients() if hasattr(optimizer, "flat_gradients") else None
+    return optimizer.flat_gradients() if keeps_flat(optimizer) else None
+
+
+def keeps_flat(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer keeps weights and gradients in few tensors, from its first step on."""
+    return hasattr(optimizer, "flat_gradients")
+
+
+def flat_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Return the tensors that hold all weights of an optimizer that keeps them so, each with the parameters in it."""
+    return optimizer.flat_parameters() if keeps_flat(optimizer) else []
 
 
 def create_optimizer(
@@ -97,7 +108,8 @@ def create_optimizer(
         betas: decay rates of the running means; None keeps the optimizer's own.
 
     Returns:
-        The optimizer; torch's own SGD, Adam and AdamW are fused on devices that have the kernels.
+        The optimizer; torch's own SGD, Adam and AdamW are fused on devices that have the kernels. On NPUs torch_npu's
+        take the place of SGD and AdamW.
 
     Raises:
         ValueError: the name is unknown (the text names the nearest), needs a package that is not there, or does not
@@ -123,8 +135,13 @@ def create_optimizer(
     device_type = _device_type(groups)
     if name in _FUSED_SGD_NAMES:
         optimizer = create_fused_sgd(groups, lr, momentum, weight_decay, device_type, _FUSED_SGD_NAMES[name])
+    elif device_type == "npu" and _class_of(name) is torch.optim.SGD:
+        nesterov = (get_optimizer_info(name).defaults or {}).get("nesterov", True)
+        optimizer = create_fused_sgd(groups, lr, momentum, weight_decay, device_type, nesterov)
+    elif device_type == "npu" and _class_of(name) is torch.optim.AdamW:
+        optimizer = npu_fused_adamw_class()(groups, lr=lr, weight_decay=weight_decay, **extra)
     else:
-        if get_optimizer_info(name).opt_class in _FUSED_CLASSES and device_type in _FUSED_DEVICES:
+        if _class_of(name) in _FUSED_CLASSES and device_type in _FUSED_DEVICES:
             extra["fused"] = True
         try:
             optimizer = create_optimizer_v2(groups, name, lr=lr, momentum=momentum, weight_decay=weight_decay, **extra)
@@ -135,6 +152,10 @@ def create_optimizer(
             ) from error
         _complete(optimizer)
     return Lookahead(optimizer) if prefix else optimizer
+
+
+def _class_of(name: str) -> object:
+    return get_optimizer_info(name).opt_class
 
 
 def _check_extra(opt: str, name: str, extra: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -164,7 +165,8 @@ def run(
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
     with progress.progress("Evaluating", len(loader)) as on_batch:
-        found = evaluate(bench, loader, evaluator, precision.autocast, log_interval, on_batch)
+        autocast = functools.partial(precision.autocast, detector.model)
+        found = evaluate(bench, loader, evaluator, autocast, log_interval, on_batch)
     facts = {
         "model": detector.model.config.name,
         "processes": distributed.world_size(),

@@ -25,8 +25,10 @@ class DemoModelConfig:
     )
     soft_nms: bool | None = setting(None, "soft-NMS instead of NMS")
     nms: str = setting(
-        "exact",
-        "how overlapping boxes are suppressed: 'exact' on every device, or 'npu', Ascend's own operator npu_batch_nms",
+        "auto",
+        "where overlapping boxes are suppressed: exact on the device, host on the CPU with the same result, npu by "
+        "Ascend's own operator npu_batch_nms; auto is host on NPUs, exact elsewhere",
+        choices=("auto", "exact", "host", "npu"),
     )
     same_padding: str = setting(
         "auto", "SAME padding pads the activation or extends the kernel", choices=("auto", "pad", "kernel")

@@ -210,6 +210,12 @@ class DistConfig(EvalDistConfig):
     dist_bn: str = setting(
         "reduce", "before evaluation, average or send batch-norm statistics", choices=("", "reduce", "broadcast")
     )
+    grad_exchange: str = setting(
+        "auto",
+        "how gradients are averaged: flat, all in one collective after the backward pass; buckets, those of "
+        "DistributedDataParallel during it; auto is flat where the optimizer keeps gradients in one tensor, as on NPUs",
+        choices=("auto", "flat", "buckets"),
+    )
     max_restarts: int = setting(
         0, "with --device-list: start all processes again, up to N times, when one fails; they resume", low=0
     )

@@ -5,7 +5,7 @@ Source: EfficientDet, https://arxiv.org/abs/1911.09070, section 3. The layouts a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from effdet.config import get_fpn_config
 from effdet.config.model_spec import ModelSpec
 from effdet.ops.sizes import get_feat_sizes
+from effdet.runtime.device import few_launches_pay
 
 from .layers import ConvBnAct2d, LayerMaker, ResampleFeatureMap, SeparableConv2d, get_activation, get_norm_layer
 
@@ -69,8 +70,13 @@ class FpnCombine(nn.Module):
         )
         self.edge_weights = None if weight_method == "sum" else nn.Parameter(torch.ones(len(self.inputs_offsets)))
 
-    def forward(self, x: list[Tensor]) -> Tensor:
-        """Combine the feature maps of the cell so far into one [B, C, H, W], without a stacked copy of them."""
+    def forward(self, x: list[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Combine the feature maps of the cell so far into one [B, C, H, W], without a stacked copy of them.
+
+        Args:
+            x: the feature maps.
+            weights: a factor without dimensions for each input, where they are known already (`normalize_together`).
+        """
         nodes = [
             resample(x[offset]) for offset, resample in zip(self.inputs_offsets, self.resample.values(), strict=True)
         ]
@@ -79,16 +85,43 @@ class FpnCombine(nn.Module):
             for node in nodes[1:]:
                 total = total + node
             return total
-        if self.weight_method == "attn":
-            weights = torch.softmax(self.edge_weights, 0)
-        else:
-            positive = self.edge_weights.relu()
-            weights = positive / (positive.sum() + 0.0001)
+        if weights is None:
+            weights = _normalize(self.edge_weights, self.weight_method).unbind(0)
         # A scalar tensor does not change the dtype of the map it scales.
         total = nodes[0] * weights[0]
         for node, weight in zip(nodes[1:], weights[1:], strict=True):
             total = total + node * weight
         return total
+
+
+def _normalize(edge_weights: Tensor, method: str) -> Tensor:
+    """Turn learned edge weights [..., n] into the factors of n feature maps."""
+    if method == "attn":
+        return torch.softmax(edge_weights, -1)
+    positive = edge_weights.relu()
+    return positive / (positive.sum(-1, keepdim=True) + 0.0001)
+
+
+def normalize_together(nodes: Sequence[FpnCombine], dtype: torch.dtype) -> dict[FpnCombine, Sequence[Tensor]]:
+    """Compute the factors of all nodes in a few operations instead of a few for each node.
+
+    Args:
+        nodes: those that have no weights are left out.
+        dtype: of the feature maps.
+
+    Returns:
+        What `FpnCombine.forward` takes, for each node.
+    """
+    alike: dict[tuple[str, int], list[FpnCombine]] = {}
+    for node in nodes:
+        if node.edge_weights is not None:
+            alike.setdefault((node.weight_method, len(node.edge_weights)), []).append(node)
+    factors: dict[FpnCombine, Sequence[Tensor]] = {}
+    for (method, inputs), group in alike.items():
+        table = _normalize(torch.stack([node.edge_weights for node in group]), method).to(dtype)
+        scalars = table.flatten().unbind(0)  # taken apart at once, as each part would have a gradient of the whole
+        factors.update({node: scalars[index * inputs : (index + 1) * inputs] for index, node in enumerate(group)})
+    return factors
 
 
 class Fnode(nn.Module):
@@ -99,9 +132,9 @@ class Fnode(nn.Module):
         self.combine = combine
         self.after_combine = after_combine
 
-    def forward(self, x: list[Tensor]) -> Tensor:
-        """Map the feature maps of the cell so far to the node's output."""
-        return self.after_combine(self.combine(x))
+    def forward(self, x: list[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Map the feature maps of the cell so far to the node's output; `weights` as in FpnCombine."""
+        return self.after_combine(self.combine(x) if weights is None else self.combine(x, weights))
 
 
 class BiFpnLayer(nn.Module):
@@ -162,11 +195,16 @@ class BiFpnLayer(nn.Module):
             self.fnode.append(Fnode(combine, after_combine))
         self.feature_info = cell_info[-num_levels:]
 
-    def forward(self, x: list[Tensor]) -> list[Tensor]:
-        """Map one feature map for each level to one for each level, finest first."""
+    def forward(self, x: list[Tensor], factors: Mapping[nn.Module, Sequence[Tensor]] | None = None) -> list[Tensor]:
+        """Map one feature map for each level to one for each level, finest first.
+
+        Args:
+            x: the feature maps.
+            factors: of `normalize_together`; None has each node compute its own.
+        """
         maps = list(x)
         for node in self.fnode:
-            maps.append(node(maps))
+            maps.append(node(maps, (factors or {}).get(node.combine)))
         return maps[-self.num_levels :]
 
 
@@ -229,4 +267,10 @@ class BiFpn(nn.Module):
         maps = list(x)
         for resample in self.resample.values():
             maps.append(resample(maps[-1]))
-        return self.cell(maps)
+        if not few_launches_pay(maps[0].device):
+            return self.cell(maps)
+        nodes = [node.combine for cell in self.cell for node in cell.fnode]
+        factors = normalize_together(nodes, maps[0].dtype)
+        for cell in self.cell:
+            maps = cell(maps, factors)
+        return maps

@@ -90,15 +90,20 @@ def focal_loss_and_gradient(
             terms.masked_fill_(targets == IGNORE, 0)
     total = loss.sum() * (1 - alpha)
 
-    positive = targets >= 0
-    index = targets.clamp(min=0)
-    own = x.gather(2, index)  # [B, A, 1, cells]
-    foreground_loss, foreground_gradient = foreground_terms(own, gamma, smoothing)
-    correction = alpha * foreground_loss - (1 - alpha) * loss.gather(2, index)
+    index = targets.clamp(min=0)  # of an anchor's own logit, [B, A, 1, cells]
+    positive, values, slopes = targets >= 0, loss, gradient
+    if x.is_contiguous():
+        # Class and cell as one axis, the last: to gather along another some accelerators turn all values round.
+        places = index.to(torch.int32) * x.shape[3] + torch.arange(x.shape[3], dtype=torch.int32, device=x.device)
+        positive, index = positive.squeeze(2), places.long().squeeze(2)  # [B, A, cells]
+        x, values = x.flatten(2), loss.flatten(2)
+        slopes = None if gradient is None else gradient.flatten(2)
+    foreground_loss, foreground_gradient = foreground_terms(x.gather(2, index), gamma, smoothing)
+    correction = alpha * foreground_loss - (1 - alpha) * values.gather(2, index)
     total = total + torch.where(positive, correction, torch.zeros_like(correction)).sum()
-    if gradient is None:
+    if gradient is None or slopes is None:
         return total, None
-    gradient.mul_(1 - alpha)
-    correction = alpha * foreground_gradient - gradient.gather(2, index)
-    gradient.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
+    slopes.mul_(1 - alpha)
+    correction = alpha * foreground_gradient - slopes.gather(2, index)
+    slopes.scatter_add_(2, index, torch.where(positive, correction, torch.zeros_like(correction)))
     return total, gradient.flatten(1, 2).unflatten(2, logits.shape[2:]).to(gradient_dtype)

@@ -1,8 +1,8 @@
 """From head outputs to detections: candidate selection, exact class-aware NMS, soft-NMS; batched, fixed shapes.
 
-Nothing here waits for the device or loops over images or classes; a CPU, where neither costs anything, has its own way
-in nms_cpu.py. The greedy loop runs `max_det` times, once for each detection kept, so its cost does not depend on what
-the network predicts.
+Hard NMS is in nms_cpu.py for CPUs, where reading a value costs nothing, and in nms_blocks.py for accelerators, where
+launches do. The loops here run `max_det` times, once for each detection kept, and need no value on the host: soft-NMS,
+whose scores change from box to box, and hard NMS in a program that is traced or compiled.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from effdet.runtime.device import is_host
+from effdet.runtime.device import is_host, is_recorded
+from effdet.runtime.memory import to_host
 
-from . import nms_cpu
+from . import nms_blocks, nms_cpu
 from .boxes import box_area, clip_boxes_xyxy, common_area, decode_boxes, iou_from_areas
 
 # Post-processing constants of the reference (google/automl, efficientdet/nms_np.py and rwightman/efficientdet-pytorch).
@@ -52,9 +53,11 @@ def select_candidates(
     anchors = logits.amax(2).topk(min(count, logits.shape[1]), dim=1).indices
     pairs = logits.gather(1, anchors.unsqueeze(2).expand(-1, -1, num_classes)).reshape(batch, -1)
     top_logits, order = pairs.topk(count, dim=1)
+    order = order.to(torch.int32)  # an accelerator may have no division of int64 of its own
     rows = torch.div(order, num_classes, rounding_mode="floor")
-    anchors = anchors.gather(1, rows)
-    return (top_logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, order - rows * num_classes)
+    anchors = anchors.gather(1, rows.long())
+    classes = (order - rows * num_classes).long()
+    return top_logits, deltas.gather(1, anchors.unsqueeze(2).expand(-1, -1, 4)), anchors, classes
 
 
 def batched_nms(
@@ -75,6 +78,8 @@ def batched_nms(
     """
     if is_host(boxes_xyxy.device):
         return nms_cpu.batched_nms(boxes_xyxy, scores, classes, max_det, iou_threshold)
+    if not is_recorded():
+        return nms_blocks.batched_nms(boxes_xyxy, scores, classes, max_det, iou_threshold)
     areas = box_area(boxes_xyxy)
     positions = torch.arange(scores.shape[1], device=scores.device)
     corners = boxes_xyxy.unbind(-1)
@@ -193,6 +198,7 @@ def make_detections(
     soft_nms: bool = False,
     suppress: Suppress | None = None,
     drop_empty: bool = False,
+    on_host: bool = False,
 ) -> Tensor:
     """Decode candidates into boxes, clip, suppress, and pad to a fixed number of rows.
 
@@ -209,18 +215,23 @@ def make_detections(
             as `npu_nms` does.
         drop_empty: leave out boxes that clipping left without width or height: those beyond the image's edge, where the
             input is padding. They would take the places of others.
+        on_host: bring the decoded candidates to the host in one copy and suppress there.
 
     Returns:
-        float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
+        float32 [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding. On the host
+        with `on_host`, else on the candidates' device.
     """
     if logits.shape[1] == 0:
-        return logits.new_zeros((logits.shape[0], max_det, 6), dtype=torch.float32)
+        empty = logits.new_zeros((logits.shape[0], max_det, 6), dtype=torch.float32)
+        return to_host(empty) if on_host else empty
     boxes = decode_boxes(deltas.float(), anchors_yxyx, output_xyxy=True)
     if img_scale is not None:
         img_scale = img_scale.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 1)
         if img_size is not None:
             boxes = clip_boxes_xyxy(boxes, img_size.to(device=boxes.device, dtype=boxes.dtype) / img_scale)
     scores = logits.float().sigmoid()
+    if on_host:
+        boxes, scores, classes, img_scale = _to_host(boxes, scores, classes, img_scale)
     if drop_empty:
         final = boxes if img_scale is None else boxes * img_scale.unsqueeze(-1)  # rounding may close a last gap
         scores = scores.masked_fill((final[..., 2:] <= final[..., :2]).any(-1), _SUPPRESSED)
@@ -236,6 +247,20 @@ def make_detections(
     rows = torch.where(scores.unsqueeze(-1) >= 0, rows, torch.zeros_like(rows))
     missing = max_det - rows.shape[1]
     return torch.cat((rows, rows.new_zeros((rows.shape[0], missing, 6))), 1) if missing > 0 else rows
+
+
+def _to_host(
+    boxes: Tensor, scores: Tensor, classes: Tensor, img_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Bring all to the host in one copy: a row for each candidate, and a last one for the scale."""
+    rows = torch.cat((boxes, scores.unsqueeze(-1), classes.to(boxes.dtype).unsqueeze(-1)), -1)
+    if img_scale is not None:
+        rows = torch.cat((rows, img_scale.unsqueeze(-1).expand(-1, -1, 6)), 1)
+    rows = to_host(rows)
+    if img_scale is not None:
+        rows, img_scale = rows[:, :-1], rows[:, -1, :1]
+    boxes, scores, classes = rows.split((4, 1, 1), -1)
+    return boxes, scores.squeeze(-1), classes.squeeze(-1), img_scale
 
 
 def generate_detections(

@@ -137,7 +137,7 @@ def build_predict_bench(
     same_padding: str = "auto",
     flip: bool = False,
     scales: Sequence[float] = (),
-    nms: str = "exact",
+    nms: str = "auto",
 ) -> DetBenchPredict | TtaBench | EngineBench:
     """Put post-processing, and test-time augmentation if asked for, around a network.
 

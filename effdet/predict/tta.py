@@ -83,7 +83,7 @@ class TtaBench(nn.Module):
                 image = mirror_image if mirrored else x
                 if sides != (height, width):
                     image = F.interpolate(image, sides, mode="bilinear", align_corners=False)
-                rows = bench(image, inside)
+                rows = bench(image, inside).to(x.device)  # a bench may suppress on the host
                 boxes, scores = rows[..., :4] * factor.repeat(2), rows[..., 4:5]
                 if mirrored:
                     x_min, y_min, x_max, y_max = boxes.unbind(-1)

@@ -256,21 +256,19 @@ def clear_overflow_flag(device: torch.device) -> None:
         torch_npu.npu_clear_float_status(torch.zeros(8, device=device))
 
 
-def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[..., tuple[torch.Tensor, ...]] | None:
-    """Return a device's own operator for NMS by name, or None for 'exact', which is ours and runs everywhere.
+def few_launches_pay(device: torch.device) -> bool:
+    """Tell whether the host launches small operators more slowly than the device computes them, so that fewer pay."""
+    return device.type == "npu"
 
-    Args:
-        name: 'exact', or 'npu' for torch_npu's npu_batch_nms.
-        device: where it will run.
-        max_det: detections per image; the operator takes 1..1000.
+
+def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Return a device's own operator for NMS by name: 'npu' is torch_npu's npu_batch_nms, for `max_det` 1..1000.
 
     Raises:
         ValueError: an unknown name, another device or chip, or too many detections.
     """
-    if name == "exact":
-        return None
     if name != "npu":
-        raise ValueError(f"Unknown NMS '{name}': choose exact, or npu on an Ascend device.")
+        raise ValueError(f"Unknown NMS '{name}': choose one of auto, exact, host, or npu on an Ascend device.")
     if device.type != "npu":
         raise ValueError(f"NMS 'npu' is an operator of Ascend devices, and this run is on {device.type}: use exact.")
     if not 1 <= max_det <= 1000:
@@ -320,13 +318,17 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def is_host(device: torch.device) -> bool:
-    """Return whether `device` is the processor that runs Python.
+def is_recorded() -> bool:
+    """Return whether a program is being traced or compiled: no value can be read, and a loop is unrolled."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
-    Reading a value waits for nothing there, and shapes that depend on values are free. While a program is traced or
-    compiled they are not, so then it is not.
+
+def is_host(device: torch.device) -> bool:
+    """Return whether `device` is the processor that runs Python, and nothing is traced or compiled.
+
+    Reading a value waits for nothing there, and shapes that depend on values are free.
     """
-    return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return device.type == "cpu" and not is_recorded()
 
 
 def old_tensor_globals() -> list[tuple[Any, str]]:

@@ -33,6 +33,7 @@ __all__ = [
     "all_reduce_mean",
     "all_reduce_sum",
     "alone",
+    "average_",
     "barrier",
     "broadcast_object",
     "convert_sync_batchnorm",
@@ -226,6 +227,13 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
         A new float32 tensor on the same device.
     """
     return all_reduce_sum(tensor.to(torch.float32)) / world_size()
+
+
+def average_(tensor: torch.Tensor) -> None:
+    """Average a float tensor over the ranks in place, as DistributedDataParallel does: divided first, then summed."""
+    if is_distributed():
+        tensor.mul_(1.0 / world_size())
+        dist.all_reduce(tensor, group=_get_host_group() if tensor.device.type == "cpu" else None)
 
 
 def broadcast_object(obj: _T, src: int = 0) -> _T:

@@ -30,6 +30,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the host in one copy, into page-locked memory, and wait for it; one that is there comes back."""
+    if tensor.device.type == "cpu":
+        return tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    torch.get_device_module(tensor.device).current_stream(tensor.device).synchronize()
+    return copy
+
+
 def supports_pinning(device: torch.device) -> bool:
     """Return True when page-locked host memory makes copies to `device` asynchronous."""
     return device.type != "cpu"

@@ -7,8 +7,8 @@ device.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from effdet.runtime import device as device_layer
-from effdet.runtime.distributed import all_reduce_sum
+from effdet.runtime.distributed import all_reduce_sum, average_
 from timm_patches.optim_factory import flat_gradients
 
+from .flat import cast_together, join, join_in_place
 from .optim import clip_gradients
 
 OPT_LEVELS = ("O0", "O1", "O2")
@@ -75,6 +76,7 @@ class Precision:
         if self.dtype == torch.float16 or static_scale is not None:
             self._scale = torch.full((), init_scale if static_scale is None else static_scale, device=device)
         self._masters: dict[Tensor, Tensor] = {}  # half-precision parameter -> its float32 master (O2)
+        self._flat_halves: Tensor | None = None  # the memory of those parameters, where few launches pay
         self._skipped: Tensor | None = None  # on the device; read by skipped()
         self._skipped_before = 0
         self._in_a_row: Tensor | None = None  # on the device: steps skipped since the last that was taken
@@ -107,11 +109,22 @@ class Precision:
 
     # -- a training step ---------------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager:
-        """Return the context in which to run the model forward; without effect in float32."""
+    @contextlib.contextmanager
+    def autocast(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Make the context in which to run the model forward; without effect in float32.
+
+        Args:
+            model: the one that will run, whose weights are then cast together where few launches pay; see
+                flat.py.
+        """
         if torch.is_grad_enabled():
             self._begin_step()
-        return device_layer.autocast(self.device, self._half_dtype, self.level != "O0")
+        together = model is not None and self.level == "O1" and device_layer.few_launches_pay(self.device)
+        with (
+            device_layer.autocast(self.device, self._half_dtype, self.level != "O0"),
+            cast_together(model, self.dtype) if together else contextlib.nullcontext(),
+        ):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of the (scaled) loss; several calls before one `step` accumulate."""
@@ -125,7 +138,12 @@ class Precision:
             self._in_step = True
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, clip: tuple[float | None, str] | None = None) -> Tensor:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: tuple[float | None, str] | None = None,
+        average_gradients: bool = False,
+    ) -> Tensor:
         """Unscale and clip the gradients and take an optimizer step, unless a gradient is inf or NaN.
 
         Fused optimizers are told to skip on the device. Any other makes the host wait for the answer, once per step.
@@ -133,6 +151,8 @@ class Precision:
         Args:
             optimizer: built on `master_parameters`. The caller clears the gradients with its `zero_grad()`.
             clip: value and mode for `clip_gradients`; None clips nothing.
+            average_gradients: average them over the ranks first, which nobody has done yet; for an optimizer that
+                keeps them in few tensors.
 
         Returns:
             The gradient norm before clipping, unscaled, a tensor without dimensions on the device.
@@ -149,10 +169,13 @@ class Precision:
                 "No parameter has a gradient: call backward() first, on a loss of the model, and "
                 "build the optimizer from master_parameters()."
             )
+        flat = flat_gradients(optimizer)
+        for gradients in flat if average_gradients and flat else ():
+            average_(gradients)
         norm = clip_gradients(
             parameters,
             *(clip or (None, "norm")),
-            flat_gradients=flat_gradients(optimizer),
+            flat_gradients=flat,
             unscale=None if self._scale is None else self._scale.reciprocal(),
         )
         found_inf = torch.isfinite(norm).logical_not().float()
@@ -165,7 +188,11 @@ class Precision:
         self._in_step = False
         if self._scale_moves and self._scale is not None:
             self._move_scale(self._scale, found_inf)
-        if self._masters:
+        if self._masters and device_layer.few_launches_pay(self.device):
+            if self._flat_halves is None:
+                self._flat_halves = join_in_place(list(self._masters))
+            self._flat_halves.copy_(torch.cat([master.reshape(-1) for master in self._masters.values()]))
+        elif self._masters:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
         return norm
 
@@ -179,6 +206,14 @@ class Precision:
 
     def _move_gradients_to_masters(self) -> None:
         """Copy half-precision gradients to the float32 masters and clear them, since the optimizer never will."""
+        pairs = [(master, parameter.grad) for parameter, master in self._masters.items() if parameter.grad is not None]
+        if pairs and device_layer.few_launches_pay(self.device):
+            joined = join([gradient for _, gradient in pairs], torch.float32)
+            for parameter, master in self._masters.items():
+                master.grad = parameter.grad = None
+            for (master, _), gradient in zip(pairs, joined, strict=True):
+                master.grad = gradient
+            return
         to, source = [], []
         for parameter, master in self._masters.items():
             if parameter.grad is None:
@@ -205,6 +240,12 @@ class Precision:
     def loss_scale(self) -> float | None:
         """Return the present loss scale, None where no loss is scaled; it waits for the device."""
         return None if self._scale is None else float(self._scale)
+
+    def float_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return weights and buffers by name, the tensors themselves, with masters in place of half-precision ones."""
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = {name: self._masters.get(weight, weight) for name, weight in weights.items()}
+        return tensors | dict(model.named_buffers(remove_duplicate=False))
 
     def float_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's state dict with the float32 masters in place of half-precision weights."""

@@ -31,6 +31,7 @@ from effdet.factory import build_model, place_model
 from effdet.ops.sizes import get_feat_sizes
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from timm_patches.optim_factory import keeps_flat
 
 from . import overfit
 from .amp import Precision
@@ -303,6 +304,9 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
 
     Returns:
         What `engine.train_one_epoch` trains, and the number of epochs with the cooldown.
+
+    Raises:
+        ValueError: the optimizer cannot exchange gradients in the way that was asked for.
     """
     sched, updates = cfg.sched, -(-steps_per_epoch // cfg.optim.grad_accum)
     schedule, epochs = build_schedule(
@@ -333,8 +337,14 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
             updates,
             updates * epochs,
         )
-    bench = step.bench
+    bench, flat_exchange = step.bench, False
+    if cfg.dist.grad_exchange == "flat" and not keeps_flat(step.optimizer):
+        raise ValueError(
+            f"--grad-exchange flat needs an optimizer that keeps gradients in one tensor, which {cfg.optim.opt} on "
+            f"{place.device.type} does not: leave it out, or take an --opt that docs/ascend.md names for it"
+        )
     if place.world > 1:
+        flat_exchange = cfg.dist.grad_exchange != "buckets" and keeps_flat(step.optimizer)
         ids = None if place.device.type == "cpu" else [place.device.index]
         with warnings.catch_warnings():  # torch 2.13 has another name for it, which earlier ones do not know
             warnings.simplefilter("ignore", FutureWarning)
@@ -353,6 +363,7 @@ def build_training(cfg: RunConfig, place: Placement, step: Step, steps_per_epoch
         steps_per_epoch * epochs,
         cfg.run.max_steps,
         cfg.run.max_skipped,
+        flat_exchange=flat_exchange,
     )
     return training, epochs
 

@@ -7,12 +7,14 @@ evaluated or saved is the engine's business.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .flat import join_in_place
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -59,6 +61,7 @@ class ModelEma:
         tensors = {name: tensor for name, tensor in _named_tensors(self.module, True).items() if name in saved}
         self._floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self._others = {name: tensor for name, tensor in tensors.items() if name not in self._floats}
+        self._flat: list[tuple[Tensor, Tensor]] = []  # average and weights, where they lie in one tensor each
 
     @property
     def decay_now(self) -> float:
@@ -76,8 +79,30 @@ class ModelEma:
         return self._share_of_init > share
 
     @torch.no_grad()
+    def flatten(self, weights: Mapping[str, Tensor], groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+        """Lay average and weights out in the same order in few tensors, so that an update is a few operations.
+
+        To be called once. The tensors keep their identity, shapes and values, and must stay where they are from now on.
+
+        Args:
+            weights: the model's weights and buffers by name, the tensors themselves.
+            groups: tensors that hold many of the weights already, as an optimizer keeps them: (flat, parts in order).
+                All other float weights are moved into one for each dtype.
+        """
+        names = {weights[name].data_ptr(): name for name in self._floats}
+        for flat, parts in groups:
+            mine = [names.pop(part.data_ptr()) for part in parts]
+            self._flat.append((join_in_place([self._floats.pop(name) for name in mine]), flat))
+        for dtype in {weights[name].dtype for name in self._floats}:
+            rest = [name for name in self._floats if weights[name].dtype == dtype]
+            flat = join_in_place([weights[name] for name in rest])
+            self._flat.append((join_in_place([self._floats.pop(name) for name in rest]), flat))
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        self._others = {name: buffers[name] for name in self._others}  # they may have gone to another device
+
+    @torch.no_grad()
     def update(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        """Move the average towards the model's weights, with one multi-tensor call and no wait for the device.
+        """Move the average towards the model's weights, in few multi-tensor calls and without a wait for the device.
 
         Args:
             model: the model, wrapped or not, in any float dtype; or its weights by name, as
@@ -86,8 +111,10 @@ class ModelEma:
         """
         weights = model if isinstance(model, Mapping) else _named_tensors(unwrap_model(model), False)
         decay = self.decay_now
-        new = [weights[name].detach().to(tensor.dtype) for name, tensor in self._floats.items()]
-        torch._foreach_lerp_(list(self._floats.values()), new, 1 - decay)
+        averages = [average for average, _ in self._flat] + list(self._floats.values())
+        new = [flat.to(average.dtype) for average, flat in self._flat]
+        new += [weights[name].detach().to(tensor.dtype) for name, tensor in self._floats.items()]
+        torch._foreach_lerp_(averages, new, 1 - decay)
         if self._others:
             torch._foreach_copy_(list(self._others.values()), [weights[name] for name in self._others])
         self.updates += 1

@@ -22,14 +22,15 @@ from effdet.evaluator import Evaluator
 from effdet.report.log import EpochStats, EvalStats, StepStats
 from effdet.runtime import heartbeat
 from effdet.runtime import signals as stopping
-from effdet.runtime.device import synchronize
+from effdet.runtime.device import few_launches_pay, synchronize
 from effdet.runtime.distributed import all_gather_object, all_reduce_mean, world_size
 from effdet.runtime.memory import peak_memory_bytes
+from timm_patches.optim_factory import flat_parameters
 
 from .amp import Precision
 from .ema import ModelEma
 from .schedule import Schedule
-from .statistics_guard import StatisticsGuard
+from .statistics_guard import StatisticsGuard, count_batches_on_host
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ class Training:
     updates: int = 0  # optimizer updates done
     steps: int = 0  # batches done
     guard: StatisticsGuard | None = None  # made by the first epoch
+    flat_exchange: bool = False  # gradients are averaged by the update, and not by DistributedDataParallel
+    is_laid_out: bool = False  # see _lay_out
+
+    @property
+    def cast_together(self) -> EfficientDet | None:
+        """The model whose weights may be cast together; their gradients then come too late for DDP's buckets."""
+        return self.model if self.flat_exchange or not isinstance(self.bench, DistributedDataParallel) else None
 
     @property
     def is_finished(self) -> bool:
@@ -138,8 +146,8 @@ def train_one_epoch(
         heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
-        with _no_gradient_sync(run.bench, wanted=not updates_now):
-            with run.precision.autocast():
+        with _no_gradient_sync(run.bench, wanted=run.flat_exchange or not updates_now):
+            with run.precision.autocast(run.cast_together):
                 output = run.bench(images, target)
             # The last group may be smaller; its update still is the mean over its batches.
             group = min(run.grad_accum, num_batches - index // run.grad_accum * run.grad_accum)
@@ -162,12 +170,22 @@ def train_one_epoch(
 
 def _update(run: Training) -> None:
     """Take one optimizer step and move everything that follows the number of updates."""
-    run.precision.step(run.optimizer, run.clip)
+    run.precision.step(run.optimizer, run.clip, run.flat_exchange)
     run.optimizer.zero_grad()
     run.updates += 1
+    if few_launches_pay(run.device) and not run.is_laid_out:
+        _lay_out(run)
     if run.ema is not None:
-        run.ema.update(run.precision.float_state_dict(run.model))
+        run.ema.update(run.precision.float_tensors(run.model))
     run.schedule.step_update(run.updates)
+
+
+def _lay_out(run: Training) -> None:
+    """Arrange weights, average and counters so that an update takes few operations; the optimizer has done its part."""
+    count_batches_on_host(run.model, *([run.ema.module] if run.ema else []))
+    if run.ema is not None:
+        run.ema.flatten(run.precision.float_tensors(run.model), flat_parameters(run.optimizer))
+    run.is_laid_out = True
 
 
 def _no_gradient_sync(bench: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:

@@ -41,3 +41,21 @@ class StatisticsGuard:
         if self._buffers:
             to, source = (self._buffers, self._good) if damaged else (self._good, self._buffers)
             torch._foreach_copy_(to, source)
+
+
+@torch.no_grad()
+def count_batches_on_host(*models: nn.Module) -> None:
+    """Move the batch norms' counters, `num_batches_tracked`, to the host: adding 1 there launches nothing on a device.
+
+    The keys of a state dict stay. A model that is moved to a device afterwards takes its counters with it.
+    """
+    owners = [
+        module
+        for model in models
+        for module in model.modules()
+        if getattr(module, "num_batches_tracked", None) is not None
+    ]
+    if owners:
+        counters = torch.stack([owner.num_batches_tracked for owner in owners]).cpu()
+        for owner, counter in zip(owners, counters, strict=True):
+            owner.num_batches_tracked = counter.clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from typing import IO
@@ -298,9 +299,8 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
             100 * ema.share_of_init(),
         )
     with progress.progress("Evaluating", len(run.loaders.val)) as on_batch:
-        found = evaluate(
-            run.eval_bench, run.loaders.val, run.loaders.evaluator, run.training.precision.autocast, on_batch=on_batch
-        )
+        autocast = functools.partial(run.training.precision.autocast, run.eval_bench.model)
+        found = evaluate(run.eval_bench, run.loaders.val, run.loaders.evaluator, autocast, on_batch=on_batch)
     _logger.info(
         "Eval: %d  AP: %.5f  AP50: %.5f  AP75: %.5f  (%s weights)",
         epoch,
@@ -317,7 +317,7 @@ def finish(run: Run) -> None:
     if not distributed.is_primary():
         return
     metric, epoch = run.manager.best
-    with run.training.precision.autocast():  # without an EMA the weights may be in half precision
+    with run.training.precision.autocast(run.eval_bench.model):  # without an EMA the weights may be in half precision
         drawn = write_comparisons(run.eval_bench.model, run.data.val_set, run.place.device, run.output_dir / "images")
     # A run continued in another folder may not have bettered the metric it started from.
     best = run.output_dir / BEST_NAME

@@ -48,6 +48,12 @@ def test_all_ranks_skip_the_step_in_which_one_overflows(run_ranks):
         assert one["sum"] == other["sum"]  # the ranks still have the same weights
 
 
+def test_gradients_averaged_flat_are_those_of_ddp_to_the_last_bit(run_ranks):
+    for one, other in zip(*run_ranks("exchange"), strict=True):  # float32, then float16 by autocast
+        assert one["equal"] and other["equal"] and one["moved"]
+        assert one["sum"] == other["sum"]
+
+
 def test_a_distributed_step_waits_for_nothing(run_ranks, is_910a):
     if not is_910a:
         pytest.skip("takes a minute, so on the chip with the longer way only: it also asks for its overflow register")

@@ -139,10 +139,9 @@ def test_post_processing_equals_the_cpu(device, soft):
 
 
 @pytest.mark.parametrize("max_det", [20, 100])
-def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, is_910a, max_det):
-    """Without clipping, which makes boxes empty: the operator drops those. Equal scores may come in another order."""
-    if not is_910a:
-        pytest.skip("documented for the first generation only, and refused elsewhere")
+def test_every_nms_gives_the_detections_of_the_exact_one(device, is_910a, max_det):
+    """Without clipping, which makes boxes empty: npu_batch_nms drops those. Its equal scores may come in any order."""
+    names = ["exact", "host", "auto", *(["npu"] if is_910a else [])]  # npu is refused on the other chips
     model = create_model(
         "tf_efficientdet_d0",
         num_classes=5,
@@ -153,27 +152,29 @@ def test_npu_batch_nms_gives_the_detections_of_the_exact_one(device, is_910a, ma
     )
     generator = torch.Generator().manual_seed(3)
     model.to(device).eval()
-    benches = {name: DetBenchPredict(model, nms=name).to(device) for name in ("exact", "npu")}
-    sizes = benches["npu"].anchors.level_sizes
+    benches = {name: DetBenchPredict(model, nms=name).to(device) for name in names}
+    sizes = benches["exact"].anchors.level_sizes
     heads = [
         [torch.randn(2, channels, *size, generator=generator) * scale for size in sizes]
         for channels, scale in ((9 * 5, 2.0), (36, 0.3))
     ]
     _, target = make_batch()
-    exact, npu = (
+    exact, host, auto, *npu = (
         bench.post_process(
             [x.to(device) for x in heads[0]], [x.to(device) for x in heads[1]], target["img_scale"].to(device), None
         ).cpu()
         for bench in benches.values()
     )
-    assert exact.shape == npu.shape == (2, max_det, 6) and npu.dtype == torch.float32
-    for one, other in zip(exact, npu, strict=True):
-        assert_close(
-            other[other[:, 4].argsort(descending=True, stable=True)],
-            one[one[:, 4].argsort(descending=True, stable=True)],
-            rtol=1e-5,
-            atol=1e-3,
-        )
+    assert torch.equal(host, exact) and torch.equal(auto, exact)
+    for found in npu:
+        assert found.shape == exact.shape == (2, max_det, 6) and found.dtype == torch.float32
+        for one, other in zip(exact, found, strict=True):
+            assert_close(
+                other[other[:, 4].argsort(descending=True, stable=True)],
+                one[one[:, 4].argsort(descending=True, stable=True)],
+                rtol=1e-5,
+                atol=1e-3,
+            )
     assert (exact[..., 4] > 0).sum() > max_det  # of both images: suppression left enough to compare
 
 
@@ -186,7 +187,7 @@ def test_npu_batch_nms_refuses_what_it_cannot_do(device):
     model.to(device)
     with pytest.raises(ValueError, match="1 to 1000 boxes per image, but max_det is 1001"):
         DetBenchPredict(model, nms="npu")
-    with pytest.raises(ValueError, match="Unknown NMS 'fast': choose exact"):
+    with pytest.raises(ValueError, match="Unknown NMS 'fast': choose one of auto, exact"):
         DetBenchPredict(model, nms="fast")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import npu_sim
@@ -115,6 +116,18 @@ def test_a_parameter_without_gradient_at_first_is_not_left_out(device):
     assert_close(late.detach().cpu(), torch.zeros(3))
 
 
+def test_weights_outlive_their_optimizer(device):
+    net = Net().to(device)
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+    train(net, optimizer, make_images(2))
+    before = [parameter.detach().cpu() for parameter in net.parameters()]
+    del optimizer
+    gc.collect()
+    junk = [torch.full((sum(value.numel() for value in before),), 7.0, device=device) for _ in range(4)]
+    for parameter, value in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter.detach().cpu(), value) and junk
+
+
 def test_frozen_parameters_stay_and_cannot_be_thawed_silently(device):
     net = Net().to(device)
     net.conv.requires_grad_(False)
@@ -142,11 +155,31 @@ def test_what_it_cannot_train_is_refused(device):
     transposed = nn.Parameter(torch.ones(2, 3, device=device).t())
     with pytest.raises(ValueError, match="contiguous parameters.*channels-last"):
         create_fused_sgd([transposed], 0.1, device_type="npu")
-    parameter = nn.Parameter(torch.ones(4, device=device))
-    bucket = torch.zeros(8, device=device)
-    parameter.grad = bucket[:4]
-    with pytest.raises(RuntimeError, match="gradient_as_bucket_view"):
-        create_fused_sgd([parameter], 0.1, device_type="npu").step()
+
+
+@pytest.mark.parametrize("how", ["in one bucket", "some of them", "added to"])
+def test_gradients_may_be_anywhere(device, how):
+    """In DistributedDataParallel's buckets, replaced by the caller, or the optimizer's own, as in accumulation."""
+    net, twin = Net().to(device), Net()
+    optimizer = create_fused_sgd(net.parameters(), 0.1, device_type="npu")
+    plain = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    for batch in make_images(4):
+        for model, its in ((net, optimizer), (twin, plain)):
+            its.zero_grad()
+            for part in batch.to(next(model.parameters()).device).split(2):
+                (model(part) - 1).square().mean().backward()
+                if how == "added to":
+                    flat_gradients(its)  # moves them
+            parameters = list(model.parameters())
+            if how == "in one bucket":
+                bucket = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+                for parameter, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+                    parameter.grad = part.view(parameter.shape)
+            elif how == "some of them":
+                flat_gradients(its)
+                parameters[0].grad, parameters[1].grad = parameters[0].grad * 2, None
+            its.step()
+    assert_same(net, twin)
 
 
 def test_the_state_dict_is_that_of_torch_sgd(device):
@@ -212,12 +245,21 @@ def test_gradients_are_one_tensor_and_clipping_is_that_of_the_cpu(device):
     assert_same(weights[1][0], weights[0][0])
 
 
-def test_a_skipped_step_changes_nothing_and_waits_for_nothing(device):
+@pytest.mark.parametrize("opt", ["fusedmomentum", "momentum", "sgd", "adamw"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_skipped_step_changes_nothing_and_waits_for_nothing(device, opt, steps_before):
     net = Net().to(device)
-    optimizer = create_fused_sgd(net.parameters(), 0.1, weight_decay=0.1, device_type="npu")
-    train(net, optimizer, make_images(2))
+    optimizer = create_optimizer(net.parameters(), opt, 0.1, weight_decay=0.1)
+    train(net, optimizer, make_images(steps_before or 1))
+    if not steps_before:  # the very first step is skipped: state was made, but is that of no step
+        net = Net().to(device)
+        optimizer = create_optimizer(net.parameters(), opt, 0.1, weight_decay=0.1)
+        net(make_images(1)[0].to(device)).sum().backward()
+        with torch.no_grad():
+            optimizer._collect()
+            optimizer._maybe_init_combined_states()
     before = {name: value.detach().cpu() for name, value in net.named_parameters()}
-    momentum = [optimizer.state[p]["momentum_buffer"].cpu() for p in net.parameters()]
+    state = [{key: value.cpu() for key, value in optimizer.state[p].items()} for p in net.parameters()]
     for parameter in net.parameters():
         parameter.grad.fill_(float("nan"))
     optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=device)
@@ -227,8 +269,10 @@ def test_a_skipped_step_changes_nothing_and_waits_for_nothing(device):
     del optimizer.grad_scale, optimizer.found_inf
     for name, value in net.named_parameters():
         assert torch.equal(value.detach().cpu(), before[name]), name
-    for parameter, buffer in zip(net.parameters(), momentum, strict=True):
-        assert torch.equal(optimizer.state[parameter]["momentum_buffer"].cpu(), buffer)
+    for parameter, values in zip(net.parameters(), state, strict=True):
+        assert values
+        for key, value in values.items():
+            assert torch.equal(optimizer.state[parameter][key].cpu(), value), key
 
 
 def test_an_update_is_a_handful_of_kernels(device):
@@ -249,7 +293,33 @@ def test_an_update_is_a_handful_of_kernels(device):
     assert counts[0] < 10 and counts[1] >= 300, counts
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lookahead_fusedmomentum", "momentum"])
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_adamw_is_that_of_torch_and_its_checkpoints_go_both_ways(device, eps):
+    """Three steps on one side, then three on the other, from the other's checkpoint."""
+    reference = Net()
+    plain = torch.optim.AdamW(reference.parameters(), 0.01, weight_decay=0.1, eps=eps)
+    train(reference, plain, make_images(6))
+    for first, second in ((device, CPU), (CPU, device)):
+        net = Net().to(first)
+        optimizer = create_optimizer(net.parameters(), "adamw", 0.01, weight_decay=0.1, eps=eps)
+        train(net, optimizer, make_images(6)[:3])
+        weights = {key: value.cpu() for key, value in net.state_dict().items()}
+        state = copy.deepcopy(optimizer.state_dict())
+        assert set(plain.state_dict()["param_groups"][0]) == set(state["param_groups"][0])
+        for entry in state["state"].values():
+            assert set(entry) == {"step", "exp_avg", "exp_avg_sq"} and float(entry["step"]) == 3
+            entry.update({name: value.cpu() for name, value in entry.items()})
+        net = Net().to(second)
+        optimizer = create_optimizer(net.parameters(), "adamw", 0.01, weight_decay=0.1, eps=eps)
+        train(net, optimizer, make_images(2))  # what is loaded replaces all of this
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(net, optimizer, make_images(6)[3:])
+        for (name, value), other in zip(net.named_parameters(), reference.parameters(), strict=True):
+            assert_close(value.cpu(), other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_fusedmomentum", "momentum", "sgd"])
 def test_other_optimizers_train_as_on_the_cpu(device, opt):
     net, twin = Net().to(device), Net()
     for model in (net, twin):

@@ -5,6 +5,7 @@ Each scenario writes what it saw to FOLDER/RANK.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -68,6 +69,37 @@ def overflow(device: torch.device, rank: int) -> list[dict]:
                 "moved_after": not torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3]),
                 "finite": finite(net),
                 "sum": weights[-1].double().sum().item(),
+            }
+        )
+    return results
+
+
+def exchange(device: torch.device, rank: int) -> list[dict]:
+    """Average gradients in DistributedDataParallel's buckets and flat, with accumulation over two batches."""
+    results = []
+    for enabled in (False, True):
+        nets = []
+        for flat in (False, True):
+            precision = Precision(device, enabled, loss_scale=64.0 if enabled else "dynamic")
+            net = precision.prepare_model(Net().to(device))
+            optimizer = build_optimizer(net, "fusedmomentum", lr=0.05)
+            wrapped = DistributedDataParallel(net, device_ids=[device.index], broadcast_buffers=False)
+            images = torch.randn(6, 2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(rank)).to(device)
+            for step in images:
+                optimizer.zero_grad()
+                for index, batch in enumerate(step):
+                    waits_for_more = wrapped.no_sync() if flat or index == 0 else contextlib.nullcontext()
+                    with waits_for_more, precision.autocast(net if flat else None):
+                        output = wrapped(batch)
+                        precision.backward((output.float() - 1).square().mean())
+                precision.step(optimizer, (10.0, "norm"), average_gradients=flat)
+            nets.append(net)
+        own = dict(nets[0].named_parameters())
+        results.append(
+            {
+                "equal": all(torch.equal(value, own[name]) for name, value in nets[1].named_parameters()),
+                "moved": not torch.equal(own["conv.weight"].cpu(), Net().conv.weight),
+                "sum": own["conv.weight"].sum().item(),
             }
         )
     return results

@@ -18,7 +18,7 @@ from effdet import anchors as anchors_module
 from effdet import loss
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.loss import loss_fn
-from effdet.ops import nms, nms_cpu
+from effdet.ops import nms, nms_blocks, nms_cpu
 from effdet.ops.nms import (
     batched_nms,
     batched_soft_nms,
@@ -34,11 +34,13 @@ ZERO = np.float32(0)
 @pytest.fixture(autouse=True, scope="module", params=["CPU's way", "accelerator's way"])
 def way(request):
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "accelerator's way":
+        if request.param != "CPU's way":
             patch.setattr(nms, "is_host", lambda device: False)
-        else:  # blocks so small that most cases need several
-            patch.setattr(nms_cpu, "_FIRST_BLOCK", 3)
-            patch.setattr(nms_cpu, "_BLOCK", 5)
+        # Blocks so small that most cases need several.
+        patch.setattr(nms_cpu, "_FIRST_BLOCK", 3)
+        patch.setattr(nms_cpu, "_BLOCK", 5)
+        patch.setattr(nms_blocks, "_BLOCK", 7)
+        patch.setattr(nms_blocks, "_ROUNDS", 2)
         yield
 
 
@@ -148,6 +150,13 @@ def test_nms_equals_the_loop(kind, max_det):
             assert kept < 80, "something must be suppressed"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nms_in_a_graph_equals_the_loop(kind, monkeypatch):
+    monkeypatch.setattr(nms, "is_host", lambda device: False)
+    monkeypatch.setattr(nms, "is_recorded", lambda: True)
+    assert_nms_equals_slow(*make_boxes(kind, 0), 40)
+
+
 PLACE = st.integers(0, 12) | st.floats(0, 12, width=32)
 BOX = st.tuples(
     PLACE, PLACE, PLACE, PLACE, st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32), st.integers(0, 1)
@@ -160,6 +169,14 @@ def test_nms_of_any_boxes_equals_the_loop(rows):
     table = torch.tensor(rows, dtype=torch.float32).unsqueeze(0)
     boxes = torch.cat((table[..., :2], table[..., :2] + table[..., 2:4]), -1)
     assert_nms_equals_slow(boxes, table[..., 4], table[..., 5].long(), 12)
+
+
+def test_a_chain_of_overlaps_longer_than_a_look_is_decided_to_its_end():
+    """Box n drops box n + 1 only where box n - 1 does not drop it first: as many rounds as there are boxes."""
+    x = torch.arange(60.0) * 3
+    boxes = torch.stack((x, torch.zeros(60), x + 10, torch.full((60,), 10.0)), -1).unsqueeze(0)  # IoU 7/13, then 4/16
+    index, _ = batched_nms(boxes, torch.linspace(0.9, 0.1, 60).unsqueeze(0), torch.zeros(1, 60), 100)
+    assert index[0, :30].tolist() == list(range(0, 60, 2))
 
 
 def test_threshold_is_exclusive():
@@ -367,6 +384,15 @@ def test_detections_equal_the_loop(max_det, info, soft):
             assert (rows[image, -30:] == 0).all() and rows[image, 0, 4] > 0.5
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
+def test_suppression_on_the_host_gives_the_same_detections(soft):
+    logits, deltas, anchors, classes = make_candidates()
+    scale, size = torch.tensor([0.7, 1.3]), torch.tensor([[50.0, 40.0], [60.0, 30.0]])
+    for info in ((None, None), (scale, None), (scale, size)):
+        arguments = (logits, deltas, anchors, classes, *info, 20, soft)
+        assert torch.equal(make_detections(*arguments, on_host=True), make_detections(*arguments))
+
+
 def test_clipping_takes_the_original_size():
     rows = make_detections(*make_candidates(limit=5000), SCALES, SIZES)
     for image in range(2):
@@ -460,9 +486,10 @@ def test_the_guard_sees_reads(read):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
 def test_nothing_is_read_back(soft, monkeypatch):
-    """As accelerators run them: labels, loss, backward pass and detections need no value of any tensor."""
+    """As accelerators and graphs run them: labels, loss, backward pass and detections need no value of any tensor."""
     for module in (anchors_module, loss, nms):
         monkeypatch.setattr(module, "is_host", lambda device: False)
+    monkeypatch.setattr(nms, "is_recorded", lambda: not soft)  # an accelerator's hard NMS looks whether it is done
     with no_values():
         anchors = Anchors(3, 7, 3, [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)], 4.0, (64, 96))
         cells = anchors.level_sizes

@@ -47,6 +47,32 @@ def test_update_equals_a_loop_over_the_state(decay: float, warmup: bool) -> None
     assert ema.module[1].num_batches_tracked == 21  # copied, not averaged
 
 
+def test_an_average_laid_out_flat_is_the_same_to_the_last_bit() -> None:
+    """Part of the weights lie flat already, in another order, as an optimizer keeps them; the rest is moved."""
+    model, twin = make_model(), make_model()
+    ema, slow = ModelEma(model, 0.9), ModelEma(twin, 0.9)
+    for step in range(6):
+        for seed_of, network in ((step, model), (step, twin)):
+            torch.manual_seed(seed_of)
+            disturb(network)
+        if step == 2:
+            parts = [model[2].weight, model[1].bias, model[0].weight]
+            flat = torch.cat([part.detach().reshape(-1) for part in parts])
+            for part, place in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.data = place.view(part.shape)
+            kept = {id(tensor) for tensor in [*model.parameters(), *ema.module.parameters(), *model.buffers()]}
+            ema.flatten({**dict(model.named_parameters()), **dict(model.named_buffers())}, [(flat, parts)])
+            now = {id(tensor) for tensor in [*model.parameters(), *ema.module.parameters(), *model.buffers()]}
+            assert now == kept and len({t.untyped_storage().data_ptr() for t in ema.module.parameters()}) == 2
+        ema.update(model)
+        slow.update(twin)
+        if step == 4:
+            ema.load_state_dict(copy.deepcopy(ema.state_dict()))
+        for mine, other in ((ema.module, slow.module), (model, twin)):
+            for name, value in other.state_dict().items():
+                assert torch.equal(mine.state_dict()[name], value), name
+
+
 def test_how_cold_it_is() -> None:
     cold = ModelEma(make_model(), 0.9998, warmup=False)
     assert cold.share_of_init() == 1.0 and cold.is_cold()

@@ -1,7 +1,8 @@
 """A simulated Ascend NPU: the real torch_npu wheel over stand-ins for the CANN libraries.
 
-Lives here: the interface. `load()` makes torch.npu available in this process; `strict`, `count_waits` and `meters` say
-what the device was asked to do. How it works and what it cannot tell: README.md in this folder's parent.
+Lives here: the interface. `load()` makes torch.npu available in this process; `strict`, `count_waits`, `meters` and
+`count_launches` say what the device was asked to do. How it works and what it cannot tell: README.md in this folder's
+parent.
 Importing this package imports neither torch nor torch_npu.
 """
 
@@ -12,11 +13,12 @@ import sys
 
 from npu_sim import build, runtime
 from npu_sim.build import missing
-from npu_sim.meters import Meters, count_waits, meters, strict
+from npu_sim.meters import Meters, count_launches, count_waits, meters, strict
 
 __all__ = [
     "SOCS",
     "Meters",
+    "count_launches",
     "count_waits",
     "from_environment",
     "install",

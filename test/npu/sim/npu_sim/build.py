@@ -105,7 +105,7 @@ def _empty_operators(wheel: bytes, written: str) -> str:
     for name in sorted(names):
         if f"int {name}(" not in written:
             lines.append(
-                f'int {name}(void *w, uint64_t s, void *e, void *t) {{ sim_log("aclnn", "{name}"); return 0; }}'
+                f'int {name}(void *w, uint64_t s, void *e, void *t) {{ sim_launch("aclnn", "{name}"); return 0; }}'
             )
             lines.append(f"int {name}GetWorkspaceSize(void) {{ return 0; }}")
     return "\n" + "\n".join(lines) + "\n"

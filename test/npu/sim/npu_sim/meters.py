@@ -94,6 +94,20 @@ def count_waits() -> Iterator[Meters]:
             block.waits[OUTSIDE] += _waits_outside() - start
 
 
+@contextlib.contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Yield a counter that is filled when this block ends: the operators and collectives the device was given, by name.
+
+    CANN's names: 'aclnnAdd', 'PadV3' of the older kind, 'HcclAllReduce'. Launches of all threads count.
+    """
+    counted: Counter[str] = Counter()
+    before = runtime.launches()
+    try:
+        yield counted
+    finally:
+        counted.update(runtime.launches() - before)
+
+
 def _waits_outside() -> int:
     return runtime.counts().waits - getattr(_thread, "charged", 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from typing import NamedTuple
 
 
@@ -20,7 +21,8 @@ _library: ctypes.CDLL | None = None
 def connect(library: ctypes.CDLL) -> None:
     """Use this loaded libascendcl from now on."""
     global _library
-    library.sim_counted.restype = ctypes.c_long
+    library.sim_counted.restype = library.sim_launch_count.restype = ctypes.c_long
+    library.sim_launch_name.restype = ctypes.c_char_p
     library.sim_saturates.restype = library.sim_overflow.restype = ctypes.c_bool
     library.sim_set_overflow.argtypes = (ctypes.c_int, ctypes.c_bool)
     _library = library
@@ -31,6 +33,17 @@ def counts() -> Counts:
     if _library is None:
         raise RuntimeError("The simulated NPU is not loaded: call npu_sim.load() first.")
     return Counts(*(_library.sim_counted(index) for index in range(len(Counts._fields))))
+
+
+def launches() -> Counter[str]:
+    """Return how often each operator ('aclnnAdd', 'PadV3') and collective ('HcclAllReduce') was given to the device.
+
+    Of all threads of the process: a backward pass runs on one of its own.
+    """
+    counted: Counter[str] = Counter()
+    while (name := _library.sim_launch_name(len(counted))) is not None:
+        counted[name.decode()] = _library.sim_launch_count(len(counted))
+    return counted
 
 
 def saturates() -> bool:

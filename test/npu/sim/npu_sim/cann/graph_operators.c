@@ -108,7 +108,7 @@ static void pad_with_zeros(Descs in, Buffers in_data, Descs out, Buffers out_dat
 
 static aclError run(const char *name, int inputs, Descs in, Buffers in_data, int outputs, Descs out, Buffers out_data) {
   int device = sim_current_device();
-  sim_log("aclop", name);
+  sim_launch("aclop", name);
   if (!strcmp(name, "PadV3") && inputs >= 2) {
     pad_with_zeros(in, in_data, out, out_data);
   } else if (!strcmp(name, "NPUGetFloatStatus") && inputs) {

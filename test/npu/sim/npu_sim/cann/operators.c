@@ -92,7 +92,7 @@ int aclnnConstantPadNd(void *workspace, uint64_t bytes, void *executor, void *st
   Tensor *in = &padding->in, *out = &padding->out;
   int size = sim_element_size(out->type);
   int64_t elements = 1, index[MAX_DIMS] = {0};
-  sim_log("aclnn", "aclnnConstantPadNd");
+  sim_launch("aclnn", "aclnnConstantPadNd");
   if (!size) return UNSUPPORTED_TYPE;
   for (int d = 0; d < out->dims; d++) elements *= out->sizes[d];
   for (int64_t k = 0; k < elements; k++) {

@@ -7,6 +7,7 @@
 // Limits: no asynchrony, hence no races between streams; no errors of the device; all devices share the host's memory.
 #define _GNU_SOURCE
 #include <ctype.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,22 @@ void sim_log(const char *kind, const char *name) {
   const char *wanted = getenv("NPU_SIM_LOG");
   if (wanted && atoi(wanted)) fprintf(stderr, "[npu_sim] %s %s\n", kind, name);
 }
+
+enum { MOST_NAMES = 2048 };
+static pthread_mutex_t launches_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct { char *name; long count; } launches[MOST_NAMES];
+
+void sim_launch(const char *kind, const char *name) {
+  sim_log(kind, name);
+  pthread_mutex_lock(&launches_lock);
+  int k = 0;
+  while (k < MOST_NAMES - 1 && launches[k].name && strcmp(launches[k].name, name)) k++;
+  if (!launches[k].name) launches[k].name = strdup(name);
+  launches[k].count++;
+  pthread_mutex_unlock(&launches_lock);
+}
+const char *sim_launch_name(int index) { return index < MOST_NAMES ? launches[index].name : NULL; }
+long sim_launch_count(int index) { return launches[index].count; }
 
 // ---- devices
 
