@@ -181,7 +181,7 @@ def _refuse_unknown(extras: list[str], parser: _Parser) -> None:
     """Raise for flags nobody knows, with the successor of a gone one or the nearest valid name."""
     for token in extras:
         flag = token.partition("=")[0]
-        if not flag.startswith("-") or _NUMBER.fullmatch(flag):
+        if not flag.startswith("-") or flag == "-" or _NUMBER.fullmatch(flag):
             continue
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
