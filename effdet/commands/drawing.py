@@ -19,10 +19,12 @@ from effdet.data.corrupt import BadImagesError
 from effdet.data.formats.hold_out import find_classes
 from effdet.data.images import ImageError
 from effdet.predict.detections import Detections
+from effdet.predict.drawings import Drawings
 from effdet.predict.load import build_predictor, load_detector
 from effdet.predict.predictor import Predictor
-from effdet.predict.sources import Item, find_sources, items_of, refuse_replacing, unique_stems
-from effdet.predict.writers import Classes, Drawings, Result, Results
+from effdet.predict.sources import Item, Source, find_sources, image_of, is_video, refuse_replacing, unique_stems
+from effdet.predict.video import count_frames, frames_of, require_av
+from effdet.predict.writers import Classes, Result, Results
 from effdet.report import progress
 from effdet.report.draw import make_class_colors
 from effdet.runtime import signals
@@ -51,8 +53,7 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     ensure_writable(output_dir / "detections", "--output")
     sources = find_sources(cfg.run.images, cfg.run.recursive, output_dir)
     stems = unique_stems(sources)
-    if cfg.run.draw:
-        refuse_replacing(sources, [output_dir / f"{stem}.{cfg.run.draw}" for stem in stems])
+    _check_sources(cfg, sources, stems)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
     predictor = build_predictor(
         detector, cfg.model, cfg.run.device, cfg.run.batch_size, cfg.run.tta_flip, cfg.run.tta_scales
@@ -63,13 +64,48 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     _logger.info("%s", detector.source)
     with contextlib.ExitStack() as stack:
         results = stack.enter_context(contextlib.closing(Results(output_dir, cfg.run.save, classes)))
-        drawings = Drawings(output_dir, cfg.run.draw, colors) if cfg.run.draw else None
-        report = stack.enter_context(_reporting(len(sources)))
-        bad, done = _detect(cfg, items_of(sources, stems), predictor, choose, drawings, results, report)
+        drawings = None
+        if cfg.run.draw:
+            drawings = Drawings(output_dir, cfg.run.draw, colors, cfg.run.save_video)
+            stack.enter_context(contextlib.closing(drawings))
+        report = stack.enter_context(_reporting(_count(sources, cfg.run.every), any(map(is_video, sources))))
+        items = _items(sources, stems, cfg.run.every)
+        bad, done = _detect(cfg, items, predictor, choose, drawings, results, report)
     _logger.info("%d image(s)%s, results in %s", done, " drawn" if cfg.run.draw else "", output_dir)
     if bad:
         _logger.warning("%d of %d image(s) could not be read, see above", bad, bad + done)
     return SOME_BAD_STATUS if bad else 0
+
+
+def _check_sources(cfg: DemoConfig, sources: list[Source], stems: list[str]) -> None:
+    """Raise where a setting does not fit the sources, or what is drawn would replace one of them."""
+    videos = [source for source in sources if is_video(source)]
+    if videos:
+        require_av(videos[0])
+    elif cfg.run.save_video or cfg.run.every > 1:
+        raise ValueError(f"{'--save-video' if cfg.run.save_video else '--every'} is for videos, and none is named")
+    if not cfg.run.draw:
+        if cfg.run.save_video:
+            raise ValueError("--save-video writes what is drawn: leave --no-draw out")
+        return
+    suffixes = ("." + cfg.run.draw, ".mp4" if cfg.run.save_video else "")  # of an image, of a video
+    output_dir = Path(cfg.run.output)
+    targets = [output_dir / (stem + suffixes[is_video(source)]) for source, stem in zip(sources, stems, strict=True)]
+    refuse_replacing(sources, targets)
+
+
+def _items(sources: list[Source], stems: list[str], every: int) -> Iterator[Item]:
+    for source, stem in zip(sources, stems, strict=True):
+        if is_video(source):
+            yield from frames_of(source, stem, every)
+        else:
+            yield image_of(source, stem)
+
+
+def _count(sources: list[Source], every: int) -> int | None:
+    """Return how many images there are in sources, for a bar; None where that is not known."""
+    counts = [count_frames(source, every) if is_video(source) else 1 for source in sources]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def _detect(
@@ -131,20 +167,19 @@ def chooser(cfg: DemoConfig, classes: Classes) -> Callable[[Detections], Detecti
 
 
 @contextlib.contextmanager
-def _reporting(count: int | None) -> Iterator[Callable[[Item, Detections], None]]:
+def _reporting(count: int | None, moving: bool = False) -> Iterator[Callable[[Item, Detections], None]]:
     """Say what is found: a bar for many images in a terminal, else a line for each image and each object.
 
     Args:
-        count: how many images there are; None where nobody knows, as of a camera: now and then a line for all.
+        count: how many images there are; None where nobody knows, as of a camera.
+        moving: they are frames of videos: where there is no bar, a line now and then.
     """
-    if count is None:
-        yield _occasional_line()
-    elif count > _FEW and progress.current() is not None:
+    if count is not None and count > _FEW and progress.current() is not None:
         with progress.progress("Predict", count) as show:
             numbers = itertools.count(1)
             yield lambda item, found: show(next(numbers))
     else:
-        yield _each_object
+        yield _occasional_line() if moving else _each_object
 
 
 def _occasional_line() -> Callable[[Item, Detections], None]:

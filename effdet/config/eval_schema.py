@@ -147,8 +147,8 @@ class DemoRunSectionConfig(_PredictRunConfig):
     )
     images: list[str] = setting(
         [],
-        "images, folders, glob patterns, http(s) addresses; - for a list of them on standard input, one a line; none: "
-        "images of the default data set",
+        "images, folders, glob patterns, videos, addresses (http, https, rtsp, ...), numbers of cameras; - for a list "
+        "of them on standard input, one a line; none: images of the default data set",
         flags="",
     )
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
@@ -162,4 +162,6 @@ class DemoRunSectionConfig(_PredictRunConfig):
         "and 'yolo' (data sets, to correct the boxes in an annotation tool or to train on)",
         choices=("json", "jsonl", "csv", "coco", "yolo"),
     )
+    every: int = setting(1, "of a video, take the first of so many frames", low=1)
+    save_video: bool = setting(False, "draw the frames of a video into a video (mp4), not into an image each")
     draw: str = setting("png", "format of the drawn images", choices=("png", "jpg", ""), bare="png", negatable=True)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -25,13 +25,20 @@ from effdet.checkpoint.download import open_url
 from effdet.data.images import ImageError, image_suffixes, images_in, read_image
 
 Source = Path | str
-"""An image's file, or the address of one."""
+"""The file of an image or a video, the address of one, or the number of a camera."""
+
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .avi .flv .m2ts .m3u8 .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv .y4m".split()
+)
+CAMERA = re.compile(r"(?:/dev/video)?(\d+)")
 
 DEFAULT_DATA = Path("data/synthetic")
 DEFAULT_IMAGES = 12
 LARGEST_DOWNLOAD = 256 * 2**20  # bytes
 _SLOWEST_DOWNLOAD_S = 120.0
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+_STREAM = re.compile(r"(?:rtsps?|rtmps?|rtp|srt|tcp|udp)://", re.IGNORECASE)
+_FOLDERS = {"images", "labels"}  # of a data set, among the folders of videos' frames
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,23 @@ class Item:
     time_s: float | None = None
 
 
-def items_of(sources: Iterable[Source], stems: Iterable[str]) -> Iterator[Item]:
-    """Yield the images of sources, in order; none is read before its turn."""
-    for source, stem in zip(sources, stems, strict=True):
-        if isinstance(source, Path):
-            yield Item(str(source), stem, partial(read_image, source, upright=True), source)
-        else:
-            yield Item(source, stem, partial(fetch_image, source))
+def image_of(source: Source, stem: str) -> Item:
+    """Return the image of a source that is no video; it is not read yet."""
+    if isinstance(source, Path):
+        return Item(str(source), stem, partial(read_image, source, upright=True), source)
+    return Item(shown_name(source), stem, partial(fetch_image, source))
+
+
+def is_video(source: Source) -> bool:
+    """Tell whether a source is a video, a camera or a stream, whose frames come one after another."""
+    if isinstance(source, str) and (_STREAM.match(source) or CAMERA.fullmatch(source)):
+        return True
+    return suffix_of(source) in VIDEO_SUFFIXES
+
+
+def shown_name(source: Source) -> str:
+    """Return a source's name for results and messages, without a user's name and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source) if isinstance(source, str) else str(source)
 
 
 # ---- find ------------------------------------------------------------------------------------------------------------
@@ -71,8 +88,8 @@ def find_sources(names: Sequence[str], recursive: bool = False, output_dir: Path
     """Return what the arguments name, each once.
 
     Args:
-        names: files, folders, glob patterns and http(s) addresses; '-' stands for a list of them on standard input, one
-            a line. None at all stands for images of the embedded data set.
+        names: files, folders, glob patterns, addresses of images, videos and streams, numbers of cameras; '-' stands
+            for a list of them on standard input, one a line. None at all stands for images of the embedded data set.
         recursive: search folders within folders.
         output_dir: left out of that search, as it may hold what an earlier run drew.
 
@@ -95,9 +112,11 @@ def find_sources(names: Sequence[str], recursive: bool = False, output_dir: Path
 
 
 def _find(name: str, recursive: bool, output_dir: Path | None) -> list[Source]:
-    if _ADDRESS.match(name):
+    if _ADDRESS.match(name) or _STREAM.match(name):
         return [name]
     path = Path(name)
+    if CAMERA.fullmatch(name) and not path.is_dir() and not path.is_file():
+        return [name]
     if path.is_dir():
         inside = images_in(path, recursive, output_dir)
     elif path.is_file():
@@ -107,7 +126,7 @@ def _find(name: str, recursive: bool, output_dir: Path | None) -> list[Source]:
     if not inside:
         raise FileNotFoundError(
             f"no image found for '{name}': {_images_below(path)}give an existing file, a folder with images "
-            f"({', '.join(sorted(image_suffixes()))}), a glob pattern in quotes or an http(s) address"
+            f"({', '.join(sorted(image_suffixes()))}), a video, a glob pattern in quotes or an address"
         )
     return [*inside]
 
@@ -150,9 +169,10 @@ def unique_stems(sources: Iterable[Source]) -> list[str]:
     stems = []
     for source in sources:
         wanted = source.stem if isinstance(source, Path) else _stem_of_address(source)
+        reserved = taken | _FOLDERS if is_video(source) else taken
         numbers[wanted] += 1
         stem = wanted if numbers[wanted] == 1 else f"{wanted}_{numbers[wanted]}"
-        while stem in taken:
+        while stem in reserved:
             numbers[wanted] += 1
             stem = f"{wanted}_{numbers[wanted]}"
         taken.add(stem)
@@ -161,6 +181,8 @@ def unique_stems(sources: Iterable[Source]) -> list[str]:
 
 
 def _stem_of_address(address: str) -> str:
+    if camera := CAMERA.fullmatch(address):
+        return f"camera{camera[1]}"
     parts = urlsplit(address)
     name = PurePosixPath(unquote(parts.path)).stem or parts.hostname or ""
     return re.sub(r"[^\w.-]+", "_", name)[-100:].strip(".") or "image"

@@ -1,4 +1,4 @@
-"""Write what is found in many images as it is found: tables, annotations for other programs, drawings.
+"""Write what is found in many images as it is found: tables, annotations for other programs.
 
 After each `add` what is written is whole, and stays so if the run ends there or the disk is full.
 """
@@ -21,12 +21,10 @@ from PIL import Image
 
 from effdet.checkpoint.growing import GrowingCoco, GrowingFile, JsonList
 from effdet.checkpoint.io import ensure_writable, replacing
-from effdet.report.draw import draw_detections
 
 from .detections import Detections
 from .sources import Item
 
-_PILLOW_FORMATS = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 90})}
 _DATASET_QUALITY = 95  # of JPEGs to train on
 
 
@@ -297,36 +295,3 @@ class Results:
         """End the files."""
         for writer in self._writers:
             writer.close()
-
-
-# ---- drawings --------------------------------------------------------------------------------------------------------
-
-
-class Drawings:
-    """Images with boxes on them, as files of their own."""
-
-    def __init__(self, folder: Path, kind: str, colors: Mapping[str, Any] | None = None) -> None:
-        """Say where and how.
-
-        Args:
-            folder: for the files.
-            kind: `png` or `jpg`.
-            colors: of the classes, by name.
-        """
-        self._folder, self._kind, self._colors = folder, kind, colors
-
-    def place_of(self, stem: str) -> Path:
-        """Return the file of an image's drawing."""
-        return self._folder / f"{stem}.{self._kind}"
-
-    def add(self, item: Item, image: Image.Image, found: Detections) -> Path:
-        """Draw an image and return the file."""
-        drawn = draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), self._colors)
-        name, options = _PILLOW_FORMATS[self._kind]
-        place = self.place_of(item.stem)
-        with replacing(place) as temporary:
-            drawn.save(temporary, name, **options)
-        return place
-
-    def close(self) -> None:
-        """Do nothing: each file is complete."""

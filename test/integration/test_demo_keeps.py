@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from real_process import ENVIRONMENT, REPO
 
 from effdet.checkpoint.growing import JsonList
@@ -102,6 +104,27 @@ def test_a_signal_keeps_what_was_found(small_checkpoint, synthetic_images, tmp_p
     assert 2 <= len(kept) < 400 and kept == [str(many / f"{k:04d}.jpg") for k in range(len(kept))]
     assert {path.stem for path in output.glob("*.png")} == {f"{k:04d}" for k in range(len(kept))}
     assert files_in_each(output) == [f"{k:04d}.jpg" for k in range(len(kept))]
+
+
+def peak_kib(checkpoint, folder, count):
+    """Return the memory that demo.py has taken at most, for so many images."""
+    (folder / str(count)).mkdir(parents=True)
+    Image.effect_noise((96, 64), 50).save(folder / "image.png")
+    for number in range(count):
+        (folder / str(count) / f"{number:05d}.png").symlink_to(folder / "image.png")
+    options = ("--checkpoint", checkpoint, "--output", folder / f"out{count}", "--no-draw", "-b", 16, *EVERYTHING)
+    process = start(folder / str(count), *options)
+    process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and len(files_in(folder / f"out{count}")) == count
+    return used.ru_maxrss
+
+
+@pytest.mark.slow
+def test_many_images_take_the_memory_of_a_few(small_checkpoint, tmp_path):
+    few, many = (peak_kib(small_checkpoint, tmp_path, count) for count in (200, 2000))
+    assert many - few < 20_000, (few, many)
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(small_checkpoint, synthetic_images, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from effdet.data.images import ImageError, read_image
-from effdet.predict.sources import fetch_image, find_sources, items_of, unique_stems
+from effdet.predict.sources import fetch_image, find_sources, image_of, is_video, shown_name, unique_stems
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -49,7 +49,7 @@ def test_an_address(server, tmp_path, synthetic_images):
     shutil.copy(synthetic_images[0], tmp_path / "a b.jpg")
     address = f"{server}/a%20b.jpg?size=large"
     assert find_sources([address]) == [address] and unique_stems([address]) == ["a_b"]
-    (item,) = items_of([address], ["a_b"])
+    item = image_of(address, "a_b")
     assert (item.name, item.path, item.frame) == (address, None, None)
     assert np.array_equal(item.read(), read_image(synthetic_images[0], upright=True))
 
@@ -107,3 +107,23 @@ def test_a_list_on_standard_input(tmp_path, monkeypatch):
 )
 def test_an_address_gives_a_safe_file_name(address, stem):
     assert unique_stems([address]) == [stem]
+
+
+def test_videos_cameras_and_streams_are_told_from_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.MP4", "a.jpg", "7"):
+        (tmp_path / name).touch()
+    names = [
+        "clip.MP4",
+        "a.jpg",
+        "7",
+        "0",
+        "/dev/video12",
+        "rtsp://me:pass@host/live.jpg",
+        "http://h/clip.webm?x=1.jpg",
+    ]
+    found = find_sources([*names, "http://h/a.jpg?clip.mp4"])
+    assert [is_video(source) for source in found] == [True, False, False, True, True, True, True, False]
+    assert unique_stems(found) == ["clip", "a", "7", "camera0", "camera12", "live", "clip_2", "a_2"]
+    assert shown_name(found[5]) == "rtsp://host/live.jpg"
+    assert unique_stems([tmp_path / "labels.mp4", tmp_path / "images.jpg"]) == ["labels_2", "images"]
