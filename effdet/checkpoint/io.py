@@ -93,45 +93,6 @@ def ensure_writable(path: Path | str, flag: str) -> None:
         ) from error
 
 
-class JsonList:
-    """Write a list to a json file item by item; the file is complete after each `add`, also after one that fails.
-
-    Args:
-        path: the file, begun anew.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by `close`
-        self._end = 1  # where the next item goes
-        self._write(0, b"[]")
-
-    def add(self, items: list[Any]) -> None:
-        """Append items, all or none of them.
-
-        Raises:
-            OSError: the disk does not take them.
-        """
-        first = self._end == 1
-        text = b",".join(b"\n" + json.dumps(item).encode() for item in items)
-        text = text if first or not items else b"," + text
-        try:
-            self._write(self._end, text + b"\n]")
-        except OSError:
-            self._file.truncate(self._end)  # makes room on a full disk for what closes the list
-            self._write(self._end, b"\n]")
-            raise
-        self._end += len(text)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _write(self, place: int, content: bytes) -> None:
-        self._file.seek(place)
-        while content:  # a disk that fills up takes a part
-            content = content[self._file.write(content) :]
-
-
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write a json file that is either complete or not there, making its folder.
 

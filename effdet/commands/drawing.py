@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import itertools
 import logging
-from collections import Counter
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from effdet.checkpoint.io import JsonList, ensure_writable, replacing
+from effdet.checkpoint.io import ensure_writable
 from effdet.checkpoint.manager import find_newest_checkpoint
 from effdet.config.schema import DemoConfig
 from effdet.data.corrupt import BadImagesError
-from effdet.data.images import ImageError, image_suffixes, images_in, read_image
+from effdet.data.formats.hold_out import find_classes
+from effdet.data.images import ImageError
 from effdet.predict.detections import Detections
+from effdet.predict.drawings import Drawings
 from effdet.predict.load import build_predictor, load_detector
-from effdet.report.draw import draw_detections, make_class_colors
+from effdet.predict.predictor import Predictor
+from effdet.predict.sources import Item, Source, find_sources, image_of, is_video, refuse_replacing, unique_stems
+from effdet.predict.video import count_frames, frames_of, require_av
+from effdet.predict.writers import Classes, Result, Results
+from effdet.report import progress
+from effdet.report.draw import make_class_colors
 from effdet.runtime import signals
 
 _logger = logging.getLogger("effdet.demo")
 
-DEFAULT_DATA = Path("data/synthetic")
-DEFAULT_IMAGES = 12
-RESULTS_NAME = "detections.json"
 SOME_BAD_STATUS = 3
+_FEW = 20  # images that a terminal gets a line each for, and each of their objects
+_LINE_S = 30.0  # between two lines about many
 
 
 def detect_and_draw(cfg: DemoConfig) -> int:
-    """Detect objects in the images that the config names, draw them, and write them to detections.json as they come.
+    """Detect objects in what the config names, draw them, and write them into files as they come.
 
     Returns:
         The exit status: 0, or 3 where images could not be read and were passed over.
@@ -42,9 +50,10 @@ def detect_and_draw(cfg: DemoConfig) -> int:
         Image.MAX_IMAGE_PIXELS = -(-cfg.run.max_image_pixels // 2)  # Pillow refuses from twice this on
     output_dir = Path(cfg.run.output)
     checkpoint = find_checkpoint(cfg)
-    ensure_writable(output_dir / RESULTS_NAME, "--output")
-    paths = find_images(cfg.run.images, cfg.run.recursive, output_dir)
-    targets = name_drawings(paths, output_dir)
+    ensure_writable(output_dir / "detections", "--output")
+    sources = find_sources(cfg.run.images, cfg.run.recursive, output_dir)
+    stems = unique_stems(sources)
+    _check_sources(cfg, sources, stems)
     detector = load_detector(checkpoint, cfg.model, cfg.run.use_ema)
     predictor = build_predictor(
         detector,
@@ -55,98 +64,147 @@ def detect_and_draw(cfg: DemoConfig) -> int:
         cfg.run.tta_scales,
         npu_defaults=cfg.run.npu_defaults,
     )
+    classes = Classes(predictor.class_names, [predictor.category_id_of(k) for k in range(predictor.num_classes)])
+    choose = chooser(cfg, classes)
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
     _logger.info("%s", detector.source)
-    bad = drawn = 0
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(JsonList(output_dir / RESULTS_NAME)) as results:
-        for start in range(0, len(paths), cfg.run.batch_size):
-            if signals.requested():
-                _logger.info("%d of %d image(s) done, see %s", drawn, len(paths), output_dir)
-                raise signals.StopRequested(signals.requested())
-            part = slice(start, start + cfg.run.batch_size)
-            images = [(path, target, _read(path)) for path, target in zip(paths[part], targets[part], strict=True)]
-            batch = [(path, target, image) for path, target, image in images if image is not None]
-            bad += len(images) - len(batch)
-            if cfg.run.max_bad_images is not None and bad > cfg.run.max_bad_images:
-                raise BadImagesError(
-                    f"{bad} image(s) cannot be read, {cfg.run.max_bad_images} are allowed (--max-bad-images). {drawn} "
-                    f"of {len(paths)} are done, see {output_dir}."
-                )
-            found = predictor.predict([image for *_, image in batch], cfg.run.score_thr)
-            results.add(
-                [
-                    write_image(path, image, objects, colors, target)
-                    for (path, target, image), objects in zip(batch, found, strict=True)
-                ]
-            )
-            drawn += len(batch)
-    _logger.info("%d image(s) drawn into %s, numbers in %s", drawn, output_dir, output_dir / RESULTS_NAME)
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(contextlib.closing(Results(output_dir, cfg.run.save, classes)))
+        drawings = None
+        if cfg.run.draw:
+            drawings = Drawings(output_dir, cfg.run.draw, colors, cfg.run.save_video)
+            stack.enter_context(contextlib.closing(drawings))
+        report = stack.enter_context(_reporting(_count(sources, cfg.run.every), any(map(is_video, sources))))
+        items = _items(sources, stems, cfg.run.every)
+        bad, done = _detect(cfg, items, predictor, choose, drawings, results, report)
+    _logger.info("%d image(s)%s, results in %s", done, " drawn" if cfg.run.draw else "", output_dir)
     if bad:
-        _logger.warning("%d of %d image(s) could not be read, see above", bad, len(paths))
+        _logger.warning("%d of %d image(s) could not be read, see above", bad, bad + done)
     return SOME_BAD_STATUS if bad else 0
 
 
-def _read(path: Path) -> Image.Image | None:
-    """Read an image upright; log why it cannot be read and return None."""
+def _check_sources(cfg: DemoConfig, sources: list[Source], stems: list[str]) -> None:
+    """Raise where a setting does not fit the sources, or what is drawn would replace one of them."""
+    videos = [source for source in sources if is_video(source)]
+    if videos:
+        require_av(videos[0])
+    elif cfg.run.save_video or cfg.run.every > 1:
+        raise ValueError(f"{'--save-video' if cfg.run.save_video else '--every'} is for videos, and none is named")
+    if not cfg.run.draw:
+        if cfg.run.save_video:
+            raise ValueError("--save-video writes what is drawn: leave --no-draw out")
+        return
+    suffixes = ("." + cfg.run.draw, ".mp4" if cfg.run.save_video else "")  # of an image, of a video
+    output_dir = Path(cfg.run.output)
+    targets = [output_dir / (stem + suffixes[is_video(source)]) for source, stem in zip(sources, stems, strict=True)]
+    refuse_replacing(sources, targets)
+
+
+def _items(sources: list[Source], stems: list[str], every: int) -> Iterator[Item]:
+    for source, stem in zip(sources, stems, strict=True):
+        if is_video(source):
+            yield from frames_of(source, stem, every)
+        else:
+            yield image_of(source, stem)
+
+
+def _count(sources: list[Source], every: int) -> int | None:
+    """Return how many images there are in sources, for a bar; None where that is not known."""
+    counts = [count_frames(source, every) if is_video(source) else 1 for source in sources]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _detect(
+    cfg: DemoConfig,
+    items: Iterator[Item],
+    predictor: Predictor,
+    choose: Callable[[Detections], Detections],
+    drawings: Drawings | None,
+    results: Results,
+    report: Callable[[Item, Detections], None],
+) -> tuple[int, int]:
+    """Predict batch by batch; return how many images could not be read, and how many are done."""
+    bad = done = 0
+    while batch := list(itertools.islice(items, cfg.run.batch_size)):
+        if signals.requested():
+            _logger.info("%d image(s) done, see %s", done, cfg.run.output)
+            raise signals.StopRequested(signals.requested())
+        images = [(item, image) for item in batch if (image := _read(item)) is not None]
+        bad += len(batch) - len(images)
+        if cfg.run.max_bad_images is not None and bad > cfg.run.max_bad_images:
+            raise BadImagesError(
+                f"{bad} image(s) cannot be read, {cfg.run.max_bad_images} are allowed (--max-bad-images). {done} "
+                f"are done, see {cfg.run.output}."
+            )
+        batch_results = []
+        found = predictor.predict([image for _, image in images], cfg.run.score_thr)
+        for (item, image), objects in zip(images, map(choose, found), strict=True):
+            drawn = drawings.add(item, image, objects) if drawings else None
+            batch_results.append(Result(item, image, objects, drawn))
+            report(item, objects)
+        results.add(batch_results)
+        done += len(images)
+    return bad, done
+
+
+def _read(item: Item) -> Image.Image | None:
+    """Read an image; log why it cannot be read and return None."""
     try:
-        return read_image(path, upright=True)
+        return item.read()
     except ImageError as error:
         _logger.warning("passed over: %s", error)
         return None
 
 
-def find_images(names: list[str], recursive: bool = False, output_dir: Path | None = None) -> list[Path]:
-    """Return the image files that the arguments name: files, folders and glob patterns.
-
-    Args:
-        names: the arguments; none stands for images of the embedded data set.
-        recursive: search folders within folders.
-        output_dir: left out of that search, as it may hold what an earlier run drew.
+def chooser(cfg: DemoConfig, classes: Classes) -> Callable[[Detections], Detections]:
+    """Return what takes those objects out of an image's that were not asked for.
 
     Raises:
-        FileNotFoundError: an argument names no image; OSError: the embedded data set cannot be made here.
+        DatasetError: a class was asked for that the network does not know.
     """
-    if not names:
-        return _default_images()
-    found: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = images_in(path, recursive, output_dir)
-        elif path.is_file():
-            inside = [path]
-        else:
-            inside = [Path(match) for match in sorted(glob.glob(name, recursive=recursive)) if Path(match).is_file()]
-        if not inside:
-            raise FileNotFoundError(
-                f"no image found for '{name}': {_images_below(path)}give an existing file, a folder with images "
-                f"({', '.join(sorted(image_suffixes()))}) or a glob pattern in quotes"
-            )
-        found += inside
-    return list(dict.fromkeys(found))
+    wanted = find_classes(cfg.run.classes, classes.names, "The checkpoint has")
+
+    def choose(found: Detections) -> Detections:
+        if wanted:
+            found = found.take(np.isin(found.names, wanted))
+        return found.suppress_across_classes() if cfg.run.agnostic_nms else found
+
+    return choose
 
 
-def _default_images() -> list[Path]:
-    from effdet.data.synthetic.dataset import make_synthetic_dataset
+@contextlib.contextmanager
+def _reporting(count: int | None, moving: bool = False) -> Iterator[Callable[[Item, Detections], None]]:
+    """Say what is found: a bar for many images in a terminal, else a line for each image and each object.
 
-    try:
-        folder = make_synthetic_dataset(DEFAULT_DATA) / "val2017"
-    except OSError as error:
-        raise OSError(
-            f"the default images cannot be made in {DEFAULT_DATA} ({error}): name images of your own, or start in a "
-            "folder that you may write to"
-        ) from error
-    return sorted(folder.iterdir())[:DEFAULT_IMAGES]
+    Args:
+        count: how many images there are; None where nobody knows, as of a camera.
+        moving: they are frames of videos: where there is no bar, a line now and then.
+    """
+    if count is not None and count > _FEW and progress.current() is not None:
+        with progress.progress("Predict", count) as show:
+            numbers = itertools.count(1)
+            yield lambda item, found: show(next(numbers))
+    else:
+        yield _occasional_line() if moving else _each_object
 
 
-def _images_below(folder: Path) -> str:
-    """Return in words how many images are in which folders below one; empty where there are none."""
-    counts = Counter(path.parent for path in images_in(folder, True)) if folder.is_dir() else Counter()
-    if not counts:
-        return ""
-    places = ", ".join(f"{count} in {place}" for place, count in counts.most_common(3))
-    return f"there are {counts.total()} images further down ({places}), which --recursive takes; else "
+def _occasional_line() -> Callable[[Item, Detections], None]:
+    said_at, images, objects = time.monotonic(), 0, 0
+
+    def say(item: Item, found: Detections) -> None:
+        nonlocal said_at, images, objects
+        images, objects = images + 1, objects + len(found)
+        if time.monotonic() - said_at >= _LINE_S:
+            _logger.info("%d images, %d objects, now at %s", images, objects, item.stem)
+            said_at = time.monotonic()
+
+    return say
+
+
+def _each_object(item: Item, found: Detections) -> None:
+    _logger.info("%s: %d object(s)", item.name, len(found))
+    for name, score, box in zip(found.names, found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True):
+        _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, score, box[0], box[2], box[1], box[3])
 
 
 def find_checkpoint(cfg: DemoConfig) -> str:
@@ -159,44 +217,3 @@ def find_checkpoint(cfg: DemoConfig) -> str:
             "no checkpoint under runs/ or output/: train one with `make train`, or name one with --checkpoint FILE"
         )
     return str(newest)
-
-
-def name_drawings(paths: list[Path], output_dir: Path) -> list[Path]:
-    """Return the file for each image's drawing; images of one name (a.jpg and a.png, two folders) get numbers."""
-    sources = {path.resolve() for path in paths}
-    targets: dict[Path, None] = {}  # in order
-    numbers: Counter[str] = Counter()
-    for path in paths:
-        numbers[path.stem] += 1
-        target = output_dir / (
-            f"{path.stem}.png" if numbers[path.stem] == 1 else f"{path.stem}_{numbers[path.stem]}.png"
-        )
-        while target in targets:
-            numbers[path.stem] += 1
-            target = output_dir / f"{path.stem}_{numbers[path.stem]}.png"
-        if target.resolve() in sources:
-            raise ValueError(f"the drawn image would replace {target}: choose another --output")
-        targets[target] = None
-    return list(targets)
-
-
-def write_image(path: Path, image: Image.Image, found: Detections, colors: dict | None, target: Path) -> dict:
-    """Draw one image's detections, print them, and return them for the json."""
-    drawn = draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), colors)
-    with replacing(target) as temporary:
-        drawn.save(temporary, "PNG")
-    _logger.info("%s: %d object(s)", path, len(found))
-    objects = []
-    for name, category_id, score, box in zip(
-        found.names, found.category_ids.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True
-    ):
-        _logger.info("  %-20s %.3f  x %6.1f .. %6.1f  y %6.1f .. %6.1f", name, score, box[0], box[2], box[1], box[3])
-        objects.append(
-            {
-                "category_id": category_id,
-                "name": name,
-                "score": score,
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-            }
-        )
-    return {"file": str(path), "width": image.width, "height": image.height, "drawn": str(target), "objects": objects}

@@ -157,7 +157,23 @@ class DemoRunSectionConfig(_PredictRunConfig):
     max_image_pixels: int | None = setting(
         None, "largest image read, in pixels; larger ones may be made to fill the memory", low=1, none="Pillow's limit"
     )
-    images: list[str] = setting([], "images, folders or glob patterns; none: images of the default data set", flags="")
+    images: list[str] = setting(
+        [],
+        "images, folders, glob patterns, videos, addresses (http, https, rtsp, ...), numbers of cameras; - for a list "
+        "of them on standard input, one a line; none: images of the default data set",
+        flags="",
+    )
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
     score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
-    output: str = setting("output/demo", "folder for the drawn images and the json", metavar="DIR")
+    classes: list[str] = setting([], "draw and list these classes alone, by name", metavar="A,B")
+    agnostic_nms: bool = setting(False, "also suppress what overlaps a better object of another class")
+    output: str = setting("output/demo", "folder for the drawn images and the results", metavar="DIR")
+    save: list[str] = setting(
+        ["json"],
+        "files with the results: 'json' (detections.json), 'jsonl' (an image a line), 'csv' (an object a line), 'coco' "
+        "and 'yolo' (data sets, to correct the boxes in an annotation tool or to train on)",
+        choices=("json", "jsonl", "csv", "coco", "yolo"),
+    )
+    every: int = setting(1, "of a video, take the first of so many frames", low=1)
+    save_video: bool = setting(False, "draw the frames of a video into a video (mp4), not into an image each")
+    draw: str = setting("png", "format of the drawn images", choices=("png", "jpg", ""), bare="png", negatable=True)

@@ -54,7 +54,7 @@ def _convert(option: Option, value: Any) -> Any:
         return None
     if option.is_list:
         items = value if isinstance(value, list) else [value]
-        if option.kinds == (str,):
+        if option.kinds == (str,) and not option.choices:  # texts of the user's own may hold commas
             return items
         return [part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""]
     if option.kinds == (bool,) and not isinstance(value, bool | str):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from effdet.checkpoint.io import replacing
 from effdet.data.images import read_image
+from effdet.ops.nms import IOU_THRESHOLD, batched_nms
 from effdet.report.draw import draw_detections
 
 _SHOWN = 5  # objects in a repr
@@ -58,6 +60,12 @@ class Detections:
             self.boxes_xyxy[rows], self.scores[rows], names, self.category_ids[rows], self.size_wh, self.path
         )
 
+    def suppress_across_classes(self, iou_threshold: float = IOU_THRESHOLD) -> Detections:
+        """Return the objects without those that overlap a better one of whatever class by more than a threshold."""
+        boxes, scores = torch.from_numpy(self.boxes_xyxy)[None], torch.from_numpy(self.scores)[None]
+        kept, kept_scores = batched_nms(boxes, scores, torch.zeros_like(scores), max(1, len(self)), iou_threshold)
+        return self.take(kept[kept_scores >= 0].numpy())
+
     def draw(self, image: Image.Image | None = None) -> Image.Image:
         """Return the image, RGB, with labelled boxes; None reads it again from `path`.
 
@@ -85,17 +93,18 @@ class Detections:
             for category, box, score in rows
         ]
 
-    def to_yolo(self, class_names: list[str]) -> list[str]:
-        """Return lines of a YOLO label file with scores: class number, centre x and y, width, height in 0..1, score.
+    def to_yolo(self, class_names: list[str], with_scores: bool = True) -> list[str]:
+        """Return lines of a YOLO label file: class number, centre x and y, width, height in 0..1, score.
 
         Args:
             class_names: all classes in the order of their numbers, as `Predictor.class_names` has them.
+            with_scores: False leaves the last column out, which files to train on do not have.
         """
         width, height = self.size_wh
         numbers = {name: number for number, name in enumerate(class_names)}
         corners = self.boxes_xyxy.astype(float) / [width, height, width, height]
         centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-        values = np.concatenate([centres, sides, self.scores[:, None]], axis=1)
+        values = np.concatenate([centres, sides, self.scores[:, None]], axis=1)[:, : 5 if with_scores else 4]
         return [
             " ".join([str(numbers[name]), *(f"{value:.6f}" for value in row)])
             for name, row in zip(self.names, values, strict=True)

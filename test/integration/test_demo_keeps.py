@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from real_process import ENVIRONMENT, REPO
 
-from effdet.checkpoint.io import JsonList
-from effdet.commands.drawing import find_images, name_drawings
+from effdet.checkpoint.growing import JsonList
+from effdet.predict.sources import find_sources, unique_stems
 
 
 def start(*argv: object, cwd: Path | None = None) -> subprocess.Popen:
@@ -34,18 +38,51 @@ def files_in(output):
     return [entry["file"] for entry in json.loads((output / "detections.json").read_text())]
 
 
+EVERYTHING = ("--save", "json,jsonl,csv,coco,yolo")
+
+
+def files_in_each(output):
+    """Return the images that each kind of results has, by the names of their files."""
+    lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
+    coco = json.loads((output / "detections.coco.json").read_text())
+    assert {row["image_id"] for row in coco["annotations"]} <= {image["id"] for image in coco["images"]}
+    objects = [(entry["file"], len(entry["objects"])) for entry in lines]
+    with open(output / "detections.csv", newline="") as file:
+        assert Counter(row["file"] for row in csv.DictReader(file)) == Counter({k: n for k, n in objects if n})
+    assert len(coco["annotations"]) == sum(number for _, number in objects) > 0
+    names = [
+        [Path(name).name for name in files_in(output)],
+        [Path(name).name for name, _ in objects],
+        [image["file_name"] for image in coco["images"]],
+        sorted(path.name for path in (output / "images").iterdir()),
+    ]
+    labels = {path.stem for path in (output / "labels").iterdir()}
+    assert labels == {Path(name).stem for name in names[0]} and all(one == names[0] for one in names)
+    return names[0]
+
+
 def test_a_truncated_image_among_good_ones(small_checkpoint, synthetic_images, tmp_path):
     bad = truncate(synthetic_images[1], tmp_path / "bad.jpg")
     some = [synthetic_images[0], bad, synthetic_images[2]]
     for batch, limit, status, kept in ((2, 1, 3, 2), (1, 0, 1, 1)):
         output = tmp_path / f"limit{limit}"
-        options = ("--checkpoint", small_checkpoint, "--output", output, "-b", batch, "--max-bad-images", limit)
+        options = (
+            "--checkpoint",
+            small_checkpoint,
+            "--output",
+            output,
+            "-b",
+            batch,
+            "--max-bad-images",
+            limit,
+            *EVERYTHING,
+        )
         process = start(*some, *options)
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == status, printed
         assert str(bad) in printed
         assert files_in(output) == [str(synthetic_images[0]), str(synthetic_images[2])][:kept]
-        assert len(list(output.glob("*.png"))) == kept
+        assert len(list(output.glob("*.png"))) == len(files_in_each(output)) == kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -55,7 +92,7 @@ def test_a_signal_keeps_what_was_found(small_checkpoint, synthetic_images, tmp_p
     for k in range(400):
         (many / f"{k:04d}.jpg").symlink_to(synthetic_images[k % 8])
     output = tmp_path / "out"
-    process = start(many, "--checkpoint", small_checkpoint, "--output", output)
+    process = start(many, "--checkpoint", small_checkpoint, "--output", output, *EVERYTHING)
     results = output / "detections.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (results.exists() and len(json.loads(results.read_text())) >= 2):
@@ -66,6 +103,28 @@ def test_a_signal_keeps_what_was_found(small_checkpoint, synthetic_images, tmp_p
     kept = files_in(output)
     assert 2 <= len(kept) < 400 and kept == [str(many / f"{k:04d}.jpg") for k in range(len(kept))]
     assert {path.stem for path in output.glob("*.png")} == {f"{k:04d}" for k in range(len(kept))}
+    assert files_in_each(output) == [f"{k:04d}.jpg" for k in range(len(kept))]
+
+
+def peak_kib(checkpoint, folder, count):
+    """Return the memory that demo.py has taken at most, for so many images."""
+    (folder / str(count)).mkdir(parents=True)
+    Image.effect_noise((96, 64), 50).save(folder / "image.png")
+    for number in range(count):
+        (folder / str(count) / f"{number:05d}.png").symlink_to(folder / "image.png")
+    options = ("--checkpoint", checkpoint, "--output", folder / f"out{count}", "--no-draw", "-b", 16, *EVERYTHING)
+    process = start(folder / str(count), *options)
+    process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and len(files_in(folder / f"out{count}")) == count
+    return used.ru_maxrss
+
+
+@pytest.mark.slow
+def test_many_images_take_the_memory_of_a_few(small_checkpoint, tmp_path):
+    few, many = (peak_kib(small_checkpoint, tmp_path, count) for count in (200, 2000))
+    assert many - few < 20_000, (few, many)
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(small_checkpoint, synthetic_images, tmp_path):
@@ -83,14 +142,14 @@ def test_images_further_down(synthetic_images, tmp_path):
     for name in names:
         (below / name).write_bytes(synthetic_images[0].read_bytes())
     with pytest.raises(FileNotFoundError, match=r"2 images .*2 in .*b.*--recursive"):
-        find_images([str(tmp_path)])
-    assert find_images([str(tmp_path)], recursive=True) == [below / "x.jfif", below / "y.JPG"]
+        find_sources([str(tmp_path)])
+    assert find_sources([str(tmp_path)], recursive=True) == [below / "x.jfif", below / "y.JPG"]
     (below / "._x.jpg").write_bytes(b"not an image")
     (below / "drawn").mkdir()
     (below / "drawn" / "x.png").touch()  # of an earlier run
-    assert find_images([str(tmp_path)], True, below / "drawn") == [below / "x.jfif", below / "y.JPG"]
-    assert find_images([str(tmp_path / "**" / "*.jfif")], True) == [below / "x.jfif"]
-    assert find_images([str(below)]) == [below / "x.jfif", below / "y.JPG"]
+    assert find_sources([str(tmp_path)], True, below / "drawn") == [below / "x.jfif", below / "y.JPG"]
+    assert find_sources([str(tmp_path / "**" / "*.jfif")], True) == [below / "x.jfif"]
+    assert find_sources([str(below)]) == [below / "x.jfif", below / "y.JPG"]
 
 
 def test_a_second_run_with_its_output_among_the_images(small_checkpoint, synthetic_images, tmp_path):
@@ -104,13 +163,12 @@ def test_a_second_run_with_its_output_among_the_images(small_checkpoint, synthet
         assert files_in(tmp_path / "drawn") == [str(tmp_path / "a" / "x.jpg")]
 
 
-def test_drawings_have_names_of_their_own_however_many_are_alike(tmp_path):
+def test_drawings_have_names_of_their_own_however_many_are_alike():
     paths = [Path(f"{k}/a.jpg") for k in range(3)] + [Path("a_2.jpg"), Path("a_2.png"), Path("b.jpg")]
-    names = [target.name for target in name_drawings(paths, tmp_path)]
-    assert names == ["a.png", "a_2.png", "a_3.png", "a_2_2.png", "a_2_3.png", "b.png"]
+    assert unique_stems(paths) == ["a", "a_2", "a_3", "a_2_2", "a_2_3", "b"]
     began = time.monotonic()
     many = [Path(f"{k}/a.jpg") for k in range(5000)] + [Path(f"b{k}.jpg") for k in range(5000)]
-    assert len(set(name_drawings(many, tmp_path))) == 10_000
+    assert len(set(unique_stems(many))) == 10_000
     assert time.monotonic() - began < 20  # each against all others would take minutes
 
 

@@ -39,11 +39,11 @@ import demo
 import effdet.data.synthetic.dataset
 import train
 import validate
-from effdet.commands.drawing import name_drawings
 from effdet.config import load
 from effdet.config.cli import parse_train_args
 from effdet.data.synthetic.dataset import CATEGORY_IDS, make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
+from effdet.predict.sources import refuse_replacing, unique_stems
 from effdet.training import trainer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -818,9 +818,12 @@ def test_demo_without_a_checkpoint_makes_no_data(tmp_path, monkeypatch):
 
 def test_drawings_of_images_with_one_name_do_not_replace_each_other(tmp_path):
     paths = [Path("a/x.jpg"), Path("a/x.png"), Path("b/x.jpg"), Path("a/x_2.jpg")]
-    assert [path.name for path in name_drawings(paths, tmp_path)] == ["x.png", "x_2.png", "x_3.png", "x_2_2.png"]
-    with pytest.raises(ValueError, match="choose another --output"):
-        name_drawings([tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"], tmp_path)
+    assert unique_stems(paths) == ["x", "x_2", "x_3", "x_2_2"]
+    sources = [tmp_path / "y.jpg", tmp_path / "x.jpg", tmp_path / "x.png"]
+    refuse_replacing(sources, [tmp_path / "y.png", tmp_path / "z"])
+    for target in (tmp_path / "x.png", tmp_path):
+        with pytest.raises(ValueError, match="choose another --output"):
+            refuse_replacing(sources, [target])
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------

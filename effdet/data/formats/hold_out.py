@@ -83,6 +83,29 @@ def take_first(content: Coco, count: int) -> Coco:
     return take_images(content, sorted(keys, key=lambda key: key not in boxes)[:count])
 
 
+def find_classes(wanted: Sequence[str], names: Sequence[str], owner: str = "The data have") -> list[str]:
+    """Return the class names that --classes asks for.
+
+    Args:
+        wanted: class names; each may be several, with commas between.
+        names: those that there are.
+        owner: the words before them in messages.
+
+    Raises:
+        DatasetError: no class has such a name.
+    """
+    asked = [name for item in wanted for name in ([item] if item in names else item.split(","))]
+    asked = [name.strip() for name in asked if name.strip()]
+    for name in asked:
+        if name not in names:
+            more = "" if len(names) <= 12 else f", ... ({len(names)} in all)"
+            raise DatasetError(
+                f"--classes: no class is called {name!r}{nearest(name, names) or '.'} {owner}: "
+                f"{', '.join(names[:12])}{more}"
+            )
+    return asked
+
+
 def take_classes(content: Coco, wanted: Sequence[str], keep_images: bool) -> Coco:
     """Return the data set with some classes alone.
 
@@ -96,15 +119,7 @@ def take_classes(content: Coco, wanted: Sequence[str], keep_images: bool) -> Coc
     """
     rows = _rows(content, "categories")
     names = [str(row.get("name")) for row in rows]
-    asked = [name for item in wanted for name in ([item] if item in names else item.split(","))]
-    asked = [name.strip() for name in asked if name.strip()]
-    for name in asked:
-        if name not in names:
-            more = "" if len(names) <= 12 else f", ... ({len(names)} in all)"
-            raise DatasetError(
-                f"--classes: no class is called {name!r}{nearest(name, names) or '.'} The data have: "
-                f"{', '.join(names[:12])}{more}"
-            )
+    asked = find_classes(wanted, names)
     kept = [row for row, name in zip(rows, names, strict=True) if name in asked]
     ids = {id_key(row.get("id")) for row in kept}
     before = set(_classes_of(content))

@@ -47,6 +47,17 @@ def test_a_part_and_the_words_for_it():
     assert "none" in repr(NONE)
 
 
+def test_one_suppression_over_all_classes():
+    boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 0, 10, 21], [50, 50, 60, 60]], dtype=np.float32)
+    scores = np.array([0.9, 0.8, 0.7, 0.6], dtype=np.float32)
+    found = Detections(boxes, scores, ["a", "b", "c", "a"], np.array([1, 2, 3, 1]), (100, 80))
+    # IoU with the first: 9/11, 10/21, 0
+    assert found.suppress_across_classes().names == ["a", "c", "a"]
+    assert found.suppress_across_classes(0.4).scores.tolist() == scores[[0, 3]].tolist()
+    assert found.suppress_across_classes(0.9).names == found.names
+    assert len(NONE.suppress_across_classes()) == 0
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_drawing(tmp_path, suffix):
     image = Image.new("RGB", (100, 80), "white")
