@@ -200,18 +200,11 @@ def _refuse_trainings(flags: Sequence[str]) -> None:
 
 def _refuse_unknown(extras: list[str], parser: _Parser, root: type) -> None:
     """Raise for flags nobody knows, with the successor of a gone one or the nearest valid name."""
-<<<<<<< HEAD
     words = [token.partition("=")[0] for token in extras]
-    flags = [flag for flag in words if flag.startswith("-") and not _NUMBER.fullmatch(flag)]
+    flags = [flag for flag in words if flag.startswith("-") and flag != "-" and not _NUMBER.fullmatch(flag)]
     if root is not RunConfig:
         _refuse_trainings(flags)
     for flag in flags:
-=======
-    for token in extras:
-        flag = token.partition("=")[0]
-        if not flag.startswith("-") or flag == "-" or _NUMBER.fullmatch(flag):
-            continue
->>>>>>> pred
         if flag in REFUSED:
             raise ConfigError(f"{flag} is gone: {REFUSED[flag]}")
         if (name := flag.replace("_", "-")) in FOREIGN:
