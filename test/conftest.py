@@ -32,7 +32,7 @@ CORE = """
     unit/network/test_network.py
     unit/ops/test_anchors.py unit/ops/test_boxes.py unit/ops/test_loss.py unit/ops/test_nms.py
     unit/predict/test_predictor.py
-    unit/report/test_log.py unit/report/test_progress.py
+    unit/report/test_log.py unit/runtime/test_progress.py
     unit/runtime/test_device.py unit/runtime/test_distributed.py unit/runtime/test_launch.py
     unit/timm_patches/test_fused_layers.py unit/timm_patches/test_same_padding.py
     unit/training/test_amp.py unit/training/test_ema.py unit/training/test_engine.py unit/training/test_optim.py

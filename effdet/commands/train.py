@@ -106,7 +106,6 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
         The exit status, and the run's folder, None where a signal came before there was one.
     """
     from effdet.data.corrupt import BadImagesError
-    from effdet.report import progress
     from effdet.runtime import distributed, heartbeat, signals
     from effdet.runtime.console import dead_workers_in_one_line
     from effdet.runtime.launch import needs_launch, start
@@ -130,7 +129,6 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
                 prepared = prepare(cfg, device, parse)
             watch = heartbeat.start(cfg.dist.hang_timeout)
             with (
-                progress.ended(),
                 contextlib.closing(prepared),
                 dead_workers_in_one_line(PROGRAM, "; continue with --resume auto"),
                 one_line_errors(PROGRAM, (BadImagesError, DivergedError, OutOfMemory)),

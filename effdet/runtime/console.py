@@ -87,6 +87,14 @@ def _texts_of(error: BaseException | None) -> str:
     return " ".join(texts)
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS, with days in front from 24 hours on, such as '2d 03:04:05'."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
+
+
 def _folded(command: str) -> str:
     """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
     parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)

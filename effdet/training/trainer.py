@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import time
 from typing import IO
 
@@ -22,10 +23,9 @@ from effdet.config.recipe import Parse
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
-from effdet.report import progress
 from effdet.report.log import EvalStats, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed, memory, seeding, signals
+from effdet.runtime import distributed, memory, progress, seeding, signals
 
 from . import auto_batch, build, footprint, initial_weights, overfit, resume
 from .build import (
@@ -63,6 +63,8 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     Raises:
         ValueError, OSError, RuntimeError: the run cannot work as asked for; a new folder is removed again.
     """
+    if distributed.is_primary():
+        progress.watch(sys.stdout)  # the folder with the log comes after the first look at the data
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
     check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
@@ -227,7 +229,10 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
     if epoch == max(run.epochs - run.cfg.model.freeze_bn_epochs, run.position.epoch):
         freeze_statistics(training)
     try:
-        stats = train_one_epoch(training, run.loaders.train, epoch, state.progress, state.after_update, run.recorder)
+        with run.recorder.show_epoch(epoch, len(run.loaders.train), run.loaders.batch_size * run.place.world):
+            stats = train_one_epoch(
+                training, run.loaders.train, epoch, state.progress, state.after_update, run.recorder
+            )
     except NonFiniteError as error:
         raise explain_divergence(error, training, run.data.train_set, run.output_dir) from None
     if not start.trained:
@@ -288,7 +293,7 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
             "more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
             100 * ema.share_of_init(),
         )
-    with progress.progress("Evaluating", len(run.loaders.val)) as on_batch:
+    with progress.bar("Evaluating", len(run.loaders.val), "img", run.loaders.batch_size * run.place.world) as on_batch:
         found = evaluate(
             run.eval_bench, run.loaders.val, run.loaders.evaluator, run.training.precision.autocast, on_batch=on_batch
         )
