@@ -62,7 +62,7 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
             val_skip=cfg.run.val_skip,
         )
         for line in device_layer.tune(device):
-            _logger.info("setting: %s", line)
+            _logger.debug("setting: %s", line)
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
         place_model(detector.model, device, cfg.model.same_padding, channels_last)
         bench = build_predict_bench(

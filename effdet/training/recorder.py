@@ -138,7 +138,7 @@ class RunRecorder:
             return
         precision = self.training.precision.level
         precision = "float32" if precision == "O0" else f"mixed precision {precision} in {self.cfg.amp.dtype}"
-        for line in describe_start(
+        lines, details = describe_start(
             self.cfg,
             self.training.model,
             self.train_loader.dataset,
@@ -151,8 +151,11 @@ class RunRecorder:
             precision,
             self.folder,
             self.initial_weights,
-        ):
+        )
+        for line in lines:
             _logger.info("%s", line)
+        for line in details:
+            _logger.debug("%s", line)
 
     def begin(self, epoch: int, batches: int) -> None:
         """Open the files, without what the run will write anew.

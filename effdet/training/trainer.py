@@ -273,7 +273,8 @@ class EpochState:
 
 def freeze_statistics(training: Training) -> None:
     """Fix the batch-norm statistics for the rest of the run; they are equal on all ranks after every epoch."""
-    _logger.info("batch-norm statistics fixed from here on: %d layers", freeze_bn_statistics(training.model))
+    layers = freeze_bn_statistics(training.model)
+    _logger.info("batch-norm statistics fixed from here on: %d layers", layers, extra=progress.IN_LINES)
     if training.ema is not None:
         training.ema.copy_buffers(training.model)
 
