@@ -11,7 +11,7 @@ Examples:
 
 DIR is the folder as the annotation tool wrote it: COCO, Roboflow, CVAT, Label
 Studio, YOLO, Pascal VOC, ... (docs/own_data.md).
-A run writes into output/train/RUN. docs/flags.md is this list as a page.
+A run writes into output/train/RUN. docs/flags.md is --help-all as a page.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from .options import setting
 _SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none")
 
 
-# ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help ----
+# ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help-all ----
 
 
 @dataclass(frozen=True)
