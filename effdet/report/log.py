@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from effdet.runtime.console import format_duration
 from effdet.runtime.progress import keep_lines, make_handler
 
 _LOGGER_NAMES = ("effdet", "timm_patches")
@@ -145,6 +144,14 @@ def tolerate_write_error(path: Path) -> Iterator[None]:
             logging.getLogger(_LOGGER_NAMES[0]).warning(
                 "%s cannot be written (%s): what comes now is missing in it; the run goes on", path, error
             )
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS, with days in front from 24 hours on, such as '2d 03:04:05'."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
 
 
 def format_interval_line(stats: StepStats) -> str:

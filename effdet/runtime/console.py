@@ -11,6 +11,8 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
+from .progress import make_handler
+
 _logger = logging.getLogger(__name__)
 
 INPUT_ERRORS = (ValueError, OSError, RuntimeError)
@@ -87,14 +89,6 @@ def _texts_of(error: BaseException | None) -> str:
     return " ".join(texts)
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration as H:MM:SS, with days in front from 24 hours on, such as '2d 03:04:05'."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
-
-
 def _folded(command: str) -> str:
     """Indent a command, over several lines where 80 columns are too few, so that the shell still takes it."""
     parts = [command] if len(command) <= 78 else textwrap.wrap(command, 74, break_on_hyphens=False)
@@ -109,7 +103,7 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
         description: one sentence.
         example: arguments of a typical call; several, one a line.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[make_handler(sys.stderr)])
     program = typed(f"python -m {module}")
     examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
     return argparse.ArgumentParser(

@@ -44,10 +44,14 @@ def is_terminal(stream: Any) -> bool:
 def make_handler(stream: TextIO) -> logging.Handler:
     """Make the log handler of a stream: with colours and bars for a terminal, else of plain lines."""
     if is_terminal(stream):
-        from .terminal import TerminalHandler  # rich takes a tenth of a second
-
-        return TerminalHandler(stream)
+        return _make_terminal_handler(stream)
     return keep_lines(logging.StreamHandler(stream))  # it flushes after each record
+
+
+def _make_terminal_handler(stream: TextIO) -> TerminalHandler:
+    from .terminal import TerminalHandler  # rich takes a tenth of a second
+
+    return TerminalHandler(stream)
 
 
 def keep_lines(handler: logging.Handler) -> logging.Handler:
@@ -70,7 +74,14 @@ def watch(stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int | None, unit: str = "", each: int = 1, step_s: float | None = None) -> Iterator[Move]:
+def bar(
+    what: str,
+    total: int | None,
+    unit: str = "",
+    each: int = 1,
+    step_s: float | None = None,
+    otherwise: TextIO | None = None,
+) -> Iterator[Move]:
     """Show on the terminal's last line, where there is a terminal, how far the block has come; take it away at the end.
 
     Args:
@@ -79,8 +90,11 @@ def bar(what: str, total: int | None, unit: str = "", each: int = 1, step_s: flo
         unit: of the rate, such as 'img'; 'B' counts bytes.
         each: units a step.
         step_s: seconds a step is likely to take, until that is known.
+        otherwise: a stream whose terminal shows the bar where no log goes to one, as in a program that is not ours.
     """
     handler = current()
+    if handler is None and otherwise is not None and is_terminal(otherwise):
+        handler = _make_terminal_handler(otherwise)
     if handler is None:
         yield lambda done, left=None, loss=None: None
         return

@@ -10,14 +10,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
-
-from .console import format_duration
 
 _REDRAW_S = 0.2  # steps come faster than anyone reads, and a drawing takes milliseconds
 _STYLES = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "bold red")}
@@ -117,7 +116,7 @@ class _Numbers(ProgressColumn):
         if speed:
             left = task.remaining if fields["left"] is None else fields["left"]
             if left is not None:
-                texts.append(f"ETA {format_duration(left / speed)}")
+                texts.append(f"ETA {timedelta(seconds=round(left / speed))}")
             rate = speed * fields["each"]
             texts.append(
                 f"{decimal(int(rate))}/s"

@@ -44,13 +44,13 @@ from effdet.report.log import (
     EvalStats,
     StepStats,
     format_best_metric,
+    format_duration,
     format_interval_line,
     tolerate_write_error,
 )
 from effdet.report.summary import describe_start, next_commands
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed, progress
-from effdet.runtime.console import format_duration
 from effdet.runtime.progress import IN_LINES, ON_TERMINAL
 
 from .engine import Training

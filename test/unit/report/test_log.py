@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from effdet.report.log import StepStats, format_best_metric, format_interval_line, setup_logging
+from effdet.report.log import StepStats, format_best_metric, format_duration, format_interval_line, setup_logging
 
 STEP = {
     "epoch": 3,
@@ -117,6 +117,21 @@ def test_interval_line_of_odd_runs() -> None:
     assert "[   1/1 (100%)]" in line(step=1, steps=1)
     assert "[ 12345/123456 ( 10%)]" in line(step=12345, steps=123456)
     assert "Loss: nan (inf)" in line(loss=math.nan, loss_average=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (59.6, "0:01:00"),
+        (3661, "1:01:01"),
+        (86399, "23:59:59"),
+        (183845, "2d 03:04:05"),
+        (-3, "0:00:00"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 def test_best_metric_line() -> None:

@@ -17,7 +17,6 @@ import pytest
 
 from effdet.report import log
 from effdet.runtime import progress
-from effdet.runtime.console import format_duration
 from effdet.runtime.progress import IN_LINES, ON_TERMINAL, bar, track
 
 STYLE = re.compile(r"\x1b\[[\d;]*m")
@@ -198,6 +197,16 @@ def test_no_half_bar_is_left_when_work_breaks_off(terminal):
     assert terminal.screen() == [""] and "\x1b[?25l" not in terminal.getvalue(), "the cursor was never hidden"
 
 
+def test_a_program_that_is_not_ours_sees_downloads_alone(terminal):
+    with bar("Reading", 10) as move:
+        move(5)
+    assert terminal.getvalue() == ""
+    with bar("Downloading", 10, "B", otherwise=terminal) as move:
+        move(5)
+        assert "5 bytes/10 bytes" in terminal.screen()[0]
+    assert terminal.screen() == [""] and progress.current() is None
+
+
 def test_items_are_tracked(terminal):
     setup_logging(terminal)
     assert [(item, terminal.screen()[-1].split()[-1]) for item in track("ab", "Reading", 2)] == [
@@ -309,18 +318,3 @@ def test_a_real_terminal_and_a_real_pipe():
     assert process.wait() == 0
     assert "Epoch 0" in text.decode() and re.search(r"2/4  ETA \S+  \S+ img/s", text.decode())
     assert screen(text.decode()) == ["warning: Eval: 0", ""]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00:00"),
-        (59.6, "0:01:00"),
-        (3661, "1:01:01"),
-        (86399, "23:59:59"),
-        (183845, "2d 03:04:05"),
-        (-3, "0:00:00"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
