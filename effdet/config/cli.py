@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from effdet.runtime.console import typed
+from effdet.runtime.console import error_line, typed
 
 from . import effdet_line
 from .effdet_flags import REFUSED
@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if self.raises:
             raise ConfigError(message)
-        self.exit(2, f"{self.prog}: error: {message} (--help-all lists everything)\n")
+        self.exit(2, error_line(self.prog, f"{message} (--help-all lists everything)\n"))
 
 
 def default_text(option: Option) -> str:

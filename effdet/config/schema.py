@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .eval_schema import (
     DEVICE_TEXT,
+    PLAIN_TEXT,
     DemoModelConfig,
     DemoRunSectionConfig,
     EvalAmpConfig,
@@ -266,6 +267,7 @@ class RunSectionConfig:
     compile: bool = setting(False, "train with torch.compile: equal up to rounding; minutes to compile, slower on CPUs")
     max_steps: int = setting(0, "stop training after N steps, then evaluate; 0: no limit", low=0)
     tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
+    plain: bool = setting(False, PLAIN_TEXT)
 
 
 # ---- one root per script ----

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+PLAIN = "EFFDET_PLAIN"
+"""Environment variable: if set, a terminal gets plain lines, as a pipe does; --plain sets it."""
+
 IN_LINES, ON_TERMINAL = {"terminal": False}, {"terminal": True}
 
 
@@ -38,7 +41,13 @@ class Move(Protocol):
 def is_terminal(stream: Any) -> bool:
     """Tell whether a stream is a terminal that moves its cursor, and the package that draws on it is there."""
     shows = getattr(stream, "isatty", lambda: False)() and os.environ.get("TERM") != "dumb"
-    return bool(shows) and importlib.util.find_spec("rich") is not None
+    return bool(shows) and not os.environ.get(PLAIN) and importlib.util.find_spec("rich") is not None
+
+
+def be_plain(wanted: bool) -> None:
+    """Have terminals get plain lines where that is wanted, of this process and of those that it starts."""
+    if wanted:
+        os.environ[PLAIN] = "1"
 
 
 def make_handler(stream: TextIO) -> logging.Handler:

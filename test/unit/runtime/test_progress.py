@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from effdet.config.cli import parse_train_args
 from effdet.report import log
 from effdet.runtime import progress
+from effdet.runtime.console import one_line_errors
 from effdet.runtime.progress import IN_LINES, ON_TERMINAL, bar, track
 
 STYLE = re.compile(r"\x1b\[[\d;]*m")
@@ -73,7 +75,7 @@ def terminal(monkeypatch) -> Terminal:
     stream = Terminal()
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
-    for name in ("NO_COLOR", "COLORTERM", "FORCE_COLOR"):
+    for name in (progress.PLAIN, "NO_COLOR", "COLORTERM", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     return stream
 
@@ -249,10 +251,13 @@ def test_colours_tell_warnings_errors_and_scores(terminal, monkeypatch, no_color
     assert colours == ([set()] * 3 if no_color else [{"33"}, {"31"}, {"32"}])
 
 
-@pytest.mark.parametrize("why", ["a pipe", "a terminal that cannot go back", "no rich"])
+@pytest.mark.parametrize("why", ["a pipe", "a terminal that cannot go back", "no rich", "--plain"])
 def test_elsewhere_lines_are_plain_and_bars_are_silent(terminal, monkeypatch, why):
     stream = terminal if why != "a pipe" else io.StringIO()
     monkeypatch.setenv("TERM", "dumb" if "back" in why else "xterm")
+    if why == "--plain":
+        monkeypatch.setenv(progress.PLAIN, "")  # to be taken back
+        progress.be_plain(parse_train_args(["--root", "x", "--plain"]).run.plain)
     if why == "no rich":
         monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     logger = setup_logging(stream)
@@ -282,6 +287,19 @@ def test_bars_before_the_log_is_set_up(terminal):
     assert len(logging.getLogger("effdet").handlers) == 1
     setup_logging(terminal).info("now")
     assert terminal.screen() == ["now", ""]
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_the_line_of_an_error_begins_in_red_on_a_terminal(terminal, monkeypatch, colour):
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with contextlib.redirect_stderr(terminal), pytest.raises(SystemExit) as end, one_line_errors("train.py"):
+        raise ValueError("no data")
+    assert STYLE.sub("", end.value.code) == "train.py: error: no data"
+    assert end.value.code.startswith("\x1b[1;31m") == colour and end.value.code.endswith(" no data")
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit) as end, one_line_errors("train.py"):
+        raise ValueError("no data")
+    assert end.value.code == "train.py: error: no data"
 
 
 SCRIPT = """
