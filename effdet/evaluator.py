@@ -26,6 +26,7 @@ from effdet.evaluation.detection_evaluator import PascalDetectionEvaluator
 from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import is_primary
+from effdet.runtime.progress import IN_LINES
 
 from .distributed import all_gather_container, is_main_process, synchronize  # noqa: F401  (effdet has them here)
 
@@ -262,7 +263,8 @@ class CocoEvaluator(Evaluator):
                 len(covered - images.keys()),
                 len(covered),
             )
-        _logger.info("Evaluation of %d boxes in %d images\n%s", len(rows), len(covered), scores.table())
+        table = scores.table()
+        _logger.info("Evaluation of %d boxes in %d images\n%s", len(rows), len(covered), table, extra=IN_LINES)
         return scores
 
     def _compute(self, truth: COCO, rows: list[dict[str, Any]], covered: set[Any]) -> CocoScores | VocScores:

@@ -254,7 +254,7 @@ def place_model(
     convert_fused_layers(model, fused=False)
     report = convert_same_padding(model, mode)
     if mode == "kernel" and (report.converted or report.left):
-        _logger.info("setting: layers pad by themselves instead of calling a pad operator: %s", report)
+        _logger.debug("setting: layers pad by themselves instead of calling a pad operator: %s", report)
     if device_layer.is_host(device):
         convert_fused_layers(model)
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

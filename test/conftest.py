@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -32,7 +36,7 @@ CORE = """
     unit/network/test_network.py
     unit/ops/test_anchors.py unit/ops/test_boxes.py unit/ops/test_loss.py unit/ops/test_nms.py
     unit/predict/test_predictor.py
-    unit/report/test_log.py unit/report/test_progress.py
+    unit/report/test_log.py unit/runtime/test_progress.py
     unit/runtime/test_device.py unit/runtime/test_distributed.py unit/runtime/test_launch.py
     unit/timm_patches/test_fused_layers.py unit/timm_patches/test_same_padding.py
     unit/training/test_amp.py unit/training/test_ema.py unit/training/test_engine.py unit/training/test_optim.py
@@ -76,6 +80,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
     for name in ("SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), end_as_ctrl_c_does)
+
+
+@pytest.fixture(scope="session")
+def in_terminal() -> Callable[..., tuple[int, str]]:
+    """Return what runs Python with arguments in a terminal of its own and gives its status and all it was sent."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+        argv = [sys.executable, *arguments]
+        repository = Path(__file__).resolve().parents[1]
+        with subprocess.Popen(
+            argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=repository
+        ) as process:
+            os.close(theirs)
+            parts = [b""]
+            try:
+                while part := os.read(ours, 4096):
+                    parts.append(part)
+            except OSError:  # Linux' way of saying that the other side is closed
+                pass
+        os.close(ours)
+        return process.returncode, b"".join(parts).decode()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -47,10 +47,15 @@ class BackboneSource:
     name: str  # of the package, or of timm's weights; the path of a user's file
     path: Path
 
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return str(self.path) if self.kind == "file" else f"{self.name} ({self.kind})"
+
     def describe(self) -> str:
         """Return one line: what it is, where it is, and which bits."""
-        name = "" if self.kind == "file" else f"{self.name} ({self.kind}), "
-        return f"{name}{self.path}, sha256 {sha256(self.path)[:16]}"
+        where = "" if self.kind == "file" else f", {self.path}"
+        return f"{self.title}{where}, sha256 {sha256(self.path)[:16]}"
 
 
 # ---- where they are --------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
+from effdet.runtime import progress
+
 from .io import CheckpointError, replacing
 
 _logger = logging.getLogger(__name__)
@@ -125,10 +127,9 @@ def _copy(answer: http.client.HTTPResponse, path: Path) -> None:
         OSError: it ends early, or comes to a halt.
     """
     total = int(answer.headers.get("Content-Length") or 0)
-    bar = torch.hub.tqdm(total=total or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar, open(path, "wb") as file:
+    with progress.bar("Downloading", total or None, "B", otherwise=sys.stderr) as move, open(path, "wb") as file:
         while block := answer.read(1 << 16):
             file.write(block)
-            bar.update(len(block))
+            move(file.tell())
         if total and file.tell() != total:
             raise OSError(f"{file.tell()} of {total} bytes came")

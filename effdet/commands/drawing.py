@@ -25,9 +25,8 @@ from effdet.predict.predictor import Predictor
 from effdet.predict.sources import Item, Source, find_sources, image_of, is_video, refuse_replacing, unique_stems
 from effdet.predict.video import count_frames, frames_of, require_av
 from effdet.predict.writers import Classes, Result, Results
-from effdet.report import progress
 from effdet.report.draw import make_class_colors
-from effdet.runtime import signals
+from effdet.runtime import progress, signals
 
 _logger = logging.getLogger("effdet.demo")
 
@@ -181,7 +180,7 @@ def _reporting(count: int | None, moving: bool = False) -> Iterator[Callable[[It
         moving: they are frames of videos: where there is no bar, a line now and then.
     """
     if count is not None and count > _FEW and progress.current() is not None:
-        with progress.progress("Predict", count) as show:
+        with progress.bar("Predicting", count, "img") as show:
             numbers = itertools.count(1)
             yield lambda item, found: show(next(numbers))
     else:

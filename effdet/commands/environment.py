@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from effdet.runtime.cores import core_count, cpu_quota
+from effdet.runtime.progress import be_plain
 from effdet.runtime.ranks import take_ranks
 
 # How often a waiting thread looks before it sleeps. Those that look for long take the core from the one they wait for,
@@ -15,17 +16,19 @@ from effdet.runtime.ranks import take_ranks
 WAITING = {"GOMP_SPINCOUNT": "10000"}
 
 
-def prepare_environment(program: str = "", device_list: Sequence[int] = ()) -> None:
+def prepare_environment(program: str = "", device_list: Sequence[int] = (), plain: bool = False) -> None:
     """Set what torch reads when it is imported, unless the user has set it.
 
     Args:
         program: name of a program that may be one of several processes: their ranks are taken over from a scheduler.
             Empty for one that works alone.
         device_list: the devices for which it will start processes by itself.
+        plain: whether a terminal is to get plain lines.
 
     Raises:
         ValueError: a scheduler has started several processes and says too little; the text tells what to type.
     """
+    be_plain(plain)
     # torch would load torch_npu by itself and fail where CANN is not sourced; runtime/device.py loads it when an NPU is
     # asked for, with an error that says what to do.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

@@ -29,10 +29,10 @@ from effdet.factory import place_model
 from effdet.metrics.coco import make_result_rows
 from effdet.predict.load import Detector, build_predict_bench, load_detector, load_published
 from effdet.predict.speed import Speed, measure_speed
-from effdet.report import html, progress
+from effdet.report import html
 from effdet.report.log import METRICS_NAME, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed
+from effdet.runtime import distributed, progress
 from effdet.runtime.console import dead_workers_in_one_line, one_line_errors, typed
 from effdet.training.amp import Precision
 from effdet.training.engine import evaluate
@@ -63,7 +63,7 @@ def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
             val_skip=cfg.run.val_skip,
         )
         for line in device_layer.tune(device, cfg.amp.hf32, cfg.amp.is_full_precision, cfg.run.npu_defaults):
-            _logger.info("setting: %s", line)
+            _logger.debug("setting: %s", line)
         precision = Precision(device, cfg.amp.enabled, cfg.amp.opt_level, cfg.amp.dtype)
         place_model(detector.model, device, cfg.model.same_padding, channels_last)
         bench = build_predict_bench(
@@ -164,7 +164,7 @@ def run(
     )
     started = time.time()
     log_interval = 0 if progress.current() else cfg.run.log_interval
-    with progress.progress("Evaluating", len(loader)) as on_batch:
+    with progress.bar("Evaluating", len(loader), "img", cfg.run.batch_size) as on_batch:
         autocast = functools.partial(precision.autocast, detector.model)
         found = evaluate(bench, loader, evaluator, autocast, log_interval, on_batch)
     facts = {
@@ -185,6 +185,8 @@ def run(
     if not labeled:
         _logger.info("the images have no annotations: there is no metric, and neither metrics nor a report are written")
         return
+    if distributed.is_primary():
+        _logger.info("%s", evaluator.scores.table(), extra=progress.ON_TERMINAL)
     for row in evaluator.per_class():
         ap, ap50 = ("  n/a" if math.isnan(value) else f"{value:.3f}" for value in (row.AP, row.AP50))
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)

@@ -23,7 +23,7 @@ PROGRAM = typed("demo.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, detect and draw, and return the exit status."""
     cfg = parse_demo_args(argv, __doc__)
-    prepare_environment()
+    prepare_environment(plain=cfg.run.plain)
     from effdet.report.log import setup_logging  # torch comes with these
     from effdet.runtime import signals
 

@@ -11,7 +11,7 @@ Examples:
 
 DIR is the folder as the annotation tool wrote it: COCO, Roboflow, CVAT, Label
 Studio, YOLO, Pascal VOC, ... (docs/own_data.md).
-A run writes into output/train/RUN. docs/flags.md is this list as a page.
+A run writes into output/train/RUN. docs/flags.md is --help-all as a page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from effdet.config.cli import in_our_words, parse_train_args, read_train_args
 from effdet.config.load import split_over_devices
 from effdet.config.recipe import wants_recipe
 from effdet.config.schema import RunConfig
-from effdet.runtime.console import one_line_errors, typed
+from effdet.runtime.console import error_line, one_line_errors, typed
 
 from .environment import prepare_environment
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = in_our_words("train.py", argv)
     cfg = parse_train_args(arguments, __doc__)
     with one_line_errors(PROGRAM):
-        prepare_environment(PROGRAM, cfg.dist.device_list)
+        prepare_environment(PROGRAM, cfg.dist.device_list, cfg.run.plain)
     if cfg.run.check:
         from effdet.datacheck.check import main as check  # torch comes with it, as with what run() imports
 
@@ -83,12 +83,12 @@ def train(root: str | Path = "", **settings: Any) -> TrainedRun:
         else:
             words.append(f"--{flag}={text}")
     cfg = read_train_args(words)
-    prepare_environment(PROGRAM, cfg.dist.device_list)
+    prepare_environment(PROGRAM, cfg.dist.device_list, cfg.run.plain)
     try:
         status, folder = run(cfg, words)
     except SystemExit as end:  # how the command says in one line that it cannot go on
         kind = ValueError if isinstance(end.__context__, ValueError | OSError) else RuntimeError
-        raise kind(str(end.code).removeprefix(f"{PROGRAM}: error: ")) from end.__context__
+        raise kind(str(end.code).removeprefix(error_line(PROGRAM, ""))) from end.__context__
     if status or folder is None:
         raise RuntimeError(f"the training ended with status {status}")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -106,7 +106,6 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
         The exit status, and the run's folder, None where a signal came before there was one.
     """
     from effdet.data.corrupt import BadImagesError
-    from effdet.report import progress
     from effdet.runtime import distributed, heartbeat, signals
     from effdet.runtime.console import dead_workers_in_one_line
     from effdet.runtime.launch import needs_launch, start
@@ -130,7 +129,6 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
                 prepared = prepare(cfg, device, parse)
             watch = heartbeat.start(cfg.dist.hang_timeout)
             with (
-                progress.ended(),
                 contextlib.closing(prepared),
                 dead_workers_in_one_line(PROGRAM, "; continue with --resume auto"),
                 one_line_errors(PROGRAM, (BadImagesError, DivergedError, OutOfMemory)),

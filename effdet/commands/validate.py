@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = in_our_words("validate.py", argv)
     cfg = parse_validate_args(arguments, __doc__)
     with one_line_errors(PROGRAM):
-        prepare_environment(PROGRAM, cfg.dist.device_list)
+        prepare_environment(PROGRAM, cfg.dist.device_list, cfg.run.plain)
     from effdet.runtime import distributed, signals  # torch comes with these
     from effdet.runtime.launch import launch, needs_launch, start
 

@@ -11,10 +11,10 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from effdet.runtime.console import typed
+from effdet.runtime.console import error_line, typed
 
 from . import effdet_line
 from .effdet_flags import REFUSED
@@ -24,6 +24,23 @@ from .options import ConfigError, Option, list_options, nearest
 from .schema import DemoConfig, RunConfig, ValidateConfig
 
 _logger = logging.getLogger(__name__)
+
+_FIRST = (  # what --help shows, in this order, as far as a script has it; --help-all has the rest
+    "data.root",
+    "model.name",
+    "run.checkpoint",
+    "sched.epochs",
+    "run.batch_size",
+    "model.image_size",
+    "run.device",
+    "run.output",
+    "run.results",
+    "run.score_thr",
+    "run.recursive",
+    "run.resume",
+    "run.check",
+    "run.images",
+)
 
 _ConfigT = TypeVar("_ConfigT", bound=RunConfig | ValidateConfig | DemoConfig)
 
@@ -38,16 +55,30 @@ class _Record(argparse.Action):
         setattr(namespace, self.dest, [*given, (option_string, values)])
 
 
+class _FewHelp(argparse.Action):
+    """Show what most people need, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.few().print_help()
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Report an error in one line, without the usage of a hundred flags."""
 
     raises = False
     """Whether an error is raised, for a caller in Python."""
 
+    few: "Callable[[], _Parser]"
+    """Make the parser whose help is short."""
+
     def error(self, message: str) -> NoReturn:
         if self.raises:
             raise ConfigError(message)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists everything)\n")
+        self.exit(2, error_line(self.prog, f"{message} (--help-all lists everything)\n"))
 
 
 def default_text(option: Option) -> str:
@@ -77,18 +108,26 @@ def _help_text(option: Option) -> str:
     return f"{option.text}{f' [{limits}]' if limits else ''} (default: {default_text(option)})".replace("%", "%%")
 
 
-def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser:
-    """Generate the parser of one script: a group per section, a flag per field; `about` heads and ends the help."""
+def _build_parser(root: type, prog: str, about: str, positional: str, everything: bool = True) -> _Parser:
+    """Generate the parser of one script: a group per section, a flag per field; `about` heads and ends the help.
+
+    Not `everything`, there is one group, of the flags that most people need.
+    """
     what, _, examples = about.strip().partition("\n\n")
     parser = _Parser(
         prog=prog,
         description=textwrap.fill(what, 78),
         epilog=examples,
         allow_abbrev=False,
+        add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"{prog} [-c FILE] [--flag value ...] [section.field=value ...]{positional}",
     )
-    parser.add_argument(
+    parser.few = lambda: _build_parser(root, prog, about, positional, everything=False)
+    shown = parser.add_argument_group("options" if everything else "what most people need")
+    shown.add_argument("-h", "--help", action=_FewHelp, help="show what most people need, and exit")
+    shown.add_argument("--help-all", action="help", help="show every option, and exit")
+    shown.add_argument(
         "-c",
         "--config",
         action="append",
@@ -100,9 +139,13 @@ def _build_parser(root: type, prog: str, about: str, positional: str) -> _Parser
     groups: dict[str, Any] = {}
     plain: dict[str, list[str]] = {}
     options = list_options(root)
+    if not everything:
+        options = {key: options[key] for key in _FIRST if key in options}
     for key, option in options.items():
         section = key.partition(".")[0]
-        if section not in groups:
+        if not everything:
+            groups[section] = shown
+        elif section not in groups:
             section_type = typing.get_type_hints(root)[section]
             groups[section] = parser.add_argument_group(section, textwrap.fill(section_type.__doc__, 76))
         flags = option.spellings

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .eval_schema import (
     DEVICE_TEXT,
     NPU_DEFAULTS_TEXT,
+    PLAIN_TEXT,
     DemoModelConfig,
     DemoRunSectionConfig,
     EvalAmpConfig,
@@ -24,7 +25,7 @@ from .options import setting
 _SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "plateau", "constant", "none")
 
 
-# ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help ----
+# ---- sections: training's adds to evaluation's, that to the demo's; the docstring heads the section in --help-all ----
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ class RunSectionConfig:
         0, "trace N updates with the device's profiler, into profile/ of the run's folder; 0: none", low=0
     )
     tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
+    plain: bool = setting(False, PLAIN_TEXT)
 
 
 # ---- one root per script ----

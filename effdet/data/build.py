@@ -144,7 +144,7 @@ def build_loader(
             "drop_last": True,
             "multi_scale": multi_scale_sizes(data, inputs["input_size"][1:]),
         }
-        _logger.info("augmentation: %s", describe_augmentation(data))
+        _logger.debug("augmentation: %s", describe_augmentation(data))
     elif val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
     loader = create_loader(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from effdet.ops.sizes import check_image_size
 from effdet.runtime import device as device_layer
 from effdet.runtime.console import one_line_errors
 from effdet.runtime.cores import core_count
+from effdet.runtime.progress import be_plain, make_handler
 
 from .anchor_reach import SIDE_EDGES_PX
 from .judge import judge
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cfg = parse_check_args(words)
     if int(os.environ.get("RANK", "0")):  # started once for each device: one of them looks
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    be_plain(cfg.run.plain)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[make_handler(sys.stderr)])
     with one_line_errors("effdet.datacheck.check"):
         if cfg.run.html:
             ensure_writable(cfg.run.html, "--html")

@@ -22,6 +22,7 @@ from PIL import UnidentifiedImageError
 from effdet.data.coco.foreign import is_lfs_pointer
 from effdet.data.coco.report import MAX_EXAMPLES
 from effdet.data.images import ImageError, read_image
+from effdet.runtime.progress import IN_LINES, track
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def scan_images(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, pr
     for info in infos:
         kept.append(info["file_name"])
         jobs.append((str(folder / info["file_name"]), info["width"] or None, info["height"] or None))
-    for name, (file_hash, pixel_hash, kind, text) in zip(kept, _results(jobs, processes), strict=True):
+    results = track(_results(jobs, processes), f"Decoding {folder.name}", total, "img")
+    for name, (file_hash, pixel_hash, kind, text) in zip(kept, results, strict=True):
         scan.names.append(name)
         scan.file_hashes.append(file_hash)
         scan.pixel_hashes.append(pixel_hash)
@@ -138,6 +140,7 @@ def scan_images(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, pr
                 total,
                 rate,
                 (total - len(scan.names)) / rate,
+                extra=IN_LINES,
             )
             said = now
     scan.seconds = time.perf_counter() - started

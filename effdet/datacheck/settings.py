@@ -62,7 +62,7 @@ def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, s
     for name in names if cfg.model.pretrained_backbone != "" else ():
         source = resolve_backbone(cfg.model.pretrained_backbone or AUTO, name)
         if source is not None:
-            return name, source.describe()
+            return name, source.title
     return "", ""
 
 

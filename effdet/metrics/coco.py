@@ -22,6 +22,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from effdet.runtime.progress import IN_LINES
+
 try:
     import hotcoco
 except ImportError:  # no build for this platform
@@ -246,7 +248,7 @@ def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collecti
         )
     limits = (1, 10, max(100, max_det))
     by_hotcoco = hotcoco is not None and bool(rows) and bool(truth.anns) and bool(img_ids)
-    _logger.info("boxes are matched by %s", "hotcoco" if by_hotcoco else "pycocotools")
+    _logger.info("boxes are matched by %s", "hotcoco" if by_hotcoco else "pycocotools", extra=IN_LINES)
     tables = (_fill_by_hotcoco if by_hotcoco else _fill_by_pycocotools)(truth, rows, img_ids, limits)
     counts = Counter(
         a["category_id"] for a in truth.dataset["annotations"] if a["image_id"] in img_ids and not a["iscrowd"]

@@ -1,1 +1,1 @@
-"""What a run shows: log, progress, summary, drawings, report.html."""
+"""What a run shows: log, summary, drawings, report.html."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .progress import LiveLineHandler, is_terminal
+from effdet.runtime.progress import keep_lines, make_handler
 
 _LOGGER_NAMES = ("effdet", "timm_patches")
 METRICS_NAME = "metrics.json"
@@ -74,9 +74,9 @@ class EvalStats:
 def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
     """Send the packages' log to standard output, and on rank 0 to log.txt too.
 
-    Rank 0 logs from INFO on, in plain lines; a terminal gets one live line for each epoch (progress.py). Other ranks
-    log warnings and errors, marked with their number. Handlers of an earlier call are replaced, so that no line comes
-    twice; records do not go on to the root logger for the same reason.
+    Rank 0 logs from INFO on, a terminal in colours and with bars (runtime/progress.py). Other ranks log warnings and
+    errors, marked with their number. The file has everything, with time and level. Handlers of an earlier call are
+    replaced, so that no line comes twice; records do not go on to the root logger for the same reason.
 
     Args:
         output_dir: folder of the run, made if need be; log.txt in it is appended to. None for no file.
@@ -85,19 +85,20 @@ def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logge
     Returns:
         The logger 'effdet'.
     """
-    kind = LiveLineHandler if rank == 0 and is_terminal(sys.stdout) else logging.StreamHandler
-    handlers: list[logging.Handler] = [kind(sys.stdout)]  # it flushes after each record
+    lines = logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s")
+    screen = make_handler(sys.stdout) if rank == 0 else logging.StreamHandler(sys.stdout)
+    screen.setFormatter(lines)
+    screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handlers = [screen]
     if output_dir is not None and rank == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(Path(output_dir) / "log.txt", encoding="utf-8"))
-    formatter = logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s")
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        file = keep_lines(_LogFile(Path(output_dir) / "log.txt", encoding="utf-8"))
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handlers.append(file)
     old = {handler for name in _LOGGER_NAMES for handler in logging.getLogger(name).handlers}
     for name in _LOGGER_NAMES:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.setLevel(logging.DEBUG if len(handlers) > 1 else screen.level)
         logger.propagate = False
         logger.handlers[:] = handlers
     for handler in old:

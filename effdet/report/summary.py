@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from effdet.runtime.console import typed
 from timm_patches.same_padding import convert_same_padding
 
 _NAMES_SHOWN = 8
+_HASH = re.compile(r", sha256 \w+$")
 
 
 @torch.no_grad()
@@ -54,8 +56,8 @@ def describe_start(
     precision: str,
     folder: Path,
     initial_weights: str = "",
-) -> list[str]:
-    """Return the lines of a run's start.
+) -> tuple[list[str], list[str]]:
+    """Return the lines of a run's start: what everybody wants to know, and technical details.
 
     Args:
         cfg: the resolved settings.
@@ -82,24 +84,28 @@ def describe_start(
     ema = f"EMA {cfg.ema.decay:g}" if cfg.ema.enabled else "no EMA"
     clip = f"clip {optim.clip_mode} {optim.clip_grad:g}" if optim.clip_grad else "no clipping"
     end = f", at most {cfg.run.max_steps} steps" if cfg.run.max_steps else ""
+    steps = min(filter(None, (epochs * steps_per_epoch, cfg.run.max_steps)))
     lines = {
-        "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
-        f"{f' and {_millions(frozen)} frozen' if frozen else ''}, "
-        f"{_gmacs(model)} GMACs an image",
-        "weights": initial_weights or "not known",
-        "train": _describe_split(train_set),
-        "val": _describe_split(val_set),
+        "data": f"training: {_describe_split(train_set)}; validation: {_describe_split(val_set)}",
         "classes": f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}",
-        "device": f"{device}, {world} process(es), {precision}, "
-        f"{'channels-last' if channels_last else 'channels-first'}",
-        "batch": f"{cfg.run.batch_size}{accumulated} over all devices, {steps_per_epoch} steps an epoch",
-        "length": f"{epochs} epochs{end}, evaluated every {cfg.run.val_interval}",
+        "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
+        f"{f' and {_millions(frozen)} frozen' if frozen else ''}",
+        "weights": _HASH.sub("", initial_weights) or "not known",
+        "device": f"{device}, {world} process(es)",
+        "length": f"{epochs} epochs of {steps_per_epoch} steps with {cfg.run.batch_size} images{end}: {steps} steps, "
+        f"evaluated every {cfg.run.val_interval} epochs and at the end",
+        "output": str(folder),
+    }
+    details = {
+        "weights": initial_weights or "not known",
+        "work": f"{_gmacs(model)} GMACs an image, {precision}, channels-{'last' if channels_last else 'first'}",
+        "batch": f"{cfg.run.batch_size}{accumulated} over all devices",
         "lr": f"{optim.lr:g} for {update} images an update ({optim.lr / update:.3g} each), {sched.sched}, "
         f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",
         "optimizer": f"{optim.opt}, weight decay {optim.weight_decay:g}, {clip}, {ema}",
-        "folder": str(folder),
     }
-    return [f"  {name:<10} {text}" for name, text in lines.items()]
+    shown, technical = ([f"  {name:<10} {text}" for name, text in table.items()] for table in (lines, details))
+    return shown, technical
 
 
 def _gmacs(model: nn.Module) -> str:

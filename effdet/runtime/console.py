@@ -11,6 +11,8 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
+from .progress import is_terminal, make_handler
+
 _logger = logging.getLogger(__name__)
 
 INPUT_ERRORS = (ValueError, OSError, RuntimeError)
@@ -36,6 +38,14 @@ def typed(program: str) -> str:
     return f"effdet {_VERBS.get(verb, verb)}"
 
 
+def error_line(program: str, text: object) -> str:
+    """Return an error as argparse words one; where standard error is a terminal, its first words are red."""
+    start = f"{program}: error:"
+    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
+        start = f"\x1b[1;31m{start}\x1b[0m"
+    return f"{start} {text}"
+
+
 @contextlib.contextmanager
 def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
     """End the process with one line and status 1 when the input is at fault; other exceptions keep their traceback.
@@ -48,7 +58,7 @@ def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = INPUT_ERR
     except kinds as error:
         _logger.debug("the error came from here", exc_info=True)
         sys.stdout.flush()
-        raise SystemExit(f"{program}: error: {error}") from None  # as argparse does for a wrong flag
+        raise SystemExit(error_line(program, error)) from None
 
 
 @contextlib.contextmanager
@@ -67,15 +77,16 @@ def dead_workers_in_one_line(program: str, then: str = "") -> Iterator[None]:
         texts = _texts_of(error)
         found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(?:.*by signal: ([\w ]+))?", texts)
         if isinstance(error, WorkerError):
-            raise SystemExit(f"{program}: error: {error}{then}.") from None
+            raise SystemExit(error_line(program, f"{error}{then}.")) from None
         if found is None and "Pin memory thread exited" not in texts:
             raise
         how = f" ({found[2].strip()})" if found and found[2] else ""
         which = f"a loader process (pid {found[1]}) was ended from outside{how}" if found else "loading ended"
-        raise SystemExit(
-            f"{program}: error: {which}, as the system does when memory runs out: use fewer loader processes (-j) or "
-            f"smaller batches{then}."
-        ) from None
+        text = (
+            f"{which}, as the system does when memory runs out: use fewer loader processes (-j) or smaller batches"
+            f"{then}."
+        )
+        raise SystemExit(error_line(program, text)) from None
 
 
 def _texts_of(error: BaseException | None) -> str:
@@ -101,7 +112,7 @@ def make_tool_parser(module: str, description: str, example: str) -> argparse.Ar
         description: one sentence.
         example: arguments of a typical call; several, one a line.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[make_handler(sys.stderr)])
     program = typed(f"python -m {module}")
     examples = "\n".join(_folded(f"{program} {arguments}") for arguments in example.splitlines())
     return argparse.ArgumentParser(

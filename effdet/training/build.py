@@ -31,6 +31,7 @@ from effdet.factory import build_model, place_model
 from effdet.ops.sizes import get_feat_sizes
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
+from effdet.runtime.progress import IN_LINES
 from timm_patches.optim_factory import keeps_flat
 
 from . import overfit
@@ -121,7 +122,7 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
         f"learning rate {cfg.optim.lr:g} as given, for a global batch of {cfg.run.batch_size}: it is not scaled with it"
     )
     for line in lines:
-        _logger.info("setting: %s", line)
+        _logger.debug("setting: %s", line)
     if amp.is_full_precision and amp.loss_scale == "dynamic" and not device_layer.has_float32_range(place.device):
         _logger.warning(
             "float32 convolutions compute in float16 on this device: small gradients are lost, unless a loss scale is "
@@ -140,6 +141,7 @@ def log_start(cfg: RunConfig, place: Placement, output_dir: Path) -> None:
         each,
         place.workers,
         output_dir,
+        extra=IN_LINES,  # a terminal has it in a table, when the data have been opened
     )
 
 
@@ -167,7 +169,7 @@ def open_data(cfg: RunConfig, stored: Mapping[str, Any] | None) -> Data:
             f"{cfg.data.workers} loader processes (-j) for {len(train_set)} training images: some would "
             f"have nothing to do. Give at most {len(train_set)}."
         )
-    _logger.info("data: %d training and %d validation images, %s", len(train_set), len(val_set), categories)
+    _logger.debug("data: %d training and %d validation images, %s", len(train_set), len(val_set), categories)
     table = train_set.parser.box_table()
     empty = find_empty_classes(categories, set(table["category_id"][~table["crowd"]].tolist()))
     if empty:
@@ -203,12 +205,12 @@ def build_step(
     if cfg.dist.sync_bn and is_group:
         distributed.convert_sync_batchnorm(model)  # in place
     if cfg.model.freeze_backbone:
-        _logger.info("backbone frozen: %s", freeze_backbone(model))
+        _logger.debug("backbone frozen: %s", freeze_backbone(model))
     if cfg.model.freeze_stages:
-        _logger.info("backbone stages frozen: %s", freeze_stages(model, cfg.model.freeze_stages))
+        _logger.debug("backbone stages frozen: %s", freeze_stages(model, cfg.model.freeze_stages))
     if cfg.model.freeze_bn:
         part = model.backbone if cfg.model.freeze_bn == "backbone" else model
-        _logger.info("batch norms frozen: %s", freeze_bn(part))
+        _logger.debug("batch norms frozen: %s", freeze_bn(part))
     place_model(model, device, cfg.model.same_padding, place.channels_last)
     if payload:
         check_fits(payload, source, cfg.model.name, list(model.config.image_size))

@@ -86,8 +86,11 @@ class NonFiniteError(RuntimeError):
 class Recorder(Protocol):
     """What `train_one_epoch` tells how it goes."""
 
-    def on_batch(self, epoch: int, step: int, steps: int, images: Tensor, target: Any) -> None:
-        """Take note of a batch that will be trained on now; `step` of `steps` are done in this epoch."""
+    def on_batch(self, epoch: int, step: int, steps: int, images: Tensor, target: Any, losses: Tensor | None) -> None:
+        """Take note of a batch that will be trained on now; `step` of `steps` are done in this epoch.
+
+        The losses are those of the batch before, the sum first, on the device: reading them waits for it.
+        """
 
     def on_interval(self, stats: StepStats) -> None:
         """Take the numbers of a log interval."""
@@ -142,7 +145,7 @@ def train_one_epoch(
     for index, (images, target) in enumerate(loader if start.batches < num_batches else (), start.batches):
         clock.data_ready()
         if recorder is not None:
-            recorder.on_batch(epoch, index, len(loader), images, target)
+            recorder.on_batch(epoch, index, len(loader), images, target, clock.losses)
         heartbeat.tick(run.steps, 1, f"computing step {run.steps + 1}")
         is_last = index + 1 == num_batches
         updates_now = (index + 1) % run.grad_accum == 0 or is_last
@@ -227,6 +230,7 @@ class _Clock:
         self.batches = self.batches_before = start.batches
         self.images = 0
         self.totals = start.totals
+        self.losses: Tensor | None = None  # of the last batch
         self.skipped_in_a_row = 0  # as of the last log line
         self.data_s = self.interval_data_s = 0.0
         self.interval_batches = self.interval_images = 0
@@ -241,6 +245,7 @@ class _Clock:
 
     def step_done(self, output: dict[str, Tensor], images: int, is_last: bool) -> None:
         losses = torch.stack([output[key].detach().float() for key in _LOSSES])
+        self.losses = losses
         self.totals = losses if self.totals is None else self.totals + losses
         count = images * world_size()
         self.batches += 1

@@ -192,6 +192,9 @@ class Frozen(NamedTuple):
     parameters: int
     norm_layers: int
 
+    def __str__(self) -> str:
+        return f"{self.parameters} weight tensors, {self.norm_layers} norm layers"
+
 
 _FrozenT = TypeVar("_FrozenT", bound="_StaysInEval")
 

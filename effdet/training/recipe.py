@@ -82,7 +82,8 @@ def keep_recipe(cfg: RunConfig, recipe: Recipe | None, parse: Parse, payload: Ma
     if recipe is not None:
         options = list_options(RunConfig)
         in_effect = {key: value for key, value in recipe.settings.items() if options[key].get(cfg) == value}
-        _logger.info("recipe %s (%s): %s", recipe.name, recipe.why, show_settings(in_effect) or "the defaults")
+        _logger.info("recipe: %s (%s)", recipe.name, recipe.why)
+        _logger.debug("settings of the recipe: %s", show_settings(in_effect) or "the defaults")
     return cfg
 
 

@@ -1,7 +1,7 @@
 """What a training run leaves behind and shows beside its checkpoints: the loops hand records in, files come out.
 
 That is: metrics.jsonl, summary.csv, metrics.json, TensorBoard, the report, the first batch, lines of the log and the
-live line. All of it happens on rank 0, and none of it reads the device, but for the first batch, once.
+bar. All of it happens on rank 0, and none of it reads an accelerator, but for the first batch, once.
 
 metrics.jsonl has one json object a line. All have `kind`, `epoch` (from 0) and `global_step` (batches since the start
 of the run); numbers that are NaN or infinite are null. By kind:
@@ -26,16 +26,17 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from effdet.checkpoint.io import replacing
 from effdet.config.schema import RunConfig
 from effdet.evaluator import CocoEvaluator
 from effdet.predict.gallery import draw_training_batch
 from effdet.report import html as report
-from effdet.report import progress as live_line
 from effdet.report.images import BATCH_NAME
 from effdet.report.log import (
     METRICS_NAME,
@@ -49,7 +50,8 @@ from effdet.report.log import (
 )
 from effdet.report.summary import describe_start, next_commands
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed
+from effdet.runtime import distributed, progress
+from effdet.runtime.progress import IN_LINES, ON_TERMINAL
 
 from .engine import Training
 
@@ -115,6 +117,9 @@ class RunRecorder:
         self.rates: list[float] = []  # images per second of each interval
         self.writer: Any = None  # TensorBoard's
         self.draws_batch = False
+        self.move: progress.Move | None = None  # of the epoch's bar
+        self.step_s: float | None = None  # seconds a step took in the last interval
+        self.reads_loss = device_layer.is_host(training.device)
         self.device = device_layer.describe(training.device)
         self.report = report.Report(
             folder / report.NAME,
@@ -133,7 +138,7 @@ class RunRecorder:
             return
         precision = self.training.precision.level
         precision = "float32" if precision == "O0" else f"mixed precision {precision} in {self.cfg.amp.dtype}"
-        for line in describe_start(
+        lines, details = describe_start(
             self.cfg,
             self.training.model,
             self.train_loader.dataset,
@@ -146,8 +151,11 @@ class RunRecorder:
             precision,
             self.folder,
             self.initial_weights,
-        ):
+        )
+        for line in lines:
             _logger.info("%s", line)
+        for line in details:
+            _logger.debug("%s", line)
 
     def begin(self, epoch: int, batches: int) -> None:
         """Open the files, without what the run will write anew.
@@ -168,10 +176,21 @@ class RunRecorder:
             self.writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
             atexit.register(self.writer.close)
 
-    def on_batch(self, epoch: int, step: int, steps: int, images: Any, target: Any) -> None:
-        """Move the live line on, and draw the run's first batch; see engine.Recorder."""
-        if self.primary:
-            live_line.step(epoch=epoch, step=step, steps=steps)
+    @contextlib.contextmanager
+    def show_epoch(self, epoch: int, batches: int, batch_size: int) -> Iterator[None]:
+        """Show a bar of the epoch's batches, each of so many images over all devices, while the block trains."""
+        if not self.primary:
+            yield
+            return
+        with progress.bar(f"Epoch {epoch}", batches, "img", batch_size, self.step_s) as self.move:
+            yield
+        self.move = None
+
+    def on_batch(
+        self, epoch: int, step: int, steps: int, images: Any, target: Any, losses: torch.Tensor | None = None
+    ) -> None:
+        """Move the bar on, and draw the run's first batch; see engine.Recorder."""
+        self._move(step, float(losses[0]) if losses is not None and self.reads_loss and self.move else None)
         if self.draws_batch:
             self.draws_batch = False
             self._draw(images, target)
@@ -182,9 +201,16 @@ class RunRecorder:
             return
         self.rates.append(stats.img_per_s)
         row = {key: getattr(stats, key) for key in _INTERVAL_KEYS}
-        _logger.info("%s", format_interval_line(stats), extra={"on_live_line": True})
-        live_line.show({**row, "eta": format_duration(stats.eta_s)})
+        _logger.info("%s", format_interval_line(stats), extra=IN_LINES)
+        self.step_s = stats.step_s
+        self._move(stats.step, stats.loss)
         self._write("interval", row)
+
+    def _move(self, step: int, loss: float | None) -> None:
+        if self.move is not None:
+            run = self.training
+            end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
+            self.move(step, max(0, end - run.steps), loss)
 
     def add_summary(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
         """Append an epoch to summary.csv; call it on rank 0.
@@ -235,6 +261,8 @@ class RunRecorder:
         stats = self.evaluator.stats
         parser = self.val_set.parser
         image = Path(self.val_set.data_dir) / parser.img_infos[0]["file_name"] if len(parser.img_infos) else None
+        if self.evaluator.scores is not None:
+            _logger.info("%s", self.evaluator.scores.table(), extra=ON_TERMINAL)
         for line in (
             f"TrainAvgFPS: mean img/s of {len(rates)} intervals AvgFPS:{img_per_s:.2f}",
             format_best_metric(run["best_AP"], run["best_epoch"]),

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from effdet.report.log import EpochStats, EvalStats, format_best_metric
 from effdet.runtime import distributed
+from effdet.runtime.progress import IN_LINES
 
 from . import resume
 from .build import uneven_models
@@ -76,4 +77,4 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
     save(run, write)
     run.recorder.add_epoch(stats, evaluation)
     if metric is not None and distributed.is_primary():
-        _logger.info("%s", format_best_metric(*run.manager.best))
+        _logger.info("%s", format_best_metric(*run.manager.best), extra=IN_LINES)

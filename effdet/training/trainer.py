@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import sys
 import time
 from typing import IO
 
@@ -23,10 +24,9 @@ from effdet.config.recipe import Parse
 from effdet.config.schema import RunConfig
 from effdet.data.corrupt import BadImagesError
 from effdet.predict.gallery import write_comparisons
-from effdet.report import progress
 from effdet.report.log import EvalStats, setup_logging
 from effdet.runtime import device as device_layer
-from effdet.runtime import distributed, memory, seeding, signals
+from effdet.runtime import distributed, memory, progress, seeding, signals
 
 from . import auto_batch, build, footprint, initial_weights, overfit, resume
 from .amp import check_precision
@@ -66,6 +66,8 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     Raises:
         ValueError, OSError, RuntimeError: the run cannot work as asked for; a new folder is removed again.
     """
+    if distributed.is_primary():
+        progress.watch(sys.stdout)  # the folder with the log comes after the first look at the data
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
     check_tensorboard(cfg.run.tensorboard)
     check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
@@ -235,7 +237,10 @@ def run_epoch(run: Run, start: resume.Position) -> tuple[bool, float]:
     if epoch == max(run.epochs - run.cfg.model.freeze_bn_epochs, run.position.epoch):
         freeze_statistics(training)
     try:
-        stats = train_one_epoch(training, run.loaders.train, epoch, state.progress, state.after_update, run.recorder)
+        with run.recorder.show_epoch(epoch, len(run.loaders.train), run.loaders.batch_size * run.place.world):
+            stats = train_one_epoch(
+                training, run.loaders.train, epoch, state.progress, state.after_update, run.recorder
+            )
     except NonFiniteError as error:
         raise explain_divergence(error, training, run.data.train_set, run.output_dir) from None
     if not start.trained:
@@ -278,7 +283,8 @@ class EpochState:
 
 def freeze_statistics(training: Training) -> None:
     """Fix the batch-norm statistics for the rest of the run; they are equal on all ranks after every epoch."""
-    _logger.info("batch-norm statistics fixed from here on: %d layers", freeze_bn_statistics(training.model))
+    layers = freeze_bn_statistics(training.model)
+    _logger.info("batch-norm statistics fixed from here on: %d layers", layers, extra=progress.IN_LINES)
     if training.ema is not None:
         training.ema.copy_buffers(training.model)
 
@@ -298,7 +304,7 @@ def evaluate_weights(run: Run, epoch: int) -> EvalStats:
             "more steps are done (for short runs: --no-model-ema, a smaller --model-ema-decay)",
             100 * ema.share_of_init(),
         )
-    with progress.progress("Evaluating", len(run.loaders.val)) as on_batch:
+    with progress.bar("Evaluating", len(run.loaders.val), "img", run.loaders.batch_size * run.place.world) as on_batch:
         autocast = functools.partial(run.training.precision.autocast, run.eval_bench.model)
         found = evaluate(run.eval_bench, run.loaders.val, run.loaders.evaluator, autocast, on_batch=on_batch)
     _logger.info(

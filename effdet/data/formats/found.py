@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
+from effdet.runtime.progress import track
+
 from ..coco.report import MAX_EXAMPLES, DatasetError, shown
 from ..corrupt import default_limit
 from ..images import ImageError, image_suffixes, read_size
@@ -178,9 +180,9 @@ def nearest_path(paths: Sequence[str], to: str) -> str:
 
 
 def map_files(function: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
-    """Apply a function that reads a file to each item, several at a time."""
+    """Apply a function that reads a file to each item, several at a time; a terminal sees a bar."""
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(function, items)
+        yield from track(pool.map(function, items), "Reading files", len(items), "files")
 
 
 # ---- COCO's form -----------------------------------------------------------------------------------------------------

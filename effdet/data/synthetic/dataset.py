@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from effdet.runtime.console import typed
+from effdet.runtime.progress import make_handler, track
 
 from .shapes import KINDS, Patch, make_background, make_colours, make_patch, paint_patch
 
@@ -239,7 +241,7 @@ def _write_split(out_dir: Path, split: str, count: int, seed: int) -> dict:
     folder.mkdir()
     images: list[dict] = []
     annotations: list[dict] = []
-    for index in range(count):
+    for index in track(range(count), f"Drawing {split} images", count, "img"):
         image = make_image(seed, split, index)
         image_id = (1 if split == "train" else 100_001) + index
         name = f"{image_id:012d}.jpg"
@@ -268,7 +270,7 @@ def _write_split(out_dir: Path, split: str, count: int, seed: int) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[make_handler(sys.stderr)])
     parser = argparse.ArgumentParser(
         prog=typed("python -m effdet.data.synthetic"),
         description="Make the embedded data set in COCO's layout.",

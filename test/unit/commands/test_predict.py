@@ -15,7 +15,7 @@ import effdet
 from effdet.commands import drawing, predict, validate
 from effdet.predict.detections import Detections
 from effdet.predict.sources import Item
-from effdet.report.progress import LiveLineHandler
+from effdet.runtime.terminal import TerminalHandler
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ class Terminal:
 @pytest.mark.parametrize(("count", "terminal", "lines"), [(21, True, 0), (20, True, 20), (21, False, 21)])
 def test_many_images_in_a_terminal_get_a_bar(count, terminal, lines, monkeypatch):
     screen = Terminal()
-    handler = LiveLineHandler(screen) if terminal else logging.StreamHandler(screen)
+    handler = TerminalHandler(screen) if terminal else logging.StreamHandler(screen)
     logger = logging.getLogger("effdet")
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
@@ -128,4 +128,4 @@ def test_many_images_in_a_terminal_get_a_bar(count, terminal, lines, monkeypatch
         for _ in range(count):
             report(item, nothing)
     assert screen.text.count("a.jpg") == lines
-    assert ("Predict" in screen.text) == (lines == 0)
+    assert ("Predicting" in screen.text) == (lines == 0)

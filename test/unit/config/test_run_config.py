@@ -211,9 +211,9 @@ def test_each_spelling_belongs_to_one_field(root):
 
 
 @pytest.mark.parametrize("root", list(PARSERS))
-def test_help_shows_every_group_and_field(root, capsys):
+def test_help_all_shows_every_group_and_field(root, capsys):
     with pytest.raises(SystemExit) as stop:
-        PARSERS[root](["--help"])
+        PARSERS[root](["--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for section, kind in sections_of(root).items():
@@ -222,6 +222,24 @@ def test_help_shows_every_group_and_field(root, capsys):
     if root is RunConfig:
         assert "--lr X peak learning rate, for the global batch as it is [> 0] (default: 0.32)" in text
         assert "loss.gamma: focal loss: focusing exponent [>= 0] (default: from the model table)" in text
+
+
+@pytest.mark.parametrize(
+    ("root", "flags"),
+    [
+        (RunConfig, "-c --root --model --epochs -b --image-size --device --output --resume --check"),
+        (ValidateConfig, "-c --root --model --checkpoint -b --image-size --device --output --results"),
+        (DemoConfig, "-c --model --checkpoint -b --image-size --device --output --score-thr --recursive"),
+    ],
+)
+def test_help_shows_what_most_people_need(root, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PARSERS[root](["-h"])
+    text = capsys.readouterr().out
+    listed = re.findall(r"^  (-.*?)(?:  |$)", text.partition("Examples")[0], re.MULTILINE)
+    names = {re.split("[ ,]", entry)[0] for entry in listed}
+    assert stop.value.code == 0 and "--help-all" in text
+    assert names == {*flags.replace("-b", "--batch-size").split(), "-h", "--help-all"}
 
 
 # ---- the historic runs ----

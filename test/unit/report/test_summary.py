@@ -79,7 +79,7 @@ def test_start_says_what_a_user_checks():
     )
     model = create_model("tf_efficientdet_d0", pretrained_backbone=False, num_classes=10, image_size=(128, 256))
     model.backbone.requires_grad_(False)
-    lines = describe_start(
+    lines, details = describe_start(
         cfg,
         model,
         set_of(1000, 5000),
@@ -92,7 +92,7 @@ def test_start_says_what_a_user_checks():
         "float32",
         Path("out") / "run",
     )
-    text = {line.split()[0]: line.strip().split(None, 1)[1] for line in lines}
+    text = {line.split()[0]: line.strip().split(None, 1)[1] for line in [*details, *lines]}
     frozen = sum(p.numel() for p in model.backbone.parameters()) / 1e6
     free = sum(p.numel() for p in model.parameters()) / 1e6 - frozen
     for key, values in {
@@ -101,19 +101,19 @@ def test_start_says_what_a_user_checks():
             "128x256 px",
             f"{free:.2f} M",
             f"{frozen:.2f} M frozen",
-            f"{count_macs(model, (128, 256)) / 1e9:.2f} GMACs",
         ),
-        "train": ("1000 ", "5000 boxes"),
-        "val": ("50 ", "300 boxes"),
+        "work": (f"{count_macs(model, (128, 256)) / 1e9:.2f} GMACs", "float32", "channels-last"),
+        "data": ("1000 images, 5000 boxes", "50 images, 300 boxes"),
         "classes": ("10: class0, ", "class7", "2 more"),
-        "device": ("cuda:0", "a card", "8 process", "float32", "channels-last"),
-        "batch": ("64 x 4 ", "15 steps"),
-        "length": ("30 epochs", "900 steps", "every 2"),
+        "device": ("cuda:0", "a card", "8 process"),
+        "output": (str(Path("out") / "run"),),
+        "batch": ("64 x 4 ",),
+        "length": ("30 epochs", "15 steps with 64 images", ": 450 steps", "every 2"),
         "lr": ("0.32 for 256 ", "0.00125", "cosine"),
         "optimizer": ("no EMA", "clip norm 10"),
     }.items():
         assert all(value in text[key] for value in values), text[key]
-    assert "class8" not in text["classes"] and all(line.isascii() for line in lines)
+    assert "class8" not in text["classes"] and all(line.isascii() for line in [*lines, *details])
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ class Recorded:
         self.batches: list[tuple[int, int, int, torch.Tensor]] = []
         self.intervals: list[StepStats] = []
 
-    def on_batch(self, epoch: int, step: int, steps: int, images: torch.Tensor, target: dict) -> None:
+    def on_batch(
+        self, epoch: int, step: int, steps: int, images: torch.Tensor, target: dict, losses: torch.Tensor | None
+    ) -> None:
         self.batches.append((epoch, step, steps, images))
 
     def on_interval(self, stats: StepStats) -> None:
@@ -336,6 +338,16 @@ def test_each_batch_is_shown_to_the_recorder_before_it_is_trained_on():
     train_one_epoch(run, batches, epoch=2, recorder=recorder)
     assert [row[:4] for row in seen] == [(step, 2, step, NUM_BATCHES) for step in range(5)]
     assert all(row[4] is images and row[5] is target for row, (images, target) in zip(seen, batches, strict=False))
+
+
+def test_the_recorder_is_shown_the_losses_of_the_batch_before():
+    run, recorder, seen = make_training(Regression(), log_interval=1), Recorded(), []
+    recorder.on_batch = lambda *batch: seen.append(batch[5])
+    train_one_epoch(run, make_batches(), epoch=0, recorder=recorder)
+    assert seen[0] is None
+    assert [losses.tolist() for losses in seen[1:]] == [
+        pytest.approx([stats.loss, stats.class_loss, stats.box_loss]) for stats in recorder.intervals[:-1]
+    ]
 
 
 def test_rates_and_remaining_time_come_from_the_clock(monkeypatch):
