@@ -6,9 +6,11 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +44,7 @@ _logger = logging.getLogger("effdet.validate")
 
 def evaluate_detector(cfg: ValidateConfig, device: torch.device) -> None:
     """Build what the config names, evaluate it, print the numbers and write the files asked for."""
-    setup_logging(None, distributed.rank())
+    setup_logging(None, distributed.rank(), cfg.run.json)
     with one_line_errors(typed("validate.py")):
         detector = find_detector(cfg)
         data, lines = settle_data(cfg.data, ("val",), Path(cfg.run.output) / FOLDER if cfg.run.output else None)
@@ -192,6 +194,8 @@ def run(
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
     if distributed.is_primary():
         write_files(cfg, detector, evaluator, loader.dataset, device, facts)
+        if cfg.run.json:
+            sys.stdout.write(json.dumps({**evaluator.scores.to_json(), "run": facts}) + "\n")
     _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
 
 

@@ -82,6 +82,8 @@ def train(root: str | Path = "", **settings: Any) -> TrainedRun:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words.append(f"--{flag}={text}")
+    from effdet.report.log import METRICS_NAME
+
     cfg = read_train_args(words)
     prepare_environment(PROGRAM, cfg.dist.device_list, cfg.run.plain)
     try:
@@ -91,7 +93,7 @@ def train(root: str | Path = "", **settings: Any) -> TrainedRun:
         raise kind(str(end.code).removeprefix(error_line(PROGRAM, ""))) from end.__context__
     if status or folder is None:
         raise RuntimeError(f"the training ended with status {status}")
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / METRICS_NAME).read_text(encoding="utf-8"))
     return TrainedRun(folder, Path(metrics["run"]["checkpoint"]), metrics)
 
 
@@ -106,6 +108,7 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
         The exit status, and the run's folder, None where a signal came before there was one.
     """
     from effdet.data.corrupt import BadImagesError
+    from effdet.report.log import METRICS_NAME
     from effdet.runtime import distributed, heartbeat, signals
     from effdet.runtime.console import dead_workers_in_one_line
     from effdet.runtime.launch import needs_launch, start
@@ -134,6 +137,9 @@ def run(cfg: RunConfig, arguments: Sequence[str]) -> tuple[int, Path | None]:
                 one_line_errors(PROGRAM, (BadImagesError, DivergedError, OutOfMemory)),
             ):
                 status = fit(prepared)
+                if cfg.run.json and distributed.is_primary():
+                    metrics = json.loads((prepared.output_dir / METRICS_NAME).read_text(encoding="utf-8"))
+                    sys.stdout.write(json.dumps({**metrics, "folder": str(prepared.output_dir)}) + "\n")
             if watch is not None:
                 watch.end()
     except signals.StopRequested as stop:

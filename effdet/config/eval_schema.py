@@ -6,6 +6,7 @@ from .options import setting
 
 DEVICE_TEXT = "device: auto (an NPU if there is one, else a GPU, else the CPU), npu, cuda or cpu"
 NPU_DEFAULTS_TEXT = "leave torch_npu's own compile mode and formats, where kernels are missing on an older chip"
+JSON_TEXT = "print the metrics as one line of json on standard output, and the log on standard error"
 PLAIN_TEXT = "print plain lines on a terminal, too, as into a file or pipe: no bars, no colours"
 
 
@@ -130,6 +131,7 @@ class _PredictRunConfig:
         [], "test-time augmentation: also predict at these factors of the input size, and fuse", above=0, metavar="X,X"
     )
     plain: bool = setting(False, PLAIN_TEXT)
+    json: bool = setting(False, JSON_TEXT)
 
 
 @dataclass(frozen=True)

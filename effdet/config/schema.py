@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .eval_schema import (
     DEVICE_TEXT,
+    JSON_TEXT,
     NPU_DEFAULTS_TEXT,
     PLAIN_TEXT,
     DemoModelConfig,
@@ -284,6 +285,7 @@ class RunSectionConfig:
     )
     tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
     plain: bool = setting(False, PLAIN_TEXT)
+    json: bool = setting(False, JSON_TEXT)
 
 
 # ---- one root per script ----

@@ -71,8 +71,8 @@ class EvalStats:
     scores: Mapping[str, float]  # all of the evaluator's numbers, by name; NaN where undefined
 
 
-def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logger:
-    """Send the packages' log to standard output, and on rank 0 to log.txt too.
+def setup_logging(output_dir: str | Path | None, rank: int = 0, to_stderr: bool = False) -> logging.Logger:
+    """Send the packages' log to the screen, and on rank 0 to log.txt too.
 
     Rank 0 logs from INFO on, a terminal in colours and with bars (runtime/progress.py). Other ranks log warnings and
     errors, marked with their number. The file has everything, with time and level. Handlers of an earlier call are
@@ -81,12 +81,14 @@ def setup_logging(output_dir: str | Path | None, rank: int = 0) -> logging.Logge
     Args:
         output_dir: folder of the run, made if need be; log.txt in it is appended to. None for no file.
         rank: number of this process in the whole run.
+        to_stderr: use standard error, as standard output is for a result in json; else standard output.
 
     Returns:
         The logger 'effdet'.
     """
     lines = logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s")
-    screen = make_handler(sys.stdout) if rank == 0 else logging.StreamHandler(sys.stdout)
+    stream = sys.stderr if to_stderr else sys.stdout
+    screen = make_handler(stream) if rank == 0 else logging.StreamHandler(stream)
     screen.setFormatter(lines)
     screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handlers = [screen]

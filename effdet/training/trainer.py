@@ -85,7 +85,7 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
         lock = hold_run_folder(output_dir)
         if lock is not None:
             unless_built.callback(lock.close)
-        setup_logging(output_dir, distributed.rank())
+        setup_logging(output_dir, distributed.rank(), cfg.run.json)
         if wants_newest:
             source = resume.find_checkpoint(output_dir, otherwise="" if source == resume.AUTO else source)
             payload = load_checkpoint_file(source) if source else {}

@@ -101,3 +101,18 @@ def test_training_from_python_is_the_commands(tmp_path, as_typed):
         effdet.train(root, batchsize=2)
     with pytest.raises(ValueError, match="no such directory"):
         effdet.train(tmp_path / "absent", output=str(tmp_path / "runs"))
+
+
+def test_json_is_all_that_standard_output_has(tmp_path):
+    from effdet.data.synthetic.dataset import make_synthetic_dataset
+
+    root = make_synthetic_dataset(tmp_path / "data", num_train=4, num_val=2)
+    words = "--model tf_efficientdet_lite0 --no-pretrained-backbone --image-size 64 -b 2 --max-steps 1".split()
+    common = ["--root", root, "-j", "0", "--device", "cpu", "--json"]
+    trained = call("train", *common, *words, "--output", tmp_path / "runs")
+    assert trained.returncode == 0, trained.stderr
+    metrics = json.loads(trained.stdout)
+    assert Path(metrics["folder"]).parent == tmp_path / "runs" and metrics["run"]["steps"] == 1
+    assert "*** Best metric" in trained.stderr
+    again = call("validate", *common, "--checkpoint", metrics["run"]["checkpoint"])
+    assert json.loads(again.stdout)["stats"] == metrics["stats"]
