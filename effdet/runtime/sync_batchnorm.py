@@ -9,6 +9,7 @@ Source: Ioffe & Szegedy 2015 (batch norm and its gradient); Chan, Golub & LeVequ
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -167,26 +168,34 @@ class _FusedSyncNormalize(torch.autograd.Function):
         running_var: torch.Tensor | None,
         momentum: float,
         eps: float,
+        equal_batches: bool,
     ) -> torch.Tensor:
         x = x.contiguous()
-        channels = x.size(1)
+        channels, ranks = x.size(1), dist.get_world_size()
         mean, inv_std = torch.batch_norm_stats(x, eps)
-        local = torch.cat([mean, inv_std, torch.full_like(mean[:1], x.numel() // channels)])
-        table = local.new_empty(dist.get_world_size() * local.numel())
-        dist.all_gather_into_tensor(table, local)
-        table = table.view(-1, 2 * channels + 1)  # [ranks, 2C + 1]
-        counts = table[:, -1].contiguous()
+        local = [mean, inv_std]
+        if not equal_batches:
+            local.append(torch.full_like(mean[:1], x.numel() // channels))
+        joined = torch.cat(local)
+        table = joined.new_empty(ranks * joined.numel())
+        dist.all_gather_into_tensor(table, joined)
+        table = table.view(ranks, -1)  # [ranks, 2C], and the counts
+        if equal_batches:
+            counts, whole_counts = _equal_counts(x.numel() // channels, ranks, x.device)
+        else:
+            counts = table[:, -1]
+            whole_counts = counts.to(torch.int32)
         mean, inv_std = torch.batch_norm_gather_stats_with_counts(
             x,
-            table[:, :channels].contiguous(),
-            table[:, channels:-1].contiguous(),
+            table[:, :channels],
+            table[:, channels : 2 * channels],
             running_mean,
             running_var,
             momentum,
             eps,
             counts,
         )
-        ctx.save_for_backward(x, weight, mean, inv_std, counts.to(torch.int32))
+        ctx.save_for_backward(x, weight, mean, inv_std, whole_counts)
         return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
 
     @staticmethod
@@ -213,11 +222,21 @@ class _FusedSyncNormalize(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _equal_counts(count: int, ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values per channel of each rank, all of them `count`, as floats and as int32."""
+    whole = torch.full((ranks,), count, dtype=torch.int32, device=device)
+    return whole.float(), whole
 
 
 class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
     """Normalise over the batches of all ranks of an accelerator, none of them empty."""
+
+    equal_batches = False  # whether all of them are of one size, as `convert_sync_batchnorm` was told
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
@@ -233,7 +252,11 @@ class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
             statistics = self.running_mean, self.running_var
-        return self._drop_act(_FusedSyncNormalize.apply(input, self.weight, self.bias, *statistics, momentum, self.eps))
+        return self._drop_act(
+            _FusedSyncNormalize.apply(
+                input, self.weight, self.bias, *statistics, momentum, self.eps, self.equal_batches
+            )
+        )
 
 
 def _converted(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
@@ -250,7 +273,7 @@ def _converted(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
     return new
 
 
-def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, equal_batches: bool = False) -> nn.Module:
     """Replace every batch norm of a model by one that is synchronised over the ranks.
 
     Call it after the process group runs and before DistributedDataParallel wraps the model. Under gloo the layers
@@ -259,6 +282,7 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
 
     Args:
         model: changed in place, except where it is a batch norm itself.
+        equal_batches: all ranks always have batches of one shape, so that an accelerator need not exchange their sizes.
 
     Returns:
         The model; unchanged when there is no group of several processes, where a plain batch norm is the same.
@@ -273,7 +297,8 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
         if module not in done:
             done[module] = module
             if isinstance(module, _BatchNorm) and not isinstance(module, synchronised):
-                done[module] = _converted(module, kind)
+                done[module] = new = _converted(module, kind)
+                new.equal_batches = equal_batches
             else:
                 for name, child in list(module._modules.items()):
                     if child is not None:

@@ -203,7 +203,7 @@ def build_step(
         cfg = replace_settings(cfg, model={"pretrained": "", "initial_checkpoint": ""})
     model = build_model(cfg.model, cfg.loss, num_classes, backbone)
     if cfg.dist.sync_bn and is_group:
-        distributed.convert_sync_batchnorm(model)  # in place
+        distributed.convert_sync_batchnorm(model, equal_batches=True)  # in place
     if cfg.model.freeze_backbone:
         _logger.debug("backbone frozen: %s", freeze_backbone(model))
     if cfg.model.freeze_stages:

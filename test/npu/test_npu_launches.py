@@ -26,7 +26,7 @@ BUDGETS = {
         "O2": 2066,
         "two devices": 2072,
         "two devices, DDP's buckets": 3427,
-        "two devices, sync-BN": 3152,
+        "two devices, sync-BN": 2612,
     },
     "Ascend910A": {
         "training step": 2076,

@@ -105,11 +105,15 @@ def exchange(device: torch.device, rank: int) -> list[dict]:
     return results
 
 
-def waits(device: torch.device, rank: int) -> dict:
+def waits(device: torch.device, rank: int) -> list[dict]:
+    return [train_synchronised(device, rank, equal_batches) for equal_batches in (True, False)]
+
+
+def train_synchronised(device: torch.device, rank: int, equal_batches: bool) -> dict:
     """Count what a distributed training step with synchronised batch norm waits for."""
     torch.manual_seed(0)
     model = create_model("tf_efficientdet_d0", num_classes=3, image_size=(64, 64), pretrained_backbone=False)
-    model = place_model(distributed.convert_sync_batchnorm(model), device)
+    model = place_model(distributed.convert_sync_batchnorm(model, equal_batches), device)
     precision = Precision(device, loss_scale=16.0)
     optimizer = build_optimizer(model, "fusedmomentum", lr=1e-3)
     bench = DetBenchTrain(model, normalize_over_ranks=True).to(device)
