@@ -74,6 +74,24 @@ def test_the_python_of_the_prediction_page(folder, capsys):
     assert names["detector"].bench.flip and len(names["detector"].bench.benches) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["sahi", "supervision"])
+def test_other_packages_on_the_prediction_page(folder, capsys, package):
+    pytest.importorskip(package)
+    (block,) = [text for text in blocks("predict.md", "py") if f"import {package}" in text or f"from {package}" in text]
+    names: dict = {}
+    exec(block, names)
+    if package == "sahi":
+        found = names["result"].object_prediction_list
+        assert found and {one.category.name for one in found} <= {"ball", "box", "star"}
+        boxes = [one.bbox.to_xyxy() for one in found]
+        width, height = Image.open("a.jpg").size
+        assert max(box[2] for box in boxes) > 128 and all(box[2] <= width and box[3] <= height for box in boxes)
+    else:
+        assert len(names["objects"]) == len(names["found"]) > 0
+        assert Image.open("drawn.png").tobytes() != Image.open("a.jpg").tobytes()
+
+
 def test_the_commands_of_the_prediction_page(folder):
     published = create_model("tf_efficientdet_d0", pretrained_backbone=False).state_dict()  # not the real weights
     for name in ("tf_efficientdet_d0_34-f153e0cf.pth", "weights.pth"):
@@ -82,6 +100,7 @@ def test_the_commands_of_the_prediction_page(folder):
     for line in lines:
         run_line(line)
     assert len(list((folder / "output" / "demo").glob("?.png"))) == 2
+    assert (folder / "found" / "labels" / "a.txt").is_file() and (folder / "found" / "detections.coco.json").is_file()
     assert load_checkpoint_file("average.pth.tar")["averaged_from"] == ["checkpoint-1.pth.tar"]
     assert load_checkpoint_file("detector.pth")["category_map"]["names"] == ["ball", "box", "star"]
     assert len(list(folder.glob("published-*.pth"))) == 1
