@@ -5,8 +5,8 @@ Source: EfficientDet, https://arxiv.org/abs/1911.09070, section 3. The layouts a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,8 @@ def normalize_together(nodes: Sequence[FpnCombine], dtype: torch.dtype) -> dict[
             alike.setdefault((node.weight_method, len(node.edge_weights)), []).append(node)
     factors: dict[FpnCombine, Sequence[Tensor]] = {}
     for (method, inputs), group in alike.items():
-        table = _normalize(torch.stack([node.edge_weights for node in group]), method).to(dtype)
+        weights: list[Tensor] = [each for node in group if (each := node.edge_weights) is not None]
+        table = _normalize(torch.stack(weights), method).to(dtype)
         scalars = table.flatten().unbind(0)  # taken apart at once, as each part would have a gradient of the whole
         factors.update({node: scalars[index * inputs : (index + 1) * inputs] for index, node in enumerate(group)})
     return factors
@@ -203,7 +204,7 @@ class BiFpnLayer(nn.Module):
             factors: of `normalize_together`; None has each node compute its own.
         """
         maps = list(x)
-        for node in self.fnode:
+        for node in cast("Iterable[Fnode]", self.fnode):
             maps.append(node(maps, (factors or {}).get(node.combine)))
         return maps[-self.num_levels :]
 
@@ -269,7 +270,8 @@ class BiFpn(nn.Module):
             maps.append(resample(maps[-1]))
         if not few_launches_pay(maps[0].device):
             return self.cell(maps)
-        nodes = [node.combine for cell in self.cell for node in cell.fnode]
+        cells = cast("Iterable[BiFpnLayer]", self.cell)
+        nodes = [cast(FpnCombine, node.combine) for cell in cells for node in cast("Iterable[Fnode]", cell.fnode)]
         factors = normalize_together(nodes, maps[0].dtype)
         for cell in self.cell:
             maps = cell(maps, factors)

@@ -119,10 +119,10 @@ class Precision:
         """
         if torch.is_grad_enabled():
             self._begin_step()
-        together = model is not None and self.level == "O1" and device_layer.few_launches_pay(self.device)
+        together = self.level == "O1" and device_layer.few_launches_pay(self.device)
         with (
             device_layer.autocast(self.device, self._half_dtype, self.level != "O0"),
-            cast_together(model, self.dtype) if together else contextlib.nullcontext(),
+            cast_together(model, self.dtype) if together and model is not None else contextlib.nullcontext(),
         ):
             yield
 

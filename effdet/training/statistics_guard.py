@@ -56,6 +56,6 @@ def count_batches_on_host(*models: nn.Module) -> None:
         if getattr(module, "num_batches_tracked", None) is not None
     ]
     if owners:
-        counters = torch.stack([owner.num_batches_tracked for owner in owners]).cpu()
+        counters = torch.stack([owner.get_buffer("num_batches_tracked") for owner in owners]).cpu()
         for owner, counter in zip(owners, counters, strict=True):
             owner.num_batches_tracked = counter.clone()
