@@ -5,6 +5,7 @@ Nothing else imports PyAV, and this file does so only where a video is read or w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
@@ -56,7 +57,7 @@ def frames_of(source: Source, stem: str, every: int = 1) -> Iterator[Item]:
     number = 0
     try:
         container = _open(av, source)
-    except (OSError, ValueError) as error:  # all errors of PyAV are one or the other
+    except _errors(av) as error:
         yield _broken(name, stem, f"cannot be opened as a video ({_reason(error)})")
         return
     with container:
@@ -69,14 +70,14 @@ def frames_of(source: Source, stem: str, every: int = 1) -> Iterator[Item]:
         while True:
             try:
                 packet = next(packets, None)
-            except (OSError, ValueError) as error:
+            except _errors(av) as error:
                 yield _broken(name, stem, f"ends after {number} frames ({_reason(error)})")
                 return
             if packet is None:
                 return
             try:
                 frames = packet.decode()
-            except (OSError, ValueError) as error:
+            except _errors(av) as error:
                 yield _broken(name, stem, f"is damaged after {number} frames ({_reason(error)})")
                 continue
             for frame in frames:
@@ -98,7 +99,7 @@ def count_frames(source: Source, every: int = 1) -> int | None:
                 return 1
             seconds = container.duration / av.time_base if container.duration else 0
             frames = stream.frames or int(seconds * float(stream.average_rate or 0))
-    except (OSError, ValueError):
+    except _errors(av):
         return 1
     return math.ceil(frames / every) or None
 
@@ -114,6 +115,20 @@ def _open(av: Any, source: Source) -> Any:
         return av.open(f"/dev/video{camera[1]}", format="v4l2")
     options = {"rtsp_transport": "tcp"} if source.lower().startswith("rtsp") else {}
     return av.open(source, timeout=_PATIENCE_S, options=options)
+
+
+def _errors(av: Any) -> tuple[type[Exception], ...]:
+    """Return what reading a damaged or absent video may raise; half of PyAV's errors are of no class of Python's."""
+    return (av.error.FFmpegError, OSError, ValueError)
+
+
+@contextlib.contextmanager
+def _writing(av: Any, path: Path) -> Iterator[None]:
+    """Raise an OSError for what goes wrong within the block."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        raise OSError(f"{path} cannot be written ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
@@ -147,9 +162,9 @@ class VideoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._av, self.path = av, path
         self._size_wh = size_wh
-        self._container = av.open(
-            f"file:{path}", "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-        )
+        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+        with _writing(av, path):
+            self._container = av.open(f"file:{path}", "w", format="mp4", options=options)
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self._stream = self._container.add_stream(codec, rate=_NOMINAL_RATE, options={"bf": "0", "g": "50"})
         self._stream.width, self._stream.height = (max(2, side // 2 * 2) for side in size_wh)
@@ -166,11 +181,13 @@ class VideoWriter:
         frame = self._av.VideoFrame.from_image(image.crop((0, 0, self._stream.width, self._stream.height)))
         self._last = max(self._last + 1, round((time_s - self._began_s) * _CLOCK_HZ))
         frame.pts, frame.time_base = self._last, Fraction(1, _CLOCK_HZ)
-        self._container.mux(self._stream.encode(frame))
+        with _writing(self._av, self.path):
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Write what the encoder still holds and end the file."""
-        try:
-            self._container.mux(self._stream.encode())
-        finally:
-            self._container.close()
+        with _writing(self._av, self.path):
+            try:
+                self._container.mux(self._stream.encode())
+            finally:
+                self._container.close()

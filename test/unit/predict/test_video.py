@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import http.server
 import importlib.util
 import json
 import re
@@ -10,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -96,6 +98,14 @@ def test_an_upright_video_of_a_telephone(clip):
     assert pixels[:28].mean() < 5 < 15 < pixels[36:].mean()  # the left half is on top now
 
 
+class Absent(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):  # noqa: N802 (the module's name)
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
 @with_av
 @pytest.mark.slow
 def test_damaged_videos_are_named(tmp_path, clip):
@@ -111,6 +121,13 @@ def test_damaged_videos_are_named(tmp_path, clip):
     with pytest.raises(ImageError, match="rtsp://127.0.0.1:1/x") as error:
         item.read()
     assert "secret" not in str(error.value) and count_frames("rtsp://127.0.0.1:1/x") is None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Absent) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/clip.mp4"
+        (item,) = frames_of(address, "c")
+        server.shutdown()
+    with pytest.raises(ImageError, match=address):
+        item.read()
     inside = make_video(tmp_path / "inside.avi", 60)
     content = bytearray(inside.read_bytes())
     middle = len(content) // 2
@@ -141,6 +158,24 @@ def test_a_written_video_has_the_frames_and_their_times(tmp_path):
 def run(clip, checkpoint, *more):
     words = [clip, "--checkpoint", checkpoint, "--device", "cpu", "--output", clip.parent / "out", *more]
     return [str(word) for word in words]
+
+
+@with_av
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", (64, 48))
+    noise = np.random.default_rng(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.mp4"):
+            for number in range(1000):
+                writer.add(Image.fromarray(noise.integers(0, 256, (48, 64, 3), np.uint8)), number / 25)
+        with pytest.raises(OSError, match="a.mp4"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(frames_of(writer.path, "c"))) > 10  # those before
 
 
 @with_av
