@@ -91,14 +91,14 @@ def describe_start(
         "model": f"{config.name}, {config.image_size[0]}x{config.image_size[1]} px, {_millions(trained)} parameters"
         f"{f' and {_millions(frozen)} frozen' if frozen else ''}",
         "weights": _HASH.sub("", initial_weights) or "not known",
-        "device": f"{device}, {world} process(es)",
+        "device": f"{device}, {world} process(es), {precision}",
         "length": f"{epochs} epochs of {steps_per_epoch} steps with {cfg.run.batch_size} images{end}: {steps} steps, "
         f"evaluated every {cfg.run.val_interval} epochs and at the end",
         "output": str(folder),
     }
     details = {
         "weights": initial_weights or "not known",
-        "work": f"{_gmacs(model)} GMACs an image, {precision}, channels-{'last' if channels_last else 'first'}",
+        "work": f"{_gmacs(model)} GMACs an image, channels-{'last' if channels_last else 'first'}",
         "batch": f"{cfg.run.batch_size}{accumulated} over all devices",
         "lr": f"{optim.lr:g} for {update} images an update ({optim.lr / update:.3g} each), {sched.sched}, "
         f"{sched.warmup_epochs:g} epochs of warm-up from {sched.warmup_lr:g}",

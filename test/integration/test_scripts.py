@@ -263,7 +263,7 @@ def test_training_logs_a_line_at_each_interval_and_at_the_end_of_an_epoch(run):
         assert run.output.count(f"Eval: {epoch}  AP: ") == 1, "each line comes once"
     log = (run.folder / "log.txt").read_text()
     records = re.split(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?=[A-Z]+ )", log)[1:]
-    shown = [record.partition(" ")[2].lstrip(" ") for record in records if not record.startswith("DEBUG")]
+    shown = [record[len("WARNING ") :] for record in records if not record.startswith("DEBUG")]
     assert "".join(shown) == run.output, "nothing but the log is printed"
 
 
