@@ -56,7 +56,9 @@ def detect_and_draw(cfg: DemoConfig) -> int:
         npu_defaults=cfg.run.npu_defaults,
     )
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
+    threshold, line = predictor.threshold_to_show(cfg.run.score_thr)
     _logger.info("%s", detector.source)
+    _logger.info("%s", line)
     bad = drawn = 0
     output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(JsonList(output_dir / RESULTS_NAME)) as results:
@@ -73,7 +75,7 @@ def detect_and_draw(cfg: DemoConfig) -> int:
                     f"{bad} image(s) cannot be read, {cfg.run.max_bad_images} are allowed (--max-bad-images). {drawn} "
                     f"of {len(paths)} are done, see {output_dir}."
                 )
-            found = predictor.predict([image for *_, image in batch], cfg.run.score_thr)
+            found = predictor.predict([image for *_, image in batch], threshold)
             results.add(
                 [
                     write_image(path, image, objects, colors, target)

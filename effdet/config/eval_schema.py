@@ -157,5 +157,11 @@ class DemoRunSectionConfig(_PredictRunConfig):
     )
     images: list[str] = setting([], "images, folders or glob patterns; none: images of the default data set", flags="")
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
-    score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
+    score_thr: float | None = setting(
+        None,
+        "draw and list detections from this score on",
+        low=0,
+        high=1,
+        none="that with the best F1 in the checkpoint's evaluation, or 0.4",
+    )
     output: str = setting("output/demo", "folder for the drawn images and the json", metavar="DIR")

@@ -71,6 +71,8 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
     def write() -> None:
         run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
         payload = resume.collect(run.training, run.cfg, run.data.categories, ranks, run.recorder.initial_weights)
+        if evaluation is not None:
+            payload["score_threshold"] = run.loaders.evaluator.score_curves.to_plain()
         run.manager.save(payload, stats.epoch, metric)
 
     save(run, write)

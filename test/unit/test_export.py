@@ -30,6 +30,7 @@ FACTS = {
     "num_classes": 3,
     "class_names": ["ball", "box", "star"],
     "category_ids": [3, 7, 12],
+    "score_threshold": None,
 }
 
 
