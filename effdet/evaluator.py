@@ -131,7 +131,11 @@ class CocoEvaluator(Evaluator):
 
     def error_types(self) -> list[ErrorType]:
         """Return which kinds of errors cost how much AP50 in the last evaluation; for rank 0."""
-        return weigh_errors(self.ground_truth, self._result_rows(self._last), self._scored_ids)
+        return weigh_errors(self.ground_truth, self.scored_rows(), self._scored_ids)
+
+    def scored_rows(self) -> list[dict[str, Any]]:
+        """Return what the last evaluation scored as COCO result rows; on rank 0, empty on the other ranks."""
+        return self._result_rows(self._last)
 
     @property
     def class_of_label(self) -> list[int]:

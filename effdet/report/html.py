@@ -202,18 +202,18 @@ class Report:
         return folder / info["file_name"], info.get("width"), info.get("height")
 
 
-def fill_page(title: str, content: Mapping[str, Any]) -> str:
-    """Put everything into the page's template; numbers without a meaning in json become null."""
+def fill_page(title: str, content: Mapping[str, Any], sections: str = "page.js") -> str:
+    """Put everything into a page's template, with its sections' script; numbers without a meaning in json are null."""
     folder = files("effdet").joinpath("report", "page")
     read = {
         name: folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.html", "style.css", "charts.js", "page.js")
+        for name in ("page.html", "style.css", "charts.js", "parts.js", sections)
     }
     # "<" ends a script element wherever it stands, so none is in the data
     text = json.dumps(_for_json(content), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     escaped = title.replace("&", "&amp;").replace("<", "&lt;")
     return string.Template(read["page.html"]).substitute(
-        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["page.js"]
+        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["parts.js"] + read[sections]
     )
 
 

@@ -269,7 +269,9 @@ def test_the_package_ships_the_page():
         "page.html",
         "style.css",
         "charts.js",
+        "parts.js",
         "page.js",
+        "compare.js",
     }
 
 
