@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from effdet.checkpoint.io import ensure_writable
+from effdet.checkpoint.published import compare_with_published
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_loader
@@ -188,6 +189,10 @@ def run(
         _logger.info("  %5d  %-24s AP %s  AP50 %s  %d boxes", row.category_id, row.name, ap, ap50, row.count)
     if distributed.is_primary():
         write_files(cfg, detector, evaluator, loader.dataset, device, facts)
+    if cfg.model.pretrained and not cfg.run.checkpoint:
+        line = compare_with_published(detector.model.config.name, found.metric, evaluator.scores.image_count)
+        if line:
+            _logger.info("%s", line)
     _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
 
 
