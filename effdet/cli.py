@@ -17,6 +17,7 @@ VERBS = {
     "predict": ("effdet.commands.predict", "find objects in images, draw them, write them down"),
     "check": ("effdet.datacheck.check", "look at the data a training would have, without training"),
     "export": ("effdet.export", "write a checkpoint's network for other runtimes"),
+    "compare": ("effdet.commands.compare", "put runs side by side: settings, AP, how sure the difference is"),
     "average": ("effdet.commands.average", "average the weights of checkpoints"),
     "convert": ("effdet.commands.convert", "make a checkpoint of effdet 0.4.1's weights"),
     "clean": ("effdet.commands.clean", "keep of a checkpoint what prediction needs"),

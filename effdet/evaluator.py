@@ -23,7 +23,16 @@ from effdet.data.coco.truth import category_ids, covered_img_ids, find_parser, l
 from effdet.data.corrupt import BadImageWatch, find_bad_images
 from effdet.evaluation.base import Evaluator
 from effdet.evaluation.detection_evaluator import PascalDetectionEvaluator
-from effdet.metrics.coco import ClassMetrics, CocoScores, index_ground_truth, make_result_rows, score_rows
+from effdet.metrics.coco import (
+    ClassMetrics,
+    CocoScores,
+    index_ground_truth,
+    make_result_rows,
+    plain_number,
+    score_rows,
+)
+from effdet.metrics.error_types import ErrorType, weigh_errors
+from effdet.metrics.thresholds import ScoreCurves, trace_scores
 from effdet.metrics.voc import VocScores, score_voc
 from effdet.runtime.distributed import is_primary
 from effdet.runtime.progress import IN_LINES
@@ -93,6 +102,8 @@ class CocoEvaluator(Evaluator):
         self._scores: CocoScores | VocScores | None = None
         self._truth: COCO | None = None  # rank 0 only, at the first evaluation
         self._last: dict[Any, np.ndarray] = {}  # rank 0 only: what the last evaluate() scored, for save()
+        self._scored_ids: set[Any] = set()  # rank 0 only: the images that counted
+        self._curves: ScoreCurves | None = None
 
     @property
     def stats(self) -> dict[str, float]:
@@ -111,6 +122,28 @@ class CocoEvaluator(Evaluator):
         Float32 [n, 6]: x_min, y_min, x_max, y_max in the image's pixels, score, class from 1.
         """
         return self._last
+
+    @property
+    def score_curves(self) -> ScoreCurves:
+        """Precision, recall and F1 over the score in the last evaluation, and the best thresholds; for rank 0."""
+        if self._curves is None:
+            self._curves = trace_scores(self.ground_truth, self._last, self.class_of_label, self._scored_ids)
+        return self._curves
+
+    def error_types(self) -> list[ErrorType]:
+        """Return which kinds of errors cost how much AP50 in the last evaluation; for rank 0."""
+        return weigh_errors(self.ground_truth, self.scored_rows(), self._scored_ids)
+
+    def scored_rows(self) -> list[dict[str, Any]]:
+        """Return what the last evaluation scored as COCO result rows; on rank 0, empty on the other ranks."""
+        return self._result_rows(self._last)
+
+    @property
+    def class_of_label(self) -> list[int]:
+        """The position in the ground truth's sorted category ids of each label, from label 1 on; -1 for none."""
+        known_ids = sorted(self._ground_truth().getCatIds())
+        position = {category_id: k for k, category_id in enumerate(known_ids)}
+        return [position.get(category_id, -1) for category_id in category_ids(self._parser, known_ids).tolist()]
 
     @property
     def ground_truth(self) -> COCO:
@@ -180,9 +213,15 @@ class CocoEvaluator(Evaluator):
         Raises:
             RuntimeError: nothing has been evaluated yet.
         """
-        content = self._evaluated().to_json()
-        if not self._spread or is_primary():
-            write_json(path, content if run is None else {**content, "run": dict(run)})
+        scores = self._evaluated()
+        if self._spread and not is_primary():
+            return
+        content = scores.to_json()
+        for row, best in zip(content["per_class"], self.score_curves.best, strict=False):
+            row.update(F1=plain_number(best.F1), threshold=plain_number(best.threshold))
+        together = {name: plain_number(value) for name, value in self.score_curves.best[-1]._asdict().items()}
+        content["score_threshold"] = together
+        write_json(path, content if run is None else {**content, "run": dict(run)})
 
     def _evaluated(self) -> CocoScores | VocScores:
         if self._scores is None:
@@ -234,6 +273,7 @@ class CocoEvaluator(Evaluator):
     def _score(self, shards: list[Any], output_result_file: str | os.PathLike[str]) -> CocoScores | VocScores:
         """Compute all numbers from the gathered predictions; runs on rank 0 only."""
         images = self._last = self._merge(shards)
+        self._curves = None
         truth = self._ground_truth()
         rows = self._result_rows(images)
         if output_result_file:
@@ -243,6 +283,7 @@ class CocoEvaluator(Evaluator):
             covered &= images.keys()
         elif self._covered is not None:
             covered &= self._covered
+        self._scored_ids = covered
         scores = self._compute(truth, rows, covered)
         if not images and not self.all_images:
             _logger.warning("no image was predicted: nothing can be scored; AP is reported as 0.0")

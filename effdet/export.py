@@ -181,6 +181,7 @@ def _describe(detector: Detector, outputs: str, batch_size: int | None) -> dict[
         "class_names": list(categories.class_names) if categories else None,
         "category_ids": categories.idx_to_id.tolist() if categories else None,
         "category_map": categories.to_dict() if categories else None,
+        "score_threshold": detector.score_threshold,
         "model_config": ModelSpec(config).to_plain(),
     }
 

@@ -20,6 +20,8 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     progress        dict, in recovery.pth.tar: how far epoch + 1 has come; see `effdet.training.resume`
     step            int, optimiser steps done so far
     metric          float or None, that epoch's ranking metric
+    score_threshold dict or None, with the best F1 in that epoch's evaluation: `all` classes, and `classes` in their
+                    order, None where that of all holds; absent when there was no evaluation
     best            dict, `CheckpointManager.state_dict()` including that epoch
     config          dict, the resolved training configuration
     model_config    dict, the model's configuration (classes, padding, anchors, ...)

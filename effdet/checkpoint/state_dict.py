@@ -67,6 +67,15 @@ def extract_state_dict(payload: Mapping[str, Any], use_ema: bool | None = False)
     return _unwrapped(payload[chosen])[0]
 
 
+def extract_score_threshold(payload: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, Any] | None:
+    """Return the recommended score thresholds of a loaded checkpoint (see manager.py); arguments as above.
+
+    None where there are none, or where they are those of the averaged weights and the trained ones are asked for.
+    """
+    of_others = use_ema is False and any(key in payload for key in _EMA_KEYS)
+    return None if of_others else payload.get("score_threshold")
+
+
 def explain_bare_backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Say what the file of an image classifier is and which flag takes it; empty for weights of a detector."""
     if any(key.startswith(("backbone.", "fpn.", "class_net.", "box_net.")) for key in state_dict):

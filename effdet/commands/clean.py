@@ -11,6 +11,7 @@ from typing import Any
 
 from effdet.checkpoint.io import ensure_writable
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, save_checkpoint
+from effdet.checkpoint.state_dict import extract_score_threshold
 from effdet.runtime.console import add_ema_argument, make_tool_parser, one_line_errors
 
 from .average import describe_model
@@ -33,7 +34,9 @@ def clean_checkpoint(path: str, use_ema: bool | None = None) -> dict[str, Any]:
         CheckpointError: unreadable, or without the weights asked for.
     """
     payload = load_checkpoint_file(path)
-    return {**describe_model(payload), "state_dict": extract_state_dict(payload, use_ema)}
+    cleaned = {**describe_model(payload), "state_dict": extract_state_dict(payload, use_ema)}
+    threshold = extract_score_threshold(payload, use_ema)
+    return cleaned if threshold is None else {**cleaned, "score_threshold": threshold}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import time
@@ -21,7 +22,6 @@ from effdet.data.images import ImageError
 from effdet.predict.detections import Detections
 from effdet.predict.drawings import Drawings
 from effdet.predict.load import build_predictor, load_detector
-from effdet.predict.predictor import Predictor
 from effdet.predict.sources import Item, Source, find_sources, image_of, is_video, refuse_replacing, unique_stems
 from effdet.predict.video import count_frames, frames_of, require_av
 from effdet.predict.writers import Classes, Result, Results
@@ -66,7 +66,9 @@ def detect_and_draw(cfg: DemoConfig) -> int:
     classes = Classes(predictor.class_names, [predictor.category_id_of(k) for k in range(predictor.num_classes)])
     choose = chooser(cfg, classes)
     colors = make_class_colors(detector.category_map.class_names) if detector.category_map else None
+    threshold, line = predictor.threshold_to_show(cfg.run.score_thr)
     _logger.info("%s", detector.source)
+    _logger.info("%s", line)
     with contextlib.ExitStack() as stack:
         results = stack.enter_context(contextlib.closing(Results(output_dir, cfg.run.save, classes)))
         drawings = None
@@ -75,7 +77,8 @@ def detect_and_draw(cfg: DemoConfig) -> int:
             stack.enter_context(contextlib.closing(drawings))
         report = stack.enter_context(_reporting(_count(sources, cfg.run.every), any(map(is_video, sources))))
         items = _items(sources, stems, cfg.run.every)
-        bad, done = _detect(cfg, items, predictor, choose, drawings, results, report)
+        predict = functools.partial(predictor.predict, score_threshold=threshold)
+        bad, done = _detect(cfg, items, predict, choose, drawings, results, report)
     _logger.info("%d image(s)%s, results in %s", done, " drawn" if cfg.run.draw else "", output_dir)
     if bad:
         _logger.warning("%d of %d image(s) could not be read, see above", bad, bad + done)
@@ -116,7 +119,7 @@ def _count(sources: list[Source], every: int) -> int | None:
 def _detect(
     cfg: DemoConfig,
     items: Iterator[Item],
-    predictor: Predictor,
+    predict: Callable[[list[Image.Image]], list[Detections]],
     choose: Callable[[Detections], Detections],
     drawings: Drawings | None,
     results: Results,
@@ -136,7 +139,7 @@ def _detect(
                 f"are done, see {cfg.run.output}."
             )
         batch_results = []
-        found = predictor.predict([image for _, image in images], cfg.run.score_thr)
+        found = predict([image for _, image in images])
         for (item, image), objects in zip(images, map(choose, found), strict=True):
             drawn = drawings.add(item, image, objects) if drawings else None
             batch_results.append(Result(item, image, objects, drawn))

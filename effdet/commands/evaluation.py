@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from effdet.checkpoint.io import ensure_writable
+from effdet.checkpoint.published import compare_with_published
 from effdet.config.load import split_over_devices, workers_per_device
 from effdet.config.schema import ValidateConfig
 from effdet.data.build import build_dataset, build_loader
@@ -196,6 +197,10 @@ def run(
         write_files(cfg, detector, evaluator, loader.dataset, device, facts)
         if cfg.run.json:
             sys.stdout.write(json.dumps({**evaluator.scores.to_json(), "run": facts}) + "\n")
+    if cfg.model.pretrained and not cfg.run.checkpoint:
+        line = compare_with_published(detector.model.config.name, found.metric, evaluator.scores.image_count)
+        if line:
+            _logger.info("%s", line)
     _logger.info("AP %.5f  AP50 %.5f", found.metric, found.scores["AP50"])
 
 

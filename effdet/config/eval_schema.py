@@ -168,7 +168,13 @@ class DemoRunSectionConfig(_PredictRunConfig):
         flags="",
     )
     checkpoint: str = setting("", "weights to use; empty: the newest under runs/ and output/", metavar="PATH")
-    score_thr: float = setting(0.4, "draw and list detections from this score on", low=0, high=1)
+    score_thr: float | None = setting(
+        None,
+        "draw and list detections from this score on",
+        low=0,
+        high=1,
+        none="that with the best F1 in the checkpoint's evaluation, or 0.4",
+    )
     classes: list[str] = setting([], "draw and list these classes alone, by name", metavar="A,B")
     agnostic_nms: bool = setting(False, "also suppress what overlaps a better object of another class")
     output: str = setting("output/demo", "folder for the drawn images and the results", metavar="DIR")

@@ -10,7 +10,7 @@ _DEVICES = "use --device NAME, and --device-list 0,1,... for several devices"
 _SCORE = "demo.py draws from --score-thr X on; validate.py needs all scores, as COCO's metric does"
 _OVERLAP = "overlapping boxes are suppressed from IoU 0.5 on, as in effdet; --soft-nms lowers their scores instead"
 _OUTPUT = "use --output DIR, with a folder for each run in it, and --experiment NAME for the run's name"
-_TRACKER = "no service is written to: use --tensorboard, or read metrics.jsonl in the run's folder"
+_TRACKER = "use --log-to wandb, or swanlab, tensorboard; metrics.jsonl in the run's folder has the same numbers"
 _EARLY = "use --patience N: stop after N evaluations without a better AP; the best is kept as model_best.pth.tar"
 _EMA = "weights are averaged unless --no-model-ema is given; --model-ema-decay X sets how far back"
 

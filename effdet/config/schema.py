@@ -283,7 +283,14 @@ class RunSectionConfig:
     profile: int = setting(
         0, "trace N updates with the device's profiler, into profile/ of the run's folder; 0: none", low=0
     )
-    tensorboard: bool = setting(False, "also write TensorBoard's event files; needs the package tensorboard")
+    tensorboard: bool = setting(False, "the same as --log-to tensorboard")
+    log_to: list[str] = setting(
+        [],
+        "also send the numbers to these, each of which needs its package: 'tensorboard' (files in the run's folder), "
+        "'wandb', 'swanlab'; services that are set to offline write into that folder, too",
+        choices=("tensorboard", "wandb", "swanlab"),
+        metavar="NAME,NAME",
+    )
     plain: bool = setting(False, PLAIN_TEXT)
     json: bool = setting(False, JSON_TEXT)
 

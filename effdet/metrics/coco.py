@@ -247,7 +247,7 @@ def score_rows(truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collecti
             f"{min(strangers)}: dataset.parser.img_ids must come from the same json"
         )
     limits = (1, 10, max(100, max_det))
-    by_hotcoco = hotcoco is not None and bool(rows) and bool(truth.anns) and bool(img_ids)
+    by_hotcoco = can_match_by_hotcoco(truth, rows, img_ids)
     _logger.info("boxes are matched by %s", "hotcoco" if by_hotcoco else "pycocotools", extra=IN_LINES)
     tables = (_fill_by_hotcoco if by_hotcoco else _fill_by_pycocotools)(truth, rows, img_ids, limits)
     counts = Counter(
@@ -269,9 +269,7 @@ _IOUS = np.linspace(0.5, 0.95, 10)
 _AREAS = ("all", "small", "medium", "large")
 
 
-def _fill_by_pycocotools(
-    truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], limits: Sequence[int]
-) -> _Tables:
+def _fill_by_pycocotools(truth: COCO, rows: Sequence[Any], img_ids: Collection[Any], limits: Sequence[int]) -> _Tables:
     boxes = [
         {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
         for number, row in enumerate(rows, start=1)
@@ -285,10 +283,38 @@ def _fill_by_pycocotools(
     return _Tables(run.eval["precision"], run.eval["recall"])
 
 
-def _fill_by_hotcoco(
-    truth: COCO, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], limits: Sequence[int]
-) -> _Tables:
-    """Fill the tables by hotcoco, which takes ids from 0 on only: images and categories are numbered in their order."""
+def _fill_by_hotcoco(truth: COCO, rows: Sequence[Any], img_ids: Collection[Any], limits: Sequence[int]) -> _Tables:
+    run = match_by_hotcoco(truth, rows, img_ids, limits)
+    run.accumulate()
+    return _Tables(np.asarray(run.eval["precision"]), np.asarray(run.eval["recall"]))
+
+
+def can_match_by_hotcoco(truth: COCO, rows: Sequence[Any], img_ids: Collection[Any]) -> bool:
+    """Tell whether hotcoco is there, and has something to match."""
+    return hotcoco is not None and bool(rows) and bool(truth.anns) and bool(img_ids)
+
+
+def match_by_hotcoco(
+    truth: COCO,
+    rows: Sequence[Mapping[str, Any]],
+    img_ids: Collection[Any],
+    limits: Sequence[int] = (1, 10, 100),
+    ious: Sequence[float] | None = None,
+    all_sizes_together: bool = False,
+) -> Any:
+    """Match boxes by hotcoco, which takes ids from 0 on only: images and categories are numbered in their order.
+
+    Args:
+        truth: see `score_rows`, also for the next ones.
+        rows: COCO results.
+        img_ids: the images that count.
+        limits: best detections per image and class, three.
+        ious: thresholds other than COCO's ten.
+        all_sizes_together: leave out the tables by object size.
+
+    Returns:
+        hotcoco's COCOeval after `evaluate`.
+    """
     image_at = {img_id: k for k, img_id in enumerate(sorted(img_ids))}
     category_at = {category_id: k for k, category_id in enumerate(sorted(truth.getCatIds()))}
     # An annotation of a category that is not listed counts in no table.
@@ -315,9 +341,12 @@ def _fill_by_hotcoco(
     run = hotcoco.COCOeval(index, index.load_res(results), "bbox")
     run.params.imgIds = list(image_at.values())
     run.params.maxDets = list(limits)
+    if ious is not None:
+        run.params.iouThrs = list(ious)
+    if all_sizes_together:
+        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], run.params.areaRngLbl[:1]
     run.evaluate()
-    run.accumulate()
-    return _Tables(np.asarray(run.eval["precision"]), np.asarray(run.eval["recall"]))
+    return run
 
 
 def _mean_defined(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Which objects a detector finds, mixes up or misses at one score threshold: confusion matrix and worst images.
+"""Which objects a detector finds, mixes up or misses at one score threshold: confusions, worst images, label errors.
 
 Lives here: numpy on plain arrays in one process. Boxes are xyxy in an image's pixels; classes are positions in the
 sorted list of category ids.
@@ -7,7 +7,7 @@ sorted list of category ids.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from effdet.ops.boxes import box_area, pairwise_common, pairwise_iou
 
 from .voc import MATCH_IOU
 
+MAX_IMAGES = 2000  # looked at: a report must cost little
+SURE = 0.5  # score from which a prediction may know better than the annotations
+APART = 0.1  # IoU below which there is no object where one was predicted, as TIDE has it
 RIGHT, CONFUSED, WRONG = 0, 1, 2  # of a prediction: class and place, place only, neither; of an object: WRONG = missed
 
 
@@ -40,6 +43,7 @@ def match_image(
     predicted_xyxy: np.ndarray,
     predicted_classes: np.ndarray,
     crowds_xyxy: np.ndarray | None = None,
+    same_class_only: bool = False,
 ) -> Matches:
     """Match predictions with objects at IoU 0.5, each at most once.
 
@@ -52,6 +56,7 @@ def match_image(
         predicted_xyxy: [N, 4], by falling score.
         predicted_classes: [N].
         crowds_xyxy: [C, 4], regions in which predictions without an object do not count; None for none.
+        same_class_only: leave the second step out, so that nothing is CONFUSED.
     """
     object_of = np.full(len(predicted_xyxy), -1)
     taken = np.zeros(len(objects_xyxy), dtype=bool)
@@ -60,7 +65,7 @@ def match_image(
         overlap = pairwise_iou(predicted_xyxy, objects_xyxy)
         overlap[overlap < MATCH_IOU] = 0.0
         same = np.where(predicted_classes[:, None] == object_classes[None, :], overlap, 0.0)
-        for found_state, table in ((RIGHT, same), (CONFUSED, overlap)):
+        for found_state, table in ((RIGHT, same), (CONFUSED, overlap))[: 1 if same_class_only else 2]:
             for n in np.flatnonzero(table.any(axis=1)):
                 if object_of[n] >= 0:
                     continue
@@ -113,6 +118,25 @@ class ImageErrors:
         return errors * errors / (errors + right) if errors else 0.0
 
 
+@dataclass(frozen=True)
+class Suspect:
+    """A sure prediction that the annotations contradict: the label may be missing, or of the wrong class.
+
+    Args:
+        image_id: the image.
+        box_xyxy: the prediction, [4].
+        predicted_class: of it.
+        score: of it.
+        object_class: what the object there is called; None: no object is there.
+    """
+
+    image_id: Any
+    box_xyxy: np.ndarray
+    predicted_class: int
+    score: float
+    object_class: int | None
+
+
 @dataclass
 class Analysis:
     """What `analyse` found.
@@ -123,12 +147,39 @@ class Analysis:
         worst: the images with the most errors, worst first.
         images: how many were looked at.
         threshold: the score from which predictions counted.
+        suspects: what may be wrong with the annotations, the surest first.
     """
 
     confusion: np.ndarray
     worst: list[ImageErrors]
     images: int
     threshold: float
+    suspects: list[Suspect]
+
+
+class LabelTable(NamedTuple):
+    """From category ids, and from a network's labels, to positions in the sorted list of category ids."""
+
+    class_of_id: dict[Any, int]
+    class_of_label: np.ndarray  # int64, from label 1 on, -1 for none; one more -1 at the end
+
+    @classmethod
+    def of(cls, truth: Any, class_of_label: Sequence[int]) -> LabelTable:
+        """Make the table; arguments as for `analyse`."""
+        ids = {category_id: k for k, category_id in enumerate(sorted(truth.getCatIds()))}
+        return cls(ids, np.asarray([*class_of_label, -1], dtype=np.int64))
+
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return len(self.class_of_id)
+
+
+def spread(image_ids: Sequence[Any], limit: int) -> Sequence[Any]:
+    """Return at most so many of the images, evenly spread."""
+    if len(image_ids) <= limit:
+        return image_ids
+    return [image_ids[at] for at in np.linspace(0, len(image_ids) - 1, limit).round().astype(int).tolist()]
 
 
 def analyse(
@@ -137,7 +188,8 @@ def analyse(
     class_of_label: Sequence[int],
     threshold: float = 0.3,
     num_worst: int = 8,
-    max_images: int = 2000,
+    max_images: int = MAX_IMAGES,
+    num_suspects: int = 24,
 ) -> Analysis:
     """Match the predictions of an evaluation with its ground truth.
 
@@ -147,21 +199,20 @@ def analyse(
         class_of_label: position in the sorted category ids of each label, from label 1 on; -1 for none.
         threshold: predictions with a lower score do not count.
         num_worst: images to return.
-        max_images: of more images than that, as many are looked at, evenly spread: a report must cost little.
+        max_images: of more images than that, as many are looked at, evenly spread.
+        num_suspects: predictions to return that the annotations may be wrong about.
 
     Returns:
         The analysis; an empty one for no predictions.
     """
-    class_of_id = {category_id: k for k, category_id in enumerate(sorted(truth.getCatIds()))}
-    label_to_class = np.asarray([*class_of_label, -1], dtype=np.int64)
-    count = len(class_of_id)
-    ids = list(predictions)
-    if len(ids) > max_images:
-        ids = [ids[at] for at in np.linspace(0, len(ids) - 1, max_images).round().astype(int).tolist()]
+    table = LabelTable.of(truth, class_of_label)
+    count = table.count
+    ids = spread(list(predictions), max_images)
+    suspects: list[Suspect] = []
     cells: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     ranked: list[tuple[float, int, ImageErrors]] = []
     for number, image_id in enumerate(ids):
-        image = _image(truth, image_id, predictions[image_id], class_of_id, label_to_class, threshold)
+        image = match_one(truth, image_id, predictions[image_id], table, threshold)
         matches = image.matches
         classes = np.append(image.object_classes, count)  # -1, no object, is the last
         counted = matches.prediction_state >= 0
@@ -170,19 +221,35 @@ def analyse(
         wrongness = image.wrongness
         if wrongness > 0:
             ranked.append((-wrongness, number, image))
+        suspects += _suspects(image)
     confusion = np.bincount(np.concatenate(cells), minlength=(count + 1) ** 2).reshape(count + 1, count + 1)
     worst = [image for _, _, image in heapq.nsmallest(num_worst, ranked, key=lambda entry: entry[:2])]
-    return Analysis(confusion, worst, len(ids), threshold)
+    surest = heapq.nlargest(num_suspects, suspects, key=lambda suspect: suspect.score)
+    return Analysis(confusion, worst, len(ids), threshold, surest)
 
 
-def _image(
+def _suspects(image: ImageErrors) -> Iterator[Suspect]:
+    state, object_of = image.matches.prediction_state, image.matches.object_of
+    for n in np.flatnonzero((image.scores >= SURE) & ((state == WRONG) | (state == CONFUSED))).tolist():
+        if state[n] == WRONG and len(image.objects_xyxy):
+            if pairwise_iou(image.predicted_xyxy[n : n + 1], image.objects_xyxy).max() >= APART:
+                continue  # a poor box, or one more for an object that is found
+        called = int(image.object_classes[object_of[n]]) if state[n] == CONFUSED else None
+        yield Suspect(
+            image.image_id, image.predicted_xyxy[n], int(image.predicted_classes[n]), float(image.scores[n]), called
+        )
+
+
+def match_one(
     truth: Any,
     image_id: Any,
     rows: np.ndarray,
-    class_of_id: Mapping[Any, int],
-    label_to_class: np.ndarray,
-    threshold: float,
+    table: LabelTable,
+    threshold: float = 0.0,
+    same_class_only: bool = False,
 ) -> ImageErrors:
+    """Match the predictions of one image, from a score on, with its objects; see `analyse` and `match_image`."""
+    class_of_id, label_to_class = table
     annotations = [a for a in truth.imgToAnns.get(image_id, ()) if a["category_id"] in class_of_id]
     single = [a for a in annotations if not a["iscrowd"]]
     objects_xyxy = _to_xyxy([a["bbox"] for a in single])
@@ -200,7 +267,7 @@ def _image(
         predicted,
         found,
         rows[keep, 4],
-        match_image(objects_xyxy, classes, predicted, found, crowds),
+        match_image(objects_xyxy, classes, predicted, found, crowds, same_class_only),
     )
 
 

@@ -94,11 +94,12 @@ def is_engine_file(path: str) -> bool:
     return Path(path).suffix.lower() in PACKAGES
 
 
-def load_engine(path: str) -> tuple[EngineNetwork, CategoryMap | None]:
+def load_engine(path: str) -> tuple[EngineNetwork, CategoryMap | None, dict[str, Any] | None]:
     """Open an exported file.
 
     Returns:
-        What stands in for the network, and the classes, None for a file of weights without names.
+        What stands in for the network; the classes, None for a file of weights without names; the recommended score
+        thresholds, None where the checkpoint had none.
 
     Raises:
         CheckpointError: no such file, the package that runs it is missing, or it is not of effdet.export.
@@ -119,7 +120,8 @@ def load_engine(path: str) -> tuple[EngineNetwork, CategoryMap | None]:
             f"{path} does not say which model it is: write it anew with `python -m effdet.export CHECKPOINT`."
         )
     stored = facts["category_map"]
-    return EngineNetwork(infer, facts), CategoryMap.from_dict(stored) if stored else None
+    categories = CategoryMap.from_dict(stored) if stored else None
+    return EngineNetwork(infer, facts), categories, facts.get("score_threshold")
 
 
 def _open_onnx(path: str) -> tuple[Infer, str]:

@@ -11,7 +11,7 @@ import torch
 
 from effdet.bench import DetBenchPredict
 from effdet.checkpoint.manager import CheckpointError, extract_state_dict, load_checkpoint_file, load_state_dict_report
-from effdet.checkpoint.state_dict import explain_bare_backbone
+from effdet.checkpoint.state_dict import explain_bare_backbone, extract_score_threshold
 from effdet.config.model_config import find_model_spec, published_model_name, stored_model_spec
 from effdet.config.schema import DemoModelConfig
 from effdet.data.coco.categories import CategoryMap
@@ -33,6 +33,7 @@ class Detector:
     model: EfficientDet | EngineNetwork
     category_map: CategoryMap | None  # None for files that hold weights only
     source: str  # one line for the log
+    score_threshold: dict[str, Any] | None = None  # recommended, see checkpoint/manager.py
 
 
 def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classes: int | None = None) -> Detector:
@@ -86,19 +87,20 @@ def load_detector(path: str, model: Any, use_ema: bool | None = None, num_classe
     )
     if payload.get("epoch") is not None:
         source += f", epoch {payload['epoch']}"
-    return Detector(network.eval(), CategoryMap.from_dict(stored) if stored else None, source)
+    categories = CategoryMap.from_dict(stored) if stored else None
+    return Detector(network.eval(), categories, source, extract_score_threshold(payload, use_ema))
 
 
 def _load_exported(path: str, model: Any) -> Detector:
     """Open a file of effdet.export; its size is fixed."""
-    network, categories = load_engine(path)
+    network, categories, threshold = load_engine(path)
     config = apply_settings(network.config, model)
     if config.image_size != network.config.image_size:
         height, width = network.config.image_size
         raise CheckpointError(f"{path} takes {height}x{width} px and no other size: leave --image-size out.")
     network.config = config
     source = f"{config.name}, {config.num_classes} classes, {config.image_size[0]}x{config.image_size[1]}, {path}"
-    return Detector(network, categories, source)
+    return Detector(network, categories, source, threshold)
 
 
 def _count_classes(state: Mapping[str, torch.Tensor], config: Any) -> int:
@@ -210,7 +212,15 @@ def build_predictor(
     if not scales and not exported:  # networks of other sizes are built from unfolded weights
         fold_batch_norm(detector.model, torch.zeros(1, 3, *detector.model.config.image_size, device=device))
     bench = build_predict_bench(detector.model, device, model.same_padding, flip, scales, model.nms)
-    return Predictor(detector.model, device, detector.category_map, batch_size, bench=bench, upright=upright)
+    return Predictor(
+        detector.model,
+        device,
+        detector.category_map,
+        batch_size,
+        bench=bench,
+        upright=upright,
+        score_threshold=detector.score_threshold,
+    )
 
 
 def load(

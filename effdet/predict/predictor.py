@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from .detections import Detections
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray
 Images = ImageInput | Iterable[ImageInput]
 
+RECOMMENDED = "recommended"
+USUAL_THRESHOLD = 0.4  # for showing what was found, where nothing is known of the network
+
 
 class Predictor:
     """Run a network on images of any size; the same images in the same order give the same result, bit for bit."""
@@ -38,6 +41,7 @@ class Predictor:
         interpolation: str = "bilinear",
         bench: nn.Module | None = None,
         upright: bool = True,
+        score_threshold: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare a network for prediction.
 
@@ -50,7 +54,9 @@ class Predictor:
             bench: what runs the network, a DetBenchPredict or a stand-in for one; None makes one.
             upright: turn photographs as their EXIF orientation says, so that boxes are in the coordinates that a viewer
                 shows; False takes the pixels as they are stored.
+            score_threshold: the recommended ones, as a checkpoint has them (checkpoint/manager.py); None: not known.
         """
+        self.score_threshold = score_threshold
         self.device = device
         self.batch_size = batch_size
         self.upright = upright
@@ -81,24 +87,36 @@ class Predictor:
         """Names of all classes in the network's order."""
         return [self.name_of(index) for index in range(self.num_classes)]
 
-    def predict(self, images: Images, score_threshold: float = 0.0) -> list[Detections]:
+    def threshold_to_show(self, given: float | None) -> tuple[float | str, str]:
+        """Return the threshold for showing what was found, and a line about it: given, recommended or usual."""
+        if given is not None:
+            return given, f"score threshold {given:g}, as given"
+        if self.score_threshold is None:
+            return USUAL_THRESHOLD, f"score threshold {USUAL_THRESHOLD:g}: the weights recommend none"
+        own = [value for value in self.score_threshold["classes"] if value is not None]
+        spread = f", {min(own):.3f} to {max(own):.3f} for classes with one of their own" if own else ""
+        return RECOMMENDED, f"score threshold {self.score_threshold['all']:.3f}{spread}: best F1 in the evaluation"
+
+    def predict(self, images: Images, score_threshold: float | str = 0.0) -> list[Detections]:
         """Detect objects.
 
         Args:
             images: one image or several, of any size: a path, a Pillow image, or uint8 pixels [height, width, 3] in RGB
                 or [height, width] in gray; a folder stands for the images in it. Any iterable will do, and is read
                 batch by batch; a Pillow image gives what its file does.
-            score_threshold: detections below are left out.
+            score_threshold: detections below are left out; "recommended" takes what gave the best F1 when the
+                checkpoint was evaluated, for each class with ten objects or more its own.
 
         Returns:
             A list with one result for each image, in order.
 
         Raises:
-            ImageError: a file that cannot be read; TypeError, ValueError: something that is no image.
+            ImageError: a file that cannot be read; TypeError, ValueError: something that is no image; ValueError: the
+                weights recommend no threshold.
         """
         return list(self.predict_iter(images, score_threshold))
 
-    def predict_iter(self, images: Images, score_threshold: float = 0.0) -> Iterator[Detections]:
+    def predict_iter(self, images: Images, score_threshold: float | str = 0.0) -> Iterator[Detections]:
         """Yield what `predict` returns, each batch as soon as it is done; memory stays that of a batch."""
         for rows, size_wh, path in self._predict(images, score_threshold):
             yield Detections(
@@ -110,7 +128,7 @@ class Predictor:
                 path,
             )
 
-    def predict_rows(self, images: Images, score_threshold: float = 0.0) -> list[np.ndarray]:
+    def predict_rows(self, images: Images, score_threshold: float | str = 0.0) -> list[np.ndarray]:
         """Detect objects, in the network's own terms; arguments and errors are those of `predict`.
 
         Returns:
@@ -119,10 +137,24 @@ class Predictor:
         """
         return [rows for rows, _, _ in self._predict(images, score_threshold)]
 
+    def _lowest(self, score_threshold: float | str) -> np.ndarray:
+        """Return the score from which each class counts, float32 [K]."""
+        if not isinstance(score_threshold, str):
+            return np.full(self.num_classes, score_threshold, dtype=np.float32)
+        if score_threshold != RECOMMENDED:
+            raise ValueError(f'score_threshold is "{score_threshold}": give a number, or "{RECOMMENDED}"')
+        if self.score_threshold is None:
+            raise ValueError(
+                "the weights recommend no score threshold (checkpoints of train.py do, once evaluated): give a number"
+            )
+        together = self.score_threshold["all"]
+        return np.array([together if own is None else own for own in self.score_threshold["classes"]], np.float32)
+
     @torch.no_grad()
     def _predict(
-        self, images: Images, score_threshold: float
+        self, images: Images, score_threshold: float | str
     ) -> Iterator[tuple[np.ndarray, tuple[int, int], str | None]]:
+        lowest = self._lowest(score_threshold)
         listed = iter(_each_image(images))
         while batch := list(itertools.islice(listed, self.batch_size)):
             arrays: list[torch.Tensor] = []
@@ -141,8 +173,9 @@ class Predictor:
             img_info = {key: to_device(torch.tensor(value), self.device) for key, value in info.items()}
             found = self.bench(batched, img_info).cpu().numpy()
             for rows, item, size in zip(found, batch, sizes, strict=True):
-                rows = rows[(rows[:, 4] > 0) & (rows[:, 4] >= score_threshold)]
+                rows = rows[rows[:, 4] > 0]
                 rows[:, 5] -= 1
+                rows = rows[rows[:, 4] >= lowest[rows[:, 5].astype(np.int64)]]
                 yield rows, size, str(item) if isinstance(item, (str, PathLike)) else None
 
 

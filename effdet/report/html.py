@@ -32,10 +32,11 @@ from effdet.config.load import dump_yaml, to_plain
 from effdet.data.images import ImageError
 from effdet.evaluator import CocoEvaluator
 from effdet.metrics.errors import Analysis, analyse
+from effdet.metrics.thresholds import GRID, ScoreCurves
 from effdet.version import __version__
 
 from .data_stats import SIZE_EDGES_PX, describe_dataset
-from .images import BATCH_NAME, draw_errors
+from .images import BATCH_NAME, draw_errors, draw_suspect
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +114,10 @@ class Report:
         ]
         names = [row["name"] for row in classes]
         truth = evaluator.ground_truth
-        analysis = analyse(truth, evaluator.scored_predictions, self._class_of_label(truth))
+        analysis = analyse(truth, evaluator.scored_predictions, evaluator.class_of_label)
+        thresholds = evaluator.score_curves
+        for row, best in zip(classes, thresholds.best, strict=False):
+            row |= {"F1": best.F1, "threshold": best.threshold}
         size = self.model_config.image_size
         evaluations = [row for row in rows if row["kind"] == "evaluation"]
         return {
@@ -127,11 +131,14 @@ class Report:
             "box_loss_weight": self.model_config.box_loss_weight,
             **self._curves(rows, evaluations),
             "classes": classes,
+            "thresholds": _thresholds(thresholds),
+            "error_types": [one._asdict() for one in evaluator.error_types()],
             "precision": _precision(getattr(scores, "tables", None)),
             "confusion": _confusion(analysis, names),
             "worst": self._worst(analysis, names, truth),
             "worst_note": "Those with the most errors, weighed by the share that errors have in the image. "
             f"Predictions count from a score of {analysis.threshold:g} on; click an image to enlarge.",
+            "suspects": self._suspects(analysis, names, truth),
             "batch": _read_image(self.path.with_name(BATCH_NAME)),
             "data": {"sets": sets, "edges": SIZE_EDGES_PX},
             "settings": {"changed": changed_settings(self.cfg), "yaml": dump_yaml(self.cfg)},
@@ -148,10 +155,6 @@ class Report:
                 sets.append({"name": name, **describe_dataset(dataset, self.model_config.image_size)})
         boxes = [one.pop("boxes_of") for one in sets]
         return {"sets": sets, "in_training": boxes[0]}
-
-    def _class_of_label(self, truth: Any) -> list[int]:
-        position = {category_id: k for k, category_id in enumerate(sorted(truth.getCatIds()))}
-        return [position.get(category_id, -1) for category_id in self.val_set.parser.category_map.idx_to_id.tolist()]
 
     def _tiles(self, stats: Mapping[str, float], evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         tiles = [
@@ -180,29 +183,37 @@ class Report:
         }
 
     def _worst(self, analysis: Analysis, names: Sequence[str], truth: Any) -> list[dict[str, Any]]:
-        folder = Path(self.val_set.dataset.data_dir if hasattr(self.val_set, "indices") else self.val_set.data_dir)
         drawn = []
         for image in analysis.worst:
-            info = truth.imgs[image.image_id]
             with contextlib.suppress(ImageError):  # the loader has said so
-                drawn.append(
-                    draw_errors(image, folder / info["file_name"], info.get("width"), info.get("height"), names)
-                )
+                drawn.append(draw_errors(image, *self._file_of(truth.imgs[image.image_id]), names))
         return drawn
 
+    def _suspects(self, analysis: Analysis, names: Sequence[str], truth: Any) -> list[dict[str, Any]]:
+        drawn = []
+        for suspect in analysis.suspects:
+            with contextlib.suppress(ImageError):
+                drawn.append(draw_suspect(suspect, *self._file_of(truth.imgs[suspect.image_id]), names))
+        return drawn
 
-def fill_page(title: str, content: Mapping[str, Any]) -> str:
-    """Put everything into the page's template; numbers without a meaning in json become null."""
+    def _file_of(self, info: Mapping[str, Any]) -> tuple[Path, int | None, int | None]:
+        """Return path, width and height of an image of the validation set."""
+        folder = Path(self.val_set.dataset.data_dir if hasattr(self.val_set, "indices") else self.val_set.data_dir)
+        return folder / info["file_name"], info.get("width"), info.get("height")
+
+
+def fill_page(title: str, content: Mapping[str, Any], sections: str = "page.js") -> str:
+    """Put everything into a page's template, with its sections' script; numbers without a meaning in json are null."""
     folder = files("effdet").joinpath("report", "page")
     read = {
         name: folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.html", "style.css", "charts.js", "page.js")
+        for name in ("page.html", "style.css", "charts.js", "parts.js", sections)
     }
     # "<" ends a script element wherever it stands, so none is in the data
     text = json.dumps(_for_json(content), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     escaped = title.replace("&", "&amp;").replace("<", "&lt;")
     return string.Template(read["page.html"]).substitute(
-        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["page.js"]
+        title=escaped, style=read["style.css"], data=text, script=read["charts.js"] + read["parts.js"] + read[sections]
     )
 
 
@@ -239,6 +250,19 @@ def _precision(tables: Any) -> dict[str, Any] | None:
     defined = ~np.isnan(curves[0]).all(axis=1)
     of = {k: curves[:, k].tolist() for k in np.flatnonzero(defined).tolist()}
     return {"all": curves[:, defined].mean(axis=1).tolist(), "of": of}
+
+
+def _thresholds(found: ScoreCurves) -> dict[str, Any] | None:
+    """Return precision, recall and F1 over the score, of all classes together and of each, with the best thresholds."""
+    if np.isnan(found.best[-1].threshold):
+        return None
+    curves, defined = found.curves.round(4), ~np.isnan([one.F1 for one in found.best[:-1]])
+    return {
+        "scores": GRID.tolist(),
+        "all": curves[-1].tolist(),
+        "of": {k: curves[k].tolist() for k in np.flatnonzero(defined).tolist()},
+        "best": [one._asdict() for one in found.best],
+    }
 
 
 def _confusion(analysis: Analysis, names: Sequence[str]) -> dict[str, Any] | None:

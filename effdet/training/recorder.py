@@ -1,7 +1,8 @@
 """What a training run leaves behind and shows beside its checkpoints: the loops hand records in, files come out.
 
-That is: metrics.jsonl, summary.csv, metrics.json, TensorBoard, the report, the first batch, lines of the log and the
-bar. All of it happens on rank 0, and none of it reads an accelerator, but for the first batch, once.
+That is: metrics.jsonl, summary.csv, metrics.json, the report, the first batch, lines of the log, the bar, and what
+services and viewers get (trackers.py). All of it happens on rank 0, and none of it reads an accelerator, but for the
+first batch, once.
 
 metrics.jsonl has one json object a line. All have `kind`, `epoch` (from 0) and `global_step` (batches since the start
 of the run); numbers that are NaN or infinite are null. By kind:
@@ -12,17 +13,14 @@ of the run); numbers that are NaN or infinite are null. By kind:
                  for inf or NaN, since the start of the run)
     evaluation   AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10, AR100, AR_small, AR_medium, AR_large
 
-A resumed run takes metrics.jsonl and summary.csv up where its checkpoint stands; in TensorBoard's files, which cannot
-be cut, it hides what lies behind (purge_step).
+A resumed run takes metrics.jsonl and summary.csv up where its checkpoint stands.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import csv
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
@@ -33,6 +31,7 @@ from typing import Any
 import torch
 
 from effdet.checkpoint.io import replacing
+from effdet.config.load import to_plain
 from effdet.config.schema import RunConfig
 from effdet.evaluator import CocoEvaluator
 from effdet.predict.gallery import draw_training_batch
@@ -54,6 +53,7 @@ from effdet.runtime import distributed, progress
 from effdet.runtime.progress import IN_LINES, ON_TERMINAL
 
 from .engine import Training
+from .trackers import Trackers
 
 _logger = logging.getLogger("effdet.train")
 
@@ -71,21 +71,13 @@ _INTERVAL_KEYS = (
     "data_share",
     "memory_mib",
 )
-_CHARTS = {"interval": "train", "epoch": "epoch", "evaluation": "val"}  # how TensorBoard groups them
+_CHARTS = {"interval": "train", "epoch": "epoch", "evaluation": "val"}  # how the services group them
 _NOT_CHARTED = ("epoch", "global_step", "step", "steps")
 
 
-def check_tensorboard(wanted: bool) -> None:
-    """Refuse what cannot be had.
-
-    Raises:
-        ValueError: it is wanted, and the package is not installed.
-    """
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard, which is not installed: pip install "
-            "tensorboard, or leave it out; the same numbers are in metrics.jsonl and report.html"
-        )
+def trackers_of(cfg: RunConfig) -> list[str]:
+    """Return the names of the services that the run's numbers also go to, each once."""
+    return list(dict.fromkeys([*cfg.run.log_to, *(["tensorboard"] if cfg.run.tensorboard else [])]))
 
 
 class RunRecorder:
@@ -115,7 +107,7 @@ class RunRecorder:
         self.val_set, self.evaluator, self.initial_weights = val_set, evaluator, initial_weights
         self.primary = distributed.is_primary()
         self.rates: list[float] = []  # images per second of each interval
-        self.writer: Any = None  # TensorBoard's
+        self.trackers = Trackers([], folder, {}, 0)
         self.draws_batch = False
         self.move: progress.Move | None = None  # of the epoch's bar
         self.step_s: float | None = None  # seconds a step took in the last interval
@@ -169,12 +161,7 @@ class RunRecorder:
         drop_rows_from(self.folder / METRICS_LOG_NAME, epoch, batches)
         drop_summary_from(self.folder / SUMMARY_NAME, epoch)
         self.draws_batch = not (self.folder / BATCH_NAME).exists()
-        if self.cfg.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            done = self.training.steps
-            self.writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
-            atexit.register(self.writer.close)
+        self.trackers = Trackers(trackers_of(self.cfg), self.folder, to_plain(self.cfg), self.training.steps)
 
     @contextlib.contextmanager
     def show_epoch(self, epoch: int, batches: int, batch_size: int) -> Iterator[None]:
@@ -273,6 +260,7 @@ class RunRecorder:
             *(f"next: {command}" for command in next_commands(self.cfg, self.folder, checkpoint, image)),
         ):
             _logger.info("%s", line)
+        self.trackers.close()
 
     def _write(self, kind: str, values: Mapping[str, float | None]) -> None:
         """Write one row; it is on disk when this returns, unless the disk is full: that is said once."""
@@ -282,12 +270,8 @@ class RunRecorder:
                 file.write(b"\n")  # the last row was cut off by a crash
             row = {"kind": kind, **{key: _finite(value) for key, value in values.items()}}
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        if self.writer is not None:
-            for key, value in values.items():
-                if value is not None and key not in _NOT_CHARTED:
-                    self.writer.add_scalar(f"{_CHARTS[kind]}/{key}", value, values["global_step"])
-            if kind != "interval":
-                self.writer.flush()
+        charted = {f"{_CHARTS[kind]}/{key}": value for key, value in values.items() if key not in _NOT_CHARTED}
+        self.trackers.log(charted, int(values["global_step"] or 0), flush=kind != "interval")
 
     def _draw(self, images: Any, target: Any) -> None:
         try:

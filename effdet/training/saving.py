@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from effdet.checkpoint.io import write_json
 from effdet.report.log import EpochStats, EvalStats, format_best_metric
 from effdet.runtime import distributed
 from effdet.runtime.progress import IN_LINES
@@ -14,6 +15,9 @@ from . import resume
 from .build import uneven_models
 from .engine import Progress
 from .run import Run
+
+DETECTIONS_NAME = "best_detections.json"
+"""Of the best epoch, in COCO's result format; `effdet compare` draws its intervals from it."""
 
 _logger = logging.getLogger("effdet.train")
 T = TypeVar("T")
@@ -72,7 +76,11 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
     def write() -> None:
         run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
         payload = resume.collect(run.training, run.cfg, run.data.categories, ranks, run.recorder.initial_weights)
-        run.manager.save(payload, stats.epoch, metric)
+        if evaluation is not None:
+            payload["score_threshold"] = run.loaders.evaluator.score_curves.to_plain()
+        _, best_epoch = run.manager.save(payload, stats.epoch, metric)
+        if best_epoch == stats.epoch:
+            write_json(run.output_dir / DETECTIONS_NAME, run.loaders.evaluator.scored_rows())
 
     save(run, write)
     run.recorder.add_epoch(stats, evaluation)

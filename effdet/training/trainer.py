@@ -44,10 +44,11 @@ from .optim import check_optimizer, freeze_bn_statistics
 from .postmortem import explain_divergence
 from .profiling import StepProfiler
 from .recipe import apply_recipe, fit_to_data, keep_recipe, name_backbone
-from .recorder import RunRecorder, check_tensorboard
+from .recorder import RunRecorder, trackers_of
 from .run import Run, Start
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
 from .saving import finish_epoch, save_recovery
+from .trackers import check_trackers
 
 _logger = logging.getLogger("effdet.train")
 
@@ -69,7 +70,7 @@ def prepare(cfg: RunConfig, device: torch.device, parse: Parse | None = None) ->
     if distributed.is_primary():
         progress.watch(sys.stdout)  # the folder with the log comes after the first look at the data
     cfg, recipe = (cfg, None) if parse is None else apply_recipe(cfg, device, parse)
-    check_tensorboard(cfg.run.tensorboard)
+    check_trackers(trackers_of(cfg))
     check_optimizer(cfg.optim.opt, cfg.optim.opt_eps, device)
     amp = cfg.amp
     check_precision(device, amp.enabled, amp.opt_level, amp.dtype, amp.loss_scale)

@@ -68,6 +68,7 @@ KEYS = {
     "category_map",
     "image_size",
     "initial_weights",
+    "score_threshold",
 }  # checkpoint/manager.py
 
 
@@ -352,6 +353,10 @@ def test_checkpoint_holds_what_its_format_says(run):
     assert payload["category_map"]["names"] == sorted(CATEGORY_IDS, key=CATEGORY_IDS.get)
     assert payload["model_config"]["num_classes"] == len(CATEGORY_IDS)
     assert payload["metric"] == float(run.summary()[-1]["AP"])
+    written = json.loads((run.folder / "metrics.json").read_text())["score_threshold"]["threshold"]
+    recommended = payload["score_threshold"]
+    assert (recommended and recommended["all"]) == written
+    assert recommended is None or len(recommended["classes"]) == len(CATEGORY_IDS)
     raw, ema = payload["state_dict"], payload["state_dict_ema"]
     assert raw.keys() == ema.keys()
     different = [name for name in raw if raw[name].is_floating_point() and not torch.equal(raw[name], ema[name])]

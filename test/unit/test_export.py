@@ -32,6 +32,7 @@ FACTS = {
     "class_names": ["ball", "box", "star"],
     "category_ids": [3, 7, 12],
     "category_map": {"ids": [3, 7, 12], "names": ["ball", "box", "star"], "num_classes": 3, "id_indexed": False},
+    "score_threshold": None,
 }
 
 

@@ -1,73 +1,5 @@
 // The sections of the report, from the data in the page. A section without data is left out.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const [BLUE, ORANGE, GREEN, RED, VIOLET] = ["blue", "orange", "green", "red", "violet"].map((name) => `var(--${name})`);
-
-function section(id, title, note, ...content) {
-  const parts = content.filter(Boolean);
-  if (!parts.length) return;
-  document.getElementById("main").append(make("section", { id }, make("h2", {}, title), note ? make("p", { className: "note" }, note) : null, ...parts));
-  document.querySelector("#nav div").append(make("a", { href: `#${id}` }, title));
-}
-
-function grid(...content) {
-  const parts = content.filter(Boolean);
-  return parts.length ? make("div", { className: "grid" }, ...parts) : null;
-}
-
-function image(source, alt, width, height) {
-  const image = make("img", { src: source, alt, width, height, loading: "lazy" });
-  image.addEventListener("click", () => {
-    const zoom = document.getElementById("zoom");
-    zoom.querySelector("img").src = source;
-    zoom.querySelector("img").alt = alt;
-    zoom.showModal();
-  });
-  return image;
-}
-
-// columns: [{key, name, format, meter}]; the first is text. Click on a head sorts by it, once more turns it round.
-function sortableTable(rows, columns, sortedBy) {
-  const body = make("tbody");
-  const heads = columns.map((column) => {
-    const button = make("button", { type: "button" }, column.name);
-    const head = make("th", { scope: "col" }, button);
-    button.addEventListener("click", () => {
-      const now = head.getAttribute("aria-sort");
-      sort(column, now ? now !== "descending" : column.key !== columns[0].key);
-    });
-    return head;
-  });
-  function sort(column, descending) {
-    const sign = descending ? -1 : 1;
-    const order = [...rows].sort((a, b) => {
-      const [one, other] = [a[column.key], b[column.key]];
-      const [gone, otherGone] = [one === null || one === undefined, other === null || other === undefined];
-      if (gone || otherGone) return gone - otherGone;  // what is undefined comes last either way
-      return sign * (typeof one === "string" ? one.localeCompare(other) : one - other);
-    });
-    heads.forEach((head, k) => (columns[k] === column ? head.setAttribute("aria-sort", descending ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
-    body.replaceChildren(...order.map((row) => make("tr", {}, ...columns.map((one) => {
-      const text = one.format ? one.format(row[one.key]) : row[one.key];
-      const meter = one.meter && isNumber(row[one.key])
-        ? make("span", { className: "meter" }, make("i", { style: `width:${100 * row[one.key]}%` })) : null;
-      return make("td", one === columns[0] ? { title: text } : {}, meter, text);
-    }))));
-  }
-  sort(columns.find((one) => one.key === sortedBy), true);
-  return make("div", { className: "scroll" }, make("table", { className: "sortable" }, make("thead", {}, make("tr", {}, ...heads)), body));
-}
-
-function textTable(rows) {
-  return make("table", { className: "text" }, make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell))))));
-}
-
-function head() {
-  const tiles = data.tiles.map(([name, value], k) => make("div", { className: k ? "tile" : "tile first" }, make("b", {}, value), make("span", {}, name)));
-  document.getElementById("head").append(make("h1", {}, data.title), make("p", { className: "sub" }, data.subtitle), make("div", { className: "tiles" }, ...tiles));
-  document.getElementById("nav").append(make("div"));
-}
-
 function progress() {
   const { intervals, epochs, evaluations } = data;
   const common = { xLabel: "epochs done", xWord: "epoch", xLow: 0, xHigh: Math.max(...intervals.x, ...epochs.x, ...evaluations.x, 0.001) };
@@ -104,11 +36,16 @@ function precisionRecall() {
   const recalls = data.precision.all[0].map((_, k) => k / 100);
   const chart = (curves) => lineChart("Precision over recall", [["IoU 0.50", BLUE], ["IoU 0.75", ORANGE], ["mean .50 to .95", GREEN]].map(([name, color], k) => ({ name, color, x: recalls, y: curves[k] })),
     { whole: true, xLow: 0, xHigh: 1, xLabel: "recall", format: fraction, unit: "precision", restText: true, height: 260 });
+  return byClass("all classes (mean)", data.precision.of, (k) => chart(k === null ? data.precision.all : data.precision.of[k]));
+}
+
+// A chart of one class or of all, chosen in a list; chart(k) draws class k, or all for null.
+function byClass(whole, of, chart) {
   const holder = make("div");
-  const choice = make("select", { ariaLabel: "class" }, make("option", { value: "all" }, "all classes (mean)"),
-    ...data.classes.map((row, k) => (data.precision.of[k] ? make("option", { value: String(k) }, row.name) : null)));
+  const choice = make("select", { ariaLabel: "class" }, make("option", { value: "all" }, whole),
+    ...data.classes.map((row, k) => (of[k] ? make("option", { value: String(k) }, row.name) : null)));
   const show = () => {
-    const drawn = chart(choice.value === "all" ? data.precision.all : data.precision.of[choice.value]);
+    const drawn = chart(choice.value === "all" ? null : choice.value);
     if (drawn) drawn.querySelector("figcaption").append(choice);
     holder.replaceChildren(drawn || "");
   };
@@ -117,11 +54,43 @@ function precisionRecall() {
   return holder;
 }
 
+function thresholds() {
+  const found = data.thresholds;
+  if (!found) return;
+  const last = found.best.length - 1;
+  const chart = (k) => {
+    const best = found.best[k ?? last];
+    const lines = ["precision", "recall", "F1"].map((name, at) => ({ name, color: [BLUE, ORANGE, GREEN][at], x: found.scores, y: (k === null ? found.all : found.of[k])[at] }));
+    return lineChart(`Best F1 at ${fraction(best.threshold)}`, lines, { whole: true, xLow: 0, xHigh: 1, xLabel: "score threshold", xWord: "score", format: fraction, restText: true, height: 260 });
+  };
+  const all = found.best[last];
+  const worth = make("div", { className: "card" }, make("strong", {}, `Recommended score threshold: ${fraction(all.threshold)}`),
+    make("p", {}, `With it ${percent(all.precision)} of the detections are right and ${percent(all.recall)} of the objects are found (F1 ${fraction(all.F1)}). Those of the classes are in the table below.`));
+  section("thresholds", "Score threshold", "Which share of the detections with at least a score is right (precision), which share of the objects they find (recall), and F1, the harmonic mean of both, at IoU 0.5. For all classes, detections are counted together.",
+    grid(byClass("all classes", found.of, chart), worth));
+}
+
+function errorTypes() {
+  if (!data.error_types.length) return;
+  const rows = data.error_types;
+  section("errors", "Error types", "The AP50 that would be won if errors of one kind were mended, each alone (TIDE), over all scores.",
+    sortableTable(rows, [{ key: "text", name: "error" }, { key: "ap_lost", name: "AP50 lost", format: fraction, meter: true }, { key: "count", name: "detections, or objects" }], "ap_lost"));
+}
+
+function suspects() {
+  if (!data.suspects.length) return;
+  section("suspects", "Labels to look at", "Predictions with a score of 0.5 or more where the annotations have no object, or one of another class: the surest first. Some are errors of the detector, others of the annotations.",
+    make("div", { className: "images crops" }, ...data.suspects.map((one) => make("div", { className: "card" },
+      image(one.image, `${one.file}, ${one.predicted}`, one.width, one.height),
+      make("p", {}, make("b", {}, one.predicted), ` ${fraction(one.score)}, ${one.labelled === null ? "no label" : `labelled ${one.labelled}`}`, make("br"), one.file)))));
+}
+
 function classes() {
   if (!data.classes.length) return;
   const has = (key) => data.classes.some((row) => row[key] !== undefined && row[key] !== null);
   const columns = [{ key: "name", name: "class" }, { key: "AP", name: "AP", format: fraction, meter: true },
     ...["AP50", "AP75", "AP_small", "AP_medium", "AP_large"].map((key) => ({ key, name: key.replace("AP_", ""), format: fraction })),
+    { key: "F1", name: "best F1", format: fraction }, { key: "threshold", name: "at score", format: fraction },
     { key: "count", name: "objects" }, { key: "train", name: "in training" }];
   section("classes", "Classes", "Click a column to sort by it. Small, medium and large are the AP of objects of that size; “objects” are those of the validation images.",
     sortableTable(data.classes, columns.filter(({ key }) => key === "name" || has(key)), "AP"));
@@ -187,5 +156,4 @@ function settings() {
     make("div", { className: "card" }, textTable(data.environment))));
 }
 
-head(); progress(); accuracy(); classes(); confusion(); worst(); batch(); dataSets(); settings();
-document.getElementById("zoom").addEventListener("click", (event) => event.currentTarget.close());
+head(); progress(); accuracy(); thresholds(); classes(); errorTypes(); confusion(); worst(); suspects(); batch(); dataSets(); settings();

@@ -619,7 +619,7 @@ def test_demo_takes_images_anywhere():
     assert cfg.run.images == ["a.jpg", "b=1.jpg", "dir/*.png"]
     assert (cfg.model.image_size, cfg.run.score_thr, cfg.run.batch_size) == ([512, 512], 0.5, 2)
     bare = parse_demo_args([])
-    assert bare == DemoConfig() and bare.run.images == [] and bare.run.score_thr == 0.4
+    assert bare == DemoConfig() and bare.run.images == [] and bare.run.score_thr is None
 
 
 def test_demo_keeps_commas_in_file_names():

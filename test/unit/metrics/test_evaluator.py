@@ -569,8 +569,13 @@ def test_summary_and_metrics_file(tmp_path, capsys, caplog):
     assert written["stats"]["AP"] == pytest.approx(1.0) and written["stats"]["AP_small"] is None
     for line, c in zip(written["per_class"], (1, 2), strict=True):
         one = pytest.approx(1.0)
+        best = {"F1": 1.0, "threshold": 0.45}  # between the score .9 and nothing
         sizes = {"AP_small": None, "AP_medium": one if c == 2 else None, "AP_large": one if c == 1 else None}
-        assert line == {"category_id": c, "name": f"kind {c}", "AP": one, "AP50": one, "count": 1, "AP75": one} | sizes
+        assert (
+            line
+            == {"category_id": c, "name": f"kind {c}", "AP": one, "AP50": one, "count": 1, "AP75": one} | sizes | best
+        )
+    assert written["score_threshold"] == {"threshold": 0.45, "precision": 1.0, "recall": 1.0, "F1": 1.0}
     assert written["image_count"] == 2 and written["max_dets"] == [1, 10, 100] and "run" not in written
     evaluator.write_metrics(tmp_path / "made" / "metrics.json", {"img_per_s": 16.5, "best_AP": None})
     again = json.loads((tmp_path / "made" / "metrics.json").read_text())

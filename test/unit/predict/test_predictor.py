@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 
 import effdet
 from effdet.bench import DetBenchPredict
-from effdet.checkpoint.manager import CheckpointError
+from effdet.checkpoint.manager import CheckpointError, load_checkpoint_file, save_checkpoint
+from effdet.commands.clean import clean_checkpoint
 from effdet.config.model_config import efficientdet_model_param_dict
 from effdet.data.coco.categories import CategoryMap
 from effdet.factory import create_model
@@ -170,6 +172,39 @@ def test_a_checkpoint_is_loaded_and_predicts_from_paths_images_and_arrays(small_
     (none,) = detector.predict(paths[0], 1.0)
     assert len(none) == 0 and none.names == [] and none.boxes_xyxy.shape == (0, 4)
     assert none.category_ids.shape == (0,) and none.category_ids.dtype == np.int64
+
+
+def with_threshold(checkpoint: Path, threshold: dict | None, path: Path) -> Path:
+    """Write a checkpoint again, with recommended score thresholds."""
+    save_checkpoint(path, {**load_checkpoint_file(checkpoint), "score_threshold": threshold})
+    return path
+
+
+def test_the_recommended_threshold_is_the_checkpoints(small_checkpoint, synthetic_images, tmp_path):
+    threshold = {"all": 0.3, "classes": [None, 0.6, 0.9]}
+    path = with_threshold(small_checkpoint, threshold, tmp_path / "model.pth.tar")
+    detector = effdet.load(path, device="cpu", batch_size=2)
+    rows = np.concatenate(detector.predict_rows(synthetic_images[:3]))
+    lowest = np.array([0.3, 0.6, 0.9])[rows[:, 5].astype(int)]
+    expected = rows[rows[:, 4] >= lowest]
+    assert 0 < len(expected) < len(rows), "without a threshold everything comes"
+    found = np.concatenate(detector.predict_rows(synthetic_images[:3], score_threshold="recommended"))
+    np.testing.assert_array_equal(found, expected)
+    assert detector.threshold_to_show(None)[0] == "recommended" and detector.threshold_to_show(0.0)[0] == 0.0
+    with pytest.raises(ValueError, match="give a number"):
+        detector.predict(synthetic_images[0], "best")
+
+    cleaned = clean_checkpoint(str(path))
+    assert cleaned["score_threshold"] == threshold
+    assert "score_threshold" not in clean_checkpoint(str(path), use_ema=False), "they are those of other weights"
+    for other in (
+        effdet.load(path, device="cpu", use_ema=False),
+        effdet.load(with_threshold(small_checkpoint, None, tmp_path / "none.pth.tar"), device="cpu"),
+        effdet.load(small_checkpoint, device="cpu"),
+    ):
+        assert other.threshold_to_show(None)[0] == 0.4
+        with pytest.raises(ValueError, match="recommend no score threshold"):
+            other.predict(synthetic_images[0], "recommended")
 
 
 def test_an_array_of_images_is_a_batch(predictor):

@@ -145,6 +145,23 @@ def test_numbers_are_those_of_the_evaluation(page, sets):
     assert np.mean(of[2]) == pytest.approx(data["classes"][0]["AP"], abs=1e-3)
 
 
+def test_thresholds_errors_and_labels_to_look_at_are_those_of_the_evaluation(page):
+    data, evaluator = data_of(page[0]), page[1]
+    found = evaluator.score_curves
+    assert data["thresholds"]["best"][-1] == pytest.approx(found.best[-1]._asdict(), rel=1e-5)
+    assert data["thresholds"]["all"][1][0] == pytest.approx(found.curves[-1][1][0], abs=1e-4)
+    for row, best in zip(data["classes"], found.best, strict=False):
+        assert row["threshold"] == (None if np.isnan(best.threshold) else pytest.approx(best.threshold, rel=1e-5))
+    assert {row["text"] for row in data["error_types"]} >= {"right place, wrong class", "nothing there"}
+    alarms = [one for one in data["suspects"] if one["labelled"] is None]
+    confused = [one for one in data["suspects"] if one["labelled"] is not None]
+    assert confused and alarms and all(one["score"] >= 0.5 for one in data["suspects"])
+    assert all(one["predicted"] != one["labelled"] for one in confused)
+    crop = Image.open(io.BytesIO(base64.b64decode(alarms[0]["image"].partition(",")[2]))).convert("RGB")
+    red = np.abs(np.asarray(crop).astype(int) - (222, 58, 48)).max(axis=2) < 40
+    assert crop.size == (alarms[0]["width"], alarms[0]["height"]) and red.sum() > 50
+
+
 def test_confusions_count_every_object(page):
     data = data_of(page[0])
     rows = np.array(data["confusion"]["rows"])
@@ -252,7 +269,9 @@ def test_the_package_ships_the_page():
         "page.html",
         "style.css",
         "charts.js",
+        "parts.js",
         "page.js",
+        "compare.js",
     }
 
 
@@ -325,9 +344,12 @@ def test_every_section_renders(browser, page, width):
     assert browser.execute_script("return [...document.querySelectorAll('section')].map((s) => s.id)") == [
         "progress",
         "accuracy",
+        "thresholds",
         "classes",
+        "errors",
         "confusion",
         "worst",
+        "suspects",
         "batch",
         "data",
         "settings",
@@ -342,6 +364,7 @@ def test_every_section_renders(browser, page, width):
         "Skipped steps",
         "Precision over recall",
         "AP by object size, over the run",
+        f"Best F1 at {page[1].score_curves.best[-1].threshold:.3f}",
         "Object size as the network sees it",
         "Objects in an image",
     ]
@@ -356,7 +379,8 @@ def test_every_section_renders(browser, page, width):
         "const all = [...document.images].filter((i) => i.src); all.forEach((i) => { i.loading = 'eager'; });"
         "return Promise.all(all.map((i) => i.decode())).then(() => all.map((i) => i.naturalWidth));"
     )
-    assert len(loaded) == 2 * len(data_of(page[0])["worst"]) + 1 and min(loaded) > 0
+    data = data_of(page[0])
+    assert len(loaded) == 2 * len(data["worst"]) + len(data["suspects"]) + 1 and min(loaded) > 0
     assert browser.get_log("browser") == []
 
 

@@ -21,12 +21,13 @@ from effdet.training.recorder import (
     METRICS_LOG_NAME,
     RunRecorder,
     append_summary,
-    check_tensorboard,
     drop_rows_from,
     drop_summary_from,
     read_rows,
     steady_rates,
+    trackers_of,
 )
+from effdet.training.trackers import IDS_NAME, TRACKERS, Trackers, check_trackers
 
 STEP = {
     "epoch": 3,
@@ -68,8 +69,8 @@ def logger():
         logger.propagate, logger.handlers[:] = propagate, handlers
 
 
-def make_recorder(folder: Path, steps: int = 0, tensorboard: bool = False) -> RunRecorder:
-    cfg = RunConfig(run=RunSectionConfig(tensorboard=tensorboard))
+def make_recorder(folder: Path, steps: int = 0, tensorboard: bool = False, cfg: RunConfig | None = None) -> RunRecorder:
+    cfg = cfg or RunConfig(run=RunSectionConfig(tensorboard=tensorboard))
     training = SimpleNamespace(device=torch.device("cpu"), model=SimpleNamespace(config=None), steps=steps)
     categories = SimpleNamespace(class_names=("ball", "box"))
     loader = SimpleNamespace(
@@ -227,11 +228,11 @@ def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path):
     recorder = make_recorder(tmp_path, tensorboard=True)
     recorder.begin(0, 0)
     train(recorder, range(2))
-    recorder.writer.close()
+    recorder.trackers.close()
     resumed = make_recorder(tmp_path, 6, tensorboard=True)  # a checkpoint within epoch 1
     resumed.begin(1, 2)
     train(resumed, range(1, 3), 2)
-    resumed.writer.close()
+    resumed.trackers.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(k, k) for k in range(2, 13, 2)]
     assert [event.step for event in events.Scalars("val/AP")] == [8, 12]
@@ -243,9 +244,83 @@ def test_tensorboard_reads_each_step_once_after_a_restart(tmp_path):
 
 def test_tensorboard_asked_for_and_missing_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard, .* pip install tensorboard"):
-        check_tensorboard(True)
-    check_tensorboard(False)
+    for name in TRACKERS:
+        with pytest.raises(ValueError, match=f"--log-to {name} needs the package {name}, .* pip install {name}"):
+            check_trackers([name])
+    check_trackers([])
+    both = RunConfig(run=RunSectionConfig(tensorboard=True, log_to=["wandb", "tensorboard"]))
+    assert trackers_of(both) == ["wandb", "tensorboard"] and trackers_of(RunConfig()) == []
+
+
+def test_a_failing_service_is_one_warning_and_the_others_go_on(tmp_path, caplog, monkeypatch):
+    class Failing:
+        def __init__(self, folder, run_id, settings, done) -> None:
+            self.rows, self.fails_at = [], int(settings["run"]["seed"])
+            if not self.fails_at:
+                raise OSError("no network")
+
+        def log(self, values, step) -> None:
+            if step >= self.fails_at:
+                raise RuntimeError("gone")
+            self.rows.append(step)
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            raise RuntimeError("nobody there")
+
+    monkeypatch.setitem(TRACKERS, "wandb", Failing)
+    for fails_at, expected in ((0, []), (5, [2, 4, 4]), (100, [2, 4, 4, 6, 8, 8, 8])):
+        caplog.clear()
+        folder = tmp_path / str(fails_at)
+        folder.mkdir()
+        cfg = RunConfig(run=RunSectionConfig(log_to=["wandb"], seed=fails_at))
+        recorder = make_recorder(folder, cfg=cfg)
+        recorder.begin(0, 0)
+        service = recorder.trackers.open.get("wandb")
+        train(recorder, range(2))
+        assert (service.rows if service else []) == expected
+        recorder.trackers.close()
+        assert recorder.trackers.open == {}
+        warnings = [r for r in caplog.records if r.levelno == logging.WARNING and "--log-to wandb" in r.getMessage()]
+        assert len(warnings) == 1
+        assert len(read_rows(folder / METRICS_LOG_NAME)) == 7, "the run's own file has everything"
+
+
+def test_a_resumed_run_is_the_same_run_to_a_service(tmp_path, monkeypatch):
+    begun = []
+
+    def begin(folder, run_id, settings, done):
+        begun.append((run_id, done))
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setitem(TRACKERS, "swanlab", begin)
+    (tmp_path / "other").mkdir()
+    for folder, done in ((tmp_path, 0), (tmp_path, 8), (tmp_path / "other", 0)):
+        Trackers(["swanlab"], folder, {}, done).close()
+    (first, _), (again, done), (other, _) = begun
+    assert first == again != other and done == 8 and len(first) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_service_that_is_offline_has_the_whole_run_under_one_id(name, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "home"))
+    cfg = RunConfig(run=RunSectionConfig(log_to=[name]))
+    for steps, epochs, start in ((0, range(2), 0), (6, range(1, 3), 2)):
+        recorder = make_recorder(tmp_path, steps, cfg=cfg)
+        recorder.begin(epochs.start, start)
+        train(recorder, epochs, start)
+        assert list(recorder.trackers.open) == [name], "it has not failed"
+        recorder.trackers.close()
+    run_id = json.loads((tmp_path / IDS_NAME).read_text())[name]
+    pattern = f"wandb/offline-run-*-{run_id}/*.wandb" if name == "wandb" else f"swanlab/run-*-{run_id}/*.swanlab"
+    files = sorted(tmp_path.glob(pattern))
+    assert len(files) == 2, "both starts are of one run"
+    assert all(b"train/loss" in file.read_bytes() for file in files)
 
 
 # ---- summary.csv -----------------------------------------------------------------------------------------------------
