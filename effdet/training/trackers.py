@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,7 +179,7 @@ class Trackers:
                 tracker.close()
 
     @contextlib.contextmanager
-    def _forgiven(self, name: str):
+    def _forgiven(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever it is: the run is worth more than a copy of its numbers
