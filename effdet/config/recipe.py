@@ -34,6 +34,7 @@ class Facts:
         model: model whose ImageNet backbone is at hand; empty: none is.
         weights: where these weights are, for the log.
         has_heads: they are a whole detector's, whose heads know its anchors.
+        epochs: the user's own number; None: the recipe chooses.
     """
 
     images: int | None
@@ -43,6 +44,7 @@ class Facts:
     model: str = ""
     weights: str = ""
     has_heads: bool = False
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ _OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  
 def is_given(parse: Parse, key: str) -> bool:
     """Tell whether a command line or its YAML files set a text."""
     return list_options(RunConfig)[key].get(parse({key: "\0"})) != "\0"
+
+
+def given_epochs(parse: Parse) -> int | None:
+    """Return the number of epochs that a command line or its YAML files set, None where they set none."""
+    values = {parse({"sched.epochs": number}).sched.epochs for number in (1, 2)}
+    return values.pop() if len(values) == 1 else None
 
 
 def wants_recipe(parse: Parse) -> bool:
@@ -152,7 +160,7 @@ def _images_to_see(size: dict[str, Any]) -> int:
 
 def _length(facts: Facts, images: int, at_least: int) -> dict[str, Any]:
     """Return the settings that follow from the number of epochs: as many as show the network `images` images."""
-    epochs = min(150, max(at_least, math.ceil(images / max(1, facts.images or 0))))
+    epochs = facts.epochs or min(150, max(at_least, math.ceil(images / max(1, facts.images or 0))))
     return {
         "sched.epochs": epochs,
         "model.freeze_bn_epochs": epochs // 4,

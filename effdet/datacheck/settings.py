@@ -15,7 +15,7 @@ import numpy as np
 
 from effdet.checkpoint.backbone import AUTO, resolve_backbone
 from effdet.config.load import replace_settings
-from effdet.config.recipe import Facts, Parse, is_given
+from effdet.config.recipe import Facts, Parse, given_epochs, is_given
 from effdet.config.schema import RunConfig
 from effdet.factory import resolve_model_config
 
@@ -51,7 +51,7 @@ def make_facts(
     height, width = np.median(sizes, axis=0).tolist() if sizes else (1.0, 1.0)
     detector = cfg.model.pretrained or cfg.model.initial_checkpoint
     model, weights = (cfg.model.name, detector) if detector else _weights_at_hand(cfg, is_cpu, parse)
-    return Facts(len(sizes), (height, width), is_cpu, devices, model, weights, bool(detector))
+    return Facts(len(sizes), (height, width), is_cpu, devices, model, weights, bool(detector), given_epochs(parse))
 
 
 def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, str]:

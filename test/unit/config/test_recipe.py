@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
 from effdet.config.cli import parse_train_args
 from effdet.config.load import dump_yaml, replace_settings
-from effdet.config.recipe import FEW_STEPS, SMALL_SET, Facts, choose_recipe, show_settings, wants_recipe
+from effdet.config.recipe import FEW_STEPS, SMALL_SET, Facts, choose_recipe, given_epochs, show_settings, wants_recipe
 
 
 def facts(images=292, hw=(480.0, 640.0), is_cpu=True, devices=1, model="tf_efficientdet_lite0"):
@@ -62,6 +63,13 @@ def test_the_input_has_the_aspect_of_the_images(hw, scratch, finetune):
     for name, size in (("scratch", scratch), ("finetune", finetune)):
         assert choose_recipe(name, facts(hw=hw)).settings["model.image_size"] == size
         assert "model.image_size" not in choose_recipe(name, facts(hw=hw, is_cpu=False)).settings
+
+
+def test_what_counts_in_epochs_follows_the_users_number():
+    settings = choose_recipe("finetune", dataclasses.replace(facts(), epochs=6)).settings
+    assert (settings["sched.epochs"], settings["model.freeze_bn_epochs"], settings["run.val_interval"]) == (6, 1, 1)
+    for words, epochs in ((["--epochs", "6"], 6), (["sched.epochs=2"], 2), ([], None)):
+        assert given_epochs(lambda base, words=words: parse_train_args(["--root", "x", *words], base=base)) == epochs
 
 
 def test_a_larger_input_costs_epochs():
