@@ -45,7 +45,8 @@ KNOWN_CONCERNS = {
     "Ascend910A": {
         *(f"aclnn{name}: not supported" for name in ("Convolution", "Exp", "Gather", "Log", "Scatter", "ScatterAdd")),
         "aclnnSign: not supported",
-        "aclnnScatter: int64 on the AI CPU",
+        "aclnnForeachCopy: not supported",
+        "aclnnForeachNorm: not supported",
         "aclnnDivMods: int64 on the AI CPU",
     },
 }
