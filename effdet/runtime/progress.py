@@ -79,7 +79,9 @@ def watch(stream: TextIO) -> None:
     """Have a terminal show bars and warnings before the log is set up; it prints no other lines until then."""
     logger = logging.getLogger("effdet")
     if current() is None and is_terminal(stream):
-        logger.addHandler(make_handler(stream))
+        handler = make_handler(stream)
+        handler.setLevel(logging.WARNING)
+        logger.addHandler(handler)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,8 @@ def restore_loggers() -> Iterator[None]:
         name: (log := logging.getLogger(name), log.handlers[:], log.propagate, log.level)
         for name in ("effdet", "timm_patches")
     }
+    for logger, *_ in saved.values():
+        logger.handlers[:] = []  # what is replaced is closed, and these are to be given back
     yield
     for logger, handlers, propagate, level in saved.values():
         for handler in logger.handlers:
@@ -277,6 +279,7 @@ def test_other_ranks_have_no_bar(terminal, tmp_path):
 
 def test_bars_before_the_log_is_set_up(terminal):
     progress.watch(terminal)
+    logging.getLogger("effdet").setLevel(logging.INFO)
     logging.getLogger("effdet.data").info("not yet")
     with bar("Reading", 10) as move:
         move(5)
