@@ -160,8 +160,10 @@ def check_operators(meters: npu_sim.Meters) -> None:
 
 @pytest.mark.parametrize("drop_empty", [False, True])
 @pytest.mark.parametrize("nms, reads", [("auto", 1), ("npu", 0), ("exact", 10)])
-def test_a_prediction_reads_the_device_as_often_as_it_must(device, nms, reads, drop_empty):
+def test_a_prediction_reads_the_device_as_often_as_it_must(device, is_910a, nms, reads, drop_empty):
     """On the host: the candidates, once; on the device: a look or two for each block of 1,000 whether it is done."""
+    if nms == "npu" and not is_910a:
+        pytest.skip("the operator is refused on the later chips")
     model = place_model(
         create_model("tf_efficientdet_d0", num_classes=3, image_size=SIZE, pretrained_backbone=False), device
     )
