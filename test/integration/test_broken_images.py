@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from effdet.data.coco.report import DatasetError
 from effdet.data.corrupt import BadImages, BadImagesError, BadImageWatch, default_limit
 from effdet.data.images import ImageError, read_image
 from effdet.data.synthetic.dataset import make_synthetic_dataset
@@ -108,7 +109,6 @@ UNREADABLE: dict[str, tuple[Callable, str]] = {
     "zero bytes": (write(b""), "cannot be read as an image"),
     "a web page": (write(b"<html>404 not found</html>"), "cannot be read as an image"),
     "zeros, as after a power failure": (write(bytes(5000)), "cannot be read as an image"),
-    "a Git LFS pointer": (write(b"version https://git-lfs.github.com/spec/v1\n"), "cannot be read as an image"),
     "another size than the json's": (put_image(RED.resize((65, 48)), "PNG"), "is 65x48 pixels"),
     "a bomb of 100 megapixels behind a usual size": (write(png_header(10_000, 10_000)), "is 10000x10000 pixels"),
     "a bomb of 400 megapixels": (as_json_size(write(png_header(20_000, 20_000)), 20_000, 20_000), "cannot be read"),
@@ -171,6 +171,12 @@ def test_unreadable_images_are_replaced_in_training_and_empty_in_evaluation(name
     assert "1 of 4 validation" in named[1] and "nothing was found" in named[1]
     assert [int(target["img_idx"]) for _, target in shown] == [0, 1, 2, 3], "evaluation takes no other image"
     assert (shown[BROKEN][1]["cls"] == -1).all()
+
+
+def test_a_git_lfs_pointer_is_an_error_however_many_images_may_be_bad(root):
+    break_image(root, write(b"version https://git-lfs.github.com/spec/v1\n"), False)
+    with pytest.raises(DatasetError, match="git lfs pull"):
+        open_split(root, "train", data={"max_bad_images": 4})
 
 
 # name: how the file is made; right in the middle it is red
