@@ -324,7 +324,7 @@ def test_the_ports_evaluation_line_is_answered_as_a_whole(capsys):
     use, _, rest = error.partition("; ")
     assert "instead of --resume use --checkpoint FILE" in use
     gone = "--epoch --loss-scale --sync-bn --lr --opt --warmup-epochs --lr-noise --model-ema --model-ema-decay".split()
-    assert set(re.findall(r"--[\w-]+", rest)) - {"--help"} == set(gone)
+    assert set(re.findall(r"--[\w-]+", rest)) - {"--help", "--help-all"} == set(gone)
     cfg = parse_validate_args(
         "--model tf_efficientdet_d0 --root /coco -b 128 -j 128 --checkpoint best.pth --amp --opt-level O1 "
         f"--addr 10.0.0.7 {EIGHT}".split()
