@@ -82,10 +82,10 @@ def train(root: str | Path = "", **settings: Any) -> TrainedRun:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words.append(f"--{flag}={text}")
-    from effdet.report.log import METRICS_NAME
-
     cfg = read_train_args(words)
     prepare_environment(PROGRAM, cfg.dist.device_list, cfg.run.plain)
+    from effdet.report.log import METRICS_NAME  # torch comes with it
+
     try:
         status, folder = run(cfg, words)
     except SystemExit as end:  # how the command says in one line that it cannot go on

@@ -75,6 +75,9 @@ Parse = Callable[[Mapping[str, Any]], RunConfig]
 _OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  # values nobody gives
 
 
+_NOBODYS_EPOCHS = 999_999_937
+
+
 def is_given(parse: Parse, key: str) -> bool:
     """Tell whether a command line or its YAML files set a text."""
     return list_options(RunConfig)[key].get(parse({key: "\0"})) != "\0"
@@ -82,8 +85,8 @@ def is_given(parse: Parse, key: str) -> bool:
 
 def given_epochs(parse: Parse) -> int | None:
     """Return the number of epochs that a command line or its YAML files set, None where they set none."""
-    values = {parse({"sched.epochs": number}).sched.epochs for number in (1, 2)}
-    return values.pop() if len(values) == 1 else None
+    epochs = parse({"sched.epochs": _NOBODYS_EPOCHS}).sched.epochs
+    return None if epochs == _NOBODYS_EPOCHS else epochs
 
 
 def wants_recipe(parse: Parse) -> bool:
