@@ -71,7 +71,20 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class _Service:
+    """What those share that send by themselves; `run` is their package's."""
+
+    run: Any
+
+    def flush(self) -> None:
+        """Do nothing: it sends by itself."""
+
+    def close(self) -> None:
+        """Send the rest."""
+        self.run.finish()
+
+
+class Wandb(_Service):
     """Weights & Biases; WANDB_MODE=offline keeps everything in the run's folder for `wandb sync`."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], done: int) -> None:
@@ -92,15 +105,8 @@ class Wandb:
         """Send a row."""
         self.run.log({**values, _STEP: step})
 
-    def flush(self) -> None:
-        """Do nothing: it sends by itself."""
 
-    def close(self) -> None:
-        """Send the rest."""
-        self.run.finish()
-
-
-class SwanLab:
+class SwanLab(_Service):
     """SwanLab; SWANLAB_MODE=offline keeps everything in the run's folder for `swanlab sync`."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], done: int) -> None:
@@ -121,13 +127,6 @@ class SwanLab:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send a row."""
         self.run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """Do nothing: it sends by itself."""
-
-    def close(self) -> None:
-        """Send the rest."""
-        self.run.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "swanlab": SwanLab}
