@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -114,6 +116,34 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data sets at {folder}, which are not on this machine")
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    """Have every connection of this process fail, as without a network."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def restored_loggers() -> Iterator[None]:
+    """Give the packages' loggers back as they were: what a test sets there is for a whole process."""
+    saved = {
+        name: (log := logging.getLogger(name), log.handlers[:], log.propagate, log.level)
+        for name in ("effdet", "timm_patches")
+    }
+    for logger, *_ in saved.values():
+        logger.handlers[:] = []  # what is replaced is closed, and these are to be given back
+    yield
+    for logger, handlers, propagate, level in saved.values():
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

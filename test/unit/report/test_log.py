@@ -35,21 +35,7 @@ STEP = {
 }
 
 
-@pytest.fixture(autouse=True)
-def restore_loggers():
-    """Give the loggers back as they were: what is set here is for a whole process."""
-    saved = {
-        name: (log := logging.getLogger(name), log.level, log.propagate, log.handlers[:])
-        for name in ("effdet", "timm_patches")
-    }
-    for logger, *_ in saved.values():
-        logger.handlers[:] = []  # what is replaced is closed, and these are to be given back
-    yield
-    for logger, level, propagate, handlers in saved.values():
-        for handler in logger.handlers:
-            handler.close()
-        logger.setLevel(level)
-        logger.propagate, logger.handlers[:] = propagate, handlers
+pytestmark = pytest.mark.usefixtures("restored_loggers")
 
 
 def test_rank_0_writes_each_line_once_to_both_places(tmp_path, capsys) -> None:

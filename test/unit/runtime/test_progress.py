@@ -8,7 +8,6 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,20 +52,7 @@ class Terminal(io.StringIO):
         return screen(self.getvalue())
 
 
-@pytest.fixture(autouse=True)
-def restore_loggers() -> Iterator[None]:
-    saved = {
-        name: (log := logging.getLogger(name), log.handlers[:], log.propagate, log.level)
-        for name in ("effdet", "timm_patches")
-    }
-    for logger, *_ in saved.values():
-        logger.handlers[:] = []  # what is replaced is closed, and these are to be given back
-    yield
-    for logger, handlers, propagate, level in saved.values():
-        for handler in logger.handlers:
-            handler.close()
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("restored_loggers")
 
 
 @pytest.fixture
