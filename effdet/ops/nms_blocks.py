@@ -28,9 +28,7 @@ def batched_nms(
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     planes = torch.stack((*boxes_xyxy.unbind(-1), box_area(boxes_xyxy), classes.to(boxes_xyxy.dtype)), 1)  # [B, 6, k]
     planes = planes.gather(2, order.unsqueeze(1).expand(-1, 6, -1))
-    decided: list[
-        Tensor
-    ] = []  # of each block, 1 for the boxes that stay; half precision holds all numbers here exactly
+    decided: list[Tensor] = []  # of each block, 1 for the boxes that stay; half precision holds these numbers exactly
     for start in range(0, count, _BLOCK):
         block = planes[:, :, start : start + _BLOCK]
         alive = torch.ones((batch, block.shape[2]), dtype=torch.float16, device=scores.device)
