@@ -19,8 +19,11 @@ BENCH_ARGS ?= --quick
 BENCHMARKS := train_step loss labels post_process predict optimizer loader train_run coco_evaluation memory startup busy_machine
 # Two test processes of one thread each: more only fight for cores, and a file stays in one process. The order of files
 # stays, too: those with few, long tests come first.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder test/npu
+PYTEST_ARGS := -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest $(PYTEST_ARGS) test/npu
+# A test that hangs prints where and fails; the others go on.
+FAST := -m "not slow" -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,10 +41,10 @@ else
 endif
 
 check: lint  ## lint and the core of the tests, in about two minutes
-	$(PYTEST) -m "core and not slow"
+	$(PYTEST) $(FAST) -m "core and not slow"
 
 test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(FAST)
 
 test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 	$(PYTEST) -m slow
@@ -49,8 +52,8 @@ test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 # torch_npu changes the process it is imported into, so it has an environment and test processes of its own. The two chips
 # take different code paths in torch_npu.
 test-npu: $(INSTALLED_NPU)  ## run the tests on a simulated Ascend NPU, under the real torch_npu (Linux, gcc)
-	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) -m "not slow"
-	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m "not slow"
+	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) $(FAST)
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) $(FAST)
 
 test-npu-slow: $(INSTALLED_NPU)  ## run only the tests on a simulated Ascend NPU marked slow
 	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m slow

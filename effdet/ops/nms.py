@@ -52,7 +52,8 @@ def select_candidates(
     count = min(max_detection_points, logits.shape[1] * num_classes)
     anchors = logits.amax(2).topk(min(count, logits.shape[1]), dim=1).indices
     pairs = logits.gather(1, anchors.unsqueeze(2).expand(-1, -1, num_classes)).reshape(batch, -1)
-    top_logits, order = pairs.topk(count, dim=1)
+    order = pairs.topk(count, dim=1).indices
+    top_logits = pairs.gather(1, order)  # the first Ascend 910 has top-k's own values in float16
     order = order.to(torch.int32)  # an accelerator may have no division of int64 of its own
     rows = torch.div(order, num_classes, rounding_mode="floor")
     anchors = anchors.gather(1, rows.long())

@@ -25,7 +25,8 @@ def batched_nms(
     """Drop boxes that overlap a better one of their class; arguments and result of nms.batched_nms."""
     batch, count = scores.shape
     max_det = min(max_det, count)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    scores = scores.gather(1, order)  # the first Ascend 910 has sort's own values in float16
     planes = torch.stack((*boxes_xyxy.unbind(-1), box_area(boxes_xyxy), classes.to(boxes_xyxy.dtype)), 1)  # [B, 6, k]
     planes = planes.gather(2, order.unsqueeze(1).expand(-1, 6, -1))
     decided: list[Tensor] = []  # of each block, 1 for the boxes that stay; half precision holds these numbers exactly

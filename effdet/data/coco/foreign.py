@@ -1,6 +1,7 @@
 """Say what an annotation file is that is not in COCO's form, by the keys that other tools write."""
 
 import json
+import os
 from typing import Any
 
 from .report import shown
@@ -107,6 +108,8 @@ def _is_object(text: str) -> bool:
 def is_lfs_pointer(path: Any) -> bool:
     """Tell whether a file is a pointer that Git LFS leaves where the file itself was not fetched."""
     try:
+        if not os.path.isfile(path):  # a pipe would keep whoever opens it
+            return False
         with open(path, "rb") as file:
             return file.read(len(_LFS)) == _LFS
     except (OSError, ValueError):  # ValueError: no file can have this name

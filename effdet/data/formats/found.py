@@ -155,7 +155,7 @@ def look_into(root: Path, deepest: int = _DEEPEST) -> Tree:
             elif entry.is_dir():
                 if folder.count("/") + bool(folder) < deepest:
                     waiting.append(join(folder, entry.name))
-            else:
+            elif entry.is_file():  # a pipe would keep whoever opens it
                 kinds.setdefault(suffix, []).append(entry.name)
         folders[folder] = {kind: sorted(names) for kind, names in kinds.items()}
     return Tree(root, dict(sorted(folders.items())))

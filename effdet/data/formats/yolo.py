@@ -268,11 +268,13 @@ def _read_image(image: Path) -> tuple[tuple[int, int] | None, list[str]]:
 
 
 def _read_rows(image: Path) -> list[str]:
-    try:
-        with open(label_path(image.as_posix()), encoding="utf-8", errors="replace") as file:
-            return [line for line in file if line.strip()]
-    except FileNotFoundError:
+    path = label_path(image.as_posix())
+    if not os.path.exists(path):
         return []  # an image without objects
+    if not os.path.isfile(path):
+        raise DatasetError(f"{path} is a folder, pipe or device in the place of a label file: remove it")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line for line in file if line.strip()]
 
 
 def parse_row(row: str, size_wh: tuple[int, int], keypoints: bool = False) -> Box:

@@ -60,6 +60,27 @@ def test_every_tools_folder_has_its_images_and_boxes(tool, tmp_path):
     assert listed(tmp_path / "user data") == before, "nothing is written into the user's folder"
 
 
+@pytest.mark.parametrize("tool", list(TOOLS))
+def test_pipes_that_nobody_writes_to_are_not_waited_for(tool, tmp_path):
+    root = TOOLS[tool](tmp_path / "user data")
+    folder = root if root.is_dir() else root.parent
+    for suffix in (".json", ".xml", ".txt", ".yaml", ".names", ".csv"):
+        os.mkfifo(folder / f"0 pipe{suffix}")
+    data, _ = settle_data(DataConfig(root=str(root), val_split=0.0), ("train",), tmp_path / "run")
+    found = boxes_of(*split_paths(data, "train"))
+    assert found and all(found[name] == EXPECTED[name] for name in found)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_label_file_that_is_none_is_named(make, tmp_path):
+    root = TOOLS["YOLO"](tmp_path)
+    label = next(path for path in (root if root.is_dir() else root.parent).rglob("one.txt"))
+    label.unlink()
+    make(label)
+    with pytest.raises(DatasetError, match="one.txt"):
+        settle_data(DataConfig(root=str(root)), ("train",), tmp_path / "run")
+
+
 def test_the_table_of_tools_names_what_was_tried():
     page = (REPO / "docs" / "own_data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| `--root (\S+)` \|", page, re.MULTILINE)
