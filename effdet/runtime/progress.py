@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 PLAIN = "EFFDET_PLAIN"
 """Environment variable: if set, a terminal gets plain lines, as a pipe does; --plain sets it."""
 
+_NOTEBOOK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and what they start inherits it
+
 IN_LINES, ON_TERMINAL = {"terminal": False}, {"terminal": True}
 
 
@@ -41,7 +43,9 @@ class Move(Protocol):
 def is_terminal(stream: Any) -> bool:
     """Tell whether a stream is a terminal that moves its cursor, and the package that draws on it is there."""
     shows = getattr(stream, "isatty", lambda: False)() and os.environ.get("TERM") != "dumb"
-    return bool(shows) and not os.environ.get(PLAIN) and importlib.util.find_spec("rich") is not None
+    # A notebook runs `!command` in a terminal of its own, and puts what was meant for the cursor into the cell.
+    plain = os.environ.get(PLAIN) or _NOTEBOOK in os.environ
+    return bool(shows) and not plain and importlib.util.find_spec("rich") is not None
 
 
 def be_plain(wanted: bool) -> None:

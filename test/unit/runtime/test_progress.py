@@ -237,13 +237,15 @@ def test_colours_tell_warnings_errors_and_scores(terminal, monkeypatch, no_color
     assert colours == ([set()] * 3 if no_color else [{"33"}, {"31"}, {"32"}])
 
 
-@pytest.mark.parametrize("why", ["a pipe", "a terminal that cannot go back", "no rich", "--plain"])
+@pytest.mark.parametrize("why", ["a pipe", "a terminal that cannot go back", "no rich", "--plain", "a notebook"])
 def test_elsewhere_lines_are_plain_and_bars_are_silent(terminal, monkeypatch, why):
     stream = terminal if why != "a pipe" else io.StringIO()
     monkeypatch.setenv("TERM", "dumb" if "back" in why else "xterm")
     if why == "--plain":
         monkeypatch.setenv(progress.PLAIN, "")  # to be taken back
         progress.be_plain(parse_train_args(["--root", "x", "--plain"]).run.plain)
+    if why == "a notebook":
+        monkeypatch.setenv("JPY_PARENT_PID", "1")  # as its kernels have it
     if why == "no rich":
         monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     logger = setup_logging(stream)
