@@ -131,7 +131,8 @@ def test_the_export_page(folder, capsys):
         run_line(line)
     made = ["model_best.onnx", "raw.onnx", "dynamic.onnx", "raw.ts.pt", "raw.pt2"]
     assert all((folder / name).stat().st_size > 1e5 for name in made)
-    assert {"".join(Path(name).suffixes) for name in made} == set(FORMATS.values())
+    # OpenVINO's is written and read by test/unit/predict/test_engines.py, where the package is installed.
+    assert {"".join(Path(name).suffixes) for name in made} == set(FORMATS.values()) - {FORMATS["openvino"]}
     exec(blocks("export.md", "python")[0], {})
     assert re.findall(r"(?:ball|box|star) 0\.\d+ \[", capsys.readouterr().out)
     import onnxruntime
