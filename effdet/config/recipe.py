@@ -74,19 +74,13 @@ Parse = Callable[[Mapping[str, Any]], RunConfig]
 
 _OWN = {"optim.lr": 0.0123456789, "optim.opt": "nadam", "sched.sched": "tanh"}  # values nobody gives
 
-
-_NOBODYS_EPOCHS = 999_999_937
-
-
-def is_given(parse: Parse, key: str) -> bool:
-    """Tell whether a command line or its YAML files set a text."""
-    return list_options(RunConfig)[key].get(parse({key: "\0"})) != "\0"
+_NOBODYS = {"model.name": "\0", "sched.epochs": 999_999_937}  # and these neither
 
 
-def given_epochs(parse: Parse) -> int | None:
-    """Return the number of epochs that a command line or its YAML files set, None where they set none."""
-    epochs = parse({"sched.epochs": _NOBODYS_EPOCHS}).sched.epochs
-    return None if epochs == _NOBODYS_EPOCHS else epochs
+def find_given(parse: Parse, key: str) -> Any | None:
+    """Return what a command line or its YAML files set, a key of _NOBODYS; None where they leave it open."""
+    value = list_options(RunConfig)[key].get(parse({key: _NOBODYS[key]}))
+    return None if value == _NOBODYS[key] else value
 
 
 def wants_recipe(parse: Parse) -> bool:

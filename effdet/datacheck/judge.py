@@ -147,26 +147,19 @@ def _compare_names(stats: DataStats, val: SplitStats, val_map: CategoryMap, matc
     theirs = stats.categories
     assert theirs is not None
     index = {row["id"]: val_map.id_to_idx[row["id"]] for row in val.arrays.categories}
-    if match == "id":
-        renamed = [
-            f"{row['id']}: {theirs.class_names[index[row['id']]]!r} in train, {row['name']!r} in val"
-            for row in val.arrays.categories
-            if theirs.class_names[index[row["id"]]] != row["name"]
-        ]
-        if renamed:
-            stats.add(
-                "warning",
-                f"classes: {len(renamed)} ids have other names in val than in train: {_some(renamed)}; the ids count",
-            )
-        return
-    moved = [
-        f"{row['name']!r} is {theirs.idx_to_id[index[row['id']]]} in train, {row['id']} in val"
-        for row in val.arrays.categories
-        if theirs.idx_to_id[index[row["id"]]] != row["id"]
-    ]
-    if moved:
+    by_id = match == "id"
+    level, kept, other = ("warning", "ids", "names") if by_id else ("note", "names", "ids")
+    differ = []
+    for row in val.arrays.categories:
+        number = index[row["id"]]
+        key, ours = (row["id"], row["name"]) if by_id else (row["name"], row["id"])
+        in_train = theirs.class_names[number] if by_id else int(theirs.idx_to_id[number])
+        if in_train != ours:
+            differ.append(f"{key!r}: {in_train!r} in train, {ours!r} in val")
+    if differ:
         stats.add(
-            "note", f"classes: {len(moved)} names have other ids in val than in train: {_some(moved)}; the names count"
+            level,
+            f"classes: {len(differ)} {kept} have other {other} in val than in train: {_some(differ)}; the {kept} count",
         )
 
 

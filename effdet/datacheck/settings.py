@@ -15,7 +15,7 @@ import numpy as np
 
 from effdet.checkpoint.backbone import AUTO, resolve_backbone
 from effdet.config.load import replace_settings
-from effdet.config.recipe import Facts, Parse, given_epochs, is_given
+from effdet.config.recipe import Facts, Parse, find_given
 from effdet.config.schema import RunConfig
 from effdet.factory import resolve_model_config
 
@@ -51,13 +51,15 @@ def make_facts(
     height, width = np.median(sizes, axis=0).tolist() if sizes else (1.0, 1.0)
     detector = cfg.model.pretrained or cfg.model.initial_checkpoint
     model, weights = (cfg.model.name, detector) if detector else _weights_at_hand(cfg, is_cpu, parse)
-    return Facts(len(sizes), (height, width), is_cpu, devices, model, weights, bool(detector), given_epochs(parse))
+    return Facts(
+        len(sizes), (height, width), is_cpu, devices, model, weights, bool(detector), find_given(parse, "sched.epochs")
+    )
 
 
 def _weights_at_hand(cfg: RunConfig, is_cpu: bool, parse: Parse) -> tuple[str, str]:
     """Return a model whose weights need no fetching, and where they are; empty texts where there is none."""
     names: tuple[str, ...] = _MODELS if is_cpu else _MODELS[::-1]
-    if is_given(parse, "model.name"):
+    if find_given(parse, "model.name"):
         names = (cfg.model.name,)
     for name in names if cfg.model.pretrained_backbone != "" else ():
         source = resolve_backbone(cfg.model.pretrained_backbone or AUTO, name)

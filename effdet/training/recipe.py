@@ -15,7 +15,7 @@ import torch
 from effdet.checkpoint.backbone import AUTO
 from effdet.config.load import replace_settings
 from effdet.config.options import list_options
-from effdet.config.recipe import Facts, Parse, Recipe, choose_recipe, is_given, show_settings, wants_recipe
+from effdet.config.recipe import Facts, Parse, Recipe, choose_recipe, find_given, show_settings, wants_recipe
 from effdet.config.schema import RunConfig
 from effdet.data.build import build_dataset, split_paths
 from effdet.data.settle import settle_data
@@ -59,7 +59,7 @@ def apply_recipe(cfg: RunConfig, device: torch.device, parse: Parse) -> tuple[Ru
 
 def name_backbone(cfg: RunConfig, parse: Parse) -> RunConfig:
     """Return the config with the ImageNet weights asked for by name, where the user has named the model."""
-    if cfg.model.pretrained_backbone is not None or cfg.run.overfit or not is_given(parse, "model.name"):
+    if cfg.model.pretrained_backbone is not None or cfg.run.overfit or not find_given(parse, "model.name"):
         return cfg
     return replace_settings(cfg, model={"pretrained_backbone": AUTO})
 

@@ -9,7 +9,7 @@ import pytest
 
 from effdet.config.cli import parse_train_args
 from effdet.config.load import dump_yaml, replace_settings
-from effdet.config.recipe import FEW_STEPS, SMALL_SET, Facts, choose_recipe, given_epochs, show_settings, wants_recipe
+from effdet.config.recipe import FEW_STEPS, SMALL_SET, Facts, choose_recipe, find_given, show_settings, wants_recipe
 
 
 def facts(images=292, hw=(480.0, 640.0), is_cpu=True, devices=1, model="tf_efficientdet_lite0"):
@@ -69,7 +69,10 @@ def test_what_counts_in_epochs_follows_the_users_number():
     settings = choose_recipe("finetune", dataclasses.replace(facts(), epochs=6)).settings
     assert (settings["sched.epochs"], settings["model.freeze_bn_epochs"], settings["run.val_interval"]) == (6, 1, 1)
     for words, epochs in ((["--epochs", "6"], 6), (["sched.epochs=2"], 2), ([], None)):
-        assert given_epochs(lambda base, words=words: parse_train_args(["--root", "x", *words], base=base)) == epochs
+        assert (
+            find_given(lambda base, words=words: parse_train_args(["--root", "x", *words], base=base), "sched.epochs")
+            == epochs
+        )
 
 
 def test_a_larger_input_costs_epochs():

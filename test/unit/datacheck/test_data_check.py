@@ -190,7 +190,7 @@ def test_classes_with_other_ids_in_val_are_counted_by_name(data, capsys):
     status, output = run(capsys, data)
     assert table_of(output) == table_of(plain) and len(table_of(output)) == len(coco["categories"])
     (note,) = [text for text in found(output, "note") if f"'{first['name']}'" in text]
-    assert f"is {first['id']} in train, {second['id']} in val" in note
+    assert f": {first['id']} in train, {second['id']} in val" in note
     assert table_of(run(capsys, data, "--match-classes", "id")[1]) != table_of(plain)
 
 
