@@ -13,10 +13,11 @@ import sys
 
 from npu_sim import build, runtime
 from npu_sim.build import missing
-from npu_sim.meters import Meters, count_launches, count_waits, meters, strict
+from npu_sim.meters import Launches, Meters, count_launches, count_waits, meters, strict
 
 __all__ = [
     "SOCS",
+    "Launches",
     "Meters",
     "count_launches",
     "count_waits",

@@ -103,7 +103,7 @@ def _empty_operators(wheel: bytes, written: str) -> str:
     }
     lines = []
     for name in sorted(names):
-        if f"int {name}(" not in written:
+        if not re.search(rf"\b{name}\b", written):
             lines.append(
                 f'int {name}(void *w, uint64_t s, void *e, void *t) {{ sim_launch("aclnn", "{name}"); return 0; }}'
             )

@@ -30,21 +30,44 @@ void sim_log(const char *kind, const char *name) {
   if (wanted && atoi(wanted)) fprintf(stderr, "[npu_sim] %s %s\n", kind, name);
 }
 
-enum { MOST_NAMES = 2048 };
+// ---- launches
+
+// A launch is a row of this table: the operator with the dtypes of its tensors. Operators of one thread are prepared and
+// started one after another, so the tensors that torch_npu described since the last launch are this launch's.
+enum { MOST_ROWS = 4096, SIGNATURE = 192, LONGEST_LIST = 6 };
 static pthread_mutex_t launches_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct { char *name; long count; } launches[MOST_NAMES];
+static struct { char *name; long count, copied; } launches[MOST_ROWS];
+static __thread char signature[SIGNATURE];
+static __thread long copied;
+
+// torch_npu describes an operator's tensors from the last to the first. A list of many is named by its first few.
+void sim_describe(int data_type) {
+  char rest[SIGNATURE], type[16];
+  int length = snprintf(type, sizeof type, "%d", data_type), same = 0;
+  for (const char *at = signature; !strncmp(at, type, length) && at[length] == ','; at += length + 1) same++;
+  if (same >= LONGEST_LIST || strlen(signature) + sizeof type > SIGNATURE) return;
+  strcpy(rest, signature);
+  snprintf(signature, sizeof signature, "%s,%s", type, rest);
+}
+void sim_copies(long bytes) { copied += bytes; }
 
 void sim_launch(const char *kind, const char *name) {
+  char row[SIGNATURE + 64];
   sim_log(kind, name);
+  snprintf(row, sizeof row, "%s %s", name, signature);
   pthread_mutex_lock(&launches_lock);
   int k = 0;
-  while (k < MOST_NAMES - 1 && launches[k].name && strcmp(launches[k].name, name)) k++;
-  if (!launches[k].name) launches[k].name = strdup(name);
+  while (k < MOST_ROWS - 1 && launches[k].name && strcmp(launches[k].name, row)) k++;
+  if (!launches[k].name) launches[k].name = strdup(row);
   launches[k].count++;
+  launches[k].copied += copied;
   pthread_mutex_unlock(&launches_lock);
+  signature[0] = 0;
+  copied = 0;
 }
-const char *sim_launch_name(int index) { return index < MOST_NAMES ? launches[index].name : NULL; }
+const char *sim_launch_name(int index) { return index < MOST_ROWS ? launches[index].name : NULL; }
 long sim_launch_count(int index) { return launches[index].count; }
+long sim_launch_copied(int index) { return launches[index].copied; }
 
 // ---- devices
 
