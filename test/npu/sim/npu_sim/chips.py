@@ -38,15 +38,15 @@ def concern(soc: str, name: str, dtypes: tuple[str, ...]) -> str | None:
         return None
     table = _table()
     generation = table["generations"][soc]
-    for entry in table["unsupported"]:
-        if generation in entry["generations"] and any(fnmatch(name, operator) for operator in entry["operators"]):
-            return f"{name}: not supported"
     kernels = [entry for entry in table["ai_core"] if name in entry["operators"]]
     for kernel in kernels:
         given = [dtypes[index] for index in kernel["tensors"] if index < len(dtypes)]
         # Of tensors of several dtypes the operator casts all but one first, so that one on the AI cores is enough.
         if given and not set(given) & set(kernel["dtypes"][generation]):
             return f"{name}: {given[0]} on the AI CPU"
+    for entry in table["unsupported"]:
+        if generation in entry["generations"] and any(fnmatch(name, operator) for operator in entry["operators"]):
+            return f"{name}: not supported"
     return None if kernels or name in table["listed"] else f"{name}: unknown"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_sim import references, runtime, saturation
+from npu_sim import references, rounding, runtime, saturation
 from npu_sim.memory import alias, is_npu, npu_tensors, to_cpu
 from npu_sim.meters import charge, note_call, note_mismatch
 
@@ -58,21 +58,6 @@ SHAPE_MAY_DIFFER = {
 REFUSED = {"aten::bincount", "aten::repeat_interleave.self_Tensor"}
 # Results in a layout of torch_npu's own (a mask). They stay as allocated, and nothing here reads them.
 PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
-# Products over large tensors. Inside another kernel their values are not computed: that kernel's results are written
-# afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
-# precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
-PRODUCTS = {
-    "convolution",
-    "_convolution",
-    "convolution_backward",
-    "matmul",
-    "matmul_backward",
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-}
-
 _libraries: dict[str, torch.library.Library] = {}  # a Library takes its kernels back when it is collected
 _thread = threading.local()  # .depth: how many wrapped kernels this thread is inside
 
@@ -92,7 +77,12 @@ class Wrapper:
         self.reference: Callable | None = references.REFERENCES.get(self.name)
         if self.reference is None and _has_cpu_kernel(self.name):
             self.reference = getattr(getattr(getattr(torch.ops, namespace), base), schema.overload_name or "default")
-        self.is_product = base in PRODUCTS
+        # Products over large tensors. Inside another kernel their values are not computed: that kernel's results are
+        # written afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice.
+        # And in half precision they are computed in float32 and rounded once, as the device's cube unit does (and the
+        # CPU faster).
+        self.base = base
+        self.is_product = base in rounding.PRODUCTS
         arguments = schema.arguments
         self.written = {
             i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
@@ -117,7 +107,7 @@ class Wrapper:
             note_call(self.name, tensors)
         cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
         cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
-        values = self._compute(cpu_args, cpu_kwargs)
+        values = self._compute(cpu_args, cpu_kwargs, tensors[0].device.index if tensors else None)
         before = runtime.counts()
         result = self._call_real(keyset, args, kwargs)
         if isinstance(values, Exception):  # after the real kernel, whose own complaint would be the better one
@@ -134,14 +124,15 @@ class Wrapper:
             charge(self.name, before, sum(t.dtype == torch.float64 for t in (*tensors, *npu_tensors(result))))
         return result
 
-    def _compute(self, args: list, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, args: list, kwargs: dict[str, Any], device: int | None) -> Any:
         """Return the CPU's results, or the error it raises."""
+        args = rounding.round_arguments(self.base, args, device)
         if self.reference is None:
             return NotImplementedError(f"the simulated NPU has no reference implementation of {self.name}")
         try:
             if self.is_product and references.has_half(args):
                 return references.in_float32(self.reference, args, kwargs)
-            return self.reference(*args, **kwargs)
+            return rounding.round_result(self.base, self.reference(*args, **kwargs), device)
         except (RuntimeError, NotImplementedError) as error:
             if "not implemented for" in str(error):  # in half precision the CPU lacks what the device has
                 return references.in_float32(self.reference, args, kwargs)
