@@ -8,6 +8,7 @@ Importing this package imports neither torch nor torch_npu.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -23,6 +24,7 @@ __all__ = [
     "count_waits",
     "from_environment",
     "install",
+    "lazy",
     "load",
     "load_libraries",
     "loaded",
@@ -55,6 +57,13 @@ def load(devices: int = 1, soc: str = "Ascend910B1") -> None:
     import torch_npu  # noqa: F401
 
     install()
+
+
+def lazy(seed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Compute nothing in this block before the host waits for it; see queues.py."""
+    from npu_sim import queues
+
+    return queues.lazy(seed)
 
 
 def loaded() -> tuple[int, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Counts(NamedTuple):
@@ -38,6 +38,10 @@ def connect(library: ctypes.CDLL) -> None:
     library.sim_launch_name.restype = ctypes.c_char_p
     library.sim_saturates.restype = library.sim_overflow.restype = ctypes.c_bool
     library.sim_set_overflow.argtypes = (ctypes.c_int, ctypes.c_bool)
+    library.sim_is_lazy.restype = ctypes.c_bool
+    library.sim_queue_python.argtypes = (ctypes.c_void_p, ctypes.c_long)
+    library.sim_run_stream.argtypes = (ctypes.c_void_p,)
+    library.sim_set_lazy.argtypes = (ctypes.c_bool, ctypes.c_uint, ctypes.c_void_p)
     _library = library
 
 
@@ -81,3 +85,23 @@ def overflow(device: int | None = None) -> bool:
 def physical_device() -> int:
     """Return the number the current device has on the host, whatever ASCEND_RT_VISIBLE_DEVICES makes of it."""
     return _library.sim_physical_device()
+
+
+def is_lazy() -> bool:
+    """Tell whether operators wait in the queues of their streams."""
+    return _library.sim_is_lazy()
+
+
+def set_lazy(on: bool, seed: int, run: Any) -> None:
+    """Empty all queues, then put operators into them or no longer; `run` is called with what queue_python was given."""
+    _library.sim_set_lazy(on, seed, ctypes.cast(run, ctypes.c_void_p))
+
+
+def queue_python(stream: int, number: int) -> None:
+    """Put a call of `run` into the queue of the stream at this address."""
+    _library.sim_queue_python(stream, number)
+
+
+def run_stream(stream: int) -> None:
+    """Empty the queue of the stream at this address, and what it waits for."""
+    _library.sim_run_stream(stream)

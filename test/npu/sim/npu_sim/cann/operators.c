@@ -140,13 +140,11 @@ int aclnnConstantPadNdGetWorkspaceSize(Tensor *in, IntArray *pads, void *value, 
   *executor = padding;
   return OK;
 }
-int aclnnConstantPadNd(void *workspace, uint64_t bytes, void *executor, void *stream) {
+static void pad(void *executor) {
   Padding *padding = executor;
   Tensor *in = &padding->in, *out = &padding->out;
   int size = sim_element_size(out->type);
   int64_t elements = 1, index[MAX_DIMS] = {0};
-  sim_launch("aclnn", "aclnnConstantPadNd");
-  if (!size) return UNSUPPORTED_TYPE;
   for (int d = 0; d < out->dims; d++) elements *= out->sizes[d];
   for (int64_t k = 0; k < elements; k++) {
     int64_t from = in->offset, to = out->offset;
@@ -162,5 +160,10 @@ int aclnnConstantPadNd(void *workspace, uint64_t bytes, void *executor, void *st
     for (int d = out->dims - 1; d >= 0 && ++index[d] == out->sizes[d]; d--) index[d] = 0;
   }
   free(padding);
+}
+int aclnnConstantPadNd(void *workspace, uint64_t bytes, void *executor, void *stream) {
+  sim_launch("aclnn", "aclnnConstantPadNd");
+  if (!sim_element_size(((Padding *)executor)->out.type)) return UNSUPPORTED_TYPE;
+  sim_call(stream, pad, executor);
   return OK;
 }

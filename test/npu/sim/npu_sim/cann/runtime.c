@@ -1,10 +1,9 @@
-// libascendcl.so, first part: devices, streams, events, and what CANN says about itself.
+// libascendcl.so, first part: devices, counters, and what CANN says about itself.
 //
-// Stands for an Ascend runtime whose "device" is this process: a stream has nothing pending, because everything is done
-// when the call returns. So waiting is free here, but it is counted. The number of devices and the chip's name come
+// Stands for an Ascend runtime whose "device" is this process. Waiting is free here, but it is counted. The number of devices and the chip's name come
 // from NPU_SIM_DEVICES and NPU_SIM_SOC.
 // Compiled against the ACL headers inside the torch_npu wheel, so that the compiler checks the signatures.
-// Limits: no asynchrony, hence no races between streams; no errors of the device; all devices share the host's memory.
+// Limits: no errors of the device; all devices share the host's memory.
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <pthread.h>
@@ -185,73 +184,13 @@ aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) {
 }
 aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return ACL_OK; }
 
-// ---- streams and events: nothing is ever pending
+// ---- settings that are accepted and change nothing here
 
-aclError aclrtCreateStream(aclrtStream *stream) { return (*stream = malloc(16)) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
-aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flags) {
-  return aclrtCreateStream(stream);
-}
-aclError aclrtDestroyStream(aclrtStream stream) {
-  free(stream);
-  return ACL_OK;
-}
-aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
-aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
-  *status = ACL_STREAM_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
-  *id = (int32_t)((uintptr_t)stream >> 4 & 0x7fffffff);
-  return ACL_OK;
-}
-aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return ACL_OK; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return ACL_OK; }  // the device waits, not the host
-
-static aclError host_waits(void) {
-  sim_count(SIM_WAITS);
-  return ACL_OK;
-}
-aclError aclrtSynchronizeDevice(void) { return host_waits(); }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { return host_waits(); }
-aclError aclrtSynchronizeStream(aclrtStream stream) { return host_waits(); }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return host_waits(); }
-aclError aclrtSynchronizeEvent(aclrtEvent event) { return host_waits(); }
-
-typedef struct { double recorded_ms; } Event;
-aclError aclrtCreateEvent(aclrtEvent *event) { return (*event = calloc(1, sizeof(Event))) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
-aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
-aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
-aclError aclrtDestroyEvent(aclrtEvent event) {
-  free(event);
-  return ACL_OK;
-}
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  ((Event *)event)->recorded_ms = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
-  return ACL_OK;
-}
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return ACL_OK; }
-aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
-  *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
-  *ms = (float)(((Event *)end)->recorded_ms - ((Event *)start)->recorded_ms);
-  return ACL_OK;
-}
 aclError aclrtProcessReport(int32_t timeout) {  // a thread of torch_npu polls it: leave the core to others
   struct timespec pause = {0, 1000000};
   nanosleep(&pause, NULL);
   return ACL_OK;
 }
-
-// ---- settings that are accepted and change nothing here
-
 aclError aclrtSetOpExecuteTimeOut(uint32_t timeout) { return ACL_OK; }
 aclError aclrtSetOpWaitTimeout(uint32_t timeout) { return ACL_OK; }
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return ACL_OK; }

@@ -37,6 +37,14 @@ bool sim_overflow(int device);
 int sim_current_device(void);
 int sim_physical_device(void);
 
+// The lazy mode (lazy.c). sim_call calls a function at once, or puts the call into the stream's queue. sim_run_all empties
+// all queues.
+bool sim_is_lazy(void);
+void sim_call(void *stream, void (*function)(void *), void *argument);
+void sim_run_all(void);
+// Whether an address lies in host memory from aclrtMallocHost (memory.c).
+bool sim_is_pinned(const void *address);
+
 // Bytes of one element of an aclDataType, 0 for types nobody here computes with.
 int sim_element_size(int data_type);
 #endif
