@@ -40,15 +40,22 @@ BUDGETS = {
 COLLECTIVES = {"two devices": 2, "two devices, DDP's buckets": 3, "two devices, sync-BN": 218}
 # What CANN's sources and pages speak against (npu_sim/chips.yaml) and is known: nothing else may appear. Pages and
 # sources disagree on the first generation.
-KNOWN_CONCERNS = {
-    "Ascend910B1": {"aclnnScatter: int64 on the AI CPU", "aclnnDivMods: int64 on the AI CPU"},
-    "Ascend910A": {
-        *(f"aclnn{name}: not supported" for name in ("Convolution", "Exp", "Gather", "Log", "Scatter", "ScatterAdd")),
-        "aclnnSign: not supported",
-        "aclnnScatter: int64 on the AI CPU",
-        "aclnnDivMods: int64 on the AI CPU",
-    },
+NOT_READ = {f"aclnn{name}: unknown" for name in ("Amin", "InplaceAddcdiv", "InplaceLerp", "PowScalarTensor")}
+NOT_READ |= {
+    f"aclnnBatchNorm{name}: unknown"
+    for name in ("Elemt", "ElemtBackward", "GatherStatsWithCounts", "ReduceBackward", "Stats")
 }
+KNOWN_CONCERNS = {
+    "Ascend910B1": NOT_READ,
+    "Ascend910A": NOT_READ
+    | {
+        f"aclnn{name}: not supported"
+        for name in ("Convolution", "Exp", "Gather", "Log", "Scatter", "ScatterAdd", "Sign")
+    },
+    "Ascend910_9391": NOT_READ,
+    "Ascend950": NOT_READ | {"aclnnGather: not supported", "aclnnSoftplus: not supported"},
+}
+LIKE_910B1 = ("Ascend910B1", "Ascend910_9391", "Ascend950")  # torch_npu gives them the same operators
 
 
 def check(counted: dict, budgets: dict[str, int], known: set[str]) -> None:
@@ -74,11 +81,13 @@ def test_other_optimizers_and_half_precision_weights_keep_their_budget(device, s
 
 
 @pytest.mark.slow
-def test_two_devices_keep_their_budget(tmp_path):
-    npu_launches.start_process("Ascend910B1", 2, tmp_path / "counts.json")
+@pytest.mark.parametrize("chip", LIKE_910B1)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_chip_of_a_later_generation_steps_and_predicts(chip, devices, tmp_path):
+    npu_launches.start_process(chip, devices, tmp_path / "counts.json")
     counted = npu_launches.read(tmp_path / "counts.json")
-    assert counted.keys() == {name for name in npu_launches.TWO_DEVICES if name in BUDGETS["Ascend910B1"]}
-    check(counted, BUDGETS["Ascend910B1"], KNOWN_CONCERNS["Ascend910B1"])
+    assert tuple(counted) == (npu_launches.ONE_DEVICE if devices == 1 else npu_launches.TWO_DEVICES)
+    check(counted, BUDGETS["Ascend910B1"], KNOWN_CONCERNS[chip])
 
 
 def test_the_counter_counts_all_threads_and_by_name(device):

@@ -30,6 +30,7 @@ __all__ = [
     "loaded",
     "meters",
     "missing",
+    "random_ties",
     "strict",
 ]
 
@@ -64,6 +65,13 @@ def lazy(seed: int = 0) -> contextlib.AbstractContextManager[None]:
     from npu_sim import queues
 
     return queues.lazy(seed)
+
+
+def random_ties(seed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Draw by lot which of several equal values top-k, sort and the places of maxima mean; see ties.py."""
+    from npu_sim import ties
+
+    return ties.random_ties(seed)
 
 
 def loaded() -> tuple[int, str] | None:

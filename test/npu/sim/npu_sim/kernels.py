@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_sim import queues, references, rounding, runtime, saturation
+from npu_sim import queues, references, rounding, runtime, saturation, ties
 from npu_sim.memory import alias, is_npu, npu_tensors, to_cpu
 from npu_sim.meters import charge, note_call, note_mismatch
 
@@ -191,15 +191,17 @@ class Wrapper:
     def _compute(self, args: list, kwargs: dict[str, Any], device: int | None) -> Any:
         """Return the CPU's results, or the error it raises."""
         args = rounding.round_arguments(self.base, args, device)
+        args, order = ties.shuffle(self.base, args, kwargs)
         if self.reference is None:
             return NotImplementedError(f"the simulated NPU has no reference implementation of {self.name}")
         try:
             if self.is_product and references.has_half(args):
                 return references.in_float32(self.reference, args, kwargs)
-            return rounding.round_result(self.base, self.reference(*args, **kwargs), device)
+            result = rounding.round_result(self.base, self.reference(*args, **kwargs), device)
+            return ties.unshuffle(result, order)
         except (RuntimeError, NotImplementedError) as error:
             if "not implemented for" in str(error):  # in half precision the CPU lacks what the device has
-                return references.in_float32(self.reference, args, kwargs)
+                return ties.unshuffle(references.in_float32(self.reference, args, kwargs), order)
             return error
 
     def _call_real(self, keyset: torch.DispatchKeySet, args: tuple, kwargs: dict[str, Any]) -> Any:

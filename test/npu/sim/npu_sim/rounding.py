@@ -1,8 +1,9 @@
 """What the device rounds before it computes: float32 that a chip's units take in a shorter form only.
 
-- First generation: convolutions, matrix products and top-k from 8 values on take float16, whatever was asked for; the
-  result of a convolution is float16 as well. Sources: hicann/ops-nn, aclnn_convolution.cpp (UpdateOutputDtype),
-  aclnn_topk.cpp (float32 is cast "on 910"), pages of aclnnConvolutionBackward and aclnnMatmul (cubeMathType).
+- First generation: convolutions, matrix products, sort and top-k from 8 values on take float16, whatever was asked
+  for; the result of a convolution is float16 as well. Sources: hicann/ops-nn, aclnn_convolution.cpp
+  (UpdateOutputDtype), aclnn_topk.cpp (float32 is cast "on 910"), pages of aclnnConvolutionBackward, aclnnMatmul
+  (cubeMathType) and aclnnSort.
 - A2, A3, 950: convolutions take HF32 while `torch.npu.conv.allow_hf32` (on by default), matrix products while
   `torch.npu.matmul.allow_hf32` (off). HF32 has float32's range and 11 bits of mantissa, rounded to nearest even.
   Sources: CANN's pages of --allow_hf32 (ATC) and SetHF32 (Ascend C).
@@ -59,7 +60,7 @@ def round_arguments(base: str, args: list, device: int | None) -> list:
         device: the index of its device, whose overflow flag a value beyond float16 raises; None: none is raised.
     """
     positions = PRODUCTS.get(base, ())
-    if base == "topk" and _has_half_units() and args[1] >= SMALLEST_HALF_TOP_K:
+    if _has_half_units() and (base == "sort" or base == "topk" and args[1] >= SMALLEST_HALF_TOP_K):
         positions = (0,)
     if not positions or _exact:
         return args
