@@ -1,11 +1,14 @@
 """How many operators a training step and a prediction give an NPU: counted on the simulated device, nothing is timed.
 
+Beside them: the bytes copied to make tensors contiguous before an operator (a gather along another axis than the last
+is one that transposes), and what CANN's sources and pages say against an operator on a chip (npu_sim/chips.yaml).
+
     .venv-npu/bin/python benchmarks/npu_launches.py             a table for two chips; --json FILE keeps all names
     .venv-npu/bin/python benchmarks/npu_launches.py --top 20 --chips Ascend910B1
 
 A step on an NPU is very likely bound by the host, which launches each operator; the simulator (test/npu/sim) counts
 what the real torch_npu launches. The counts do not depend on the batch or on the size of the images, but for labels of
-large images with many objects. test/npu/test_npu_launches.py holds the budgets.
+large images with many objects; the bytes grow with both. test/npu/test_npu_launches.py holds the budgets.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npu_sim import Launches
 
 REPO = Path(__file__).resolve().parents[1]
 CHIPS = ("Ascend910B1", "Ascend910A")
@@ -74,7 +80,7 @@ def make_run(device: Any, world: int = 1, **sections: dict[str, Any]) -> Any:
     return training
 
 
-def count(work: Callable[[], Any], warm_up: int = 2) -> Counter[str]:
+def count(work: Callable[[], Any], warm_up: int = 2) -> Launches:
     """Count the launches of `work` after some runs of it, which move the optimizer's memory and DDP's buckets."""
     import npu_sim
 
@@ -98,7 +104,7 @@ def train_step(run: Any, batch: tuple[Any, Any]) -> Callable[[], None]:
     return step
 
 
-def measure_one_device(device: Any, wanted: tuple[str, ...] = ONE_DEVICE) -> dict[str, Counter[str]]:
+def measure_one_device(device: Any, wanted: tuple[str, ...] = ONE_DEVICE) -> dict[str, Launches]:
     """Count what one device does, by the names of ONE_DEVICE; a training step includes the EMA's update."""
     batch, result = make_batch(device), {}
     settings = {
@@ -139,7 +145,7 @@ def make_prediction(device: Any, **keys: Any) -> Callable[[], Any]:
     return predict
 
 
-def measure_ranks(wanted: tuple[str, ...] = TWO_DEVICES) -> dict[str, Counter[str]]:
+def measure_ranks(wanted: tuple[str, ...] = TWO_DEVICES) -> dict[str, Launches]:
     """Count, in one of two processes, what a step gives its device, by the names of TWO_DEVICES."""
     from effdet.runtime import distributed
     from effdet.runtime.device import tune
@@ -160,6 +166,24 @@ def measure_ranks(wanted: tuple[str, ...] = TWO_DEVICES) -> dict[str, Counter[st
     rank = distributed.rank()
     distributed.shutdown()
     return result if rank == 0 else {}
+
+
+def write(file: Path, counted: dict[str, Launches]) -> None:
+    """Write counts as JSON, with their attributes."""
+    file.write_text(json.dumps({name: {"launches": one, **vars(one)} for name, one in counted.items()}, indent=1))
+
+
+def read(file: Path) -> dict[str, Launches]:
+    """Read what `write` wrote."""
+    from npu_sim import Launches
+
+    counted = {}
+    for name, plain in json.loads(file.read_text()).items():
+        counted[name] = Launches()
+        counted[name].update(plain.pop("launches"))
+        for attribute, values in plain.items():
+            getattr(counted[name], attribute).update(values)
+    return counted
 
 
 def split(launches: Counter[str]) -> tuple[int, int]:
@@ -203,7 +227,7 @@ def measure_here(file: Path) -> None:
         tune(device)
         counts = measure_one_device(device)
     if counts:
-        file.write_text(json.dumps(counts))
+        write(file, counts)
 
 
 def main() -> None:
@@ -218,27 +242,39 @@ def main() -> None:
     if args.measure:
         measure_here(args.measure)
         return
-    table: dict[str, dict[str, Counter[str]]] = {}
+    table: dict[str, dict[str, Launches]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for chip in args.chips:
             for devices in args.devices:
                 file = Path(folder) / f"{chip}-{devices}.json"
                 start_process(chip, devices, file)
-                for name, counts in json.loads(file.read_text()).items():
-                    table.setdefault(name, {})[chip] = Counter(counts)
-    print(f"| operators launched (collectives) | {' | '.join(args.chips)} |\n|---|{'---|' * len(args.chips)}")
-    for name, by_chip in table.items():
-        cells = []
-        for chip in args.chips:
-            operators, collectives = split(by_chip.get(chip, Counter()))
-            cells.append(f"{operators:,}" + (f" ({collectives})" if collectives else ""))
-        print(f"| {name} | {' | '.join(cells)} |")
+                for name, counts in read(file).items():
+                    table.setdefault(name, {})[chip] = counts
+    print_table(table, args.chips)
     for name, by_chip in table.items():
         for chip, counts in by_chip.items():
             if args.top:
                 print(f"{name}, {chip}: " + ", ".join(f"{key} {n}" for key, n in counts.most_common(args.top)))
+                print("    copied: " + ", ".join(f"{key} {n:,}" for key, n in counts.copied.most_common(args.top)))
+            if counts.concerns:
+                print(f"{name}, {chip}: " + ", ".join(f"{text} ({n})" for text, n in sorted(counts.concerns.items())))
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1))
+        plain = {n: {chip: {"launches": one, **vars(one)} for chip, one in row.items()} for n, row in table.items()}
+        args.json.write_text(json.dumps(plain, indent=1))
+
+
+def print_table(table: dict[str, dict[str, Launches]], chips: list[str]) -> None:
+    print(f"| operators launched (collectives), kB copied | {' | '.join(chips)} |\n|---|{'---|' * len(chips)}")
+    for name, by_chip in table.items():
+        cells = []
+        for chip in chips:
+            if chip not in by_chip:
+                cells.append("")
+                continue
+            operators, collectives = split(by_chip[chip])
+            kilobytes = by_chip[chip].copied.total() / 1000
+            cells.append(f"{operators:,}" + (f" ({collectives})" if collectives else "") + f", {kilobytes:,.0f}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

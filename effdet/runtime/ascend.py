@@ -29,9 +29,8 @@ _NMS_KERNEL = "BatchMultiClassNonMaxSuppression"  # what npu_batch_nms launches
 _REMARKS = {
     "910": "CANN's pages call some of the aclnn operators of a training step (convolution, gather, scatter among them) "
     "unsupported on this chip, and its sources have them: if one fails, --npu-defaults leaves torch_npu's own settings",
-    "A3": "CANN's page of aclnnForeachCopy, which a training step calls, does not list this chip",
-    "950": "CANN's pages of aclnnSoftplus, aclnnMaxPool2dWithMask and aclnnGather, which it calls, do not list "
-    "this chip",
+    "A3": "CANN's page of aclnnForeachCopy, which training calls at each log line, does not list this chip",
+    "950": "CANN's pages of aclnnSoftplus and aclnnGather, which a training step calls, do not list this chip",
     "": "this chip is none of those that this program is written for: Atlas A2 training products (Ascend910B1 to B4) "
     "and the first Ascend 910",
 }

@@ -6,7 +6,6 @@ on a device whose step is bound by the host; lower a budget when the number fall
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -39,10 +38,29 @@ BUDGETS = {
     },
 }
 COLLECTIVES = {"two devices": 2, "two devices, DDP's buckets": 3, "two devices, sync-BN": 218}
+# What CANN's sources and pages speak against (npu_sim/chips.yaml) and is known: nothing else may appear. Pages and
+# sources disagree on the first generation.
+NOT_READ = {f"aclnn{name}: unknown" for name in ("Amin", "InplaceAddcdiv", "InplaceLerp", "PowScalarTensor")}
+NOT_READ |= {
+    f"aclnnBatchNorm{name}: unknown"
+    for name in ("Elemt", "ElemtBackward", "GatherStatsWithCounts", "ReduceBackward", "Stats")
+}
+KNOWN_CONCERNS = {
+    "Ascend910B1": NOT_READ,
+    "Ascend910A": NOT_READ
+    | {
+        f"aclnn{name}: not supported"
+        for name in ("Convolution", "Exp", "Gather", "Log", "Scatter", "ScatterAdd", "Sign")
+    },
+    "Ascend910_9391": NOT_READ,
+    "Ascend950": NOT_READ | {"aclnnGather: not supported", "aclnnSoftplus: not supported"},
+}
+LIKE_910B1 = ("Ascend910B1", "Ascend910_9391", "Ascend950")  # torch_npu gives them the same operators
 
 
-def check(counted: dict, budgets: dict[str, int]) -> None:
+def check(counted: dict, budgets: dict[str, int], known: set[str]) -> None:
     for name, launches in counted.items():
+        assert not launches.concerns.keys() - known, (name, launches.concerns)
         operators, collectives = npu_launches.split(launches)
         assert 0.8 * budgets[name] < operators <= budgets[name], (name, operators, launches)
         assert collectives <= COLLECTIVES.get(name, 0), (name, launches)
@@ -52,25 +70,24 @@ def test_one_device_keeps_its_budget(device, soc):
     wanted = ("training step", "EMA", "prediction", "prediction, --nms exact")
     counted = npu_launches.measure_one_device(device, wanted)
     assert tuple(counted) == wanted
-    check(counted, BUDGETS[soc])
+    check(counted, BUDGETS[soc], KNOWN_CONCERNS[soc])
 
 
 @pytest.mark.slow
 def test_other_optimizers_and_half_precision_weights_keep_their_budget(device, soc):
     counted = npu_launches.measure_one_device(device, ("momentum", "adamw", "O2"))
     assert len(counted) == 3
-    check(counted, BUDGETS[soc])
+    check(counted, BUDGETS[soc], KNOWN_CONCERNS[soc])
 
 
 @pytest.mark.slow
-def test_two_devices_keep_their_budget(tmp_path):
-    npu_launches.start_process("Ascend910B1", 2, tmp_path / "counts.json")
-    counted = {
-        name: npu_launches.Counter(counts)
-        for name, counts in json.loads((tmp_path / "counts.json").read_text()).items()
-    }
-    assert counted.keys() == {name for name in npu_launches.TWO_DEVICES if name in BUDGETS["Ascend910B1"]}
-    check(counted, BUDGETS["Ascend910B1"])
+@pytest.mark.parametrize("chip", LIKE_910B1)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_chip_of_a_later_generation_steps_and_predicts(chip, devices, tmp_path):
+    npu_launches.start_process(chip, devices, tmp_path / "counts.json")
+    counted = npu_launches.read(tmp_path / "counts.json")
+    assert tuple(counted) == (npu_launches.ONE_DEVICE if devices == 1 else npu_launches.TWO_DEVICES)
+    check(counted, BUDGETS["Ascend910B1"], KNOWN_CONCERNS[chip])
 
 
 def test_the_counter_counts_all_threads_and_by_name(device):

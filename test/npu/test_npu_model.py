@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 MODELS = ["tf_efficientdet_d0", "tf_efficientdet_lite0"]
 SIZE = (96, 128)
 
+pytestmark = pytest.mark.usefixtures("exact_products")  # what the chips' rounding does to a loss: test_sim_rounding.py
+
 
 def make_model(name: str = "tf_efficientdet_d0", num_classes: int = 5) -> torch.nn.Module:
     torch.manual_seed(0)

@@ -194,7 +194,7 @@ def test_an_epoch_reads_the_device_once_for_each_log_line(device, keys):
         assert meters.copies_to_host.total() == batches // 2 + 2 + 2 * (epoch == 0), meters.copies_to_host
 
 
-def test_losses_follow_the_cpu_over_five_steps(device):
+def test_losses_follow_the_cpu_over_five_steps(device, is_910a):
     traces = []
     for where in (CPU, device):
         run = make_run(where, {"enabled": False})
@@ -207,9 +207,9 @@ def test_losses_follow_the_cpu_over_five_steps(device):
             run.optimizer.zero_grad()
             losses.append(output["loss"].item())
         traces.append(losses)
-    # float32 noise grows from step to step in an untrained network
-    assert traces[1][:3] == pytest.approx(traces[0][:3], rel=1e-4)
-    assert traces[1] == pytest.approx(traces[0], rel=1e-2)
+    # float32 noise grows from step to step in an untrained network; Ascend910A computes its products in float16
+    assert traces[1][:3] == pytest.approx(traces[0][:3], rel=3e-2 if is_910a else 1e-4)
+    assert traces[1] == pytest.approx(traces[0], rel=1e-1 if is_910a else 1e-2)
 
 
 def test_batches_go_to_the_device_from_pinned_memory_without_waiting(device):

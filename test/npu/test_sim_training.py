@@ -51,7 +51,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, device, steps: int
     ],
     ids=["SGD", "AdamW", "NpuFusedSGD"],
 )
-def test_three_steps_are_the_cpus(make_optimizer, device):
+def test_three_steps_are_the_cpus(exact_products, make_optimizer, device):
     model = make_model()
     on_npu = copy.deepcopy(model).to(device)
     expected = train(model, make_optimizer(model.parameters(), npu=False), torch.device("cpu"))

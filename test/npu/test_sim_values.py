@@ -186,7 +186,7 @@ def run(function, device: torch.device, backward: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", [*SMOOTH, *DISCRETE])
-def test_values_dtypes_and_gradients_are_the_cpus(name, device):
+def test_values_dtypes_and_gradients_are_the_cpus(name, device, exact_products):
     function = (SMOOTH | DISCRETE)[name]
     expected = run(function, torch.device("cpu"), backward=name in SMOOTH)
     with npu_sim.count_waits() as meters:

@@ -8,25 +8,29 @@ Importing this package imports neither torch nor torch_npu.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
 from npu_sim import build, runtime
 from npu_sim.build import missing
-from npu_sim.meters import Meters, count_launches, count_waits, meters, strict
+from npu_sim.meters import Launches, Meters, count_launches, count_waits, meters, strict
 
 __all__ = [
     "SOCS",
+    "Launches",
     "Meters",
     "count_launches",
     "count_waits",
     "from_environment",
     "install",
+    "lazy",
     "load",
     "load_libraries",
     "loaded",
     "meters",
     "missing",
+    "random_ties",
     "strict",
 ]
 
@@ -54,6 +58,20 @@ def load(devices: int = 1, soc: str = "Ascend910B1") -> None:
     import torch_npu  # noqa: F401
 
     install()
+
+
+def lazy(seed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Compute nothing in this block before the host waits for it; see queues.py."""
+    from npu_sim import queues
+
+    return queues.lazy(seed)
+
+
+def random_ties(seed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Draw by lot which of several equal values top-k, sort and the places of maxima mean; see ties.py."""
+    from npu_sim import ties
+
+    return ties.random_ties(seed)
 
 
 def loaded() -> tuple[int, str] | None:

@@ -88,7 +88,7 @@ def _build_in(work: Path, sources: dict[str, str], torch_npu: Path) -> None:
         (work / name).write_text(text)
     headers = f"-I{torch_npu}/include/third_party/acl/inc"
     runtime = (f"-L{work}", "-lascendcl")
-    _compile(work, "ascendcl", "runtime.c", "memory.c", "graph_operators.c", "unreached.c", headers)
+    _compile(work, "ascendcl", "runtime.c", "lazy.c", "memory.c", "graph_operators.c", "unreached.c", headers)
     _compile(work, "hccl", "hccl.c", "-lrt", *runtime)
     _compile(work, "opapi", "operators.c", headers, *runtime)
     for name in _EMPTY:
@@ -103,7 +103,7 @@ def _empty_operators(wheel: bytes, written: str) -> str:
     }
     lines = []
     for name in sorted(names):
-        if f"int {name}(" not in written:
+        if not re.search(rf"\b{name}\b", written):
             lines.append(
                 f'int {name}(void *w, uint64_t s, void *e, void *t) {{ sim_launch("aclnn", "{name}"); return 0; }}'
             )

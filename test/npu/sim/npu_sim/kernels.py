@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_sim import references, runtime, saturation
+from npu_sim import queues, references, rounding, runtime, saturation, ties
 from npu_sim.memory import alias, is_npu, npu_tensors, to_cpu
 from npu_sim.meters import charge, note_call, note_mismatch
 
@@ -58,21 +58,6 @@ SHAPE_MAY_DIFFER = {
 REFUSED = {"aten::bincount", "aten::repeat_interleave.self_Tensor"}
 # Results in a layout of torch_npu's own (a mask). They stay as allocated, and nothing here reads them.
 PRIVATE_RESULTS = {("aten::max_pool2d_with_indices", 1)}
-# Products over large tensors. Inside another kernel their values are not computed: that kernel's results are written
-# afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice. And in half
-# precision they are computed in float32 and rounded once, as the device's cube unit does (and the CPU faster).
-PRODUCTS = {
-    "convolution",
-    "_convolution",
-    "convolution_backward",
-    "matmul",
-    "matmul_backward",
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-}
-
 _libraries: dict[str, torch.library.Library] = {}  # a Library takes its kernels back when it is collected
 _thread = threading.local()  # .depth: how many wrapped kernels this thread is inside
 
@@ -92,7 +77,12 @@ class Wrapper:
         self.reference: Callable | None = references.REFERENCES.get(self.name)
         if self.reference is None and _has_cpu_kernel(self.name):
             self.reference = getattr(getattr(getattr(torch.ops, namespace), base), schema.overload_name or "default")
-        self.is_product = base in PRODUCTS
+        # Products over large tensors. Inside another kernel their values are not computed: that kernel's results are
+        # written afterwards anyway, and no kernel reads these to decide. It saves computing every convolution twice.
+        # And in half precision they are computed in float32 and rounded once, as the device's cube unit does (and the
+        # CPU faster).
+        self.base = base
+        self.is_product = base in rounding.PRODUCTS
         arguments = schema.arguments
         self.written = {
             i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
@@ -101,6 +91,7 @@ class Wrapper:
         self.tensor_positions = {
             i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]")
         }
+        self.gives_tensors = all("Tensor" in str(result.type) for result in schema.returns)
         self.fresh = [result.alias_info is None for result in schema.returns]  # not one of the arguments
 
     def __call__(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
@@ -115,36 +106,102 @@ class Wrapper:
         tensors = npu_tensors((args, kwargs))
         if not inside:
             note_call(self.name, tensors)
-        cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
-        cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
-        values = self._compute(cpu_args, cpu_kwargs)
+        device = tensors[0].device.index if tensors else None
         before = runtime.counts()
+        if runtime.is_lazy():
+            result = self._call_lazily(keyset, args, kwargs, tensors, inside)
+        else:
+            cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
+            cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
+            values = self._compute(cpu_args, cpu_kwargs, device)
+            result = self._call_real(keyset, args, kwargs)
+            if isinstance(values, Exception):  # after the real kernel, whose own complaint would be the better one
+                raise values
+            self._saturate({tensor.dtype for tensor in tensors}, device, values, cpu_args, inside)
+            self._write_arguments(args, kwargs, cpu_args, cpu_kwargs)
+            result = self._fill(result, values)
+        if not inside:
+            charge(self.name, before, sum(t.dtype == torch.float64 for t in (*tensors, *npu_tensors(result))))
+        return result
+
+    def _call_lazily(
+        self, keyset: torch.DispatchKeySet, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], inside: bool
+    ) -> Any:
+        """Put the values into the stream's queue, in two entries: kernels called by the real one come in between."""
+        device = tensors[0].device.index if tensors else torch.npu.current_device()
+        stream = queues.current_stream(device)
+        found_args, found_kwargs = queues.at_address(list(args)), {k: queues.at_address(v) for k, v in kwargs.items()}
+        dtypes, computed = {tensor.dtype for tensor in tensors}, []
+
+        def compute() -> None:
+            cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(found_args)]
+            cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in found_kwargs.items()}
+            values = self._compute(cpu_args, cpu_kwargs, device)
+            if not isinstance(values, Exception):
+                self._saturate(dtypes, device if tensors else None, values, cpu_args, inside)
+            computed.extend((values, cpu_args, cpu_kwargs))
+
+        queues.queue(stream, compute)
+        reads_values = self.name in SHAPE_MAY_DIFFER or not self.gives_tensors
+        if reads_values:
+            runtime.run_stream(stream)
+        waits = runtime.counts().waits
         result = self._call_real(keyset, args, kwargs)
-        if isinstance(values, Exception):  # after the real kernel, whose own complaint would be the better one
-            raise values
+        if reads_values:
+            queues.raise_errors()
+            values, cpu_args, cpu_kwargs = computed
+            if isinstance(values, Exception):
+                raise values
+            self._write_arguments(args, kwargs, cpu_args, cpu_kwargs)
+            return self._fill(result, values)
+        written_args, written_kwargs = (
+            queues.at_address(list(args)),
+            {k: queues.at_address(v) for k, v in kwargs.items()},
+        )
+        for i in self.written & set(range(len(args))):  # what is not pinned the host has waited for
+            written_args[i] = to_cpu(args[i])
+        written_kwargs |= {name: to_cpu(kwargs[name]) for name in self.written_names & kwargs.keys()}
+        places = to_cpu(result)
+
+        def write() -> None:
+            values, cpu_args, cpu_kwargs = computed
+            if isinstance(values, Exception):
+                raise values
+            self._write_arguments(written_args, written_kwargs, cpu_args, cpu_kwargs)
+            self._fill(places, values)
+
+        queues.queue(stream, write)
+        if runtime.counts().waits > waits:
+            runtime.run_stream(stream)
+            queues.raise_errors()
+        return result
+
+    def _saturate(self, dtypes: set, device: int | None, values: Any, cpu_args: list, inside: bool) -> None:
         if runtime.saturates() and not inside:
-            saturation.saturate(self.name, tensors, values, [cpu_args[i] for i in self.written if i < len(args)])
+            written = [cpu_args[i] for i in self.written if i < len(cpu_args)]
+            saturation.saturate(self.name, dtypes, device, values, written)
+
+    def _write_arguments(self, args: Any, kwargs: dict[str, Any], cpu_args: list, cpu_kwargs: dict[str, Any]) -> None:
         for i in self.written:
             if i < len(args):
                 self._write_back(args[i], cpu_args[i])
         for name in self.written_names & kwargs.keys():
             self._write_back(kwargs[name], cpu_kwargs[name])
-        result = self._fill(result, values)
-        if not inside:
-            charge(self.name, before, sum(t.dtype == torch.float64 for t in (*tensors, *npu_tensors(result))))
-        return result
 
-    def _compute(self, args: list, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, args: list, kwargs: dict[str, Any], device: int | None) -> Any:
         """Return the CPU's results, or the error it raises."""
+        args = rounding.round_arguments(self.base, args, device)
+        args, order = ties.shuffle(self.base, args, kwargs)
         if self.reference is None:
             return NotImplementedError(f"the simulated NPU has no reference implementation of {self.name}")
         try:
             if self.is_product and references.has_half(args):
                 return references.in_float32(self.reference, args, kwargs)
-            return self.reference(*args, **kwargs)
+            result = rounding.round_result(self.base, self.reference(*args, **kwargs), device)
+            return ties.unshuffle(result, order)
         except (RuntimeError, NotImplementedError) as error:
             if "not implemented for" in str(error):  # in half precision the CPU lacks what the device has
-                return references.in_float32(self.reference, args, kwargs)
+                return ties.unshuffle(references.in_float32(self.reference, args, kwargs), order)
             return error
 
     def _call_real(self, keyset: torch.DispatchKeySet, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -191,8 +248,10 @@ class Wrapper:
         if value is None or not value.numel():  # nothing wanted, or statistics the CPU does without
             return result
         if self._differs("result", result, value):
+            if not is_npu(result):  # an address of the lazy mode
+                raise RuntimeError(f"{self.name}: in lazy mode a result cannot get another shape, {value.shape}")
             result = torch.empty(value.shape, dtype=result.dtype, device=result.device)
-        alias(result).copy_(value)
+        (alias(result) if is_npu(result) else result).copy_(value)
         return result
 
     def _differs(self, what: str, real: Tensor, value: Tensor) -> bool:

@@ -12,14 +12,16 @@ Limit: only the thread that opened a block has its waits outside operators count
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from npu_sim import runtime
+from npu_sim import chips, runtime
 
 OUTSIDE = "(outside operators)"
+_COPIES = {"aclnnInplaceCopy"}  # making a tensor contiguous is what these are asked for
 
 
 class Meters:
@@ -94,18 +96,37 @@ def count_waits() -> Iterator[Meters]:
             block.waits[OUTSIDE] += _waits_outside() - start
 
 
-@contextlib.contextmanager
-def count_launches() -> Iterator[Counter[str]]:
-    """Yield a counter that is filled when this block ends: the operators and collectives the device was given, by name.
+class Launches(Counter[str]):
+    """How often the device was given an operator or collective, by CANN's name ('aclnnAdd', 'PadV3', 'HcclAllReduce').
 
-    CANN's names: 'aclnnAdd', 'PadV3' of the older kind, 'HcclAllReduce'. Launches of all threads count.
+    Attributes:
+        copied: bytes that CANN copies to make tensors contiguous before an operator, by its name; of operators that
+            are themselves copies, none.
+        concerns: launches that CANN's sources or pages speak against on this chip, by text (chips.py).
     """
-    counted: Counter[str] = Counter()
-    before = runtime.launches()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: Counter[str] = Counter()
+        self.concerns: Counter[str] = Counter()
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[Launches]:
+    """Yield a counter that is filled when this block ends. Launches of all threads count."""
+    counted, before = Launches(), runtime.launches()
     try:
         yield counted
     finally:
-        counted.update(runtime.launches() - before)
+        rows = []
+        for (name, dtypes), (total, copied) in runtime.launches().items():
+            old_total, old_copied = before.get((name, dtypes), (0, 0))
+            if total > old_total:
+                counted[name] += total - old_total
+                rows.append((name, dtypes, total - old_total))
+            if copied > old_copied and name not in _COPIES:
+                counted.copied[name] += copied - old_copied
+        counted.concerns.update(chips.concerns(os.environ["NPU_SIM_SOC"], rows))
 
 
 def _waits_outside() -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Counts(NamedTuple):
@@ -16,15 +15,33 @@ class Counts(NamedTuple):
 
 
 _library: ctypes.CDLL | None = None
+# aclDataType, as far as tensors of torch have one. Source: acl_base.h in the torch_npu wheel.
+_DTYPES = {
+    0: "float32",
+    1: "float16",
+    2: "int8",
+    3: "int32",
+    4: "uint8",
+    6: "int16",
+    9: "int64",
+    11: "float64",
+    12: "bool",
+    27: "bfloat16",
+}
 
 
 def connect(library: ctypes.CDLL) -> None:
     """Use this loaded libascendcl from now on."""
     global _library
-    library.sim_counted.restype = library.sim_launch_count.restype = ctypes.c_long
+    for function in (library.sim_counted, library.sim_launch_count, library.sim_launch_copied):
+        function.restype = ctypes.c_long
     library.sim_launch_name.restype = ctypes.c_char_p
     library.sim_saturates.restype = library.sim_overflow.restype = ctypes.c_bool
     library.sim_set_overflow.argtypes = (ctypes.c_int, ctypes.c_bool)
+    library.sim_is_lazy.restype = ctypes.c_bool
+    library.sim_queue_python.argtypes = (ctypes.c_void_p, ctypes.c_long)
+    library.sim_run_stream.argtypes = (ctypes.c_void_p,)
+    library.sim_set_lazy.argtypes = (ctypes.c_bool, ctypes.c_uint, ctypes.c_void_p)
     _library = library
 
 
@@ -35,15 +52,19 @@ def counts() -> Counts:
     return Counts(*(_library.sim_counted(index) for index in range(len(Counts._fields))))
 
 
-def launches() -> Counter[str]:
-    """Return how often each operator ('aclnnAdd', 'PadV3') and collective ('HcclAllReduce') was given to the device.
+def launches() -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+    """Return what was given to the device so far: (name, dtypes of its tensors) -> (launches, bytes copied first).
 
-    Of all threads of the process: a backward pass runs on one of its own.
+    Names are CANN's: 'aclnnAdd', 'PadV3' of the older kind, 'HcclAllReduce'; the bytes are those copied to make tensors
+    contiguous. Of all threads of the process: a backward pass runs on one of its own.
     """
-    counted: Counter[str] = Counter()
-    while (name := _library.sim_launch_name(len(counted))) is not None:
-        counted[name.decode()] = _library.sim_launch_count(len(counted))
-    return counted
+    rows, index = {}, 0
+    while (row := _library.sim_launch_name(index)) is not None:
+        name, _, types = row.decode().partition(" ")
+        key = name, tuple(_DTYPES.get(int(number), number) for number in types.split(",") if number)
+        rows[key] = _library.sim_launch_count(index), _library.sim_launch_copied(index)
+        index += 1
+    return rows
 
 
 def saturates() -> bool:
@@ -64,3 +85,23 @@ def overflow(device: int | None = None) -> bool:
 def physical_device() -> int:
     """Return the number the current device has on the host, whatever ASCEND_RT_VISIBLE_DEVICES makes of it."""
     return _library.sim_physical_device()
+
+
+def is_lazy() -> bool:
+    """Tell whether operators wait in the queues of their streams."""
+    return _library.sim_is_lazy()
+
+
+def set_lazy(on: bool, seed: int, run: Any) -> None:
+    """Empty all queues, then put operators into them or no longer; `run` is called with what queue_python was given."""
+    _library.sim_set_lazy(on, seed, ctypes.cast(run, ctypes.c_void_p))
+
+
+def queue_python(stream: int, number: int) -> None:
+    """Put a call of `run` into the queue of the stream at this address."""
+    _library.sim_queue_python(stream, number)
+
+
+def run_stream(stream: int) -> None:
+    """Empty the queue of the stream at this address, and what it waits for."""
+    _library.sim_run_stream(stream)

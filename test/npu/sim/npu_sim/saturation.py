@@ -75,12 +75,13 @@ MOVES = {
 CASTS = {"copy", "_to_copy", "npu_dtype_cast", "_npu_dtype_cast"}  # they move, unless the dtype changes
 
 
-def saturate(name: str, given: list[Tensor], results: Any, written: Iterable[Any]) -> None:
+def saturate(name: str, dtypes: set[torch.dtype], device: int | None, results: Any, written: Iterable[Any]) -> None:
     """Saturate an operator's values in place, and raise the overflow flag where there was something to saturate.
 
     Args:
         name: the operator, such as 'aten::mul.Tensor'.
-        given: its NPU tensors.
+        dtypes: of its NPU tensors.
+        device: the index of theirs; None: it has none.
         results: what it returns, as CPU tensors that are not yet on the device.
         written: what it writes in place, likewise.
     """
@@ -89,12 +90,12 @@ def saturate(name: str, given: list[Tensor], results: Any, written: Iterable[Any
         return
     values = _floats((results, *written))
     if base in CASTS:  # what comes from the host was converted there, and keeps its inf
-        values = [value for value in values if any(tensor.dtype != value.dtype for tensor in given)]
+        values = [value for value in values if dtypes - {value.dtype}]
     overflowed = [value for value in values if not _is_finite(value)]
     for value in overflowed:
         value.nan_to_num_()  # inf to the dtype's limits, NaN to 0
-    if overflowed and given:
-        runtime.set_overflow(given[0].device.index)
+    if overflowed and device is not None:
+        runtime.set_overflow(device)
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -5,6 +5,7 @@
 // Limits: one shared pool, no out-of-memory error short of the host's; virtual memory (expandable segments) is refused,
 // which torch_npu answers by plain allocation.
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,13 +37,48 @@ aclError aclrtMallocAlign32(void **memory, size_t bytes, aclrtMemMallocPolicy po
   return aclrtMalloc(memory, bytes, policy);
 }
 aclError aclrtFree(void *memory) {
+  sim_run_all();
   free(memory);
   return ACL_OK;
 }
+
+// Pinned memory is remembered: a copy from it is not staged. It is poisoned when it is given back.
+enum { MOST_BLOCKS = 4096 };
+static struct { char *start; size_t bytes; } pinned[MOST_BLOCKS];
+static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int block_of(const void *address) {
+  for (int k = 0; k < MOST_BLOCKS; k++)
+    if (pinned[k].start && (const char *)address >= pinned[k].start && (const char *)address < pinned[k].start + pinned[k].bytes)
+      return k;
+  return -1;
+}
+bool sim_is_pinned(const void *address) {
+  pthread_mutex_lock(&pinned_lock);
+  bool found = block_of(address) >= 0;
+  pthread_mutex_unlock(&pinned_lock);
+  return found;
+}
 aclError aclrtMallocHost(void **memory, size_t bytes) {
-  return posix_memalign(memory, 64, bytes ? bytes : 64) ? ACL_NO_MEMORY : ACL_OK;
+  bytes = bytes ? bytes : ALIGNMENT;
+  if (posix_memalign(memory, 64, bytes)) return ACL_NO_MEMORY;
+  memset(*memory, POISON, bytes);
+  pthread_mutex_lock(&pinned_lock);
+  int k = 0;
+  while (k < MOST_BLOCKS && pinned[k].start) k++;
+  if (k < MOST_BLOCKS) pinned[k].start = *memory, pinned[k].bytes = bytes;
+  pthread_mutex_unlock(&pinned_lock);
+  return ACL_OK;
 }
 aclError aclrtFreeHost(void *memory) {
+  pthread_mutex_lock(&pinned_lock);
+  int k = block_of(memory);
+  if (k >= 0) {
+    memset(memory, POISON, pinned[k].bytes);
+    pinned[k].start = NULL;
+  }
+  pthread_mutex_unlock(&pinned_lock);
+  sim_run_all();
   free(memory);
   return ACL_OK;
 }
@@ -50,19 +86,15 @@ aclError aclrtFreeHost(void *memory) {
 aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, aclrtMemcpyKind kind) {
   if (bytes > room) return ACL_BAD_PARAMETER;
   if (kind == ACL_MEMCPY_DEVICE_TO_HOST) sim_count(SIM_COPIES_TO_HOST);
+  sim_run_all();
   memmove(to, from, bytes);
   return ACL_OK;
 }
-aclError aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream s) {
-  return aclrtMemcpy(to, room, from, bytes, kind);
-}
 aclError aclrtMemset(void *memory, size_t room, int32_t value, size_t bytes) {
   if (bytes > room) return ACL_BAD_PARAMETER;
+  sim_run_all();
   memset(memory, value, bytes);
   return ACL_OK;
-}
-aclError aclrtMemsetAsync(void *memory, size_t room, int32_t value, size_t bytes, aclrtStream stream) {
-  return aclrtMemset(memory, room, value, bytes);
 }
 aclError aclrtGetMemInfo(aclrtMemAttr kind, size_t *left, size_t *total) {
   *total = (size_t)32 << 30;

@@ -1,10 +1,9 @@
-// libascendcl.so, first part: devices, streams, events, and what CANN says about itself.
+// libascendcl.so, first part: devices, counters, and what CANN says about itself.
 //
-// Stands for an Ascend runtime whose "device" is this process: a stream has nothing pending, because everything is done
-// when the call returns. So waiting is free here, but it is counted. The number of devices and the chip's name come
+// Stands for an Ascend runtime whose "device" is this process. Waiting is free here, but it is counted. The number of devices and the chip's name come
 // from NPU_SIM_DEVICES and NPU_SIM_SOC.
 // Compiled against the ACL headers inside the torch_npu wheel, so that the compiler checks the signatures.
-// Limits: no asynchrony, hence no races between streams; no errors of the device; all devices share the host's memory.
+// Limits: no errors of the device; all devices share the host's memory.
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <pthread.h>
@@ -30,21 +29,44 @@ void sim_log(const char *kind, const char *name) {
   if (wanted && atoi(wanted)) fprintf(stderr, "[npu_sim] %s %s\n", kind, name);
 }
 
-enum { MOST_NAMES = 2048 };
+// ---- launches
+
+// A launch is a row of this table: the operator with the dtypes of its tensors. Operators of one thread are prepared and
+// started one after another, so the tensors that torch_npu described since the last launch are this launch's.
+enum { MOST_ROWS = 4096, SIGNATURE = 192, LONGEST_LIST = 6 };
 static pthread_mutex_t launches_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct { char *name; long count; } launches[MOST_NAMES];
+static struct { char *name; long count, copied; } launches[MOST_ROWS];
+static __thread char signature[SIGNATURE];
+static __thread long copied;
+
+// torch_npu describes an operator's tensors from the last to the first. A list of many is named by its first few.
+void sim_describe(int data_type) {
+  char rest[SIGNATURE], type[16];
+  int length = snprintf(type, sizeof type, "%d", data_type), same = 0;
+  for (const char *at = signature; !strncmp(at, type, length) && at[length] == ','; at += length + 1) same++;
+  if (same >= LONGEST_LIST || strlen(signature) + sizeof type > SIGNATURE) return;
+  strcpy(rest, signature);
+  snprintf(signature, sizeof signature, "%s,%s", type, rest);
+}
+void sim_copies(long bytes) { copied += bytes; }
 
 void sim_launch(const char *kind, const char *name) {
+  char row[SIGNATURE + 64];
   sim_log(kind, name);
+  snprintf(row, sizeof row, "%s %s", name, signature);
   pthread_mutex_lock(&launches_lock);
   int k = 0;
-  while (k < MOST_NAMES - 1 && launches[k].name && strcmp(launches[k].name, name)) k++;
-  if (!launches[k].name) launches[k].name = strdup(name);
+  while (k < MOST_ROWS - 1 && launches[k].name && strcmp(launches[k].name, row)) k++;
+  if (!launches[k].name) launches[k].name = strdup(row);
   launches[k].count++;
+  launches[k].copied += copied;
   pthread_mutex_unlock(&launches_lock);
+  signature[0] = 0;
+  copied = 0;
 }
-const char *sim_launch_name(int index) { return index < MOST_NAMES ? launches[index].name : NULL; }
+const char *sim_launch_name(int index) { return index < MOST_ROWS ? launches[index].name : NULL; }
 long sim_launch_count(int index) { return launches[index].count; }
+long sim_launch_copied(int index) { return launches[index].copied; }
 
 // ---- devices
 
@@ -162,73 +184,13 @@ aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) {
 }
 aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return ACL_OK; }
 
-// ---- streams and events: nothing is ever pending
+// ---- settings that are accepted and change nothing here
 
-aclError aclrtCreateStream(aclrtStream *stream) { return (*stream = malloc(16)) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
-aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flags) {
-  return aclrtCreateStream(stream);
-}
-aclError aclrtDestroyStream(aclrtStream stream) {
-  free(stream);
-  return ACL_OK;
-}
-aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
-aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
-  *status = ACL_STREAM_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
-  *id = (int32_t)((uintptr_t)stream >> 4 & 0x7fffffff);
-  return ACL_OK;
-}
-aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return ACL_OK; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return ACL_OK; }  // the device waits, not the host
-
-static aclError host_waits(void) {
-  sim_count(SIM_WAITS);
-  return ACL_OK;
-}
-aclError aclrtSynchronizeDevice(void) { return host_waits(); }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { return host_waits(); }
-aclError aclrtSynchronizeStream(aclrtStream stream) { return host_waits(); }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return host_waits(); }
-aclError aclrtSynchronizeEvent(aclrtEvent event) { return host_waits(); }
-
-typedef struct { double recorded_ms; } Event;
-aclError aclrtCreateEvent(aclrtEvent *event) { return (*event = calloc(1, sizeof(Event))) ? ACL_OK : ACL_ERROR_BAD_ALLOC; }
-aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
-aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEvent(event); }
-aclError aclrtDestroyEvent(aclrtEvent event) {
-  free(event);
-  return ACL_OK;
-}
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  ((Event *)event)->recorded_ms = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
-  return ACL_OK;
-}
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return ACL_OK; }
-aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
-  *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
-  return ACL_OK;
-}
-aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
-  *ms = (float)(((Event *)end)->recorded_ms - ((Event *)start)->recorded_ms);
-  return ACL_OK;
-}
 aclError aclrtProcessReport(int32_t timeout) {  // a thread of torch_npu polls it: leave the core to others
   struct timespec pause = {0, 1000000};
   nanosleep(&pause, NULL);
   return ACL_OK;
 }
-
-// ---- settings that are accepted and change nothing here
-
 aclError aclrtSetOpExecuteTimeOut(uint32_t timeout) { return ACL_OK; }
 aclError aclrtSetOpWaitTimeout(uint32_t timeout) { return ACL_OK; }
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return ACL_OK; }
