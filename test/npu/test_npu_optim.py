@@ -18,6 +18,8 @@ from effdet.training.amp import Precision
 from effdet.training.optim import build_optimizer
 from timm_patches.optim_factory import create_fused_sgd, create_optimizer, flat_gradients
 
+pytestmark = pytest.mark.usefixtures("exact_products")  # the gradients compared are products
+
 CPU = torch.device("cpu")
 
 
