@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .options import setting
 
 DEVICE_TEXT = "device: auto (an NPU if there is one, else a GPU, else the CPU), npu, cuda or cpu"
-NPU_DEFAULTS_TEXT = "leave torch_npu's own compile mode and formats, where kernels are missing on an older chip"
+NPU_DEFAULTS_TEXT = "leave torch_npu's own compile mode, for a chip on which ready-made kernels are missing"
 JSON_TEXT = "print the metrics as one line of json on standard output, and the log on standard error"
 PLAIN_TEXT = "print plain lines on a terminal, too, as into a file or pipe: no bars, no colours"
 

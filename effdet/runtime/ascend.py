@@ -28,8 +28,8 @@ _NMS_KERNEL = "BatchMultiClassNonMaxSuppression"  # what npu_batch_nms launches
 
 _REMARKS = {
     "910": "CANN's pages call some of the aclnn operators of a training step (convolution, gather, scatter among them) "
-    "unsupported on this chip, and its sources have them: if one fails, --npu-defaults leaves torch_npu's own settings",
-    "A3": "CANN's page of aclnnForeachCopy, which training calls at each log line, does not list this chip",
+    "unsupported on this chip, and its sources have them: if one fails, --npu-defaults leaves torch_npu's own "
+    "compile mode",
     "950": "CANN's pages of aclnnSoftplus and aclnnGather, which a training step calls, do not list this chip",
     "": "this chip is none of those that this program is written for: Atlas A2 training products (Ascend910B1 to B4) "
     "and the first Ascend 910",
@@ -94,22 +94,23 @@ def tune(name: str, hf32: bool | None, full_precision: bool, keep_defaults: bool
         name: the chip's.
         hf32: whether float32 convolutions are shortened to HF32; None: unless full precision was asked for.
         full_precision: the run is in float32.
-        keep_defaults: leave compile mode and formats as torch_npu has them.
+        keep_defaults: leave the compile mode as torch_npu has it.
     """
     kind = generation(name)
     if kind in _REMARKS:
         _logger.warning("%s: %s. Nothing was run on it", name, _REMARKS[kind])
     module = npu_module()
+    # Also with torch_npu's other defaults: it refuses operators on lists of tensors in private formats.
+    module.config.allow_internal_format = False
+    lines = [
+        "allow_internal_format=False: tensors are kept as NCHW, so that the fused optimizer's flat memory is that of "
+        "the weights; a kernel that wants another format converts for itself",
+    ]
     if keep_defaults:
-        lines = ["compile mode and formats are torch_npu's own (--npu-defaults)"]
+        lines.append("the compile mode is torch_npu's own (--npu-defaults)")
     else:
         module.set_compile_mode(jit_compile=False)
-        module.config.allow_internal_format = False
-        lines = [
-            "jit_compile=False: ready-made kernels instead of compiling each shape at its first use",
-            "allow_internal_format=False: tensors are kept as NCHW, so that the fused optimizer's flat memory is that "
-            "of the weights; a kernel that wants another format converts for itself",
-        ]
+        lines.append("jit_compile=False: ready-made kernels instead of compiling each shape at its first use")
     return [*lines, *_choose_float32(module, name, hf32, full_precision), _task_queue()]
 
 

@@ -359,7 +359,7 @@ def tune(
         hf32: whether an NPU may shorten float32 to HF32 in convolutions and matrix products; None: not in products, and
             in convolutions unless `full_precision`.
         full_precision: the work is in float32, not in mixed precision.
-        keep_defaults: leave an NPU's compile mode and formats as torch_npu has them.
+        keep_defaults: leave an NPU's compile mode as torch_npu has it.
 
     Returns:
         One line for each setting, with its reason; empty when there is nothing to set.

@@ -40,7 +40,8 @@ class StatisticsGuard:
         """Put the statistics of the last good call back when they are damaged, else remember them."""
         if self._buffers:
             to, source = (self._buffers, self._good) if damaged else (self._good, self._buffers)
-            torch._foreach_copy_(to, source)
+            for one, other in zip(to, source, strict=True):  # CANN has no copy of lists on A3 and in private formats
+                one.copy_(other)
 
 
 @torch.no_grad()

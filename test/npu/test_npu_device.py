@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.runtime import device as device_layer
 from effdet.runtime import memory, seeding
 from effdet.training.amp import Precision
@@ -125,6 +127,21 @@ def test_torch_npus_own_settings_can_stay(device, monkeypatch):
     assert made == []
     device_layer.tune(device)
     assert made == [{"jit_compile": False}]
+
+
+@pytest.mark.slow
+def test_a_run_with_torch_npus_compile_mode_has_the_losses_of_one_without(run_simulated, tmp_path):
+    data, losses = make_synthetic_dataset(tmp_path / "data", num_train=4, num_val=2), []
+    for name, flags in {"ours": [], "theirs": ["--npu-defaults"]}.items():
+        line = (
+            f"--root {data} --device npu --experiment {name} --output {tmp_path} --image-size 64 -b 2 -j 0 --epochs 1"
+        )
+        line += " --cooldown-epochs 0 --amp --loss-scale 128 --opt fusedmomentum --lr .001 --no-pretrained-backbone"
+        done = run_simulated(["train.py", *line.split(), *flags], soc="Ascend910A")
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if row["kind"] == "epoch"])
+    assert len(losses[0]) == 1 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_loss_scale_in_float32_is_for_chips_that_compute_it_in_half(device, is_910a):

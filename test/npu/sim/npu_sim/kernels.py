@@ -251,6 +251,10 @@ class Wrapper:
             if not is_npu(result):  # an address of the lazy mode
                 raise RuntimeError(f"{self.name}: in lazy mode a result cannot get another shape, {value.shape}")
             result = torch.empty(value.shape, dtype=result.dtype, device=result.device)
+        elif any(size > 1 and stride == 0 for size, stride in zip(result.shape, result.stride(), strict=True)):
+            result = torch.empty_like(
+                result, memory_format=torch.contiguous_format
+            )  # an expanded one has no such place
         (alias(result) if is_npu(result) else result).copy_(value)
         return result
 
