@@ -28,11 +28,11 @@ OVERFIT: dict[str, Any] = {
     "model.freeze_bn_epochs": 5,
     "loss.label_smoothing": 0.0,
     "optim.opt": "adamw",
-    "optim.lr": 0.005,
+    "optim.lr": 0.01,
     "optim.weight_decay": 0.0,
     "optim.grad_accum": 1,
     "sched.sched": "cosine",
-    "sched.epochs": 20,
+    "sched.epochs": 14,
     "sched.warmup_epochs": 1.0,
     "sched.cooldown_epochs": 0,
     "sched.warmup_lr": 0.0,
@@ -42,7 +42,7 @@ OVERFIT: dict[str, Any] = {
     "data.val_split": 0.0,
     "run.batch_size": 8,
     "run.log_interval": 10,
-    "run.val_interval": 20,
+    "run.val_interval": 14,
     "run.keep_best": 1,
 }
 """What `--overfit N` sets beside `data.limit: N`, over YAML files, below flags: a short run that learns by heart."""
