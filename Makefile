@@ -22,8 +22,8 @@ BENCHMARKS := train_step loss labels post_process predict optimizer loader train
 PYTEST_ARGS := -q -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 PYTEST_NPU := OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest $(PYTEST_ARGS) test/npu
-# A test that hangs prints where and fails; the others go on.
-FAST := -m "not slow" -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+# Of the tests that are not slow, one that hangs prints where and fails; the others go on.
+HANG := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,10 +41,10 @@ else
 endif
 
 check: lint  ## lint and the core of the tests, in about two minutes
-	$(PYTEST) $(FAST) -m "core and not slow"
+	$(PYTEST) $(HANG) -m "core and not slow"
 
 test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
-	$(PYTEST) $(FAST)
+	$(PYTEST) $(HANG) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 	$(PYTEST) -m slow
@@ -52,8 +52,8 @@ test-slow: $(INSTALLED_DEV)  ## run only the tests marked slow
 # torch_npu changes the process it is imported into, so it has an environment and test processes of its own. The two chips
 # take different code paths in torch_npu.
 test-npu: $(INSTALLED_NPU)  ## run the tests on a simulated Ascend NPU, under the real torch_npu (Linux, gcc)
-	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) $(FAST)
-	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) $(FAST)
+	NPU_SIM_SOC=Ascend910B1 $(PYTEST_NPU) $(HANG) -m "not slow"
+	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) $(HANG) -m "not slow"
 
 test-npu-slow: $(INSTALLED_NPU)  ## run only the tests on a simulated Ascend NPU marked slow
 	NPU_SIM_SOC=Ascend910A $(PYTEST_NPU) -m slow

@@ -168,20 +168,20 @@ def measure_ranks(wanted: tuple[str, ...] = TWO_DEVICES) -> dict[str, Launches]:
     return result if rank == 0 else {}
 
 
-def write(file: Path, counted: dict[str, Launches]) -> None:
-    """Write counts as JSON, with their attributes."""
-    file.write_text(json.dumps({name: {"launches": one, **vars(one)} for name, one in counted.items()}, indent=1))
+def plain(counted: dict[str, Launches]) -> dict[str, Any]:
+    """Return counts, with their attributes, in JSON's types."""
+    return {name: {"launches": one, **vars(one)} for name, one in counted.items()}
 
 
 def read(file: Path) -> dict[str, Launches]:
-    """Read what `write` wrote."""
+    """Read a file of `plain` counts."""
     from npu_sim import Launches
 
     counted = {}
-    for name, plain in json.loads(file.read_text()).items():
+    for name, parts in json.loads(file.read_text()).items():
         counted[name] = Launches()
-        counted[name].update(plain.pop("launches"))
-        for attribute, values in plain.items():
+        counted[name].update(parts.pop("launches"))
+        for attribute, values in parts.items():
             getattr(counted[name], attribute).update(values)
     return counted
 
@@ -227,7 +227,7 @@ def measure_here(file: Path) -> None:
         tune(device)
         counts = measure_one_device(device)
     if counts:
-        write(file, counts)
+        file.write_text(json.dumps(plain(counts)))
 
 
 def main() -> None:
@@ -259,8 +259,7 @@ def main() -> None:
             if counts.concerns:
                 print(f"{name}, {chip}: " + ", ".join(f"{text} ({n})" for text, n in sorted(counts.concerns.items())))
     if args.json:
-        plain = {n: {chip: {"launches": one, **vars(one)} for chip, one in row.items()} for n, row in table.items()}
-        args.json.write_text(json.dumps(plain, indent=1))
+        args.json.write_text(json.dumps({name: plain(by_chip) for name, by_chip in table.items()}, indent=1))
 
 
 def print_table(table: dict[str, dict[str, Launches]], chips: list[str]) -> None:

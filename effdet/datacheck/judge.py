@@ -146,12 +146,11 @@ def _compare_names(stats: DataStats, val: SplitStats, val_map: CategoryMap, matc
     """Say where val gives a class another id, or with match 'id' another name."""
     theirs = stats.categories
     assert theirs is not None
-    index = {row["id"]: val_map.id_to_idx[row["id"]] for row in val.arrays.categories}
     by_id = match == "id"
     level, kept, other = ("warning", "ids", "names") if by_id else ("note", "names", "ids")
     differ = []
     for row in val.arrays.categories:
-        number = index[row["id"]]
+        number = val_map.id_to_idx[row["id"]]
         key, ours = (row["id"], row["name"]) if by_id else (row["name"], row["id"])
         in_train = theirs.class_names[number] if by_id else int(theirs.idx_to_id[number])
         if in_train != ours:

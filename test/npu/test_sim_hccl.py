@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from npu_sim import rounding
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,14 +74,7 @@ def make_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 
 
-def exactly(work: Callable, *args, **kwargs):
-    """Compare with the CPU to the last digits: without the rounding of Ascend910A's products."""
-    from npu_sim import rounding
-
-    with rounding.exact():
-        return work(*args, **kwargs)
-
-
+@rounding.exact()
 def ddp(rank: int, device, sync: bool = False):
     """Largest difference after three steps: to the mean of the halves' losses, or with sync-BN to the whole batch."""
     reference = make_network()
@@ -159,8 +153,8 @@ CASES = {
     "reduce_scatter": scattered_sums,
     "longer than a slot": longer_than_a_slot,
     "too large a sum": too_large_a_sum,
-    "DDP": lambda r, d: exactly(ddp, r, d),
-    "DDP with sync-BN": lambda r, d: exactly(ddp, r, d, sync=True),
+    "DDP": ddp,
+    "DDP with sync-BN": lambda r, d: ddp(r, d, sync=True),
     "overflow on one rank": overflow_on_one_rank,
     "all_reduce float64": float64_sum,
     "same device": same_device,

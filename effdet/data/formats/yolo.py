@@ -269,12 +269,12 @@ def _read_image(image: Path) -> tuple[tuple[int, int] | None, list[str]]:
 
 def _read_rows(image: Path) -> list[str]:
     path = label_path(image.as_posix())
-    if not os.path.exists(path):
-        return []  # an image without objects
-    if not os.path.isfile(path):
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return [line for line in file if line.strip()]
+    if os.path.exists(path):
         raise DatasetError(f"{path} is a folder, pipe or device in the place of a label file: remove it")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return [line for line in file if line.strip()]
+    return []  # an image without objects
 
 
 def parse_row(row: str, size_wh: tuple[int, int], keypoints: bool = False) -> Box:
