@@ -16,7 +16,7 @@ in memory. Random numbers come from the CPU's generator. Private memory layouts 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,15 +111,9 @@ class Wrapper:
         if runtime.is_lazy():
             result = self._call_lazily(keyset, args, kwargs, tensors, inside)
         else:
-            cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
-            cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
-            values = self._compute(cpu_args, cpu_kwargs, device)
-            result = self._call_real(keyset, args, kwargs)
-            if isinstance(values, Exception):  # after the real kernel, whose own complaint would be the better one
-                raise values
-            self._saturate({tensor.dtype for tensor in tensors}, device, values, cpu_args, inside)
-            self._write_arguments(args, kwargs, cpu_args, cpu_kwargs)
-            result = self._fill(result, values)
+            computed = self._evaluate(args, kwargs, {tensor.dtype for tensor in tensors}, device, inside)
+            # The computed error after the real kernel, whose own complaint would be the better one.
+            result = self._write(self._call_real(keyset, args, kwargs), args, kwargs, computed)
         if not inside:
             charge(self.name, before, sum(t.dtype == torch.float64 for t in (*tensors, *npu_tensors(result))))
         return result
@@ -134,12 +128,7 @@ class Wrapper:
         dtypes, computed = {tensor.dtype for tensor in tensors}, []
 
         def compute() -> None:
-            cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(found_args)]
-            cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in found_kwargs.items()}
-            values = self._compute(cpu_args, cpu_kwargs, device)
-            if not isinstance(values, Exception):
-                self._saturate(dtypes, device if tensors else None, values, cpu_args, inside)
-            computed.extend((values, cpu_args, cpu_kwargs))
+            computed.extend(self._evaluate(found_args, found_kwargs, dtypes, device if tensors else None, inside))
 
         queues.queue(stream, compute)
         reads_values = self.name in SHAPE_MAY_DIFFER or not self.gives_tensors
@@ -149,11 +138,7 @@ class Wrapper:
         result = self._call_real(keyset, args, kwargs)
         if reads_values:
             queues.raise_errors()
-            values, cpu_args, cpu_kwargs = computed
-            if isinstance(values, Exception):
-                raise values
-            self._write_arguments(args, kwargs, cpu_args, cpu_kwargs)
-            return self._fill(result, values)
+            return self._write(result, args, kwargs, computed)
         written_args, written_kwargs = (
             queues.at_address(list(args)),
             {k: queues.at_address(v) for k, v in kwargs.items()},
@@ -163,30 +148,33 @@ class Wrapper:
         written_kwargs |= {name: to_cpu(kwargs[name]) for name in self.written_names & kwargs.keys()}
         places = to_cpu(result)
 
-        def write() -> None:
-            values, cpu_args, cpu_kwargs = computed
-            if isinstance(values, Exception):
-                raise values
-            self._write_arguments(written_args, written_kwargs, cpu_args, cpu_kwargs)
-            self._fill(places, values)
-
-        queues.queue(stream, write)
+        queues.queue(stream, lambda: self._write(places, written_args, written_kwargs, computed))
         if runtime.counts().waits > waits:
             runtime.run_stream(stream)
             queues.raise_errors()
         return result
 
-    def _saturate(self, dtypes: set, device: int | None, values: Any, cpu_args: list, inside: bool) -> None:
-        if runtime.saturates() and not inside:
+    def _evaluate(self, args: Sequence, kwargs: dict[str, Any], dtypes: set, device: int | None, inside: bool) -> tuple:
+        """Return the CPU's results, or the error it raises, and the arguments they were computed from and into."""
+        cpu_args = [to_cpu(arg, copy=i in self.written) for i, arg in enumerate(args)]
+        cpu_kwargs = {name: to_cpu(arg, copy=name in self.written_names) for name, arg in kwargs.items()}
+        values = self._compute(cpu_args, cpu_kwargs, device)
+        if runtime.saturates() and not inside and not isinstance(values, Exception):
             written = [cpu_args[i] for i in self.written if i < len(cpu_args)]
             saturation.saturate(self.name, dtypes, device, values, written)
+        return values, cpu_args, cpu_kwargs
 
-    def _write_arguments(self, args: Any, kwargs: dict[str, Any], cpu_args: list, cpu_kwargs: dict[str, Any]) -> None:
+    def _write(self, result: Any, args: Sequence, kwargs: dict[str, Any], computed: Sequence) -> Any:
+        """Write what `_evaluate` gave into arguments and results, and return the results; or raise its error."""
+        values, cpu_args, cpu_kwargs = computed
+        if isinstance(values, Exception):
+            raise values
         for i in self.written:
             if i < len(args):
                 self._write_back(args[i], cpu_args[i])
         for name in self.written_names & kwargs.keys():
             self._write_back(kwargs[name], cpu_kwargs[name])
+        return self._fill(result, values)
 
     def _compute(self, args: list, kwargs: dict[str, Any], device: int | None) -> Any:
         """Return the CPU's results, or the error it raises."""
@@ -252,9 +240,8 @@ class Wrapper:
                 raise RuntimeError(f"{self.name}: in lazy mode a result cannot get another shape, {value.shape}")
             result = torch.empty(value.shape, dtype=result.dtype, device=result.device)
         elif any(size > 1 and stride == 0 for size, stride in zip(result.shape, result.stride(), strict=True)):
-            result = torch.empty_like(
-                result, memory_format=torch.contiguous_format
-            )  # an expanded one has no such place
+            # An expanded result has no place for each value.
+            result = torch.empty_like(result, memory_format=torch.contiguous_format)
         (alias(result) if is_npu(result) else result).copy_(value)
         return result
 
