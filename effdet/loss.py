@@ -2,7 +2,7 @@
 
 Targets are those of all anchors, [B, N]; lists with a tensor for each level, as effdet has them, are taken too. The
 network's outputs stay one tensor for each level, as joining them would copy every logit. The focal loss is one pass
-with its gradient in closed form (ops/focal.py, on CPUs focal_cpu.py). All arithmetic is fp32, whatever the logits'
+with its gradient in closed form (ops/focal.py). All arithmetic is fp32, whatever the logits'
 dtype and also inside autocast.
 
 Source: RetinaNet, https://arxiv.org/abs/1708.02002 (focal loss); google/automl, efficientdet/det_model_fn.py (label
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdet.ops import focal, focal_cpu
+from effdet.ops.focal import focal_loss_and_gradient
 from effdet.ops.labels import IGNORE
 from effdet.runtime.device import is_host
 from effdet.runtime.device import one_hot as device_one_hot
@@ -35,8 +35,7 @@ class _FocalLossSum(torch.autograd.Function):
         with_gradient = ctx.needs_input_grad[0]
         # fp16 would flush small gradients to zero before the loss scale reaches them; bf16 has the range.
         gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        implementation = focal_cpu if is_host(logits.device) and gamma > 0 else focal
-        total, gradient = implementation.focal_loss_and_gradient(
+        total, gradient = focal_loss_and_gradient(
             logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype
         )
         if with_gradient:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from effdet.ops.sizes import letterbox_scale, scaled_hw
+from effdet.ops.boxes import letterbox_scale, scaled_hw
 
 from .images import pillow_resize_crop, resize_crop
 

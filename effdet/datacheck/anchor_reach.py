@@ -14,10 +14,10 @@ import numpy as np
 
 from effdet.anchors import Anchors
 from effdet.config.model_spec import ModelSpec
-from effdet.ops.boxes import box_area
+from effdet.ops.boxes import box_area, letterbox_scale
 from effdet.ops.labels import MATCH_IOU
 from effdet.ops.labels_cpu import SparseMatcher
-from effdet.ops.sizes import IMAGE_STRIDE, letterbox_scale
+from effdet.ops.sizes import IMAGE_STRIDE
 
 SIDE_EDGES_PX = (0, 4, 8, 16, 32, 64, 128, 256, 512, np.inf)  # of the square root of a box's area
 _CHUNK = 4096  # boxes matched at a time

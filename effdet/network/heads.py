@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from effdet.runtime.sync_batchnorm import FusedSyncBatchNorm, normalize_together
+
 from .layers import ConvBnAct2d, SeparableConv2d, get_activation, get_norm_layer
 
 
@@ -66,16 +68,21 @@ class HeadNet(nn.Module):
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         """Map [B, C, H, W] of each level to [B, A * num_outputs, H, W] of each level."""
-        outputs = []
-        for level in range(self.num_levels):
-            features = x[level]
-            for repeat, conv in enumerate(self.conv_rep):
-                first, second = (level, repeat) if self.bn_level_first else (repeat, level)
-                row = self.bn_rep[first]
-                assert isinstance(row, nn.ModuleList)
-                features = self.act(row[second](conv(features)))
-            outputs.append(self.predict(features))
-        return outputs
+        features = list(x)
+        for repeat, conv in enumerate(self.conv_rep):
+            features, norms = [conv(level) for level in features], self._batch_norms(repeat)
+            if isinstance(norms[0], FusedSyncBatchNorm):
+                features = normalize_together(norms, features)
+            else:
+                features = [norm(level) for norm, level in zip(norms, features, strict=True)]
+            features = [self.act(level) for level in features]
+        return [self.predict(level) for level in features]
+
+    def _batch_norms(self, repeat: int) -> list[nn.Module]:
+        """Return the levels' batch norms behind one convolution."""
+        if self.bn_level_first:
+            return [level.get_submodule(str(repeat)) for level in self.bn_rep]
+        return [level.get_submodule("bn") for level in self.bn_rep[repeat].children()]
 
 
 def _named_bn(bn: nn.Module) -> nn.Sequential:

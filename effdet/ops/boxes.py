@@ -1,4 +1,4 @@
-"""Boxes: areas, intersections, IoU, clipping, and the code of a box relative to an anchor.
+"""Boxes: areas, intersections, IoU, clipping, the code of a box relative to an anchor, and the letterbox.
 
 The only place that computes an IoU; it takes tensors and numpy arrays alike. Pure functions, in either `_yxyx` (y_min,
 x_min, y_max, x_max) or `_xyxy` order; the order is in the name where it matters. Coordinates are pixels, continuous: a
@@ -147,3 +147,22 @@ def decode_boxes(deltas: Tensor, anchors_yxyx: Tensor, output_xyxy: bool = False
     y_min, x_min = y_centre - half_height, x_centre - half_width
     y_max, x_max = y_centre + half_height, x_centre + half_width
     return torch.stack((x_min, y_min, x_max, y_max) if output_xyxy else (y_min, x_min, y_max, x_max), -1)
+
+
+def letterbox_scale(image_hw: tuple[Any, Any], input_hw: Sequence[float]) -> Any:
+    """Return the largest scale at which images fit into an input.
+
+    Args:
+        image_hw: height and width in pixels: numbers, or arrays [n] for many images.
+        input_hw: height and width of the input in pixels.
+
+    Returns:
+        Input pixels per image pixel: a number, or an array [n].
+    """
+    by_height, by_width = input_hw[0] / image_hw[0], input_hw[1] / image_hw[1]
+    return np.minimum(by_height, by_width) if isinstance(by_height, np.ndarray) else min(by_height, by_width)
+
+
+def scaled_hw(image_hw: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return the height and width of a scaled image; a side never becomes 0, whatever the aspect ratio."""
+    return max(1, int(image_hw[0] * scale)), max(1, int(image_hw[1] * scale))

@@ -1,13 +1,10 @@
-"""Sizes in pixels: of the network's input, of its feature maps, and of an image letterboxed into that input."""
+"""Sizes in pixels: of the network's input and of its feature maps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
-
-import numpy as np
 
 IMAGE_STRIDE = 32  # the coarsest feature map of the backbones
 
@@ -57,22 +54,3 @@ def nearest_image_size(image_size: Sequence[int], scale: float) -> tuple[int, in
     """Return the valid input size nearest to `scale` times the given one, both (height, width) in pixels."""
     height, width = (max(IMAGE_STRIDE, round(side * scale / IMAGE_STRIDE) * IMAGE_STRIDE) for side in image_size)
     return height, width
-
-
-def letterbox_scale(image_hw: tuple[Any, Any], input_hw: Sequence[float]) -> Any:
-    """Return the largest scale at which images fit into an input.
-
-    Args:
-        image_hw: height and width in pixels: numbers, or arrays [n] for many images.
-        input_hw: height and width of the input in pixels.
-
-    Returns:
-        Input pixels per image pixel: a number, or an array [n].
-    """
-    by_height, by_width = input_hw[0] / image_hw[0], input_hw[1] / image_hw[1]
-    return np.minimum(by_height, by_width) if isinstance(by_height, np.ndarray) else min(by_height, by_width)
-
-
-def scaled_hw(image_hw: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return the height and width of a scaled image; a side never becomes 0, whatever the aspect ratio."""
-    return max(1, int(image_hw[0] * scale)), max(1, int(image_hw[1] * scale))

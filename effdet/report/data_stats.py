@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from effdet.ops.sizes import letterbox_scale
+from effdet.ops.boxes import letterbox_scale
 
 SIZE_EDGES_PX = tuple(2.0 ** (k / 2) for k in range(4, 23))  # 4, 5.7, 8 ... 2048; two bins for each doubling
 

@@ -276,6 +276,12 @@ def nms_operator(name: str, device: torch.device, max_det: int) -> Callable[...,
     return ascend.batch_nms(_chip(device))
 
 
+def batch_norm_stats(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and 1 / sqrt(variance + eps) of each channel of [B, C, ...], both [C]."""
+    # CANN's refuses bfloat16 (161002; page of aclnnBatchNormStats, torch_npu 2.13) until its page names A2 and A3.
+    return torch.batch_norm_stats(x.float() if x.device.type == "npu" and x.dtype == torch.bfloat16 else x, eps)
+
+
 def one_hot(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
     """Return a device's own operator that maps int32 indices and a width to float32 one-hot rows; None without one."""
     if device.type != "npu":

@@ -10,6 +10,7 @@ Source: Ioffe & Szegedy 2015 (batch norm and its gradient); Chan, Golub & LeVequ
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+from .device import batch_norm_stats
+
+__all__ = ["FusedSyncBatchNorm", "SyncBatchNorm", "convert_sync_batchnorm", "normalize_together"]
 
 
 def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -154,76 +157,66 @@ class SyncBatchNorm(_DropAct, _BatchNorm):
 class _FusedSyncNormalize(torch.autograd.Function):
     """The same with the device's own kernels for statistics, normalisation and gradient; no wait for the device.
 
+    Takes the inputs of several layers that do not depend on each other: they share one collective on the way forward
+    and one on the way back.
+
     torch.nn.SyncBatchNorm calls these kernels too, but between them it picks the ranks with a non-empty batch by a
     boolean mask, whose result's size the host has to wait for: once per layer and step. Here every rank has data.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        running_mean: torch.Tensor | None,
-        running_var: torch.Tensor | None,
-        momentum: float,
-        eps: float,
-        equal_batches: bool,
-    ) -> torch.Tensor:
-        x = x.contiguous()
-        channels, ranks = x.size(1), dist.get_world_size()
-        mean, inv_std = torch.batch_norm_stats(x, eps)
-        local = [mean, inv_std]
-        if not equal_batches:
-            local.append(torch.full_like(mean[:1], x.numel() // channels))
+    def forward(ctx: Any, layers: Sequence[FusedSyncBatchNorm], *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+        ranks, local, saved, outputs = dist.get_world_size(), [], [], []
+        inputs = [x.contiguous() for x in tensors[::3] if x is not None]
+        for layer, x in zip(layers, inputs, strict=True):
+            local += batch_norm_stats(x, layer.eps)
+            if not layer.equal_batches:
+                local.append(torch.full_like(local[-1][:1], x.numel() // x.size(1)))
         joined = torch.cat(local)
         table = joined.new_empty(ranks * joined.numel())
         dist.all_gather_into_tensor(table, joined)
-        table = table.view(ranks, -1)  # [ranks, 2C], and the counts
-        if equal_batches:
-            counts, whole_counts = _equal_counts(x.numel() // channels, ranks, x.device)
-        else:
-            counts = table[:, -1]
-            whole_counts = counts.to(torch.int32)
-        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
-            x,
-            table[:, :channels],
-            table[:, channels : 2 * channels],
-            running_mean,
-            running_var,
-            momentum,
-            eps,
-            counts,
-        )
-        ctx.save_for_backward(x, weight, mean, inv_std, whole_counts)
-        return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
+        table, start = table.view(ranks, -1), 0  # of each layer [ranks, 2C], and the counts
+        for layer, x, weight, bias in zip(layers, inputs, tensors[1::3], tensors[2::3], strict=True):
+            middle, end = start + x.size(1), start + 2 * x.size(1)
+            if layer.equal_batches:
+                counts, whole_counts = _equal_counts(x.numel() // x.size(1), ranks, x.device)
+            else:
+                counts = table[:, end]
+                whole_counts = counts.to(torch.int32)
+            mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+                x, table[:, start:middle], table[:, middle:end], *layer.statistics_to_update(), layer.eps, counts
+            )
+            outputs.append(torch.batch_norm_elemt(x, weight, bias, mean, inv_std, layer.eps))
+            saved += [x, weight, mean, inv_std, whole_counts]
+            start = end if layer.equal_batches else end + 1
+        ctx.save_for_backward(*saved)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, inv_std, counts = ctx.saved_tensors
-        grad_out = grad_out.contiguous()
-        sum_grad, sum_grad_centred, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad_out, x, mean, inv_std, weight, *ctx.needs_input_grad[:3]
-        )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            sums = torch.cat([sum_grad, sum_grad_centred])
-            dist.all_reduce(sums)
-            sum_grad, sum_grad_centred = sums.chunk(2)
-            grad_x = torch.batch_norm_backward_elemt(
-                grad_out, x, mean, inv_std, weight, sum_grad.contiguous(), sum_grad_centred.contiguous(), counts
-            )
-        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        return (
-            grad_x,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
+        layers = [
+            (grad_out.contiguous(), *saved[5 * i : 5 * i + 5], needs[3 * i : 3 * i + 3])
+            for i, grad_out in enumerate(grads_out)
+        ]
+        reduced = [
+            torch.batch_norm_backward_reduce(grad_out, x, mean, inv_std, weight, *need)
+            for grad_out, x, weight, mean, inv_std, _, need in layers
+        ]
+        sums: list[torch.Tensor] = []
+        if any(needs[::3]):
+            joined = torch.cat([part for parts in reduced for part in parts[:2]])
+            dist.all_reduce(joined)
+            sums = list(joined.split([part.numel() for parts in reduced for part in parts[:2]]))
+        grads: list[torch.Tensor | None] = [None]
+        for i, (grad_out, x, weight, mean, inv_std, counts, need) in enumerate(layers):
+            grad_x = None
+            if need[0]:
+                pair = [part.contiguous() for part in sums[2 * i : 2 * i + 2]]
+                grad_x = torch.batch_norm_backward_elemt(grad_out, x, mean, inv_std, weight, *pair, counts)
+            grad_weight, grad_bias = reduced[i][2:]
+            grads += [grad_x, grad_weight if need[1] else None, grad_bias if need[2] else None]
+        return tuple(grads)
 
 
 @functools.lru_cache(maxsize=256)
@@ -233,7 +226,7 @@ def _equal_counts(count: int, ranks: int, device: torch.device) -> tuple[torch.T
     return whole.float(), whole
 
 
-class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
+class FusedSyncBatchNorm(_DropAct, _BatchNorm):
     """Normalise over the batches of all ranks of an accelerator, none of them empty."""
 
     equal_batches = False  # whether all of them are of one size, as `convert_sync_batchnorm` was told
@@ -242,21 +235,37 @@ class _FusedSyncBatchNorm(_DropAct, _BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected an input [B, C, ...] with at least 2 dimensions, got {input.dim()}")
 
+    def statistics_to_update(self) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        """Count a batch; return running mean and variance, if there are, and the momentum to update them with."""
+        if not self.track_running_stats or self.running_mean is None:
+            return None, None, 0.0
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return self.running_mean, self.running_var, momentum
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise, then apply the converted layer's dropout and activation."""
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self._drop_act(super().forward(input))
-        self._check_input_dim(input)
-        momentum, statistics = 0.0, (None, None)
-        if self.track_running_stats and self.running_mean is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-            statistics = self.running_mean, self.running_var
-        return self._drop_act(
-            _FusedSyncNormalize.apply(
-                input, self.weight, self.bias, *statistics, momentum, self.eps, self.equal_batches
-            )
-        )
+        return normalize_together([self], [input])[0]
+
+
+def normalize_together(layers: Sequence[FusedSyncBatchNorm], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Apply each layer to its input; all of them exchange their statistics in one collective.
+
+    Args:
+        layers: all in training or all in evaluation mode.
+        inputs: [B, C, ...] for each of them; none may depend on another one's output.
+
+    Returns:
+        The layers' outputs.
+    """
+    pairs = list(zip(layers, inputs, strict=True))
+    if layers[0].training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for layer, x in pairs:
+            layer._check_input_dim(x)
+        outputs = _FusedSyncNormalize.apply(layers, *(t for layer, x in pairs for t in (x, layer.weight, layer.bias)))
+    else:
+        outputs = [_BatchNorm.forward(layer, x) for layer, x in pairs]
+    return [layer._drop_act(output) for layer, output in zip(layers, outputs, strict=True)]
 
 
 def _converted(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
@@ -289,8 +298,8 @@ def convert_sync_batchnorm(model: nn.Module, equal_batches: bool = False) -> nn.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return model
-    kind = SyncBatchNorm if dist.get_backend() == "gloo" else _FusedSyncBatchNorm
-    synchronised = (nn.SyncBatchNorm, SyncBatchNorm, _FusedSyncBatchNorm)
+    kind = SyncBatchNorm if dist.get_backend() == "gloo" else FusedSyncBatchNorm
+    synchronised = (nn.SyncBatchNorm, SyncBatchNorm, FusedSyncBatchNorm)
     done: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
 
     def convert(module: nn.Module) -> nn.Module:

@@ -54,6 +54,13 @@ def test_gradients_averaged_flat_are_those_of_ddp_to_the_last_bit(run_ranks):
         assert one["sum"] == other["sum"]
 
 
+def test_synchronised_batch_norm_takes_bfloat16(run_ranks, is_910a):
+    if is_910a:
+        pytest.skip("the chip has no bfloat16")
+    for rank in run_ranks("bfloat16"):
+        assert rank["dtype"] == "torch.bfloat16" and rank["output"] < 0.02 and rank["gradient"] < 0.05, rank
+
+
 def test_a_distributed_step_waits_for_nothing(run_ranks, is_910a):
     if not is_910a:
         pytest.skip("takes a minute, so on the chip with the longer way only: it also asks for its overflow register")

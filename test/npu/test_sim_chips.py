@@ -23,6 +23,8 @@ from npu_sim import chips
         ("Ascend910A", "aclnnForeachNorm", ("float32",), "aclnnForeachNorm: not supported"),
         ("Ascend910_9391", "aclnnForeachCopy", ("int64",), "aclnnForeachCopy: not supported"),
         ("Ascend910B1", "aclnnForeachCopy", ("int64",), None),
+        ("Ascend910B1", "aclnnBatchNormStats", ("bfloat16", "float32"), "aclnnBatchNormStats: bfloat16 refused"),
+        ("Ascend950", "aclnnBatchNormStats", ("bfloat16", "float32"), None),
         ("Ascend910B1", "aclnnErfinv", ("float32", "float32"), "aclnnErfinv: unknown"),
         ("Ascend910B1", "HcclAllReduce", (), None),
     ],

@@ -139,6 +139,24 @@ def train_synchronised(device: torch.device, rank: int, equal_batches: bool) -> 
     }
 
 
+def bfloat16(device: torch.device, rank: int) -> dict:
+    """Compare synchronised batch norm in bfloat16 with that of the whole batch: output and gradient, largest error."""
+    whole = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = whole.float().requires_grad_()
+    torch.nn.BatchNorm2d(3)(expected).square().sum().backward()
+    norm = distributed.convert_sync_batchnorm(torch.nn.BatchNorm2d(3), equal_batches=True).to(device)
+    x = whole[2 * rank : 2 * rank + 2].to(device).requires_grad_()
+    output = norm(x)
+    output.float().square().sum().backward()
+    with torch.no_grad():
+        normal = torch.nn.BatchNorm2d(3)(expected)[2 * rank : 2 * rank + 2]
+    return {
+        "dtype": str(output.dtype),
+        "output": (output.float().cpu() - normal).abs().max().item(),
+        "gradient": (x.grad.float().cpu() - expected.grad[2 * rank : 2 * rank + 2]).abs().max().item(),
+    }
+
+
 def main() -> None:
     scenario, folder = sys.argv[1:]
     device = start("npu", [])

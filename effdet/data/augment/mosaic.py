@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from effdet.ops.sizes import letterbox_scale, scaled_hw
+from effdet.ops.boxes import letterbox_scale, scaled_hw
 
 from ..images import resize_crop
 from ..transforms import Compose, RandomResizePadToNumpy, Target, move_boxes

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdet import loss
 from effdet.loss import (
     DetectionLoss,
     dense_focal_loss_sum,
@@ -22,7 +21,7 @@ from effdet.loss import (
     one_hot,
     smooth_l1_loss,
 )
-from effdet.ops import focal_cpu
+from effdet.ops import focal
 
 ANCHORS = 3
 SIZES = [(4, 3), (2, 2)]  # cells of the two levels
@@ -31,8 +30,8 @@ GAMMAS = [0.0, 1.0, 1.5, 2.0, 2.5]
 
 @pytest.fixture(autouse=True, params=["CPU's way", "accelerator's way"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(focal_cpu, "PIECE", 7)  # many pieces and a rest
-    monkeypatch.setattr(loss, "is_host", lambda device: request.param != "accelerator's way")
+    monkeypatch.setattr(focal, "PIECE", 7)  # many pieces and a rest
+    monkeypatch.setattr(focal, "is_host", lambda device: request.param != "accelerator's way")
 
 
 def focal_slowly(

@@ -18,7 +18,7 @@ from effdet import anchors as anchors_module
 from effdet import loss
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.loss import loss_fn
-from effdet.ops import nms, nms_blocks, nms_cpu
+from effdet.ops import focal, nms, nms_blocks, nms_cpu
 from effdet.ops.nms import (
     batched_nms,
     batched_soft_nms,
@@ -487,7 +487,7 @@ def test_the_guard_sees_reads(read):
 @pytest.mark.parametrize("soft", [False, True], ids=["nms", "soft_nms"])
 def test_nothing_is_read_back(soft, monkeypatch):
     """As accelerators and graphs run them: labels, loss, backward pass and detections need no value of any tensor."""
-    for module in (anchors_module, loss, nms):
+    for module in (anchors_module, focal, loss, nms):
         monkeypatch.setattr(module, "is_host", lambda device: False)
     monkeypatch.setattr(nms, "is_recorded", lambda: not soft)  # an accelerator's hard NMS looks whether it is done
     with no_values():

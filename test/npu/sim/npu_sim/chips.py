@@ -32,7 +32,8 @@ def concern(soc: str, name: str, dtypes: tuple[str, ...]) -> str | None:
         dtypes: of its tensors, in the order of its arguments.
 
     Returns:
-        'aclnnScatter: int64 on the AI CPU', 'aclnnGather: not supported', 'aclnnFoo: unknown', or None.
+        'aclnnScatter: int64 on the AI CPU', 'aclnnBatchNormStats: bfloat16 refused', 'aclnnGather: not supported',
+        'aclnnFoo: unknown', or None.
     """
     if not name.startswith("aclnn"):
         return None
@@ -44,6 +45,10 @@ def concern(soc: str, name: str, dtypes: tuple[str, ...]) -> str | None:
         # Of tensors of several dtypes the operator casts all but one first, so that one on the AI cores is enough.
         if given and not set(given) & set(kernel["dtypes"][generation]):
             return f"{name}: {given[0]} on the AI CPU"
+    for entry in table["refused"]:
+        refused = set(dtypes).intersection(entry["dtypes"][generation])
+        if name in entry["operators"] and refused:
+            return f"{name}: {min(refused)} refused"
     for entry in table["unsupported"]:
         if generation in entry["generations"] and any(fnmatch(name, operator) for operator in entry["operators"]):
             return f"{name}: not supported"

@@ -5,9 +5,13 @@ torch.nn.SyncBatchNorm calls them; none has a CPU kernel. Statistics are per cha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from npu_sim import chips
 
 BATCH_NORM: dict[str, Callable] = {}
 
@@ -35,6 +39,8 @@ def _update_running(running: Tensor | None, new: Tensor, momentum: float) -> Non
 
 @_reference("aten::batch_norm_stats")
 def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.bfloat16 and chips.concern(os.environ["NPU_SIM_SOC"], "aclnnBatchNormStats", ("bfloat16",)):
+        raise RuntimeError("aclnnBatchNormStats failed, error code is 161002: it takes no bfloat16 on this chip")
     x = x.float()
     return x.mean(_all_but_channel(x)), (x.var(_all_but_channel(x), unbiased=False) + eps).rsqrt()
 
