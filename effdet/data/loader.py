@@ -11,8 +11,8 @@ import torch
 import torch.utils.data
 
 from effdet.anchors import AnchorLabeler
+from effdet.runtime import distributed as processes
 from effdet.runtime.device import pick_device
-from effdet.runtime.distributed import local_world_size
 from effdet.runtime.memory import supports_pinning, to_device
 from effdet.runtime.workers import check_shared_memory, make_context
 
@@ -76,10 +76,9 @@ class PrefetchLoader:
         re_prob, re_mode, re_count: random erasing, see `RandomErasing`; re_prob 0 turns it off.
         device: where batches go; default is the best there is.
         channels_last: memory format of the images.
-        dtype: type of the images; normalisation itself is done in float32.
 
     Yields:
-        (images [B, 3, H, W] of `dtype`, target), on the device; nothing for an empty loader.
+        (images float32 [B, 3, H, W], target), on the device; nothing for an empty loader.
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class PrefetchLoader:
         *,
         device: torch.device | str | None = None,
         channels_last: bool = False,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.loader = loader
         self.device = pick_device() if device is None else torch.device(device)
@@ -103,7 +101,6 @@ class PrefetchLoader:
             RandomErasing(probability=re_prob, mode=re_mode, max_count=re_count) if re_prob > 0 else None
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype = dtype
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         for host_images, host_target in self.loader:
@@ -111,7 +108,7 @@ class PrefetchLoader:
             images = images.sub(self.mean).div_(self.std)
             if self.random_erasing is not None:
                 images = self.random_erasing(images, host_target)
-            yield images.to(self.dtype), to_device(host_target, self.device)
+            yield images, to_device(host_target, self.device)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -147,18 +144,6 @@ def _make_transform(input_size: Any, is_training: bool, **options: Any) -> Calla
     return (transforms_coco_train if is_training else transforms_coco_eval)(size, **options)
 
 
-def _ranks(distributed: bool, rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"give rank and world_size together, got rank={rank}, world_size={world_size}")
-    if rank is not None:
-        return rank, world_size
-    if not distributed:
-        return 0, 1
-    from effdet.runtime import distributed as processes
-
-    return processes.rank(), processes.world_size()
-
-
 def create_loader(
     dataset: Any,
     input_size: int | Sequence[int],
@@ -184,12 +169,7 @@ def create_loader(
     persistent_workers: bool = False,
     seed: int | None = None,
     channels_last: bool = False,
-    dtype: torch.dtype = torch.float32,
-    sampler: Any = None,
-    rank: int | None = None,
-    world_size: int | None = None,
     max_instances: int | None = MAX_NUM_INSTANCES,
-    multiprocessing_context: Any = None,
     multi_scale: Sequence[tuple[int, int]] = (),
 ) -> Any:
     """Make a loader that gives (images [B, 3, H, W], target).
@@ -228,12 +208,7 @@ def create_loader(
             pass, moves both to the next epoch. None leaves both to the global generators; over several processes the
             order is then that of torch's DistributedSampler.
         channels_last: memory layout of the images, with the prefetcher.
-        dtype: of the images, with the prefetcher.
-        sampler: instead of ours; it alone then decides order and shares.
-        rank: instead of the process group's.
-        world_size: the same.
         max_instances: least number of target slots, see `DetectionFastCollate`.
-        multiprocessing_context: how workers start: 'fork', 'spawn', 'forkserver' or None for the default.
         multi_scale: in training, sizes (height, width) in pixels; each batch has one of them, see `multi_scale.py`.
 
     Returns:
@@ -243,10 +218,10 @@ def create_loader(
         ValueError: a training set smaller than one global batch with `drop_last`, arguments that contradict each other,
             or shared memory that does not hold the batches of the loading processes.
     """
-    if multi_scale and not (is_training and sampler is None and anchor_labeler is None):
+    if multi_scale and not (is_training and anchor_labeler is None):
         raise ValueError(
-            "multi_scale is for training with our own sampler, and with anchor targets made by the bench (see "
-            "DetBenchTrain's input_sizes), not by the loader: leave sampler and anchor_labeler out"
+            "multi_scale is for training, and with anchor targets made by the bench (see DetBenchTrain's "
+            "input_sizes), not by the loader: leave anchor_labeler out"
         )
     base = unwrap_subset(dataset)
     base.transform = (
@@ -266,10 +241,7 @@ def create_loader(
     if seed is not None and hasattr(base, "seed"):
         base.seed = seed
     drop_last = drop_last and is_training
-    if sampler is None:
-        sampler = _make_sampler(
-            dataset, batch_size, is_training, drop_last, seed, *_ranks(distributed, rank, world_size), multi_scale
-        )
+    ranks = (processes.rank(), processes.world_size()) if distributed else (0, 1)
     if collate_fn is not None and (anchor_labeler is not None or max_instances not in (None, MAX_NUM_INSTANCES)):
         raise ValueError(
             "anchor_labeler and max_instances belong to the default collate; with a collate_fn of your own do it there"
@@ -280,23 +252,21 @@ def create_loader(
         MultiScaleDataset(dataset) if multi_scale else dataset,
         batch_size=batch_size,
         num_workers=num_workers,
-        sampler=sampler,
+        sampler=_make_sampler(dataset, batch_size, is_training, drop_last, seed, *ranks, multi_scale),
         pin_memory=pin_mem and (not use_prefetcher or supports_pinning(device)),
         collate_fn=collate_fn or DetectionFastCollate(max_instances=max_instances, anchor_labeler=anchor_labeler),
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
         # A generator of its own: drawing the workers' seeds leaves the training's random numbers alone.
         generator=None if seed is None else torch.Generator().manual_seed(seed),
-        multiprocessing_context=make_context(multiprocessing_context) if num_workers > 0 else None,
+        multiprocessing_context=make_context() if num_workers > 0 else None,
     )
     if num_workers > 0:
         check_shared_memory(_batches_ahead(loader), _batch_bytes(input_size, multi_scale, batch_size, use_prefetcher))
     if not use_prefetcher:
         return loader
     erasing = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count} if is_training else {}
-    return PrefetchLoader(
-        loader, mean=mean, std=std, **erasing, device=device, channels_last=channels_last, dtype=dtype
-    )
+    return PrefetchLoader(loader, mean=mean, std=std, **erasing, device=device, channels_last=channels_last)
 
 
 def _batches_ahead(loader: Any) -> int:
@@ -304,7 +274,7 @@ def _batches_ahead(loader: Any) -> int:
     batches = loader.prefetch_factor * loader.num_workers + 1
     if hasattr(loader.sampler, "__len__"):
         batches = min(batches, len(loader))
-    return local_world_size() * batches
+    return processes.local_world_size() * batches
 
 
 def _batch_bytes(input_size: Any, sizes: Sequence[tuple[int, int]], batch_size: int, use_prefetcher: bool) -> int:

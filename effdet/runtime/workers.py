@@ -60,23 +60,17 @@ class _Queue(multiprocessing.queues.Queue):
         self.put((sent[0], _FailedHandover(text)))
 
 
-def make_context(method: Any = None) -> Any:
+def make_context() -> Any:
     """Return a multiprocessing context for a torch DataLoader, whose queues send errors instead of dropping batches.
 
     Also chooses a folder for the sockets, which is removed when this process ends.
 
-    Args:
-        method: how processes start: 'fork', 'spawn', 'forkserver', a context, or None for the default.
-
     Raises:
         ValueError: this system gives processes no way to work together.
     """
-    if not isinstance(method, multiprocessing.context.BaseContext):
-        # Asking for the default would also fix it, against the caller's own set_start_method later.
-        method = multiprocessing.get_context(
-            method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-        )
-    context = copy.copy(method)
+    # Asking for the default would also fix it, against the caller's own set_start_method later.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    context = copy.copy(multiprocessing.get_context(method))
 
     def make_queue(maxsize: int = 0) -> _Queue:
         try:

@@ -413,7 +413,7 @@ def test_sizes_have_the_shape_of_the_image_size():
     assert multi_scale_sizes(DataConfig(multi_scale=[448]), (384, 512)) == [(320, 448)]  # 336 is no multiple of 32
     with pytest.raises(ValueError, match=r"--multi-scale 300: .*multiple of 32"):
         multi_scale_sizes(DataConfig(multi_scale=[300]), (384, 512))
-    with pytest.raises(ValueError, match="leave sampler and anchor_labeler out"):
+    with pytest.raises(ValueError, match="leave anchor_labeler out"):
         create_loader([], 64, 1, is_training=False, multi_scale=[(64, 64)])
 
 
