@@ -13,7 +13,7 @@ REFUSED: dict[str, str] = {
     "--mean": _TABLE,
     "--std": _TABLE,
     "--dataset": "data is read in COCO format: name it with --root DIR, or --val-images and --val-ann; other data sets "
-    "are converted by python -m effdet.data.formats.to_coco",
+    "are converted by effdet data convert",
     "--split": "name the images to evaluate with --val-images and --val-ann",
     "--torchcompile": "use --compile of train.py",
     "--tta": "use --tta-flip and --tta-scales of validate.py and demo.py",

@@ -1,6 +1,6 @@
 """Images that cannot be read while a run is under way: what comes in their place, and how many a run puts up with.
 
-Data are checked before a run (coco_check.py), but not by reading every image, and files get lost or damaged later.
+Data are checked before a run (coco/check.py), but not by reading every image, and files get lost or damaged later.
 One bad file must not end a run of days, and a disk that has gone must not turn it into a run on nothing. So:
 
 - Training takes another image with its own boxes instead, always the same one for the same bad image, augmented as

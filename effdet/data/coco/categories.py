@@ -1,8 +1,8 @@
 """Category ids of a dataset <-> class indices of a model.
 
 `category_id` is COCO's number for a class: any integers, with gaps. `class_idx` is the model's: 0..C-1. This file
-holds the map between the two and the rule that picks it. What the annotations look like is `coco.py`'s business, not
-this file's.
+holds the map between the two and the rule that picks it. What the annotations look like is `annotations.py`'s
+business, not this file's.
 """
 
 import itertools

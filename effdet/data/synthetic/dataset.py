@@ -1,6 +1,6 @@
 """The embedded default data set: images of six kinds of objects in COCO's layout, made from a seed.
 
-Composes images, annotates them and writes the folder; shapes and textures are drawn in synthetic_shapes.py.
+Composes images, annotates them and writes the folder; shapes and textures are drawn in shapes.py.
 Numpy and Pillow only. Command: `python -m effdet.data.synthetic --out DIR`.
 
 Boxes, areas and masks are of the *visible* part of an object, as COCO's annotators draw them: cut at the image's edge

@@ -2,7 +2,7 @@
 
 Every kind of object is a signed distance (shape) and an albedo (texture); one light falls on all of them. Distances are
 exact, so edges are antialiased by their coverage and no oversampling is needed. Geometry is float64, which keeps masks
-and therefore boxes the same from machine to machine. Composing images and writing files is synthetic.py's part.
+and therefore boxes the same from machine to machine. Composing images and writing files is dataset.py's part.
 
 Source: distance to a polygon after Inigo Quilez, "2D distance functions"; the rest is ours.
 """
