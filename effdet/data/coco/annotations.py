@@ -185,6 +185,7 @@ class CocoParser(Parser):
         self._files_checked = img_dir is not None
         self._coco = None
         self._category_map = None
+        self._labels = np.zeros(0, dtype=np.int64)  # there are no boxes without categories
         if cfg.category_map is not None:
             self.category_map = cfg.category_map
         elif self.categories:
@@ -235,6 +236,7 @@ class CocoParser(Parser):
                 f"{self.ann_path} has category ids {unknown[:8]} that the map does not know (it has: {category_map})"
             )
         self._category_map = category_map
+        self._labels = np.where(self._is_crowd, IGNORE, category_map.to_idx(self._category_ids) + 1)
 
     @property
     def cat_ids(self) -> list[int]:
@@ -263,11 +265,7 @@ class CocoParser(Parser):
         bbox = self._boxes_yxyx[span].copy()
         if not self.yxyx:
             bbox = bbox[:, [1, 0, 3, 2]]
-        if not len(bbox):
-            return {"bbox": bbox, "cls": np.zeros(0, dtype=np.int64)}
-        cls = self.category_map.to_idx(self._category_ids[span]) + 1
-        cls[self._is_crowd[span]] = IGNORE
-        return {"bbox": bbox, "cls": cls}
+        return {"bbox": bbox, "cls": self._labels[span].copy()}
 
     def box_table(self) -> dict[str, np.ndarray]:
         """Give the boxes of all images in use at once.

@@ -418,7 +418,7 @@ def test_no_python_object_per_image_or_box_is_kept_for_the_workers(tmp_path):
     data["images"] = [{"id": k, "file_name": f"{k:012d}.jpg", "width": 640, "height": 480} for k in range(1, count + 1)]
     parser = parse(tmp_path, data)
     kept = [v for v in vars(parser.img_infos).values()] + [parser._boxes_yxyx, parser._category_ids, parser._rows]
-    kept += [parser._offsets, parser._is_crowd]
+    kept += [parser._offsets, parser._is_crowd, parser._labels]
     assert all(isinstance(v, np.ndarray) and not v.dtype.hasobject for v in kept)
     assert sum(v.nbytes for v in vars(parser.img_infos).values()) == count * (8 + 16 + 16 + 8), "id, name, size, end"
     held = [k for k, v in vars(parser).items() if isinstance(v, (list, tuple, dict)) and len(v) >= count]
