@@ -344,19 +344,22 @@ class CocoParser(Parser):
         for row in rows:
             row.update(infos.get(row["id"], ()))
 
+    def _read_whole(self) -> dict[str, Any]:
+        with collector_paused():
+            data = read_everything(self.ann_path)
+            if MENDED & self.report.noted.keys():
+                mend_json(data, DatasetReport())
+            self._put_infos(data["images"])
+        return data
+
     @property
     def coco(self) -> Any:
         """The file as a pycocotools COCO object with polygons; read on first use, not carried to other processes."""
         if self._coco is None:
             from pycocotools.coco import COCO
 
-            with collector_paused():
-                data = read_everything(self.ann_path)
-                if MENDED & self.report.noted.keys():
-                    mend_json(data, DatasetReport())
-                self._put_infos(data["images"])
             self._coco = COCO()
-            self._coco.dataset = data
+            self._coco.dataset = self._read_whole()
             with contextlib.redirect_stdout(io.StringIO()):
                 self._coco.createIndex()
         return self._coco

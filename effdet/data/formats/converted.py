@@ -1,11 +1,12 @@
 """The parser of data sets in other formats than COCO's: converted in memory, then treated as a COCO json."""
 
-import contextlib
-import io
 from collections.abc import Callable
 from typing import Any
 
 from ..coco.annotations import CocoParser, CocoParserCfg
+
+EXACT = 12
+"""Decimals for `make_coco` that leave boxes as they are: these go to the loader, not to a file."""
 
 
 class ConvertedParser(CocoParser):
@@ -37,14 +38,5 @@ class ConvertedParser(CocoParser):
     def _read(self) -> dict[str, Any]:
         return self._convert(self._source_cfg)
 
-    @property
-    def coco(self) -> Any:
-        """The data set as a pycocotools COCO object."""
-        if self._coco is None:
-            from pycocotools.coco import COCO
-
-            self._coco = COCO()
-            self._coco.dataset = self.coco_dict()
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._coco.createIndex()
-        return self._coco
+    def _read_whole(self) -> dict[str, Any]:
+        return self.coco_dict()

@@ -200,12 +200,16 @@ class Box(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """An image and what is in it; width and height in pixels, None where they have to be read from the file."""
+    """An image and what is in it; width and height in pixels, None where they have to be read from the file.
+
+    Without an id it gets a number.
+    """
 
     file_name: str
     width: int | None
     height: int | None
     boxes: list[Box]
+    id: str = ""
 
 
 def bounding_box(category: int, xs: Sequence[float], ys: Sequence[float]) -> Box:
@@ -213,17 +217,18 @@ def bounding_box(category: int, xs: Sequence[float], ys: Sequence[float]) -> Box
     return Box(category, min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
 
 
-def make_coco(items: Iterable[Labelled], names: dict[int, str]) -> dict[str, Any]:
+def make_coco(items: Iterable[Labelled], names: dict[int, str], decimals: int = 3) -> dict[str, Any]:
     """Make the content of a COCO json: image and annotation ids count from 1, categories as given.
 
     Args:
         items: the images in order.
         names: category id -> name.
+        decimals: that boxes are rounded to.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, item in enumerate(items, start=1):
-        image: dict[str, Any] = {"id": number, "file_name": item.file_name}
+        image: dict[str, Any] = {"id": item.id or number, "file_name": item.file_name}
         if item.width is not None and item.height is not None:
             image |= {"width": item.width, "height": item.height}
         images.append(image)
@@ -231,10 +236,10 @@ def make_coco(items: Iterable[Labelled], names: dict[int, str]) -> dict[str, Any
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": number,
+                    "image_id": image["id"],
                     "category_id": box.category,
-                    "bbox": [round(value, 3) for value in box[1:5]],
-                    "area": round(box.width * box.height, 3),
+                    "bbox": [round(value, decimals) for value in box[1:5]],
+                    "area": round(box.width * box.height, decimals),
                     "iscrowd": box.crowd,
                 }
             )

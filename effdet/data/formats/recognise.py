@@ -10,8 +10,8 @@ from ..dataset_config import Coco2017Cfg
 from .coco_folders import find_coco, is_coco_json
 from .found import FoundData, Part, Tree, look_into
 from .one_json_each import find_one_json_each
-from .open_images_folders import find_open_images
-from .voc_folders import find_voc
+from .open_images import find_open_images
+from .voc import find_voc
 from .yolo import find_yolo
 
 _NEAR = 3  # folders below that of a single file in which its images are looked for
