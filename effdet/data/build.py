@@ -68,7 +68,7 @@ def build_dataset(
     )
     report = dataset.parser.report
     if split == "train" and not len(dataset) and report.dropped.get("small_image"):
-        examples = ", ".join(report.examples["small_image"])
+        examples = ", ".join(report.dropped.examples["small_image"])
         raise DatasetError(
             f"the training set has 0 images: all {report.num_images} of {report.source} are under "
             f"{SMALLEST_SIDE_PX} px wide or high ({examples}), too small to find something in. Enlarge them."

@@ -48,13 +48,9 @@ def judge_split(split: SplitStats, max_det: int) -> Iterator[Finding]:
         harmless = level == "warning" and kind in _HARMLESS and kind not in report.suspicious
         if kind not in split.scan.broken:  # the same, found by reading all files
             yield Finding("note" if harmless else level, f"{split.name}: {text}")
-    for kind, count in split.scan.broken.items():
+    for kind in split.scan.broken:
         remedy = "run: git lfs pull" if kind == "lfs_pointer" else "replace them or take them out of the json"
-        yield Finding(
-            "error",
-            f"{split.name}: {count} {BROKEN[kind]} ({'; '.join(split.scan.examples[kind])}"
-            f"{'; ...' if count > MAX_EXAMPLES else ''}): {remedy}",
-        )
+        yield Finding("error", f"{split.name}: {split.scan.broken.line(kind, BROKEN[kind], remedy)}")
     if not len(infos) and not report.errors:
         yield Finding("error", f"{split.name}: there are no images")
     elif not len(split.sides_px) and not report.errors:

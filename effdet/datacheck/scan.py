@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +19,7 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from effdet.data.coco.foreign import is_lfs_pointer
-from effdet.data.coco.report import MAX_EXAMPLES
+from effdet.data.coco.report import Cases
 from effdet.data.images import ImageError, read_image
 from effdet.runtime.progress import IN_LINES, track
 
@@ -48,16 +47,14 @@ class ImageScan:
     Attributes:
         names: file names in the order scanned.
         file_hashes, pixel_hashes: of each file's bytes, and of its decoded RGB pixels with their size; None if broken.
-        broken: kind (a key of BROKEN) -> how many.
-        examples: kind -> the first few, with the reason.
+        broken: kinds are keys of BROKEN; examples have the reason.
         seconds: duration.
     """
 
     names: list[str] = field(default_factory=list)
     file_hashes: list[bytes | None] = field(default_factory=list)
     pixel_hashes: list[bytes | None] = field(default_factory=list)
-    broken: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    broken: Cases = field(default_factory=Cases)
     seconds: float = 0.0
 
 
@@ -127,9 +124,7 @@ def scan_images(folder: Path, infos: Iterable[Mapping[str, Any]], total: int, pr
         scan.file_hashes.append(file_hash)
         scan.pixel_hashes.append(pixel_hash)
         if kind:
-            scan.broken[kind] += 1
-            if scan.broken[kind] <= MAX_EXAMPLES:
-                scan.examples.setdefault(kind, []).append(text)
+            scan.broken.add(kind, text)
         now = time.perf_counter()
         if now - said > _PROGRESS_S:
             rate = len(scan.names) / (now - started)

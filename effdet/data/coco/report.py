@@ -116,13 +116,35 @@ class DatasetError(ValueError):
     """A data set that cannot be used as it is. The text lists every kind of error found."""
 
 
+class Cases(dict[str, int]):
+    """Kind of defect -> how many cases of it; `examples` has the first few of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count one case (or `count`) of a kind."""
+        self[kind] = self.get(kind, 0) + count
+        examples = self.examples.setdefault(kind, [])
+        if example and len(examples) < MAX_EXAMPLES:
+            examples.append(shown(example))
+
+    def line(self, kind: str, what: str, action: str) -> str:
+        """Say how many there are of what, with examples, and what happens or what to do; empty: nothing."""
+        examples = list(self.examples[kind])
+        if examples and self[kind] > len(examples):
+            examples.append("...")
+        cases = f" ({', '.join(examples)})" if examples else ""
+        return f"{self[kind]} {what}{cases}" + (f": {action}" if action else "")
+
+
 @dataclass
 class DatasetReport:
     """What the check of one annotation file found.
 
-    `dropped`, `noted`, `warned` and `errors` map a kind (a key of DROPPED, NOTED, WARNED, ERRORS) to its count,
-    `examples` to its first few cases, `remarks` to a sentence about them. `hidden_images` have no boxes of their own,
-    but boxes under another id.
+    `dropped`, `noted`, `warned` and `errors` count the kinds of DROPPED, NOTED, WARNED, ERRORS; `remarks` has sentences
+    about kinds. `hidden_images` have no boxes of their own, but boxes under another id.
     """
 
     source: str = ""
@@ -132,45 +154,38 @@ class DatasetReport:
     num_images_without_boxes: int = 0
     num_categories: int = 0
     hidden_images: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    noted: dict[str, int] = field(default_factory=dict)
-    warned: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    dropped: Cases = field(default_factory=Cases)
+    noted: Cases = field(default_factory=Cases)
+    warned: Cases = field(default_factory=Cases)
+    errors: Cases = field(default_factory=Cases)
     remarks: dict[str, str] = field(default_factory=dict)
     suspicious: set[str] = field(default_factory=set)  # kinds that are notes elsewhere and warnings here
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Count one case (or `count`) of a kind."""
-        counter = next(counts for _, counts, texts in self._tables() if kind in texts)
-        counter[kind] = counter.get(kind, 0) + count
-        examples = self.examples.setdefault(kind, [])
-        if example and len(examples) < MAX_EXAMPLES:
-            examples.append(shown(example))
+        next(cases for _, cases, texts in self._tables() if kind in texts).add(kind, example, count)
 
     def add_all(self, kind: str, examples: Sequence[str]) -> None:
         """Count a case for each example."""
         for example in examples:
             self.add(kind, example)
 
-    def _tables(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[str, str]]]]:
+    def _tables(self) -> Iterator[tuple[str, Cases, dict[str, tuple[str, str]]]]:
         yield "error", self.errors, ERRORS
         yield "warning", self.dropped, DROPPED
         yield "warning", self.warned, WARNED
         yield "note", self.noted, NOTED
 
-    def _line(self, kind: str, count: int, what: str, action: str) -> str:
-        examples = ", ".join(self.examples.get(kind, ()))
-        more = ", ..." if count > len(self.examples.get(kind, ())) and examples else ""
-        remark = f". {self.remarks[kind]}" if kind in self.remarks else ""
-        return f"{count} {what}" + (f" ({examples}{more})" if examples else "") + f": {action}{remark}"
-
     def entries(self) -> list[tuple[str, str, str]]:
         """Give each kind found as (level, sentence, kind); level is 'error', 'warning' or 'note'."""
         return [
-            ("warning" if kind in self.suspicious else level, self._line(kind, count, *texts[kind]), kind)
-            for level, counts, texts in self._tables()
-            for kind, count in counts.items()
+            (
+                "warning" if kind in self.suspicious else level,
+                cases.line(kind, *texts[kind]) + (f". {self.remarks[kind]}" if kind in self.remarks else ""),
+                kind,
+            )
+            for level, cases, texts in self._tables()
+            for kind in cases
         ]
 
     def lines(self) -> list[str]:
@@ -197,5 +212,5 @@ class DatasetReport:
     def raise_if_errors(self) -> None:
         """Raise DatasetError naming every kind of error found; do nothing when there is none."""
         if self.errors:
-            found = "\n".join("  " + self._line(k, n, *ERRORS[k]) for k, n in self.errors.items())
+            found = "\n".join(f"  {text}" for level, text, _ in self.entries() if level == "error")
             raise DatasetError(f"{self.source} cannot be used:\n{found}")

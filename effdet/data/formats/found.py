@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from effdet.runtime.progress import track
 
-from ..coco.report import MAX_EXAMPLES, DatasetError, shown
+from ..coco.report import Cases, DatasetError
 from ..corrupt import default_limit
 from ..images import ImageError, image_suffixes, read_size
 
@@ -290,37 +290,23 @@ def size_or_none(path: Path) -> tuple[int, int] | None:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Faults:
-    """What is wrong in the files of a data set, counted by kind, with the first few cases."""
+class Faults(Cases):
+    """What is wrong in the files of a data set; a kind says what and, after a colon, what to do."""
 
-    source: str
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
 
-    def add(self, kind: str, example: str) -> None:
-        """Count a case; `kind` says what is wrong and, after a colon, what to do."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        cases = self.examples.setdefault(kind, [])
-        if len(cases) < MAX_EXAMPLES:
-            cases.append(shown(example))
-
-    def lines(self) -> list[str]:
-        """Say each kind in a line, with examples before its colon."""
-        lines = []
-        for kind, count in self.counts.items():
-            what, _, remedy = kind.partition(": ")
-            more = ", ..." if count > MAX_EXAMPLES else ""
-            lines.append(f"{count} {what} ({', '.join(self.examples[kind])}{more})" + (f": {remedy}" if remedy else ""))
-        return lines
+    def _line(self, kind: str) -> str:
+        return self.line(kind, *kind.partition(": ")[::2])
 
     def leave_out(self, kind: str, total: int) -> None:
         """Put up with one kind, with a warning, where it is rare: what has it is left out of `total`."""
-        if 0 < self.counts.get(kind, 0) <= min(default_limit(total), total // 2):
-            rare = Faults(self.source, {kind: self.counts.pop(kind)}, self.examples)
-            _logger.warning("%s: left out: %s", self.source, rare.lines()[0])
+        if 0 < self.get(kind, 0) <= min(default_limit(total), total // 2):
+            _logger.warning("%s: left out: %s", self.source, self._line(kind))
+            del self[kind]
 
     def raise_if_any(self) -> None:
         """Raise DatasetError naming every kind; do nothing where there is none."""
-        if self.counts:
-            raise DatasetError(f"{self.source} cannot be used:\n" + "\n".join(f"  {line}" for line in self.lines()))
+        if self:
+            raise DatasetError(f"{self.source} cannot be used:\n" + "\n".join(f"  {self._line(kind)}" for kind in self))

@@ -60,7 +60,7 @@ def test_repeats_are_found_by_pixels_and_by_files(folder):
     second = scan_images(folder, infos_of(["text.jpg", "again.png", "copy.png"]), 3, 0)
     assert shared_between(first, second) == [("good.png", "again.png", False), ("good.png", "copy.png", True)]
     assert repeats_within(second.pixel_hashes) == [(1, 2)]
-    assert dict(first.broken) == {"damaged": 1} and "cut.jpg" in first.examples["damaged"][0]
+    assert dict(first.broken) == {"damaged": 1} and "cut.jpg" in first.broken.examples["damaged"][0]
 
 
 def test_several_processes_give_what_one_gives(folder, monkeypatch):
