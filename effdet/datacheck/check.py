@@ -25,7 +25,6 @@ from effdet.runtime.console import one_line_errors
 from effdet.runtime.cores import core_count
 from effdet.runtime.progress import be_plain, make_handler
 
-from .anchor_reach import SIDE_EDGES_PX
 from .judge import judge
 from .page import write_html
 from .settings import fit_anchors, is_uncounted, make_facts
@@ -38,12 +37,11 @@ from .stats import (
     read_splits,
     suggest_for,
 )
+from .tables import make_tables
 
 _logger = logging.getLogger(__name__)
 
 STATUS = {"note": 0, "warning": 3, "error": 4}
-_MOST_CLASSES = 100  # lines on the terminal
-_BAR_WIDTH = 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,84 +153,5 @@ def verdict(stats: DataStats) -> str:
 
 def text_lines(stats: DataStats, config: object) -> list[str]:
     """Return the report for a terminal."""
-    lines = []
-    for split in stats.splits:
-        lines += ["", *split_lines(split, config)]
-    if stats.categories is not None:
-        lines += ["", *class_lines(stats)]
-    if stats.suggestion is not None and stats.suggestion.better:
-        found = stats.suggestion
-        lines += [
-            "",
-            f"share of {found.boxes} train boxes that an anchor overlaps with IoU 0.5 or more, and the cost of a step:",
-            f"  {100 * found.present.share:5.1f} %  1.0 x  as it is",
-        ]
-        lines += [f"  {100 * one.share:5.1f} %  {one.cost:.1f} x  {one.flags}" for one in found.better]
-    lines.append("")
-    lines += [
-        f"{finding.level}: {finding.text}"
-        for level in reversed(STATUS)
-        for finding in stats.findings
-        if finding.level == level
-    ]
-    return lines
-
-
-def split_lines(split: SplitStats, config: object) -> list[str]:
-    """Return a split's counts and the histogram of its boxes' sizes."""
-    report, scan, per_image = split.report, split.scan, split.boxes_per_image
-    height, width = config.image_size
-    bad = sum(scan.broken.values()) + report.errors.get("missing_image", 0)
-    empty = report.num_images_without_boxes
-    lines = [
-        f"{split.name}: {report.source}, images in {split.img_dir}",
-        f"  {report.num_images} images ({empty} without boxes, {bad} broken or missing), "
-        f"{report.num_annotations} annotations, {len(split.sides_px)} boxes"
-        + (f" ({per_image.mean():.1f} in an image, at most {per_image.max()})" if len(per_image) else ""),
-        f"  {len(scan.names)} images decoded in {scan.seconds:.1f} s",
-        f"  box size (square root of the area) in the {height} x {width} (height x width) input of {config.name},",
-        "  and the share that no anchor overlaps with IoU 0.5:",
-    ]
-    counts = split.side_counts
-    for k, count in enumerate(counts):
-        if count:
-            bar = "#" * round(_BAR_WIDTH * count / counts.max()) or "."
-            missed = 100 * (1 - split.reached[k] / split.tested[k]) if split.tested[k] else float("nan")
-            lines.append(f"  {side_label(k):>10} px {count:9d}  {missed:5.1f} %  {bar}")
-    if split.tested.sum() < len(split.sides_px):
-        lines.append(f"  (anchors tested for {split.tested.sum()} of the boxes, drawn at random)")
-    return lines
-
-
-def side_label(k: int) -> str:
-    """Return the name of a bin of SIDE_EDGES_PX."""
-    low, high = SIDE_EDGES_PX[k : k + 2]
-    return f"{low:g}..{high:g}" if high < float("inf") else f"{low:g}.."
-
-
-def class_lines(stats: DataStats) -> list[str]:
-    """Return the table of classes that have boxes: how many, and images with such boxes, in each split."""
-    names = [split.name for split in stats.splits]
-    counts = [split.class_counts for split in stats.splits]
-    rows = [
-        (f"{i}", name, *("{} ({})".format(*of.get(i, (0, 0))) for of in counts))
-        for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)
-        if any(i in of for of in counts)
-    ]
-    shown = [("id", "class", *(f"{name} boxes (images)" for name in names)), *rows[:_MOST_CLASSES]]
-    widths = [max(len(row[k]) for row in shown) for k in range(len(shown[0]))]
-    lines = [f"{stats.categories}"]
-    lines += [
-        "  "
-        + "  ".join(
-            [
-                row[0].rjust(widths[0]),
-                row[1].ljust(widths[1]),
-                *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)),
-            ]
-        )
-        for row in shown
-    ]
-    if len(rows) > _MOST_CLASSES:
-        lines.append(f"  ... {len(rows) - _MOST_CLASSES} more: the html has them all")
-    return lines
+    lines = [line for table in make_tables(stats, config) for line in table.as_text()]
+    return [*lines, "", *(f"{finding.level}: {finding.text}" for finding in stats.findings)]

@@ -24,7 +24,7 @@ _HARMLESS = ("crowd", "crowd_ignored", "clipped_bbox", "size_from_file", "small_
 
 
 def judge(stats: DataStats, num_classes: int | None, match: str, max_det: int, image_size: Sequence[int]) -> None:
-    """Add the findings of measured splits.
+    """Add the findings of measured splits, and put the most serious of all first.
 
     Args:
         stats: of the data; gets the classes, too.
@@ -39,6 +39,7 @@ def judge(stats: DataStats, num_classes: int | None, match: str, max_det: int, i
     judge_shared_images(stats)
     if stats.suggestion is not None:
         stats.findings += judge_anchors(stats.suggestion, image_size)
+    stats.findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
 
 
 def judge_split(split: SplitStats, max_det: int) -> Iterator[Finding]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,11 @@ import numpy as np
 from effdet.data.images import ImageError, read_image
 from effdet.data.transforms import ResizePad
 from effdet.report.draw import draw_detections, make_class_colors
+from effdet.report.images import encode_jpeg
 
-from .anchor_reach import SIDE_EDGES_PX, find_reached, letterbox_boxes
+from .anchor_reach import find_reached, letterbox_boxes
 from .stats import DataStats, SplitStats
+from .tables import Table, make_tables
 
 _SAMPLES = 12
 _STYLE = """
@@ -26,7 +25,7 @@ p,li{overflow-wrap:anywhere}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}
 th,td{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}
+th:first-child,td:first-child{text-align:left}
 .bar{width:40%;min-width:8rem}.bar i{display:block;height:.8rem;background:#3b82c4;border-radius:2px}
 li{margin:.3rem 0}.error::marker,.error b{color:#c33}.warning::marker,.warning b{color:#b70}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:.8rem}
@@ -46,31 +45,11 @@ def write_html(path: Path, stats: DataStats, config: Any, seed: int = 0) -> None
     levels = [finding.level for finding in stats.findings]
     parts = [
         f"<h1>Data check</h1><p>{levels.count('error')} errors, {levels.count('warning')} warnings, "
-        f"{levels.count('note')} notes. Sizes are pixels of the {config.image_size[0]} x {config.image_size[1]} "
-        f"(height x width) input of {_text(config.name)}.</p><ul>"
+        f"{levels.count('note')} notes.</p><ul>",
+        *(f'<li class="{one.level}"><b>{one.level}</b>: {_text(one.text)}</li>' for one in stats.findings),
+        "</ul>",
+        *map(_table, make_tables(stats, config)),
     ]
-    parts += [
-        f'<li class="{finding.level}"><b>{finding.level}</b>: {_text(finding.text)}</li>'
-        for level in ("error", "warning", "note")
-        for finding in stats.findings
-        if finding.level == level
-    ]
-    parts.append("</ul>")
-    parts += [_split_part(split) for split in stats.splits]
-    if stats.suggestion is not None and stats.suggestion.better:
-        rows = [("as it is", f"{100 * stats.suggestion.present.share:.1f} %", "1.0 x")]
-        rows += [(one.flags, f"{100 * one.share:.1f} %", f"{one.cost:.1f} x") for one in stats.suggestion.better]
-        parts.append(
-            f"<h2>Anchors</h2><p>Share of {stats.suggestion.boxes} train boxes that an anchor overlaps with "
-            "IoU 0.5 or more, and the cost of a step.</p>" + _table(("setting", "reached", "cost"), rows)
-        )
-    if stats.categories is not None:
-        rows = [
-            (name, str(i), *(f"{n}" for split in stats.splits for n in split.class_counts.get(i, (0, 0))))
-            for i, name in zip(stats.categories.ids, stats.categories.names, strict=True)
-        ]
-        head = ("class", "id", *(f"{split.name} {what}" for split in stats.splits for what in ("boxes", "images")))
-        parts.append("<h2>Classes</h2>" + _table(head, rows))
     for split in stats.splits:
         parts.append(
             f"<h2>Samples of {_text(split.name)}</h2><div class=samples>{_samples(split, stats, config, seed)}</div>"
@@ -88,28 +67,17 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{_text(cell)}" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}" for cell in row) for row in rows)
-    return f"<div class=wide><table><tr>{cells}{body}</table></div>"
+def _table(table: Table) -> str:
+    lines = "".join(f"<p>{_text(line)}</p>" for line in table.lines)
+    head = "".join(f"<th>{_text(cell)}" for cell in table.head)
+    body = "".join("<tr>" + "".join(map(_cell, row)) for row in table.rows)
+    return f"<h2>{_text(table.title)}</h2>{lines}<div class=wide><table><tr>{head}{body}</table></div>"
 
 
-def _split_part(split: SplitStats) -> str:
-    report, counts = split.report, split.side_counts
-    rows = []
-    for k in np.flatnonzero(counts):
-        low, high = SIDE_EDGES_PX[k : k + 2]
-        missed = f"{100 * (1 - split.reached[k] / split.tested[k]):.1f} %" if split.tested[k] else ""
-        rows.append(
-            f"<tr><td>{low:g}{f' to {high:g}' if np.isfinite(high) else ' and more'}<td>{counts[k]}<td>{missed}"
-            f'<td class=bar><i style="width:{100 * counts[k] / counts.max():.1f}%"></i>'
-        )
-    return (
-        f"<h2>{_text(split.name)}: {report.num_images} images, {len(split.sides_px)} boxes</h2>"
-        f"<p>{_text(report.source)}, images in {_text(split.img_dir)}</p>"
-        "<div class=wide><table><tr><th>box size, px<th>boxes<th>no anchor<th class=text>"
-        f"{''.join(rows)}</table></div>"
-    )
+def _cell(cell: str | float) -> str:
+    if isinstance(cell, str):
+        return f"<td>{_text(cell)}"
+    return f'<td class=bar><i style="width:{100 * cell:.1f}%"></i>'
 
 
 def _samples(split: SplitStats, stats: DataStats, config: Any, seed: int) -> str:
@@ -126,11 +94,10 @@ def _samples(split: SplitStats, stats: DataStats, config: Any, seed: int) -> str
         boxes = letterbox_boxes(arrays.boxes_yxyx[span], np.array([image.size], dtype=np.float64), config.image_size)
         labels = [names.get(i, str(i)) for i in arrays.category_ids[span].tolist()]
         shown = ResizePad(config.image_size, fill_color=(127, 127, 127))(image, {})[0]
-        file = io.BytesIO()
-        draw_detections(shown, boxes[:, [1, 0, 3, 2]], labels, colors=colors).save(file, "JPEG", quality=85)
+        drawing = draw_detections(shown, boxes[:, [1, 0, 3, 2]], labels, colors=colors)
         missed = int((~find_reached(boxes, config)).sum())
         drawn.append(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+            f'<figure><img alt="" src="{encode_jpeg(drawing, quality=85)}">'
             f"<figcaption>{_text(info['file_name'])}, {len(boxes)} boxes"
             f"{f', {missed} without an anchor' if missed else ''}</figcaption></figure>"
         )
