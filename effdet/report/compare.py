@@ -9,6 +9,8 @@ from typing import Any
 
 from effdet.metrics.bootstrap import Interval
 
+from .html import in_words
+
 _CURVES = ("AP", "AP50")
 _OF_THE_PLACE = ("run.output", "run.experiment", "run.resume")  # differ between any two runs, and change no number
 
@@ -46,16 +48,8 @@ class RunRecord:
 def differing_settings(runs: Sequence[RunRecord]) -> list[list[str]]:
     """Return dotted name and value in each run of the settings that are not equal in all."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in _OF_THE_PLACE)
-    rows = [[key, *(_in_words(run.settings.get(key)) for run in runs)] for key in keys]
+    rows = [[key, *(in_words(run.settings.get(key)) for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(_in_words, value)) or "-"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "-" if value in (None, "") else str(value)
 
 
 def score_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
@@ -68,7 +62,7 @@ def score_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
             *(f"{run.gain.value:+.4f} +- {run.gain.half:.4f}" if run.gain else "-" for run in runs),
         ],
         ["AP50 then", *(_number(run.best.get("AP50")) for run in runs)],
-        ["epoch", *(_in_words(run.best.get("epoch")) for run in runs)],
+        ["epoch", *(str(run.best.get("epoch", "-")) for run in runs)],
         ["epochs done", *(str(len({r["epoch"] for r in run.rows if r["kind"] == "epoch"})) for run in runs)],
         ["seconds", *(_seconds(run) for run in runs)],
     ]

@@ -300,15 +300,16 @@ def changed_settings(cfg: Any) -> list[tuple[str, str, str]]:
     """Return dotted name, value and default of every setting that is not at its default."""
     mine, usual = to_plain(cfg), to_plain(type(cfg)())
     return [
-        (f"{section}.{key}", _in_words(value), _in_words(usual[section][key]))
+        (f"{section}.{key}", in_words(value), in_words(usual[section][key]))
         for section, part in mine.items()
         for key, value in part.items()
         if value != usual[section][key]
     ]
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, list):
+def in_words(value: Any) -> str:
+    """Return a setting's value as tables show it."""
+    if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
