@@ -32,7 +32,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 def build_augmentation(case: Any) -> pairing.Work:
     from effdet.config.schema import DataConfig
     from effdet.data import open_coco
-    from effdet.data.augment.build import build_train_transform
+    from effdet.data.build import build_train_transform
 
     dataset = open_coco(case.data, "train", seed=0)
     inputs = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ from effdet.config.schema import DataConfig, EvalDataConfig
 from effdet.ops.sizes import check_image_size, nearest_image_size
 from effdet.runtime import signals
 
-from .augment.build import build_train_transform, describe_augmentation
+from .augment.autoaugment import AutoAugment, ColorJitter
+from .augment.mosaic import MosaicMixup, read_item
+from .augment.user_transform import load_transform
 from .coco.annotations import coco_paths
 from .coco.report import DatasetError
 from .corrupt import BadImages, default_limit
 from .dataset import SkipSubset
 from .dataset_factory import SMALLEST_SIDE_PX, open_coco
+from .images import ImageError
 from .input_config import resolve_input_config
 from .loader import create_loader
 from .settle import settle_data
+from .transforms import transforms_coco_train
 
 _logger = logging.getLogger(__name__)
 
@@ -144,7 +149,6 @@ def build_loader(
             "drop_last": True,
             "multi_scale": multi_scale_sizes(data, inputs["input_size"][1:]),
         }
-        _logger.debug("augmentation: %s", describe_augmentation(data))
     elif val_skip > 1:
         dataset = SkipSubset(dataset, val_skip)
     loader = create_loader(
@@ -166,6 +170,46 @@ def build_loader(
     )
     loader.loader.worker_init_fn = signals.ignore_in_worker
     return loader
+
+
+def build_train_transform(dataset: Any, data: DataConfig, inputs: Mapping[str, Any]) -> Callable:
+    """Build the training transform of a run, which ends in uint8 numpy [3, H, W].
+
+    The image as it was read -> the user's transform -> AutoAugment -> colour jitter -> flip -> scale jitter and crop,
+    or a quarter of a mosaic -> mixup. Random erasing follows on the device (`random_erasing.py`). Everything but flip
+    and scale jitter is off by default.
+
+    Args:
+        dataset: the training set; mosaic and mixup take further images from it.
+        data: the data section.
+        inputs: of `resolve_input_config`.
+
+    Raises:
+        ValueError: the user's transform cannot be loaded, or gives something unusable for the first image.
+    """
+    before: list[Callable] = []
+    if data.transform:
+        before.append(load_transform(data.transform))
+        with contextlib.suppress(ImageError):
+            before[0](*read_item(dataset, 0))  # a mistake in it shows now, not in a loader process
+    if data.aa:
+        before.append(AutoAugment(data.aa))
+    if data.color_jitter > 0:
+        before.append(ColorJitter(data.color_jitter))
+    plain = transforms_coco_train(
+        inputs["input_size"][1:],
+        data.train_interpolation,
+        True,
+        inputs["fill_color"],
+        inputs["mean"],
+        inputs["std"],
+        scale=(data.scale_min, data.scale_max),
+        hflip=data.hflip,
+        before=before,
+    )
+    if not (data.mosaic or data.mixup):
+        return plain
+    return MosaicMixup(plain, dataset, data.mosaic, data.mixup)
 
 
 def multi_scale_sizes(data: DataConfig, image_size: Sequence[int]) -> list[tuple[int, int]]:

@@ -20,11 +20,10 @@ from effdet.config.schema import DataConfig
 from effdet.data import create_loader, open_coco
 from effdet.data.augment import affine
 from effdet.data.augment.autoaugment import POLICIES, AutoAugment, ColorJitter, run_step
-from effdet.data.augment.build import build_train_transform, describe_augmentation
 from effdet.data.augment.mosaic import MosaicMixup, read_item
 from effdet.data.augment.multi_scale import MultiScaleSampler
 from effdet.data.augment.user_transform import UserTransform, load_transform
-from effdet.data.build import multi_scale_sizes
+from effdet.data.build import build_train_transform, multi_scale_sizes
 from effdet.data.transforms import Compose, RandomResizePadToNumpy, transforms_coco_train
 from effdet.efficientdet import EfficientDet
 from effdet.predict.gallery import draw_training_batch
@@ -358,10 +357,6 @@ def test_defaults_are_the_recipe_as_before(root):
         random.seed(seed)
         other = known(*dataset.read(4))
         assert np.array_equal(one[0], other[0]) and np.array_equal(one[1]["bbox"], other[1]["bbox"])
-    assert describe_augmentation(DataConfig()) == "scale 0.1 to 2, flip 0.5"
-    assert describe_augmentation(DataConfig(**EVERYTHING, multi_scale=[96, 128])).endswith(
-        "AutoAugment v1, colour jitter 0.4, mosaic 0.5, mixup 0.4, sizes 96, 128"
-    )
 
 
 def test_with_everything_on_batches_depend_on_seed_and_epoch_alone(root):
