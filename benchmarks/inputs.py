@@ -135,7 +135,7 @@ def make_target(side: str, batch: int, size: int, classes: int, device: torch.de
     objects = make_boxes(batch, size, classes)
     slots = PEER_SLOTS
     if side == "ours":
-        from effdet.data.collate import padded_instances
+        from effdet.data.batches import padded_instances
 
         slots = padded_instances(max(len(boxes) for boxes, _ in objects))
     bbox = torch.full((batch, slots, 4), -1.0)

@@ -1,6 +1,6 @@
 """Loaders: the right batches for this process, moved to the device and normalised there.
 
-What happens inside one image is `transforms.py`'s business, the order of images `samplers.py`'s.
+What happens inside one image is `transforms.py`'s business, the order of images and collation `batches.py`'s.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +18,8 @@ from effdet.runtime.workers import check_shared_memory, make_context
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform
-from .collate import MAX_NUM_INSTANCES, DetectionFastCollate
+from .batches import MAX_NUM_INSTANCES, DetectionFastCollate, EvalSampler, TrainSampler, unwrap_subset
 from .random_erasing import RandomErasing
-from .samplers import EvalSampler, TrainSampler, unwrap_subset
 from .transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,

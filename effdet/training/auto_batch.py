@@ -14,7 +14,7 @@ import torch
 
 from effdet.config.load import replace_settings
 from effdet.config.schema import RunConfig
-from effdet.data.collate import padded_instances
+from effdet.data.batches import padded_instances
 from effdet.runtime import device as device_layer
 from effdet.runtime import distributed
 from effdet.runtime import memory as memory_layer

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..samplers import TrainSampler, unwrap_subset
+from ..batches import TrainSampler, unwrap_subset
 
 Size = tuple[int, int]  # (height, width)
 

@@ -12,11 +12,10 @@ from PIL import Image
 
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.data import DetectionDatset, ImageError, SkipSubset, create_loader, create_parser, open_coco
+from effdet.data.batches import EvalSampler, TrainSampler, padded_instances
 from effdet.data.coco.annotations import CocoParserCfg
-from effdet.data.collate import padded_instances
 from effdet.data.loader import DetectionFastCollate, PrefetchLoader
 from effdet.data.random_erasing import RandomErasing
-from effdet.data.samplers import EvalSampler, TrainSampler
 from effdet.runtime import distributed as processes
 
 CPU = {"device": "cpu", "num_workers": 0}
