@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from timm.optim import (
@@ -93,7 +94,6 @@ def create_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     eps: float | None = None,
-    betas: tuple[float, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimizer by name.
 
@@ -105,7 +105,6 @@ def create_optimizer(
         momentum: used by the optimizers that have one.
         weight_decay: of groups that name none.
         eps: term for numerical stability; None keeps the optimizer's own.
-        betas: decay rates of the running means; None keeps the optimizer's own.
 
     Returns:
         The optimizer; torch's own SGD, Adam and AdamW are fused on devices that have the kernels. On NPUs torch_npu's
@@ -113,7 +112,7 @@ def create_optimizer(
 
     Raises:
         ValueError: the name is unknown (the text names the nearest), needs a package that is not there, or does not
-            take `eps` or `betas`.
+            take `eps`.
     """
     prefix, _, name = opt.lower().rpartition("_")
     known = sorted({*_FUSED_SGD_NAMES, *list_optimizers()})
@@ -130,8 +129,8 @@ def create_optimizer(
             {**group, "params": list(group["params"])} if isinstance(group, Mapping) else group
             for group in model_or_groups
         ]
-    extra = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
-    _check_extra(opt, name, extra)
+    extra: dict[str, Any] = {} if eps is None else {"eps": eps}
+    _check_fit(opt, name, eps)
     device_type = _device_type(groups)
     if name in _FUSED_SGD_NAMES:
         optimizer = create_fused_sgd(groups, lr, momentum, weight_decay, device_type, _FUSED_SGD_NAMES[name])
@@ -158,7 +157,7 @@ def _class_of(name: str) -> object:
     return get_optimizer_info(name).opt_class
 
 
-def _check_extra(opt: str, name: str, extra: Mapping[str, object]) -> None:
+def _check_fit(opt: str, name: str, eps: float | None) -> None:
     """Refuse a setting the optimizer would ignore, and optimizers that cannot train or be saved here."""
     info = None if name in _FUSED_SGD_NAMES else get_optimizer_info(name)
     reason, nearest = _UNFIT.get(getattr(info and info.opt_class, "__name__", ""), ("", ""))
@@ -169,13 +168,8 @@ def _check_extra(opt: str, name: str, extra: Mapping[str, object]) -> None:
             f"Optimizer '{opt}' needs second derivatives, which training does not compute. "
             "Choose a first-order one, such as adamw."
         )
-    takes = {"eps": info is not None and info.has_eps, "betas": info is not None and info.has_betas}
-    for key in extra:
-        if not takes[key]:
-            raise ValueError(
-                f"Optimizer '{opt}' does not take {key}: leave it out, or choose one that does "
-                "(adamw takes both eps and betas)."
-            )
+    if eps is not None and (info is None or not info.has_eps):
+        raise ValueError(f"Optimizer '{opt}' does not take eps: leave it out, or choose one that does, such as adamw.")
 
 
 def _device_type(groups: list) -> str:

@@ -89,9 +89,8 @@ class CheckpointManager:
 
     Args:
         output_dir: the run's folder; made at the first save. What killed processes left half written is removed.
-        keep_best: how many of the best epochs stay as `checkpoint-EPOCH.pth.tar`; 0 keeps none.
+        keep_best: how many of the best epochs (the largest metrics) stay as `checkpoint-EPOCH.pth.tar`; 0 keeps none.
         save_every: also keep every epoch for which epoch + 1 is a multiple of this; 0 for none.
-        higher_is_better: the direction of the metric.
 
     Raises:
         ValueError: a negative count.
@@ -102,14 +101,12 @@ class CheckpointManager:
         output_dir: str | os.PathLike[str],
         keep_best: int = 10,
         save_every: int = 0,
-        higher_is_better: bool = True,
     ) -> None:
         if keep_best < 0 or save_every < 0:
             raise ValueError(f"keep_best={keep_best} and save_every={save_every} must be 0 (none) or more.")
         self.output_dir = Path(output_dir)
         self.keep_best = keep_best
         self.save_every = save_every
-        self.higher_is_better = higher_is_better
         remove_leftovers(self.output_dir)
         self._best: tuple[float, int] | None = None  # stays when its epoch's own file goes: model_best remains
         self._ranking: list[tuple[float, int]] = []  # best first; (metric, epoch) of the files kept for their metric
@@ -150,9 +147,9 @@ class CheckpointManager:
         if ranked is not None:
             ranking.append(ranked)
             # A stable sort with the newest last: of two equal epochs the earlier stays ahead.
-            ranking.sort(key=lambda entry: -entry[0] if self.higher_is_better else entry[0])
+            ranking.sort(key=lambda entry: -entry[0])
         ranking, dropped = ranking[: self.keep_best], ranking[self.keep_best :]
-        is_best = ranked is not None and (self._best is None or self._is_better(ranked[0], self._best[0]))
+        is_best = ranked is not None and (self._best is None or ranked[0] > self._best[0])
         best = ranked if is_best else self._best
         keep = self._is_regular(epoch) or any(e == epoch for _, e in ranking)
 
@@ -184,18 +181,11 @@ class CheckpointManager:
         save_checkpoint(path, {**payload, "metric": None, "best": self.state_dict()})
         return path
 
-    def _is_better(self, metric: float, than: float) -> bool:
-        return metric > than if self.higher_is_better else metric < than
-
     def _is_regular(self, epoch: int) -> bool:
         return self.save_every > 0 and (epoch + 1) % self.save_every == 0
 
     def _record(self, best: tuple[float, int] | None, ranking: list[tuple[float, int]]) -> dict[str, Any]:
-        return {
-            "best": None if best is None else list(best),
-            "ranking": [list(entry) for entry in ranking],
-            "higher_is_better": self.higher_is_better,
-        }
+        return {"best": None if best is None else list(best), "ranking": [list(entry) for entry in ranking]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record of the best as plain types, to be kept in the checkpoint as `best`."""
@@ -210,21 +200,15 @@ class CheckpointManager:
             state: what `state_dict` returned.
 
         Raises:
-            CheckpointError: not such a record, or one ranked in the other direction.
+            CheckpointError: not such a record.
         """
         try:
             best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
             ranking = [(float(metric), int(epoch)) for metric, epoch in state["ranking"]]
-            direction = bool(state["higher_is_better"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"The checkpoint's record of the best epochs is unusable ({error!r}); resume from another checkpoint."
             ) from error
-        if direction != self.higher_is_better:
-            raise CheckpointError(
-                f"The checkpoint ranked its metric with higher_is_better={direction}, this run with "
-                f"{self.higher_is_better}; resume with the evaluation metric of that run."
-            )
         self._best, self._ranking = best, ranking
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .coco import can_match_by_hotcoco, match_by_hotcoco
-from .errors import MAX_IMAGES, spread
+from .errors import spread
 
 _KINDS = {
     "Cls": "right place, wrong class",
@@ -26,9 +26,7 @@ class ErrorType(NamedTuple):
     count: int
 
 
-def weigh_errors(
-    truth: Any, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any], max_images: int = MAX_IMAGES
-) -> list[ErrorType]:
+def weigh_errors(truth: Any, rows: Sequence[Mapping[str, Any]], img_ids: Collection[Any]) -> list[ErrorType]:
     """Return the kinds of errors, costliest first; none without hotcoco, or where there is nothing to match.
 
     Each kind is mended alone, so the losses do not add up to what AP50 lacks.
@@ -37,11 +35,10 @@ def weigh_errors(
         truth: see `coco.score_rows`, also for the next ones.
         rows: COCO results.
         img_ids: the images that count.
-        max_images: of more images than that, as many are looked at, evenly spread.
 
     Source: Bolya et al., TIDE: A General Toolbox for Identifying Object Detection Errors (2020), section 2.
     """
-    chosen = set(spread(sorted(img_ids), max_images))
+    chosen = set(spread(sorted(img_ids)))
     rows = [row for row in rows if row["image_id"] in chosen]
     if not can_match_by_hotcoco(truth, rows, chosen):
         return []

@@ -18,6 +18,7 @@ from effdet.ops.boxes import box_area, pairwise_common, pairwise_iou
 from .voc import MATCH_IOU
 
 MAX_IMAGES = 2000  # looked at: a report must cost little
+NUM_WORST, NUM_SUSPECTS = 8, 24  # images and predictions that are shown
 SURE = 0.5  # score from which a prediction may know better than the annotations
 APART = 0.1  # IoU below which there is no object where one was predicted, as TIDE has it
 RIGHT, CONFUSED, WRONG = 0, 1, 2  # of a prediction: class and place, place only, neither; of an object: WRONG = missed
@@ -175,11 +176,11 @@ class LabelTable(NamedTuple):
         return len(self.class_of_id)
 
 
-def spread(image_ids: Sequence[Any], limit: int) -> Sequence[Any]:
-    """Return at most so many of the images, evenly spread."""
-    if len(image_ids) <= limit:
+def spread(image_ids: Sequence[Any]) -> Sequence[Any]:
+    """Return at most MAX_IMAGES of the images, evenly spread."""
+    if len(image_ids) <= MAX_IMAGES:
         return image_ids
-    return [image_ids[at] for at in np.linspace(0, len(image_ids) - 1, limit).round().astype(int).tolist()]
+    return [image_ids[at] for at in np.linspace(0, len(image_ids) - 1, MAX_IMAGES).round().astype(int).tolist()]
 
 
 def analyse(
@@ -187,9 +188,6 @@ def analyse(
     predictions: Mapping[Any, np.ndarray],
     class_of_label: Sequence[int],
     threshold: float = 0.3,
-    num_worst: int = 8,
-    max_images: int = MAX_IMAGES,
-    num_suspects: int = 24,
 ) -> Analysis:
     """Match the predictions of an evaluation with its ground truth.
 
@@ -198,16 +196,13 @@ def analyse(
         predictions: by image id float32 [n, 6], xyxy, score, label from 1.
         class_of_label: position in the sorted category ids of each label, from label 1 on; -1 for none.
         threshold: predictions with a lower score do not count.
-        num_worst: images to return.
-        max_images: of more images than that, as many are looked at, evenly spread.
-        num_suspects: predictions to return that the annotations may be wrong about.
 
     Returns:
         The analysis; an empty one for no predictions.
     """
     table = LabelTable.of(truth, class_of_label)
     count = table.count
-    ids = spread(list(predictions), max_images)
+    ids = spread(list(predictions))
     suspects: list[Suspect] = []
     cells: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     ranked: list[tuple[float, int, ImageErrors]] = []
@@ -223,8 +218,8 @@ def analyse(
             ranked.append((-wrongness, number, image))
         suspects += _suspects(image)
     confusion = np.bincount(np.concatenate(cells), minlength=(count + 1) ** 2).reshape(count + 1, count + 1)
-    worst = [image for _, _, image in heapq.nsmallest(num_worst, ranked, key=lambda entry: entry[:2])]
-    surest = heapq.nlargest(num_suspects, suspects, key=lambda suspect: suspect.score)
+    worst = [image for _, _, image in heapq.nsmallest(NUM_WORST, ranked, key=lambda entry: entry[:2])]
+    surest = heapq.nlargest(NUM_SUSPECTS, suspects, key=lambda suspect: suspect.score)
     return Analysis(confusion, worst, len(ids), threshold, surest)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import MAX_IMAGES, RIGHT, LabelTable, match_one, spread
+from .errors import RIGHT, LabelTable, match_one, spread
 
 GRID = np.linspace(0.0, 1.0, 101)
 FEWEST_OBJECTS = 10  # a class with fewer has no threshold of its own: it would be that of single objects
@@ -64,7 +64,6 @@ def trace_scores(
     predictions: Mapping[Any, np.ndarray],
     class_of_label: Sequence[int],
     img_ids: Collection[Any],
-    max_images: int = MAX_IMAGES,
 ) -> ScoreCurves:
     """Count right and wrong detections over the score.
 
@@ -73,7 +72,6 @@ def trace_scores(
         predictions: by image id.
         class_of_label: position in the sorted category ids of each label.
         img_ids: the images that count, whether anything was predicted for them or not.
-        max_images: of more images than that, as many are looked at, evenly spread.
     """
     table = LabelTable.of(truth, class_of_label)
     scores: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
@@ -81,7 +79,7 @@ def trace_scores(
     hits: list[np.ndarray] = [np.zeros(0, dtype=bool)]
     objects = np.zeros(table.count, dtype=np.int64)
     nothing = np.zeros((0, 6), dtype=np.float32)
-    for image_id in spread(sorted(img_ids), max_images):
+    for image_id in spread(sorted(img_ids)):
         image = match_one(truth, image_id, predictions.get(image_id, nothing), table, same_class_only=True)
         objects += np.bincount(image.object_classes, minlength=table.count)
         counted = image.matches.prediction_state >= 0

@@ -13,7 +13,7 @@ import numpy as np
 from .nms import IOU_THRESHOLD
 
 
-def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float = IOU_THRESHOLD) -> None:
+def append_nms(model: Any, num_classes: int, max_det: int) -> None:
     """Replace a graph's outputs `boxes`, `scores`, `classes` by one output `detections`.
 
     Args:
@@ -21,7 +21,6 @@ def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float 
             [B, k] from 0; changed in place. k must be at least `max_det`.
         num_classes: K.
         max_det: rows of the result.
-        iou_threshold: boxes of a class that overlap a better one by more than this are dropped.
 
     The new output is float [B, max_det, 6]: x_min, y_min, x_max, y_max, score, class from 1; zero rows as padding.
     """
@@ -60,7 +59,7 @@ def append_nms(model: Any, num_classes: int, max_det: int, iou_threshold: float 
             "boxes",
             by_class,
             constant("max_det", [max_det]),
-            constant("iou", [iou_threshold], np.float32),
+            constant("iou", [IOU_THRESHOLD], np.float32),
             constant("min_score", [0.0], np.float32),
         ],
         "selected",

@@ -17,17 +17,11 @@ from effdet.report.draw import draw_comparison, draw_detections, make_class_colo
 
 from .predictor import Predictor
 
-_CELL_WIDTH_PX = 640
+_CELL_WIDTH_PX, _BATCH_CELL_PX = 640, 400
+_NUM_IMAGES, _SCORE = 12, 0.3
 
 
-def write_comparisons(
-    model: nn.Module,
-    dataset: Any,
-    device: torch.device,
-    output_dir: Path,
-    num_images: int = 12,
-    score_threshold: float = 0.3,
-) -> Path:
+def write_comparisons(model: nn.Module, dataset: Any, device: torch.device, output_dir: Path) -> Path:
     """Draw truth and predictions side by side for some images of a data set, evenly spread over it.
 
     Args:
@@ -35,8 +29,6 @@ def write_comparisons(
         dataset: a DetectionDatset.
         device: where to predict.
         output_dir: folder for the drawn images, made if need be.
-        num_images: how many.
-        score_threshold: predictions below are not drawn.
 
     Returns:
         The path of a sheet with all of them; beside it each one in its own file. The folder itself when the data set
@@ -46,7 +38,7 @@ def write_comparisons(
     parser = dataset.parser
     predictor = Predictor(model, device, parser.category_map)
     colors = make_class_colors(parser.category_map.class_names)
-    count = min(num_images, len(dataset))
+    count = min(_NUM_IMAGES, len(dataset))
     drawn = []
     for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []:
         info = parser.img_infos[index]
@@ -56,7 +48,7 @@ def write_comparisons(
             continue
         truth = parser.get_ann_info(index)
         objects = truth["cls"] > 0
-        (found,) = predictor.predict([image], score_threshold)
+        (found,) = predictor.predict([image], _SCORE)
         drawn.append(
             draw_comparison(
                 image,
@@ -84,7 +76,6 @@ def draw_training_batch(
     mean: torch.Tensor,
     std: torch.Tensor,
     num_images: int = 16,
-    cell_px: int = 400,
 ) -> Image.Image:
     """Draw a batch with its boxes as the network sees it, augmented and resized.
 
@@ -95,7 +86,6 @@ def draw_training_batch(
         mean: [1, 3, 1, 1], what the images were normalised with, in units of pixel values; a PrefetchLoader has it.
         std: likewise.
         num_images: draw at most the first so many.
-        cell_px: width of each image on the sheet.
 
     Returns:
         One image, a sheet in up to four columns.
@@ -104,11 +94,12 @@ def draw_training_batch(
     boxes, classes = target["bbox"].cpu().numpy(), target["cls"].cpu().long().numpy()
     colors = make_class_colors(class_names) | {"ignore": (128, 128, 128)}
     height, width = images.shape[-2:]
-    size_wh = cell_px, round(cell_px * height / width)
+    size_wh = _BATCH_CELL_PX, round(_BATCH_CELL_PX * height / width)
     drawn = []
     for image, rows, labels in zip(pixels.permute(0, 2, 3, 1).numpy(), boxes, classes, strict=False):
         shown = (labels > 0) | (labels == IGNORE)
         names = ["ignore" if label == IGNORE else class_names[label - 1] for label in labels[shown]]
         resized = Image.fromarray(image).resize(size_wh)  # before drawing, so that labels can be read
-        drawn.append(draw_detections(resized, rows[shown][:, [1, 0, 3, 2]] * (cell_px / width), names, colors=colors))
+        boxes_xyxy = rows[shown][:, [1, 0, 3, 2]] * (_BATCH_CELL_PX / width)
+        drawn.append(draw_detections(resized, boxes_xyxy, names, colors=colors))
     return make_contact_sheet(drawn, 4, size_wh)

@@ -38,7 +38,6 @@ class Predictor:
         device: torch.device,
         category_map: CategoryMap | None = None,
         batch_size: int = 1,
-        interpolation: str = "bilinear",
         bench: nn.Module | None = None,
         upright: bool = True,
         score_threshold: Mapping[str, Any] | None = None,
@@ -50,7 +49,6 @@ class Predictor:
             device: where to run.
             category_map: names and category ids of the classes; without it a class is called by its number.
             batch_size: images predicted together.
-            interpolation: of the resize, 'bilinear' or 'bicubic'.
             bench: what runs the network, a DetBenchPredict or a stand-in for one; None makes one.
             upright: turn photographs as their EXIF orientation says, so that boxes are in the coordinates that a viewer
                 shows; False takes the pixels as they are stored.
@@ -67,7 +65,7 @@ class Predictor:
         self.bench = bench.eval()
         config: Any = model.config
         self.num_classes: int = config.num_classes
-        inputs = resolve_input_config({"interpolation": interpolation}, config)
+        inputs = resolve_input_config({"interpolation": "bilinear"}, config)
         self._resize = ResizePad(
             inputs["input_size"][1:], inputs["interpolation"], resolve_fill_color(inputs["fill_color"], inputs["mean"])
         )

@@ -14,6 +14,9 @@ from torch import Tensor
 from effdet.bench import DetBenchPredict
 from effdet.runtime.device import synchronize
 
+_WARMUP, _BATCHES = 3, 30  # batches before the first that counts, and that count
+_LIMIT_S = 20.0  # fewer count where this is over, but at least one
+
 
 class Speed(NamedTuple):
     """Milliseconds for an image, medians over the measured batches."""
@@ -37,9 +40,6 @@ def measure_speed(
     images: Tensor,
     info: Mapping[str, Tensor],
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    warmup: int = 3,
-    batches: int = 30,
-    limit_s: float = 20.0,
 ) -> Speed:
     """Run a batch through a detector again and again, waiting for the device around each part.
 
@@ -48,13 +48,10 @@ def measure_speed(
         images: float [B, 3, H, W] on the device.
         info: 'img_scale' [B] and 'img_size' [B, 2] on the device.
         autocast: makes the context to predict in.
-        warmup: batches before the first that counts.
-        batches: batches that count, fewer where `limit_s` seconds are over, but at least one.
-        limit_s: see batches.
     """
     model_s, post_s = [], []
     device, started = images.device, time.perf_counter()
-    for number in range(warmup + batches):
+    for number in range(_WARMUP + _BATCHES):
         with autocast():
             synchronize(device)
             begin = time.perf_counter()
@@ -63,10 +60,10 @@ def measure_speed(
             middle = time.perf_counter()
             bench.post_process(*outputs, info.get("img_scale"), info.get("img_size"))
             synchronize(device)
-        if number >= warmup:
+        if number >= _WARMUP:
             model_s.append(middle - begin)
             post_s.append(time.perf_counter() - middle)
-            if time.perf_counter() - started > limit_s:
+            if time.perf_counter() - started > _LIMIT_S:
                 break
     scale = 1000 / len(images)
     return Speed(scale * statistics.median(model_s), scale * statistics.median(post_s), len(images), len(model_s))

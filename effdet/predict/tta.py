@@ -104,12 +104,11 @@ def _mirror(x: Tensor, widths: Tensor) -> Tensor:
     return x.gather(-1, source[:, None, None].expand_as(x))
 
 
-def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tensor:
+def fuse_detections(views: Tensor) -> Tensor:
     """Fuse the detections of several views of the same images.
 
     Args:
         views: float [B, V, D, 6], rows x_min, y_min, x_max, y_max, score, class from 1; rows of score 0 are padding.
-        iou_threshold: boxes of one class that overlap by more than this are one object.
 
     Returns:
         float [B, D, 6] by falling score, zero rows as padding.
@@ -117,11 +116,11 @@ def fuse_detections(views: Tensor, iou_threshold: float = IOU_THRESHOLD) -> Tens
     batch, num_views, count, _ = views.shape
     rows = views.flatten(1, 2)
     boxes, scores, classes = rows[..., :4], rows[..., 4], rows[..., 5]
-    index, kept_scores = batched_nms(boxes, scores, classes, count, iou_threshold)
+    index, kept_scores = batched_nms(boxes, scores, classes, count)
     centres = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, 6))
     iou = pairwise_iou(centres[..., :4], boxes)  # [B, D, V * D]
     itself = torch.arange(num_views * count, device=rows.device) == index.unsqueeze(-1)  # also a box without an area
-    same = itself | ((iou > iou_threshold) & (centres[:, :, None, 5] == classes[:, None, :]))
+    same = itself | ((iou > IOU_THRESHOLD) & (centres[:, :, None, 5] == classes[:, None, :]))
     weights = torch.where(same, scores.unsqueeze(1), torch.zeros_like(iou))
     fused_boxes = weights @ boxes / weights.sum(-1, keepdim=True).clamp_(min=1e-12)
     fused_scores = weights.view(batch, count, num_views, count).amax(-1).mean(-1)

@@ -236,20 +236,12 @@ def average_(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, group=_get_host_group() if tensor.device.type == "cpu" else None)
 
 
-def broadcast_object(obj: _T, src: int = 0) -> _T:
-    """Send a picklable object from rank `src` to all ranks.
-
-    Args:
-        obj: what to send; ignored on the other ranks.
-        src: global rank of the sender.
-
-    Returns:
-        The sender's object on every rank.
-    """
+def broadcast_object(obj: _T) -> _T:
+    """Send a picklable object from rank 0 to all ranks; returns it on every rank, whatever `obj` is there."""
     if not is_distributed():
         return obj
-    holder = [obj if rank() == src else None]
-    dist.broadcast_object_list(holder, src=src, group=_get_host_group())
+    holder = [obj if rank() == 0 else None]
+    dist.broadcast_object_list(holder, src=0, group=_get_host_group())
     return holder[0]
 
 

@@ -74,9 +74,9 @@ class ModelEma:
         """Return how much of the average is still the weights it began with: the product of all decays, 1 at first."""
         return self._share_of_init
 
-    def is_cold(self, share: float = 0.05) -> bool:
-        """Return True while more than `share` of the average is the initial weights; its metrics then say little."""
-        return self._share_of_init > share
+    def is_cold(self) -> bool:
+        """Return True while more than 5 % of the average is the initial weights; its metrics then say little."""
+        return self._share_of_init > 0.05
 
     @torch.no_grad()
     def flatten(self, weights: Mapping[str, Tensor], groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:

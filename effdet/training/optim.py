@@ -80,7 +80,6 @@ def build_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 4e-5,
     eps: float | None = None,
-    betas: tuple[float, float] | None = None,
     masters: Mapping[str, Tensor] | None = None,
     backbone_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
@@ -94,7 +93,6 @@ def build_optimizer(
         momentum: used by the optimizers that have one.
         weight_decay: see `param_groups` for what is exempt.
         eps: None keeps the optimizer's own.
-        betas: None keeps the optimizer's own.
         masters: `Precision.master_parameters(model)`; needed for O2, where float32 copies are optimized.
         backbone_lr: factor of the backbone's learning rate, see `param_groups`.
 
@@ -107,7 +105,7 @@ def build_optimizer(
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}.")
     groups = param_groups(model, weight_decay, masters, backbone_lr)
-    return create_optimizer(groups, opt, lr, momentum=momentum, eps=eps, betas=betas)
+    return create_optimizer(groups, opt, lr, momentum=momentum, eps=eps)
 
 
 def check_optimizer(opt: str, eps: float | None, device: torch.device) -> None:

@@ -64,7 +64,7 @@ class Noise:
 
 @dataclass
 class Plateau:
-    """Lower the rate by a factor when the metric has not improved for some epochs.
+    """Lower the rate by a factor when the metric has not risen for some epochs.
 
     Source: torch.optim.lr_scheduler.ReduceLROnPlateau with threshold 1e-4 relative and no cooldown.
     """
@@ -72,7 +72,6 @@ class Plateau:
     rate: float
     patience: int
     min_lr: float
-    maximize: bool = True
     best: float | None = None
     bad_epochs: int = 0
     reductions: int = 0
@@ -80,12 +79,7 @@ class Plateau:
     def observe(self, metric: float) -> None:
         """Take one epoch's metric into account; a NaN counts as no improvement."""
         best = self.best
-        if best is None or math.isnan(best):
-            better = True
-        elif self.maximize:
-            better = metric > best + 1e-4 * abs(best)
-        else:
-            better = metric < best - 1e-4 * abs(best)
+        better = best is None or math.isnan(best) or metric > best + 1e-4 * abs(best)
         self.bad_epochs = 0 if better else self.bad_epochs + 1
         if better:
             self.best = metric
@@ -199,13 +193,11 @@ def build_schedule(
     lr_noise_pct: float = 0.67,
     lr_noise_std: float = 1.0,
     cycle_mul: float = 1.0,
-    cycle_decay: float = 0.1,
     cycle_limit: int = 1,
     decay_epochs: float = 30,
     decay_milestones: Sequence[int] = (90, 180, 270),
     decay_rate: float = 0.1,
     patience: int = 10,
-    maximize: bool = True,
     seed: int = 42,
     *,
     updates_per_epoch: int,
@@ -227,13 +219,11 @@ def build_schedule(
         lr_noise_pct: limit of the relative noise.
         lr_noise_std: its standard deviation before the limit.
         cycle_mul: growth of the cycle length ('cosine', 'tanh', 'poly').
-        cycle_decay: factor on the top rate with each cycle ('cosine', 'tanh').
         cycle_limit: number of cycles ('cosine', 'tanh', 'poly').
         decay_epochs: epochs between drops ('step').
         decay_milestones: epochs at whose start the rate drops ('multistep').
         decay_rate: factor of a drop ('step', 'multistep', 'plateau'), or the exponent of 'poly'.
         patience: epochs without improvement before a drop ('plateau').
-        maximize: whether a larger metric is better ('plateau').
         seed: of the noise: the run's seed without the rank, so that all ranks agree.
         updates_per_epoch: optimizer updates in one epoch, >= 1.
         per_epoch: keep the rate of an epoch's first update throughout the epoch, as timm does by default; the first
@@ -256,7 +246,7 @@ def build_schedule(
         min_lr=min_lr,
         cooldown_epochs=cooldown_epochs,
         cycle_mul=cycle_mul,
-        cycle_decay=cycle_decay,
+        cycle_decay=0.1,
         cycle_limit=cycle_limit,
         decay_epochs=decay_epochs,
         decay_milestones=list(decay_milestones),
@@ -265,7 +255,7 @@ def build_schedule(
         updates_per_epoch=updates_per_epoch,
     )
     noise = None if lr_noise is None else _build_noise(lr_noise, epochs, lr_noise_pct, lr_noise_std, seed)
-    plateau = Plateau(decay_rate, patience, min_lr, maximize) if sched == "plateau" else None
+    plateau = Plateau(decay_rate, patience, min_lr) if sched == "plateau" else None
     if warmup_epochs >= epochs:
         _logger.warning(
             "The warm-up of %g epochs takes the whole schedule of %d: the learning rate never reaches %g. "

@@ -70,7 +70,7 @@ def collectives() -> dict:
     out["int_sum"] = [d.all_reduce_sum(torch.tensor(2**40 + rank)).item(), str(d.all_reduce_sum(torch.tensor(1)).dtype)]
     out["mean"] = d.all_reduce_mean(torch.tensor(rank)).item()
     out["half_mean"] = d.all_reduce_mean(torch.tensor(60000.0, dtype=torch.float16)).item()
-    out["broadcast"] = d.broadcast_object({"from": rank}, src=1)
+    out["broadcast"] = d.broadcast_object({"from": rank})
     out["all_gather"] = d.all_gather_object("x" * rank)
     out["gather"] = d.gather_object(rank * 10, dst=1)
     out["primary_result"] = d.run_on_primary(lambda: {"rank": d.rank()})

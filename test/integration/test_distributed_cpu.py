@@ -116,7 +116,7 @@ def test_collectives_on_two_ranks(two_ranks):
         assert out["int_sum"] == [2**41 + 1, "torch.int64"]
         assert out["mean"] == 0.5
         assert out["half_mean"] == 60000.0
-        assert out["broadcast"] == {"from": 1}
+        assert out["broadcast"] == {"from": 0}
         assert out["all_gather"] == ["", "x"]
         assert out["primary_result"] == {"rank": 0}
         assert out["after_failures"] == [0, 1]

@@ -592,15 +592,14 @@ def weight_in(path: Path) -> float:
     return ck.load_checkpoint_file(path)["state_dict"]["weight"][0].item()
 
 
-@pytest.mark.parametrize("higher", [True, False])
-def test_manager_keeps_the_best_k_against_a_sorted_list(tmp_path, higher):
+def test_manager_keeps_the_best_k_against_a_sorted_list(tmp_path):
     rng = random.Random(0)
-    manager = ck.CheckpointManager(tmp_path, keep_best=3, higher_is_better=higher)
+    manager = ck.CheckpointManager(tmp_path, keep_best=3)
     seen: list[tuple[float, int]] = []
     for epoch in range(12):
         metric = rng.choice([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # ties on purpose
         seen.append((metric, epoch))
-        order = sorted(seen, key=lambda entry: (-entry[0] if higher else entry[0], entry[1]))
+        order = sorted(seen, key=lambda entry: (-entry[0], entry[1]))
         assert manager.save(payload_of(epoch), epoch, metric) == order[0]
         assert epochs_kept(tmp_path) == sorted(e for _, e in order[:3])
         assert weight_in(tmp_path / "model_best.pth.tar") == order[0][1]
@@ -710,11 +709,9 @@ def test_manager_refuses_bad_arguments_and_records(tmp_path):
     with pytest.raises(ValueError, match="keep_best=-1"):
         ck.CheckpointManager(tmp_path, keep_best=-1)
     manager = ck.CheckpointManager(tmp_path)
-    for bad in ({}, {"best": 3, "ranking": [], "higher_is_better": True}, {"best": None, "ranking": [[1]]}):
+    for bad in ({}, {"best": 3, "ranking": []}, {"best": None, "ranking": [[1]]}):
         with pytest.raises(ck.CheckpointError, match="record of the best"):
             manager.load_state_dict(bad)
-    with pytest.raises(ck.CheckpointError, match="higher_is_better=False"):
-        manager.load_state_dict({"best": None, "ranking": [], "higher_is_better": False})
     assert manager.best == (None, None)
 
 

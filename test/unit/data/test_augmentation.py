@@ -26,7 +26,7 @@ from effdet.data.augment.user_transform import UserTransform, load_transform
 from effdet.data.build import build_train_transform, multi_scale_sizes
 from effdet.data.transforms import Compose, RandomResizePadToNumpy, transforms_coco_train
 from effdet.efficientdet import EfficientDet
-from effdet.predict.gallery import draw_training_batch
+from effdet.predict import gallery
 
 BACKGROUND = (128, 128, 128)
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
@@ -576,12 +576,13 @@ def test_an_albumentations_pipeline(root, monkeypatch, tmp_path):
     assert images.shape == (3, 3, 96, 128) and (labels["cls"] > 0).any()
 
 
-def test_a_drawn_batch_shows_pixels_and_boxes(root):
+def test_a_drawn_batch_shows_pixels_and_boxes(root, monkeypatch):
+    monkeypatch.setattr(gallery, "_BATCH_CELL_PX", 128)
     loader = loader_of(root, mosaic=1.0)
     images, target = next(iter(loader))
     target["bbox"][0, 0], target["cls"][0, 0] = torch.tensor([20.0, 30, 80, 100]), 2
     target["cls"][0, 1:] = -1
-    sheet = draw_training_batch(images, target, ("ball", "box"), loader.mean, loader.std, num_images=1, cell_px=128)
+    sheet = gallery.draw_training_batch(images, target, ("ball", "box"), loader.mean, loader.std, num_images=1)
     gap = (sheet.width - 128) // 2
     drawn = np.asarray(sheet)[gap : gap + 96, gap : gap + 128].astype(int)
     shown = (images[0] * loader.std[0] + loader.mean[0]).permute(1, 2, 0).round().numpy()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effdet.metrics import errors
 from effdet.metrics.coco import index_ground_truth
 from effdet.metrics.errors import CONFUSED, RIGHT, WRONG, analyse, match_image
 
@@ -109,9 +110,11 @@ def test_confusion_counts_and_the_worst_images():
     assert [image.wrongness for image in found.worst[1:]] == [0.5, 0.5]
 
 
-def test_of_many_images_an_even_part_is_looked_at():
+def test_of_many_images_an_even_part_is_looked_at(monkeypatch):
+    monkeypatch.setattr(errors, "MAX_IMAGES", 10)
+    monkeypatch.setattr(errors, "NUM_WORST", 3)
     predictions = {k: rows_of((A, 0.9, 1)) for k in range(100)}
-    found = analyse(truth_of(100), predictions, [0, 1], max_images=10, num_worst=3)
+    found = analyse(truth_of(100), predictions, [0, 1])
     assert found.images == 10 and found.confusion.tolist() == [[10, 0, 0], [0, 0, 10], [0, 0, 0]]
     assert [image.image_id for image in found.worst] == [0, 11, 22]
     empty = analyse(truth_of(1), {}, [0, 1])

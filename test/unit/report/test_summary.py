@@ -188,21 +188,20 @@ def test_speed_counts_after_the_warm_up_and_for_a_image(monkeypatch):
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(speed, "synchronize", wait)
-    measured = speed.measure_speed(Bench(), torch.zeros(4, 3, 8, 8), {}, warmup=3, batches=5, limit_s=1e9)
+    monkeypatch.setattr(speed, "_BATCHES", 5)
+    monkeypatch.setattr(speed, "_LIMIT_S", 1e9)
+    measured = speed.measure_speed(Bench(), torch.zeros(4, 3, 8, 8), {})
     assert measured == (2000.0, 500.0, 4, 5) and calls == ["model", "post"] * 8
     assert [float(number) for number in re.findall(r"\d+\.?\d*", str(measured))] == [2000, 500, 0.4, 5, 4]
     calls.clear()
-    assert speed.measure_speed(Bench(), torch.zeros(1, 3, 8, 8), {}, warmup=1, batches=9, limit_s=1.0).batches == 1
+    monkeypatch.setattr(speed, "_LIMIT_S", 1.0)
+    assert speed.measure_speed(Bench(), torch.zeros(1, 3, 8, 8), {}).batches == 1
 
 
-def test_speed_of_a_real_detector():
+def test_speed_of_a_real_detector(monkeypatch):
+    monkeypatch.setattr(speed, "_BATCHES", 2)
     model = create_model("tf_efficientdet_d0", pretrained_backbone=False, image_size=(128, 128))
     bench = DetBenchPredict(model).eval()
-    measured = speed.measure_speed(
-        bench,
-        torch.zeros(1, 3, 128, 128),
-        {"img_scale": torch.ones(1), "img_size": torch.full((1, 2), 128.0)},
-        warmup=1,
-        batches=2,
-    )
+    info = {"img_scale": torch.ones(1), "img_size": torch.full((1, 2), 128.0)}
+    measured = speed.measure_speed(bench, torch.zeros(1, 3, 128, 128), info)
     assert measured.model_ms > measured.post_ms > 0 and measured.batches == 2

@@ -201,7 +201,7 @@ def test_plateau_follows_torch() -> None:
     assert mine.param_groups[0]["lr"] == pytest.approx(2e-4)  # the floor was reached
 
 
-def test_plateau_waits_for_the_warm_up_and_minimizes_on_request() -> None:
+def test_plateau_waits_for_the_warm_up() -> None:
     schedule, _ = build_schedule(
         make_optimizer(1.0),
         "plateau",
@@ -211,13 +211,12 @@ def test_plateau_waits_for_the_warm_up_and_minimizes_on_request() -> None:
         min_lr=0.0,
         decay_rate=0.5,
         patience=0,
-        maximize=False,
         updates_per_epoch=2,
     )
     seen = []
-    for epoch, loss in enumerate([1.0, 9.0, 5.0, 4.0, 4.0, None, math.nan, 3.0], start=1):
+    for epoch, metric in enumerate([9.0, 1.0, 5.0, 6.0, 6.0, None, math.nan, 7.0], start=1):
         schedule.step_update(2 * epoch)
-        schedule.step(epoch, loss)
+        schedule.step(epoch, metric)
         seen.append(schedule.lr)
     assert seen == [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
