@@ -15,7 +15,6 @@ trainer's has these keys; readers treat all but `state_dict` as optional:
     ema             dict, the averager's counters
     optimizer, schedule, scaler   dict, their `state_dict()`
     ranks           list of a dict for each process: `rng` is its `rng_state()`, and more; see `effdet.training.resume`
-    rng             dict, in files of older versions: that of the first process
     epoch           int, the last epoch that is complete in this file, from 0; training goes on at epoch + 1
     progress        dict, in recovery.pth.tar: how far epoch + 1 has come; see `effdet.training.resume`
     step            int, optimiser steps done so far

@@ -114,44 +114,9 @@ class Predictor:
         """
         return list(self.predict_iter(images, score_threshold))
 
+    @torch.no_grad()
     def predict_iter(self, images: Images, score_threshold: float | str = 0.0) -> Iterator[Detections]:
         """Yield what `predict` returns, each batch as soon as it is done; memory stays that of a batch."""
-        for rows, size_wh, path in self._predict(images, score_threshold):
-            yield Detections(
-                rows[:, :4],
-                rows[:, 4],
-                [self.name_of(int(idx)) for idx in rows[:, 5]],
-                np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64),
-                size_wh,
-                path,
-            )
-
-    def predict_rows(self, images: Images, score_threshold: float | str = 0.0) -> list[np.ndarray]:
-        """Detect objects, in the network's own terms; arguments and errors are those of `predict`.
-
-        Returns:
-            For each image float32 [n, 6], by falling score: x_min, y_min, x_max, y_max in its pixels, score,
-            class_idx from 0; [0, 6] when nothing was found.
-        """
-        return [rows for rows, _, _ in self._predict(images, score_threshold)]
-
-    def _lowest(self, score_threshold: float | str) -> np.ndarray:
-        """Return the score from which each class counts, float32 [K]."""
-        if not isinstance(score_threshold, str):
-            return np.full(self.num_classes, score_threshold, dtype=np.float32)
-        if score_threshold != RECOMMENDED:
-            raise ValueError(f'score_threshold is "{score_threshold}": give a number, or "{RECOMMENDED}"')
-        if self.score_threshold is None:
-            raise ValueError(
-                "the weights recommend no score threshold (checkpoints of train.py do, once evaluated): give a number"
-            )
-        together = self.score_threshold["all"]
-        return np.array([together if own is None else own for own in self.score_threshold["classes"]], np.float32)
-
-    @torch.no_grad()
-    def _predict(
-        self, images: Images, score_threshold: float | str
-    ) -> Iterator[tuple[np.ndarray, tuple[int, int], str | None]]:
         lowest = self._lowest(score_threshold)
         listed = iter(_each_image(images))
         while batch := list(itertools.islice(listed, self.batch_size)):
@@ -174,7 +139,27 @@ class Predictor:
                 rows = rows[rows[:, 4] > 0]
                 rows[:, 5] -= 1
                 rows = rows[rows[:, 4] >= lowest[rows[:, 5].astype(np.int64)]]
-                yield rows, size, str(item) if isinstance(item, (str, PathLike)) else None
+                yield Detections(
+                    rows[:, :4],
+                    rows[:, 4],
+                    [self.name_of(int(idx)) for idx in rows[:, 5]],
+                    np.array([self.category_id_of(int(idx)) for idx in rows[:, 5]], dtype=np.int64),
+                    size,
+                    str(item) if isinstance(item, (str, PathLike)) else None,
+                )
+
+    def _lowest(self, score_threshold: float | str) -> np.ndarray:
+        """Return the score from which each class counts, float32 [K]."""
+        if not isinstance(score_threshold, str):
+            return np.full(self.num_classes, score_threshold, dtype=np.float32)
+        if score_threshold != RECOMMENDED:
+            raise ValueError(f'score_threshold is "{score_threshold}": give a number, or "{RECOMMENDED}"')
+        if self.score_threshold is None:
+            raise ValueError(
+                "the weights recommend no score threshold (checkpoints of train.py do, once evaluated): give a number"
+            )
+        together = self.score_threshold["all"]
+        return np.array([together if own is None else own for own in self.score_threshold["classes"]], np.float32)
 
 
 def _each_image(images: Any) -> Iterable[ImageInput]:

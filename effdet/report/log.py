@@ -66,7 +66,6 @@ class EvalStats:
     """What one evaluation came to."""
 
     metric: float  # the evaluator's, the same on all processes
-    loss: float | None  # mean of this process's batches; None without one
     seconds: float  # until this process had predicted its last batch
     scores: Mapping[str, float]  # all of the evaluator's numbers, by name; NaN where undefined
 

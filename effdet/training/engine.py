@@ -329,7 +329,7 @@ def evaluate(
     """Predict every batch of `loader` and score the predictions.
 
     Args:
-        bench: a DetBenchPredict, or a DetBenchTrain, which adds the loss; put into eval mode.
+        bench: a DetBenchPredict; put into eval mode.
         loader: gives (images, target) on the device, this process's share of the data set.
         evaluator: collects the predictions of all processes.
         autocast: makes the context to predict in.
@@ -337,14 +337,13 @@ def evaluate(
         on_batch: called before each batch with the number of those done.
 
     Returns:
-        The metric, with the mean loss where the bench gives one.
+        The metric, all numbers, and the time.
 
     Raises:
         StopRequested: on every process, when a signal asked one of them to stop (signals.py).
         BadImagesError: on every process, when too many images cannot be read.
     """
     bench.eval()
-    total: Any = None
     batches = 0
     started = time.perf_counter()
     for images, target in loader:
@@ -355,9 +354,6 @@ def evaluate(
             on_batch(batches)
         with autocast():
             output = bench(images, target)
-        if isinstance(output, dict):
-            total = output["loss"] if total is None else total + output["loss"]
-            output = output["detections"]
         evaluator.add_predictions(output, target)
         batches += 1
         if log_interval and batches % log_interval == 0:
@@ -369,5 +365,4 @@ def evaluate(
     if signum:
         evaluator.reset()
         raise stopping.StopRequested(signum)
-    metric = evaluator.evaluate()
-    return EvalStats(metric, None if total is None else float(total / batches), seconds, evaluator.stats)
+    return EvalStats(evaluator.evaluate(), seconds, evaluator.stats)

@@ -254,8 +254,6 @@ def restore_rank(payload: Mapping[str, Any], device: torch.device, models: Mappi
     """
     ranks, world = payload.get("ranks"), distributed.world_size()
     if ranks is None:
-        if "rng" in payload and distributed.is_primary():
-            restore_rng_state(payload["rng"])
         return
     if len(ranks) != world:
         _logger.warning(

@@ -57,16 +57,6 @@ class FoundData:
     sentence: str
     convert: Callable[[str], dict[str, Any]] | None = None
 
-    @property
-    def train(self) -> Part | None:
-        """The training part."""
-        return self.parts.get("train")
-
-    @property
-    def val(self) -> Part | None:
-        """The validation part, else the test part, which then serves as one."""
-        return self.parts.get("val") or self.parts.get("test")
-
 
 # ---- one look at a folder --------------------------------------------------------------------------------------------
 

@@ -92,9 +92,10 @@ def test_the_table_of_tools_names_what_was_tried():
 def test_the_converter_writes_what_training_reads(tool, tmp_path):
     root = TOOLS[tool](tmp_path / "in")
     found = recognise(root)
-    convert([str(root), "--out", str(tmp_path / "out"), *([] if found.val else ["--val-split", "0.3"])])
-    train = boxes_of(found.train.images, tmp_path / "out/train.json")
-    val = boxes_of((found.val or found.train).images, tmp_path / "out/val.json")
+    of_train, of_val = found.parts["train"], found.parts.get("val") or found.parts.get("test")
+    convert([str(root), "--out", str(tmp_path / "out"), *([] if of_val else ["--val-split", "0.3"])])
+    train = boxes_of(of_train.images, tmp_path / "out/train.json")
+    val = boxes_of((of_val or of_train).images, tmp_path / "out/val.json")
     assert train | val == EXPECTED and set(train) & set(val) == set()
 
 
@@ -122,8 +123,11 @@ def test_coco_folders_are_told_apart_by_the_words_of_their_paths(tmp_path):
     put_json(tmp_path / "labels/captions_training.json", coco(TRAIN))
     put_json(tmp_path / "labels/detections.json", [{"image_id": 1}])
     found = recognise(tmp_path)
-    assert found.train.images == tmp_path / "img/training" and found.train.ann == tmp_path / "labels/training.json"
-    assert found.val.images == tmp_path / "img/validation" and set(found.parts) == {"train", "val"}
+    assert (
+        found.parts["train"].images == tmp_path / "img/training"
+        and found.parts["train"].ann == tmp_path / "labels/training.json"
+    )
+    assert found.parts["val"].images == tmp_path / "img/validation" and set(found.parts) == {"train", "val"}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_the_image_folder_is_found_by_what_moved_names_keep(name, tmp_path):
     put_images(tmp_path / "data/others", ())
     Image.new("RGB", (9, 9)).save(tmp_path / "data/others/logo.png")
     put_json(tmp_path / "a.json", coco(ALL, name.format))
-    assert recognise(tmp_path).train.images == tmp_path / ("data" if name.startswith("pics") else "data/pics")
+    assert recognise(tmp_path).parts["train"].images == tmp_path / ("data" if name.startswith("pics") else "data/pics")
 
 
 def test_several_jsons_for_one_part_are_an_error_that_names_them(tmp_path):

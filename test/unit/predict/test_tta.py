@@ -81,8 +81,9 @@ def test_a_real_detector_with_flip_sees_a_mirrored_image_mirrored(small_checkpoi
 def test_the_views_of_a_long_image_have_no_boxes_in_the_padding(small_checkpoint, width, height):
     image = Image.effect_noise((width, height), 80).convert("RGB")
     for settings in ({"flip": True}, {"flip": True, "scales": [0.5]}, {"scales": [1.5]}):
-        (rows,) = effdet.load(small_checkpoint, device="cpu", **settings).predict_rows(image)
-        assert len(rows) > 50 and (rows[:, 2:4] > rows[:, :2]).all() and (np.diff(rows[:, 4]) <= 0).all()
+        (found,) = effdet.load(small_checkpoint, device="cpu", **settings).predict(image)
+        boxes = found.boxes_xyxy
+        assert len(found) > 50 and (boxes[:, 2:] > boxes[:, :2]).all() and (np.diff(found.scores) <= 0).all()
 
 
 def test_a_long_image_and_its_mirror_image_are_seen_alike(small_checkpoint, synthetic_images):

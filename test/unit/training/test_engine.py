@@ -475,38 +475,36 @@ class Collected(Evaluator):
 
 
 class Detecting(nn.Module):
-    """One detection for each image, with the image's mean as score; with a loss on request."""
+    """One detection for each image, with the image's mean as score."""
 
-    def __init__(self, with_loss: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.with_loss = with_loss
         self.weight = nn.Parameter(torch.ones(()))
 
-    def forward(self, images: torch.Tensor, target: dict) -> torch.Tensor | dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, target: dict) -> torch.Tensor:
         assert not self.training
         rows = torch.zeros(len(images), 1, 6)
         rows[:, 0, 4] = images.mean((1, 2, 3)) * self.weight
         rows[:, 0, 5] = 1
         assert not rows.requires_grad
-        return {"detections": rows, "loss": images.mean()} if self.with_loss else rows
+        return rows
 
 
-def test_evaluation_scores_every_batch_and_means_the_loss():
+def test_evaluation_scores_every_batch():
     batches = [
         (torch.full((2, 3, 4, 4), 0.25), {"img_idx": torch.tensor([0, 1])}),
         (torch.full((1, 3, 4, 4), 0.75), {"img_idx": torch.tensor([2])}),
     ]
     evaluator = Collected()
     done: list[int] = []
-    stats = evaluate(Detecting(True).train(), batches, evaluator, on_batch=done.append)
-    assert (stats.metric, stats.loss) == (1.25, 0.5) and stats.seconds > 0
+    stats = evaluate(Detecting().train(), batches, evaluator, on_batch=done.append)
+    assert stats.metric == 1.25 and stats.seconds > 0
     assert evaluator.img_indices == [0, 1, 2] and done == [0, 1]
     with captured_lines() as lines:
-        stats = evaluate(Detecting(False), batches, Collected(), log_interval=1)
-    assert (stats.metric, stats.loss) == (1.25, None)
+        stats = evaluate(Detecting(), batches, Collected(), log_interval=1)
+    assert stats.metric == 1.25
     assert [line.partition("]")[0] for line in lines] == ["Eval: [1/2", "Eval: [2/2"]
 
 
 def test_evaluation_of_nothing_is_zero():
-    stats = evaluate(Detecting(True), [], Collected())
-    assert (stats.metric, stats.loss) == (0.0, None)
+    assert evaluate(Detecting(), [], Collected()).metric == 0.0

@@ -103,7 +103,7 @@ def train(recorder: RunRecorder, epochs: range, start: int = 0) -> None:
                     )
                 )
         stats = EpochStats(epoch, 4 * epoch + 4, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
-        evaluation = EvalStats(epoch / 10, None, 1.0, {"AP": epoch / 10, "AP50": math.nan})
+        evaluation = EvalStats(epoch / 10, 1.0, {"AP": epoch / 10, "AP50": math.nan})
         recorder.add_summary(stats, evaluation if epoch else None)
         recorder.add_epoch(stats, evaluation if epoch else None)
 
