@@ -1,4 +1,4 @@
-"""Precision, recall and average precision of one class."""
+"""Average precision of one class."""
 
 from __future__ import annotations
 
@@ -7,34 +7,6 @@ import math
 import numpy as np
 
 from effdet.metrics.voc import average_precision
-
-
-def compute_precision_recall(
-    scores: np.ndarray, labels: np.ndarray, num_gt: float
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """Compute precision and recall after each detection, by falling score.
-
-    Args:
-        scores: [n].
-        labels: [n], bool or weights: above 0 where the detection is right.
-        num_gt: number of objects.
-
-    Returns:
-        precision and recall [n], or None twice without objects.
-
-    Raises:
-        ValueError: as many scores as labels are needed, and at least as many objects as right detections.
-    """
-    if len(scores) != len(labels) or labels.sum() > num_gt:
-        raise ValueError(
-            f"{len(scores)} scores for {len(labels)} labels, {labels.sum()} of them right, of {num_gt} "
-            "objects: there must be as many scores as labels, and no fewer objects than right ones"
-        )
-    if num_gt == 0:
-        return None, None
-    right = labels[np.argsort(scores)[::-1]]
-    found = np.cumsum(right.astype(float))
-    return found / (found + np.cumsum(right <= 0)), found / num_gt
 
 
 def compute_average_precision(precision: np.ndarray | None, recall: np.ndarray | None) -> float:

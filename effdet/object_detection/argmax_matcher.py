@@ -7,12 +7,7 @@ from torch import Tensor
 
 from .matcher import Match
 
-__all__ = ["ArgMaxMatcher", "Match", "one_hot_bool"]
-
-
-def one_hot_bool(x: Tensor, num_classes: int) -> Tensor:
-    """Return bool [N, K], true at index x[n] of each row."""
-    return x.unsqueeze(1) == torch.arange(num_classes, device=x.device)
+__all__ = ["ArgMaxMatcher", "Match"]
 
 
 class ArgMaxMatcher:
@@ -60,6 +55,7 @@ class ArgMaxMatcher:
         best, rows = similarity_matrix.max(0)
         rows = rows.masked_fill(best < matched, between).masked_fill(best < unmatched, below)
         if self._force_match_for_each_row:
-            forced, forced_rows = one_hot_bool(similarity_matrix.argmax(1), num_columns).int().max(0)
+            columns = torch.arange(num_columns, device=similarity_matrix.device)
+            forced, forced_rows = (similarity_matrix.argmax(1, keepdim=True) == columns).int().max(0)
             rows = torch.where(forced > 0, forced_rows, rows)
         return Match(rows)

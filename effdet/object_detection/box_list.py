@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -32,18 +30,6 @@ class BoxList:
         """Return N."""
         return len(self.boxes())
 
-    def device(self) -> torch.device:
-        """Return where the boxes are."""
-        return self.boxes().device
-
-    def get_all_fields(self) -> list[str]:
-        """Return the names of all fields, 'boxes' first."""
-        return list(self.data)
-
-    def get_extra_fields(self) -> list[str]:
-        """Return the names of all fields but 'boxes'."""
-        return self.get_all_fields()[1:]
-
     def has_field(self, field: str) -> bool:
         """Tell whether there is such a field."""
         return field in self.data
@@ -57,22 +43,3 @@ class BoxList:
         if field not in self.data:
             raise ValueError(f"there is no field {field!r}, only {', '.join(self.data)}")
         return self.data[field]
-
-    def set_field(self, field: str, value: Tensor) -> None:
-        """Replace a field; a ValueError where it is absent."""
-        self.get_field(field)
-        self.data[field] = value
-
-    def get_center_coordinates_and_sizes(self) -> list[Tensor]:
-        """Return y and x of the centres, heights and widths: four tensors [N]."""
-        y_min, x_min, y_max, x_max = self.boxes().unbind(1)
-        height, width = y_max - y_min, x_max - x_min
-        return [y_min + height / 2, x_min + width / 2, height, width]
-
-    def transpose_coordinates(self) -> None:
-        """Swap y and x."""
-        self.set_boxes(self.boxes()[:, [1, 0, 3, 2]])
-
-    def as_tensor_dict(self, fields: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return fields by name, by default all; a ValueError where one is absent."""
-        return {field: self.get_field(field) for field in (self.data if fields is None else fields)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet.ops.labels import IGNORE
-
 
 class Match:
     """A row (ground-truth box) for each column (anchor).
@@ -25,41 +23,13 @@ class Match:
         """Return which columns have a row: bool [N]."""
         return self.match_results >= 0
 
-    def unmatched_column_indicator(self) -> Tensor:
-        """Return which columns have none: bool [N]."""
-        return self.match_results == -1
-
-    def ignored_column_indicator(self) -> Tensor:
-        """Return which columns are to be ignored: bool [N]."""
-        return self.match_results == IGNORE
-
     def matched_column_indices(self) -> Tensor:
         """Return the columns that have a row, ascending: int64 [n]."""
         return self.matched_column_indicator().nonzero().flatten()
 
-    def unmatched_column_indices(self) -> Tensor:
-        """Return the columns that have none, ascending: int64 [n]."""
-        return self.unmatched_column_indicator().nonzero().flatten()
-
-    def ignored_column_indices(self) -> Tensor:
-        """Return the columns to ignore, ascending: int64 [n]."""
-        return self.ignored_column_indicator().nonzero().flatten()
-
-    def unmatched_or_ignored_column_indices(self) -> Tensor:
-        """Return all other columns than `matched_column_indices`, ascending: int64 [n]."""
-        return (~self.matched_column_indicator()).nonzero().flatten()
-
     def num_matched_columns(self) -> int:
         """Return how many columns have a row."""
         return len(self.matched_column_indices())
-
-    def num_unmatched_columns(self) -> int:
-        """Return how many columns have none."""
-        return len(self.unmatched_column_indices())
-
-    def num_ignored_columns(self) -> int:
-        """Return how many columns are to be ignored."""
-        return len(self.ignored_column_indices())
 
     def matched_row_indices(self) -> Tensor:
         """Return the rows of `matched_column_indices`: int64 [n]."""
