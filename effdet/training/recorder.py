@@ -72,6 +72,15 @@ _INTERVAL_KEYS = (
     "memory_mib",
 )
 _CHARTS = {"interval": "train", "epoch": "epoch", "evaluation": "val"}  # how the services group them
+_SUMMARY_COLUMNS = {
+    "epoch": "epoch",
+    "train_loss": "loss",
+    "train_class_loss": "class_loss",
+    "train_box_loss": "box_loss",
+    "lr": "lr",
+    "img_per_s": "img_per_s",
+    "skipped": "skipped",
+}
 _NOT_CHARTED = ("epoch", "global_step", "step", "steps")
 
 
@@ -159,7 +168,8 @@ class RunRecorder:
         if not self.primary:
             return
         drop_rows_from(self.folder / METRICS_LOG_NAME, epoch, batches)
-        drop_summary_from(self.folder / SUMMARY_NAME, epoch)
+        if (self.folder / SUMMARY_NAME).exists():
+            write_summary(self.folder)
         self.draws_batch = not (self.folder / BATCH_NAME).exists()
         self.trackers = Trackers(trackers_of(self.cfg), self.folder, to_plain(self.cfg), self.training.steps)
 
@@ -199,39 +209,20 @@ class RunRecorder:
             end = min(filter(None, (run.total_steps, run.max_steps)), default=run.steps)
             self.move(step, max(0, end - run.steps), loss)
 
-    def add_summary(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
-        """Append an epoch to summary.csv; call it on rank 0.
-
-        Args:
-            stats: of the epoch.
-            evaluation: after it, if there was one.
+    def add_epoch(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
+        """Write an epoch's numbers, and those of the evaluation after it if there was one; call it on rank 0.
 
         Raises:
-            OSError: the disk does not take it.
-            ValueError: the file has other columns.
+            OSError: the disk does not take summary.csv.
         """
-        append_summary(
-            self.folder / SUMMARY_NAME,
-            {
-                "epoch": stats.epoch,
-                "train_loss": stats.loss,
-                "train_class_loss": stats.class_loss,
-                "train_box_loss": stats.box_loss,
-                "lr": stats.lr,
-                "img_per_s": stats.img_per_s,
-                "skipped": stats.skipped,
-                "AP": evaluation and evaluation.metric,
-                "AP50": evaluation and evaluation.scores["AP50"],
-            },
-        )
-
-    def add_epoch(self, stats: EpochStats, evaluation: EvalStats | None) -> None:
-        """Write an epoch's numbers and, where it was evaluated, those of the evaluation and the report."""
-        if not self.primary:
-            return
         self._write("epoch", dataclasses.asdict(stats))
         if evaluation is not None:
             self._write("evaluation", {"epoch": stats.epoch, "global_step": stats.global_step, **evaluation.scores})
+        write_summary(self.folder)
+
+    def write_report(self) -> None:
+        """Write the report anew, after an evaluation."""
+        if self.primary:
             self.report.write(self.evaluator, read_rows(self.folder / METRICS_LOG_NAME))
 
     def end(self, run: Mapping[str, Any], seconds: float, images: Path) -> None:
@@ -334,40 +325,14 @@ def drop_rows_from(path: Path, epoch: int, step: int = 0) -> None:
 # ---- summary.csv -----------------------------------------------------------------------------------------------------
 
 
-def append_summary(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row to a csv file, also across restarts of a run; it is on disk when this returns.
-
-    Args:
-        path: the file, made at the first row. An existing one is continued.
-        row: values by column; the first row of a new file fixes the columns and their order.
-
-    Raises:
-        ValueError: the columns are not those of the file.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    columns = next(csv.reader([text.splitlines()[0]])) if text.strip() else []
-    if columns and set(columns) != set(row):
-        raise ValueError(
-            f"{path} has the columns {', '.join(columns)}; the new row has {', '.join(row)}. "
-            "Continue it with the same settings, or give the run another output folder."
-        )
-    with path.open("a", encoding="utf-8", newline="") as file:
-        if text and not text.endswith("\n"):
-            file.write("\n")  # the last row was cut off by a crash; keep the new one apart from it
-        writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
-        if not columns:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def drop_summary_from(path: Path, epoch: int) -> None:
-    """Drop the rows of an epoch and later, and broken ones: a resumed run writes them anew."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values() and int(row["epoch"]) < epoch]
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames or [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_summary(folder: Path) -> None:
+    """Write summary.csv, a row for each epoch, from the rows of metrics.jsonl beside it."""
+    rows = read_rows(folder / METRICS_LOG_NAME)
+    evaluations = {row["epoch"]: row for row in rows if row["kind"] == "evaluation"}
+    with replacing(folder / SUMMARY_NAME) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_SUMMARY_COLUMNS, "AP", "AP50"])
+        for row in rows:
+            if row["kind"] == "epoch":
+                evaluation = evaluations.get(row["epoch"], {})
+                writer.writerow([*map(row.get, _SUMMARY_COLUMNS.values()), *map(evaluation.get, ("AP", "AP50"))])

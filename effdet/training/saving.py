@@ -60,7 +60,7 @@ def save_recovery(run: Run, epoch: int, done: Progress, trained: bool = False) -
 
 
 def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> None:
-    """Write summary.csv and the checkpoints of an epoch, and hand its numbers to the recorder."""
+    """Write the numbers of an epoch, its checkpoints and the report."""
     bad, metric = run.data.bad_images.exchange(), None if evaluation is None else evaluation.metric
     _logger.info(
         "epoch %d: loss %.5f, %.1f img/s, peak memory %.0f MiB, %d skipped step(s)%s",
@@ -74,7 +74,7 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
     ranks = distributed.gather_object(resume.capture_rank(run.place.device)) or []
 
     def write() -> None:
-        run.recorder.add_summary(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
+        run.recorder.add_epoch(stats, evaluation)  # before the checkpoint: resuming drops a row, but cannot add one
         payload = resume.collect(run.training, run.cfg, run.data.categories, ranks, run.recorder.initial_weights)
         if evaluation is not None:
             payload["score_threshold"] = run.loaders.evaluator.score_curves.to_plain()
@@ -83,6 +83,7 @@ def finish_epoch(run: Run, stats: EpochStats, evaluation: EvalStats | None) -> N
             write_json(run.output_dir / DETECTIONS_NAME, run.loaders.evaluator.scored_rows())
 
     save(run, write)
-    run.recorder.add_epoch(stats, evaluation)
+    if evaluation is not None:
+        run.recorder.write_report()
     if metric is not None and distributed.is_primary():
         _logger.info("%s", format_best_metric(*run.manager.best), extra=IN_LINES)

@@ -20,9 +20,7 @@ from effdet.report.log import EpochStats, EvalStats, StepStats, setup_logging
 from effdet.training.recorder import (
     METRICS_LOG_NAME,
     RunRecorder,
-    append_summary,
     drop_rows_from,
-    drop_summary_from,
     read_rows,
     steady_rates,
     trackers_of,
@@ -104,7 +102,6 @@ def train(recorder: RunRecorder, epochs: range, start: int = 0) -> None:
                 )
         stats = EpochStats(epoch, 4 * epoch + 4, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
         evaluation = EvalStats(epoch / 10, 1.0, {"AP": epoch / 10, "AP50": math.nan})
-        recorder.add_summary(stats, evaluation if epoch else None)
         recorder.add_epoch(stats, evaluation if epoch else None)
 
 
@@ -209,15 +206,13 @@ def test_files_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, ca
     epoch = EpochStats(1, 8, 0.5, 0.25, 0.01, 0.16, 46.0, 2048.0, 0)
     for step in (1, 2):
         recorder.on_interval(StepStats(**STEP | {"step": step}))
-        recorder.add_epoch(epoch, None)
     said = capsys.readouterr()
     assert said.out.count("Train: 3") == 2 and "Traceback" not in said.err
     for name in ("log.txt", METRICS_LOG_NAME):
         assert said.out.count(f"{name} cannot be written (") == 1, said.out
-    with pytest.raises(OSError, match="summary.csv"):
-        recorder.add_summary(epoch, None)
     (tmp_path / METRICS_LOG_NAME).unlink()  # there is room again
-    recorder.add_epoch(epoch, None)
+    with pytest.raises(OSError, match="summary.csv"):
+        recorder.add_epoch(epoch, None)
     assert [row["epoch"] for row in read_rows(tmp_path / METRICS_LOG_NAME)] == [1]
 
 
@@ -341,48 +336,19 @@ def test_summary_has_a_row_for_each_epoch(tmp_path):
         "AP": "",
         "AP50": "",
     }
-    assert (second["epoch"], second["AP"], second["AP50"]) == ("1", "0.1", "nan")
+    assert (second["epoch"], second["AP"], second["AP50"]) == ("1", "0.1", "")
 
 
-def test_csv_continues_a_file_in_its_own_column_order(tmp_path) -> None:
-    path = tmp_path / "summary.csv"
-    append_summary(path, {"epoch": 0, "loss": 1.5, "note": "a, b"})
-    append_summary(path, {"note": "", "loss": 1.25, "epoch": 1})
-    assert path.read_text(encoding="utf-8") == 'epoch,loss,note\n0,1.5,"a, b"\n1,1.25,\n'
-
-
-def test_csv_survives_a_cut_off_row(tmp_path) -> None:
-    path = tmp_path / "summary.csv"
-    path.write_text("epoch,loss\n0,1.5\n1,1.", encoding="utf-8")
-    append_summary(path, {"epoch": 1, "loss": 1.25})
-    assert path.read_text(encoding="utf-8").splitlines() == ["epoch,loss", "0,1.5", "1,1.", "1,1.25"]
-    path.write_text("", encoding="utf-8")
-    append_summary(path, {"epoch": 1, "loss": 1.25})
-    assert path.read_text(encoding="utf-8") == "epoch,loss\n1,1.25\n"
-
-
-def test_csv_refuses_other_columns_and_keeps_the_file(tmp_path) -> None:
-    path = tmp_path / "summary.csv"
-    append_summary(path, {"epoch": 0, "loss": 1.5})
-    for row in ({"epoch": 1}, {"epoch": 1, "loss": 1.0, "map": 0.1}):
-        with pytest.raises(ValueError, match="has the columns epoch, loss"):
-            append_summary(path, row)
-    assert path.read_text(encoding="utf-8") == "epoch,loss\n0,1.5\n"
+def test_summary_is_not_made_before_there_is_an_epoch(tmp_path) -> None:
+    make_recorder(tmp_path).begin(0, 0)
+    assert not (tmp_path / "summary.csv").exists()
 
 
 def test_a_resumed_run_drops_the_csv_rows_it_will_write_anew(tmp_path) -> None:
-    path = tmp_path / "summary.csv"
-    drop_summary_from(path, 0)
-    assert not path.exists(), "nothing to drop, nothing made"
-    for epoch in (8, 9, 10, 11):
-        append_summary(path, {"epoch": epoch, "loss": epoch / 2})
-    with path.open("a", encoding="utf-8") as file:
-        file.write("7")  # cut off by a crash
-    drop_summary_from(path, 10)
-    assert path.read_text(encoding="utf-8") == "epoch,loss\n8,4.0\n9,4.5\n"
-    drop_summary_from(path, 0)
-    assert path.read_text(encoding="utf-8") == "epoch,loss\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]
+    train(make_recorder(tmp_path), range(12))
+    make_recorder(tmp_path).begin(10, 0)
+    lines = (tmp_path / "summary.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["epoch", *map(str, range(10))]
 
 
 # ---- the first batch -------------------------------------------------------------------------------------------------
