@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -168,20 +169,8 @@ def clip_gradients(
         torch._foreach_clamp_min_(gradients, -value)
         torch._foreach_clamp_max_(gradients, value)
     elif value is not None and mode == "agc":
-        _clip_adaptively(parameters, value)
+        adaptive_clip_grad(parameters, value)
     return norm
-
-
-def _clip_adaptively(parameters: list[Tensor], factor: float, smallest_weight_norm: float = 1e-3) -> None:
-    """Scale each output unit's gradient down to `factor` times the norm of its weights."""
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        dims = tuple(range(1, parameter.ndim)) or None  # a unit is one output channel; a vector is one unit
-        limit = torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).clamp_(min=smallest_weight_norm) * factor
-        norm = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True).clamp_(min=1e-6)
-        gradient.mul_((limit / norm).clamp_(max=1.0))
 
 
 class Frozen(NamedTuple):
