@@ -1,6 +1,7 @@
-"""The flags of effdet 0.4.1's scripts and of the original Ascend port that are gone, or mean something else here.
+"""The flags of effdet 0.4.1's scripts and of the original Ascend port that are gone or renamed here.
 
-Tables only, for effdet_line.py, cli.py and docs/flags.md. What is a flag of ours is in schema.py.
+Tables only, for effdet_line.py, cli.py and docs/flags.md; flags with another meaning are in
+docs/make_flags.py. What is a flag of ours is in schema.py.
 
 Source of names, defaults and effects: train.py and validate.py beside effdet 0.4.1.
 """
@@ -62,33 +63,3 @@ MOOT: dict[str, tuple[tuple[str, ...], str]] = {
 
 RENAMED: dict[str, str] = {"--native-amp": "--amp", "--apex-amp": "--amp"}
 """Flags that are accepted under another name: both mean torch's autocast here."""
-
-OTHER_MEANING: tuple[tuple[str, str, str, str], ...] = (
-    ("`DIR`", "the data folder, without a flag", "accepted; beside flags of ours it is `--root DIR`", "`--root DIR`"),
-    ("`-b`", "train.py: images of each process, 32; validate.py: of all, 128", "of all devices, 256 and 32",
-     "`-b` times the number of processes"),
-    ("`-j`", "train.py: loader processes of each process, 4", "of all devices, up to 4 for each",
-     "`-j` times the number of processes"),
-    ("`--model`", "tf_efficientdet_d1", "tf_efficientdet_d0; validate.py: the checkpoint's",
-     "`--model tf_efficientdet_d1`"),
-    ("`--lr`", "0.01, changed once an epoch", "0.32, for a batch of 256; changed at every update",
-     "`--lr 0.01 --lr-per-epoch`"),
-    ("`--opt`", "momentum", "fusedmomentum: the same numbers in less time", "nothing"),
-    ("`--no-pretrained-backbone`", "the backbone starts from ImageNet weights without it", "from random ones",
-     "`--pretrained-backbone`"),
-    ("`--model-ema`", "off", "on, and what is ranked", "`--no-model-ema`"),
-    ("`--model-ema-decay`", "0.9998 from the first update on", "0.9999, reached over the first updates",
-     "`--model-ema-decay 0.9998 --no-model-ema-warmup`"),
-    ("`--dist-bn`", "off", "reduce", "`--dist-bn ''`"),
-    ("`--num-classes`", "train.py: 90, category ids are labels", "the categories of the annotation file",
-     "nothing: ids may have gaps"),
-    ("`--color-jitter`, `--aa`", "never had an effect", "augment the training images", "leave them out"),
-    ("`--output`", "`DIR/train/RUN` is made", "`DIR/RUN` is made", "`--output DIR/train`"),
-    ("`--no-resume-opt`", "with `--resume FILE`: without the optimizer's state", "gone",
-     "`--initial-checkpoint FILE`, from epoch 0"),
-    ("`--pretrained`", "validate.py: also without it, where no `--checkpoint` is given", "only with it",
-     "`--pretrained`"),
-    ("`--use-ema`", "off", "on where the checkpoint has averaged weights", "`--no-use-ema`"),
-    ("`-c FILE`", "flat YAML", "sections; args.yaml of a run of effdet's is accepted", "`-c args.yaml`"),
-)  # fmt: skip
-"""Same flag, other meaning: (flag, in effdet 0.4.1, here, how to have effdet's)."""

@@ -2,7 +2,8 @@
 
 A word that asks for what happens here anyway is let through (MOOT, RENAMED), in any line. A whole line is known as
 effdet's by its folder, which has no flag there, and by having no word that only we know; what it leaves out has
-effdet's value then (OTHER_MEANING). Which settings there are is in schema.py; no word of ours is parsed here.
+effdet's value then (docs/make_flags.py lists them). Which settings there are is in schema.py; no word of ours is
+parsed here.
 """
 
 import argparse

@@ -2,15 +2,19 @@
 
 import logging
 import re
+import runpy
 import shlex
+from pathlib import Path
 
 import pytest
 
 from effdet.config.cli import in_our_words, parse_demo_args, parse_train_args, parse_validate_args
-from effdet.config.effdet_flags import MOOT, OTHER_MEANING, REFUSED, RENAMED
+from effdet.config.effdet_flags import MOOT, REFUSED, RENAMED
 from effdet.config.load import dump_yaml
 from effdet.config.options import list_options
 from effdet.config.schema import RunConfig, ValidateConfig
+
+MAKE_FLAGS = Path(__file__).resolve().parents[3] / "docs/make_flags.py"
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +290,7 @@ def test_the_table_names_flags_that_exist(caplog):
         flag for root in (RunConfig, ValidateConfig) for o in list_options(root).values() for flag in o.spellings
     }
     spellings |= {"--no-" + flag[2:] for flag in spellings}
-    for row in OTHER_MEANING:
+    for row in runpy.run_path(str(MAKE_FLAGS))["OTHER_MEANING"]:
         flags = re.findall(r"(?<![\w-])--?[a-z][\w-]*", row[3])
         assert set(flags) <= spellings | {"-c"}, row
     assert "lr: 0.32" in dump_yaml(RunConfig())  # the defaults that the table states
