@@ -20,11 +20,10 @@ from effdet.data.corrupt import BadImagesError
 from effdet.data.formats.hold_out import find_classes
 from effdet.data.images import ImageError
 from effdet.predict.detections import Detections
-from effdet.predict.drawings import Drawings
 from effdet.predict.load import build_predictor, load_detector
 from effdet.predict.sources import Item, Source, find_sources, image_of, is_video, refuse_replacing, unique_stems
 from effdet.predict.video import count_frames, frames_of, require_av
-from effdet.predict.writers import Classes, Result, Results
+from effdet.predict.writers import Classes, Drawings, Result, Results
 from effdet.report.draw import make_class_colors
 from effdet.runtime import progress, signals
 

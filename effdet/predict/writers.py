@@ -1,4 +1,4 @@
-"""Write what is found in many images as it is found: tables, annotations for other programs.
+"""Write what is found in many images as it is found: tables, annotations for other programs, drawings.
 
 After each `add` what is written is whole, and stays so if the run ends there or the disk is full.
 """
@@ -21,11 +21,14 @@ from PIL import Image
 
 from effdet.checkpoint.growing import GrowingCoco, GrowingFile, JsonList
 from effdet.checkpoint.io import ensure_writable, replacing
+from effdet.report.draw import draw_detections
 
 from .detections import Detections
 from .sources import Item
+from .video import VideoWriter
 
 _DATASET_QUALITY = 95  # of JPEGs to train on
+_PILLOW_FORMATS: Mapping[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 90})}
 
 
 @dataclass(frozen=True)
@@ -295,3 +298,49 @@ class Results:
         """End the files."""
         for writer in self._writers:
             writer.close()
+
+
+# ---- drawings --------------------------------------------------------------------------------------------------------
+
+
+class Drawings:
+    """Drawn images in a folder."""
+
+    def __init__(
+        self, folder: Path, kind: str, colors: Mapping[str, Any] | None = None, save_video: bool = False
+    ) -> None:
+        """Say where and how.
+
+        Args:
+            folder: for the files.
+            kind: of image files, `png` or `jpg`.
+            colors: of the classes, by name.
+            save_video: write a video's frames into a video, `.mp4`, and not each into a file.
+        """
+        self._folder, self._kind, self._colors, self._save_video = folder, kind, colors, save_video
+        self._video: VideoWriter | None = None
+
+    def add(self, item: Item, image: Image.Image, found: Detections) -> Path:
+        """Draw an image and return the file."""
+        drawn = draw_detections(image, found.boxes_xyxy, found.names, found.scores.tolist(), self._colors)
+        if self._save_video and item.frame is not None:
+            return self._add_frame(item, drawn)
+        name, options = _PILLOW_FORMATS[self._kind]
+        place = self._folder / f"{item.stem}.{self._kind}"
+        with replacing(place) as temporary:
+            drawn.save(temporary, name, **options)
+        return place
+
+    def _add_frame(self, item: Item, drawn: Image.Image) -> Path:
+        place = self._folder / f"{Path(item.stem).parent}.mp4"
+        if self._video is None or self._video.path != place:
+            self.close()
+            self._video = VideoWriter(place, drawn.size)
+        self._video.add(drawn, item.time_s or 0.0)
+        return place
+
+    def close(self) -> None:
+        """End the present video."""
+        if self._video is not None:
+            video, self._video = self._video, None
+            video.close()

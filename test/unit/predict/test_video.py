@@ -22,8 +22,8 @@ from PIL import Image
 
 from effdet.commands import predict
 from effdet.data.images import ImageError
-from effdet.predict.drawings import Drawings
 from effdet.predict.video import VideoWriter, count_frames, frames_of, require_av
+from effdet.predict.writers import Drawings
 
 REPO = Path(__file__).resolve().parents[3]
 with_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is not installed")

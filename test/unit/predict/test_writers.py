@@ -12,9 +12,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from effdet.predict.detections import Detections
-from effdet.predict.drawings import Drawings
 from effdet.predict.sources import Item
-from effdet.predict.writers import Classes, Result, Results
+from effdet.predict.writers import Classes, Drawings, Result, Results
 
 CLASSES = Classes(["star", "bäll"], [7, 3])
 
