@@ -21,7 +21,7 @@ from effdet.report.html import fill_page
 from effdet.report.log import METRICS_NAME
 from effdet.runtime.console import make_tool_parser, one_line_errors
 from effdet.training.recorder import METRICS_LOG_NAME, read_rows
-from effdet.training.saving import DETECTIONS_NAME
+from effdet.training.run import DETECTIONS_NAME
 
 _logger = logging.getLogger("effdet.compare")
 _SAME_AP = 1e-3

@@ -2,7 +2,7 @@
 
 `prepare` makes everything, in order, and refuses what cannot work; `fit` trains. What they call is in build.py (config
 to objects), recipe.py (settings that suit the data), engine.py (the two loops), resume.py (what a run continues from),
-saving.py and recorder.py (what it leaves behind).
+run.py and recorder.py (what it leaves behind).
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ from .postmortem import explain_divergence
 from .profiling import StepProfiler
 from .recipe import apply_recipe, fit_to_data, keep_recipe, name_backbone
 from .recorder import RunRecorder, trackers_of
-from .run import Run, Start
+from .run import Run, Start, finish_epoch, save_recovery
 from .run_dir import check_space, choose_output_dir, discard_if_refused, hold_run_folder
-from .saving import finish_epoch, save_recovery
 from .trackers import check_trackers
 
 _logger = logging.getLogger("effdet.train")

@@ -19,7 +19,7 @@ from effdet.data.dataset_factory import open_coco
 from effdet.data.synthetic.dataset import make_synthetic_dataset
 from effdet.evaluator import CocoEvaluator
 from effdet.metrics.coco import hotcoco
-from effdet.training.saving import DETECTIONS_NAME
+from effdet.training.run import DETECTIONS_NAME
 
 needs_hotcoco = pytest.mark.skipif(hotcoco is None, reason="hotcoco is not installed")
 
