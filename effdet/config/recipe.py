@@ -18,7 +18,7 @@ _CPU_PIXELS = 256 * 320  # of the network input: what two cores learn from in mi
 _CPU_MOST_PIXELS = 384 * 512  # with weights, where the images have so many: fewer epochs, and still better
 _STRIDE = 64  # the sides of an input that is not square are multiples of it
 _CPU_BATCH, _BATCH = 4, 8  # images a step and device: of a small set, many small updates teach more than few large ones
-_CPU_WORK = 8000 * _CPU_PIXELS  # pixels that a run on CPUs sees: eleven to twelve minutes on two cores of an EPYC
+_CPU_WORK = 6700 * _CPU_PIXELS  # pixels that a run on CPUs sees: nine to ten minutes on two cores of an EPYC
 _CPU_SCRATCH = 1.375  # so many times the images without weights: nothing is frozen then
 _IMAGES = 20_000  # that a run on other devices sees
 

@@ -22,6 +22,7 @@ from effdet import loss as loss_module
 from effdet.bench import DetBenchTrain
 from effdet.evaluator import Evaluator
 from effdet.factory import create_model
+from effdet.ops import focal
 from effdet.report.log import StepStats
 from effdet.training.amp import Precision
 from effdet.training.ema import ModelEma
@@ -439,7 +440,7 @@ def make_images(count: int) -> Batches:
 
 @pytest.mark.parametrize("options", [{"clip": (10.0, "norm")}, {"grad_accum": 2, "clip": (0.1, "value")}])
 def test_the_device_is_read_only_for_log_lines(detector, options, monkeypatch):
-    for module in (anchors_module, loss_module):  # the way of accelerators
+    for module in (anchors_module, focal, loss_module):  # the way of accelerators
         monkeypatch.setattr(module, "is_host", lambda device: False)
     run = make_training(detector, "fusedmomentum", ema=True, log_interval=2, **options)
     recorder = Recorded()
