@@ -153,7 +153,7 @@ def main(root: Path) -> None:
             "weights to drawn boxes": load_and_draw,
         }
         lines = [f"{name:28} {count(root, work)}" for name, work in paths.items()]
-        run = [*flags, "--lr", str(LR), "--output", f"{folder}/runs"]
+        run = [*flags, "--no-pretrained-backbone", "--lr", str(LR), "--output", f"{folder}/runs"]
         train = importlib.import_module("train").main
         lines.append(f"{'--lr to the optimizer':28} {count(root, lambda: train(run), 'build_optimizer', holds_lr)}")
         print("\n".join(lines))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from effdet.runtime.device import old_tensor_globals
+from effdet.runtime.ascend import old_tensor_globals
 
 CHECKPOINT_NAME = re.compile(r"^[^.].*\.(pth\.tar|pth|pt|safetensors)$")
 _TEMPORARY_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.tmp$")

@@ -12,8 +12,8 @@ import torch.utils.data
 
 from effdet.anchors import AnchorLabeler
 from effdet.runtime import distributed as processes
-from effdet.runtime.device import pick_device
-from effdet.runtime.memory import supports_pinning, to_device
+from effdet.runtime.device import pick_device, to_device
+from effdet.runtime.memory import supports_pinning
 from effdet.runtime.workers import check_shared_memory, make_context
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler

@@ -1,1 +1,1 @@
-"""The network: convolution blocks, feature pyramid, heads, and folding of batch norms."""
+"""The network: convolution blocks, feature pyramid, and folding of batch norms."""

@@ -17,8 +17,7 @@ from effdet.bench import DetBenchPredict
 from effdet.data import ResizePad, resolve_fill_color, resolve_input_config
 from effdet.data.coco.categories import CategoryMap
 from effdet.data.images import images_in, read_image, to_rgb
-from effdet.runtime.device import use_channels_last
-from effdet.runtime.memory import to_device
+from effdet.runtime.device import to_device, use_channels_last
 
 from .detections import Detections
 

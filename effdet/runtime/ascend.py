@@ -1,7 +1,8 @@
 """Ascend chips: loading torch_npu, which generation a chip is, and torch_npu's settings for it.
 
-Asked by device.py alone, which is the door to all kinds of devices. **Nothing here was run on hardware:** sources are
-those of torch_npu, op-plugin and CANN, named where a choice rests on them; docs/ascend.md has more of it.
+Asked by device.py, which is the door to all kinds of devices; by checkpoint/io.py about files of old NPUs. **Nothing
+here was run on hardware:** sources are those of torch_npu, op-plugin and CANN, named where a choice rests on them;
+docs/ascend.md has more of it.
 """
 
 from __future__ import annotations
@@ -162,3 +163,19 @@ def batch_nms(name: str) -> Any:
     # There is no ready-made kernel of it, so it must be compiled where all others must not (the port did so, too).
     npu_module().set_option({"NPU_FUZZY_COMPILE_BLACKLIST": _NMS_KERNEL})
     return torch_npu.npu_batch_nms
+
+
+def old_tensor_globals() -> list[tuple[Any, str]]:
+    """Return what files of an Ascend NPU from before torch_npu 2.1 need to load anywhere: (function, its name there).
+
+    Their tensors are in the file as on a host, and are rebuilt there: the function that the name stands for would need
+    torch_npu and a device.
+    """
+    names = ("torch_npu.utils.storage._rebuild_npu_tensor", "torch._utils._rebuild_npu_tensor")  # from 1.8 on; 1.5
+    return [(_rebuild_old_npu_tensor, name) for name in names]
+
+
+def _rebuild_old_npu_tensor(
+    storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, _format: Any = None
+) -> torch.Tensor:
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)

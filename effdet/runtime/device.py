@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,17 @@ def make_profiler(device: torch.device, folder: Path, steps: int) -> Any:
     )
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors in a mapping or sequence, without waiting where the source memory is pinned."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until all work queued on `device` is done."""
     if device.type != "cpu":
@@ -335,22 +346,6 @@ def is_host(device: torch.device) -> bool:
     Reading a value waits for nothing there, and shapes that depend on values are free.
     """
     return device.type == "cpu" and not is_recorded()
-
-
-def old_tensor_globals() -> list[tuple[Any, str]]:
-    """Return what files of an Ascend NPU from before torch_npu 2.1 need to load anywhere: (function, its name there).
-
-    Their tensors are in the file as on a host, and are rebuilt there: the function that the name stands for would need
-    torch_npu and a device.
-    """
-    names = ("torch_npu.utils.storage._rebuild_npu_tensor", "torch._utils._rebuild_npu_tensor")  # from 1.8 on; 1.5
-    return [(_rebuild_old_npu_tensor, name) for name in names]
-
-
-def _rebuild_old_npu_tensor(
-    storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, _format: Any = None
-) -> torch.Tensor:
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
 def tune(

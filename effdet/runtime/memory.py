@@ -1,4 +1,4 @@
-"""Memory of a device and the way to it: moving tensors, how much is in use, giving it back. Names no device."""
+"""Memory of a device: copies to the host, how much is in use, giving it back. Names no device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import ctypes
 import gc
 import platform
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,17 +15,6 @@ _CGROUP_FILES = (  # limit and usage: version 2, version 1
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors in a mapping or sequence, without waiting where the source memory is pinned."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return type(value)(to_device(item, device) for item in value)
-    return value
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from effdet.config import get_efficientdet_config, set_config_readonly, set_conf
 from effdet.config.model_config import efficientdet_model_param_dict, find_model_spec, stored_model_spec
 from effdet.config.model_spec import ModelSpec, change_config
 from effdet.config.schema import LossConfig, ModelConfig
+from effdet.efficientdet import HeadNet
 from effdet.factory import build_model
-from effdet.network.heads import HeadNet
 
 FIELDS = {
     "name": "a",

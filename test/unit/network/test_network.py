@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.bench import DetBenchPredict, DetBenchTrain, unwrap_bench
 from effdet.config import get_efficientdet_config, get_fpn_config
-from effdet.efficientdet import EfficientDet
+from effdet.efficientdet import EfficientDet, HeadNet
 from effdet.network.bifpn import FpnCombine
-from effdet.network.heads import HeadNet
 from effdet.network.layers import ResampleFeatureMap, get_activation
 from effdet.ops.nms import make_detections, select_candidates
 

@@ -51,7 +51,7 @@ def test_backends():
 
 def test_to_device_keeps_structure_and_values():
     tensor = torch.arange(3)
-    moved = memory.to_device({"a": [tensor, tensor + 1], "b": "text", "c": (tensor,)}, CPU)
+    moved = device_layer.to_device({"a": [tensor, tensor + 1], "b": "text", "c": (tensor,)}, CPU)
     assert moved["b"] == "text" and isinstance(moved["a"], list) and isinstance(moved["c"], tuple)
     assert torch.equal(moved["a"][1], torch.tensor([1, 2, 3]))
 
