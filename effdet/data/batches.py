@@ -1,4 +1,4 @@
-"""Which images make a batch, and how samples become one: pad what there is per box, stack the rest."""
+"""Which images make a batch, how samples become one, and how it comes to the device, normalised there."""
 
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
@@ -9,6 +9,10 @@ from torch.utils.data import Sampler, Subset
 
 from effdet.anchors import AnchorLabeler
 from effdet.ops.labels import PADDING
+from effdet.runtime.device import pick_device, to_device
+
+from .random_erasing import RandomErasing
+from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 MAX_NUM_INSTANCES = 100  # the number of slots that effdet padded to
 
@@ -210,3 +214,76 @@ def _stack(key: str, values: list) -> torch.Tensor:
     if stacked.is_floating_point():
         return stacked.float()
     return stacked.to(torch.int32 if isinstance(values[0], (tuple, list)) else torch.int64)
+
+
+class PrefetchLoader:
+    """Move the batches of a loader to a device and normalise them there.
+
+    Copies do not wait where the host memory is pinned, so the host collects the next batch while the device still
+    computes.
+
+    Args:
+        loader: gives (images uint8 [B, 3, H, W], target dict of tensors).
+        mean, std: per channel, in units of 255.
+        re_prob, re_mode, re_count: random erasing, see `RandomErasing`; re_prob 0 turns it off.
+        device: where batches go; default is the best there is.
+        channels_last: memory format of the images.
+
+    Yields:
+        (images float32 [B, 3, H, W], target), on the device; nothing for an empty loader.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        re_prob: float = 0.0,
+        re_mode: str = "pixel",
+        re_count: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        self.loader = loader
+        self.device = pick_device() if device is None else torch.device(device)
+        self.mean = torch.tensor([x * 255 for x in mean], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
+        self.std = torch.tensor([x * 255 for x in std], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
+        self.random_erasing = (
+            RandomErasing(probability=re_prob, mode=re_mode, max_count=re_count) if re_prob > 0 else None
+        )
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        for host_images, host_target in self.loader:
+            images = to_device(host_images, self.device).to(torch.float32, memory_format=self.memory_format)
+            images = images.sub(self.mean).div_(self.std)
+            if self.random_erasing is not None:
+                images = self.random_erasing(images, host_target)
+            yield images, to_device(host_target, self.device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def close(self) -> None:
+        """End the loader's processes, also one that hangs; without it they end when nothing refers to the loader.
+
+        A traceback does, and processes that ignore SIGTERM (signals.py) would then keep the interpreter from ending.
+        """
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
+        if workers:
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
+    @property
+    def sampler(self) -> Any:
+        """The inner loader's sampler; `set_epoch` on a training one chooses the epoch."""
+        return self.loader.sampler
+
+    @property
+    def dataset(self) -> Any:
+        """The data set."""
+        return getattr(self.loader.dataset, "unsized", self.loader.dataset)

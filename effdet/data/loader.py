@@ -1,9 +1,9 @@
-"""Loaders: the right batches for this process, moved to the device and normalised there.
+"""`create_loader`: data set, transform, sampler, loading processes and the way to the device, put together.
 
-What happens inside one image is `transforms.py`'s business, the order of images and collation `batches.py`'s.
+What happens inside one image is in `transforms.py`, what becomes of a batch in `batches.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,20 @@ import torch.utils.data
 
 from effdet.anchors import AnchorLabeler
 from effdet.runtime import distributed as processes
-from effdet.runtime.device import pick_device, to_device
+from effdet.runtime.device import pick_device
 from effdet.runtime.memory import supports_pinning
 from effdet.runtime.workers import check_shared_memory, make_context
 
 from .augment.multi_scale import MultiScaleDataset, MultiScaleSampler
 from .augment.user_transform import is_pipeline, pipeline_transform
-from .batches import MAX_NUM_INSTANCES, DetectionFastCollate, EvalSampler, TrainSampler, unwrap_subset
+from .batches import (
+    MAX_NUM_INSTANCES,
+    DetectionFastCollate,
+    EvalSampler,
+    PrefetchLoader,
+    TrainSampler,
+    unwrap_subset,
+)
 from .random_erasing import RandomErasing
 from .transforms import (
     IMAGENET_DEFAULT_MEAN,
@@ -61,80 +68,6 @@ __all__ = [
     "transforms_coco_eval",
     "transforms_coco_train",
 ]
-
-
-class PrefetchLoader:
-    """Move the batches of a loader to a device and normalise them there.
-
-    Copies do not wait where the host memory is pinned, so the host collects the next batch while the device still
-    computes.
-
-    Args:
-        loader: gives (images uint8 [B, 3, H, W], target dict of tensors).
-        mean, std: per channel, in units of 255.
-        re_prob, re_mode, re_count: random erasing, see `RandomErasing`; re_prob 0 turns it off.
-        device: where batches go; default is the best there is.
-        channels_last: memory format of the images.
-
-    Yields:
-        (images float32 [B, 3, H, W], target), on the device; nothing for an empty loader.
-    """
-
-    def __init__(
-        self,
-        loader: Any,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        re_prob: float = 0.0,
-        re_mode: str = "pixel",
-        re_count: int = 1,
-        *,
-        device: torch.device | str | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        self.loader = loader
-        self.device = pick_device() if device is None else torch.device(device)
-        self.mean = torch.tensor([x * 255 for x in mean], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
-        self.std = torch.tensor([x * 255 for x in std], dtype=torch.float32).view(1, -1, 1, 1).to(self.device)
-        self.random_erasing = (
-            RandomErasing(probability=re_prob, mode=re_mode, max_count=re_count) if re_prob > 0 else None
-        )
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-        for host_images, host_target in self.loader:
-            images = to_device(host_images, self.device).to(torch.float32, memory_format=self.memory_format)
-            images = images.sub(self.mean).div_(self.std)
-            if self.random_erasing is not None:
-                images = self.random_erasing(images, host_target)
-            yield images, to_device(host_target, self.device)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def close(self) -> None:
-        """End the loader's processes, also one that hangs; without it they end when nothing refers to the loader.
-
-        A traceback does, and processes that ignore SIGTERM (signals.py) would then keep the interpreter from ending.
-        """
-        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
-        if workers:
-            self.loader._iterator._shutdown_workers()
-            self.loader._iterator = None
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-
-    @property
-    def sampler(self) -> Any:
-        """The inner loader's sampler; `set_epoch` on a training one chooses the epoch."""
-        return self.loader.sampler
-
-    @property
-    def dataset(self) -> Any:
-        """The data set."""
-        dataset = self.loader.dataset
-        return dataset.dataset if isinstance(dataset, MultiScaleDataset) else dataset
 
 
 def _make_transform(input_size: Any, is_training: bool, **options: Any) -> Callable:

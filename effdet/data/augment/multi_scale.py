@@ -55,12 +55,15 @@ class MultiScaleDataset:
     Args:
         dataset: a data set, or a subset of one, whose transform has `set_size`.
 
+    Attributes:
+        unsized: that data set.
+
     Raises:
         ValueError: the transform has no such method.
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.unsized = dataset
         self.size: Size | None = None
         transform = unwrap_subset(dataset).transform
         if not hasattr(transform, "set_size"):
@@ -72,9 +75,9 @@ class MultiScaleDataset:
     def __getitem__(self, key: tuple[int, Size]) -> Any:
         index, size = key
         if size != self.size:
-            unwrap_subset(self.dataset).transform.set_size(size)
+            unwrap_subset(self.unsized).transform.set_size(size)
             self.size = size
-        return self.dataset[index]
+        return self.unsized[index]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.unsized)
