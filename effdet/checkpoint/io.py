@@ -125,6 +125,8 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
+            if "DataLoader worker" in str(error):  # one died meanwhile: torch's signal handler raises anywhere
+                raise
             raise OSError(
                 f"Could not write {path} ({error}); the old file, if any, is untouched. Check the disk's free space."
             ) from error

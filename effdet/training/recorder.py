@@ -329,10 +329,14 @@ def write_summary(folder: Path) -> None:
     """Write summary.csv, a row for each epoch, from the rows of metrics.jsonl beside it."""
     rows = read_rows(folder / METRICS_LOG_NAME)
     evaluations = {row["epoch"]: row for row in rows if row["kind"] == "evaluation"}
-    with replacing(folder / SUMMARY_NAME) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_SUMMARY_COLUMNS, "AP", "AP50"])
-        for row in rows:
-            if row["kind"] == "epoch":
-                evaluation = evaluations.get(row["epoch"], {})
-                writer.writerow([*map(row.get, _SUMMARY_COLUMNS.values()), *map(evaluation.get, ("AP", "AP50"))])
+    path = folder / SUMMARY_NAME
+    try:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*_SUMMARY_COLUMNS, "AP", "AP50"])
+            for row in rows:
+                if row["kind"] == "epoch":
+                    evaluation = evaluations.get(row["epoch"], {})
+                    writer.writerow([*map(row.get, _SUMMARY_COLUMNS.values()), *map(evaluation.get, ("AP", "AP50"))])
+    except OSError as error:
+        raise OSError(f"Could not write {path} ({error}). Check the disk's free space.") from error

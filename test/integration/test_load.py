@@ -174,7 +174,7 @@ def test_a_killed_loader_process_ends_the_run_with_a_sentence(start, devices, tm
     assert run.wait(120) == 1, run.output()
     print(f"ended after {time.monotonic() - started:.1f} s")
     error = re.search(r"train\.py: error: .*", run.output())[0]
-    assert f"a loader process (pid {worker}) was ended from outside" in error and "fewer of them (-j)" in error
+    assert f"a loader process (pid {worker}) was ended from outside" in error and "(-j)" in error
     assert devices or ("Traceback" not in run.output() and run.output().strip().endswith(error))
     assert not wait_until_gone(family)
     again = start("log", "--epochs", 50, "--max-steps", 9, "--experiment", "run", "--resume", "auto", *devices)

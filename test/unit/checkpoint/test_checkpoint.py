@@ -889,3 +889,15 @@ def test_pretrained_downloads_from_a_real_server_and_checks_the_hash(tmp_path, m
         server.server_close()
         thread.join()
     assert [path.name for path in (tmp_path / "home/hub/checkpoints").iterdir()] == [good]
+
+
+def test_a_loading_process_that_dies_meanwhile_is_no_full_disk(tmp_path, monkeypatch):
+    """Torch's signal handler raises wherever the main process is, also while it writes."""
+
+    def save(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="pid 7"):
+        ck.save_checkpoint(tmp_path / "a.pth.tar", {"epoch": 1})
+    assert not list(tmp_path.iterdir())
