@@ -114,7 +114,8 @@ class HeadNet(nn.Module):
         """Map [B, C, H, W] of each level to [B, A * num_outputs, H, W] of each level."""
         features = list(x)
         for repeat, conv in enumerate(self.conv_rep):
-            features, norms = [conv(level) for level in features], self._batch_norms(repeat)
+            features = [conv(level) for level in features]
+            norms = self._batch_norms(repeat)
             if isinstance(norms[0], FusedSyncBatchNorm):
                 features = normalize_together(norms, features)
             else:

@@ -74,7 +74,7 @@ def focal_loss_and_gradient(
     with_gradient: bool,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum the focal loss over one level and compute its gradient.
+    """Sum the focal loss over one level and compute its gradient; but on CPUs in fixed shapes, without any wait.
 
     Args:
         logits: [B, A * K, height, width], any float dtype and memory layout.
@@ -89,21 +89,8 @@ def focal_loss_and_gradient(
     Returns:
         A float32 scalar, and the gradient in the shape of the logits, or None.
     """
-    implementation = _in_pieces if is_host(logits.device) and gamma > 0 else _at_once
-    return implementation(logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype)
-
-
-def _at_once(
-    logits: Tensor,
-    class_targets: Tensor,
-    num_classes: int,
-    alpha: float,
-    gamma: float,
-    smoothing: float,
-    with_gradient: bool,
-    gradient_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute `focal_loss_and_gradient` in fixed shapes and without waiting for values."""
+    if is_host(logits.device) and gamma > 0:
+        return _in_pieces(logits, class_targets, num_classes, alpha, gamma, smoothing, with_gradient, gradient_dtype)
     # A view in either memory layout, and four dimensions: some accelerators are slow or wrong with five.
     x = logits.float().flatten(2).unflatten(1, (-1, num_classes))  # [B, A, K, cells]
     targets = class_targets.unflatten(1, (-1, x.shape[1])).transpose(1, 2).unsqueeze(2)  # [B, A, 1, cells]
